@@ -1,0 +1,28 @@
+"""The errors a user meets. Each message says what was expected, what came, and where to change it.
+
+They live apart from the code that raises them so that both processes can import them.
+"""
+
+
+class EvacJaxError(Exception):
+    """Base of every error that is the user's to act on; launch.py prints it without a traceback."""
+
+
+class ConfigError(EvacJaxError):
+    """A configuration cannot work. Holds all problems found, one per line."""
+
+
+class CheckpointError(EvacJaxError):
+    """A checkpoint or weight file is missing, damaged or made for something else."""
+
+
+class SimulatorError(EvacJaxError):
+    """A simulator process failed; carries that process's own traceback."""
+
+
+class BridgeTimeoutError(EvacJaxError):
+    """A simulator process did not answer in time."""
+
+
+class DataError(EvacJaxError):
+    """Input data (start frames, episodes) is missing or malformed."""
