@@ -1,70 +1,15 @@
-"""What every simulator process offers: imagined or ground truth, the trainer cannot tell.
+"""What every simulator process offers: imagined or ground truth, the trainer cannot tell."""
 
-No JAX here; torch only as the holder of the frame slots that an environment writes into.
-"""
-
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
-from policies.spec import ActionSpec
+from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
 
+if TYPE_CHECKING:
+    import torch
 
-@dataclass(frozen=True)
-class EnvSpec:
-    """Fixed facts of an environment, sent to the trainer once.
-
-    Attributes:
-        num_envs: environments stepped as one batch, B.
-        image_shape: (views, height, width, 3) of one observation, uint8.
-        proprio_dim: entries of the pose that comes with an observation.
-        action: shape and meaning of the actions it takes.
-        instructions: all task instructions; results name them by index.
-        num_starts: initial states to choose from; starts are named 0..num_starts-1.
-        max_episode_steps: actions after which an episode is truncated.
-        clip_envs: environments (the first ones) whose whole chunk of frames is sent for videos.
-    """
-
-    num_envs: int
-    image_shape: tuple[int, int, int, int]
-    proprio_dim: int
-    action: ActionSpec
-    instructions: tuple[str, ...]
-    num_starts: int
-    max_episode_steps: int
-    clip_envs: int = 0
-
-
-@dataclass
-class StepResult:
-    """What a reset or one chunk of actions gave, frames apart.
-
-    The frames themselves are written into the tensors handed to `reset` and `step`:
-    `frames` uint8 [B V H W 3], the last frame of the chunk, and `clip` uint8 [clip_envs K V H W 3],
-    every frame of the chunk (on reset only its last entry is written).
-
-    Attributes:
-        task: index into `EnvSpec.instructions`, int32 [B].
-        proprio: pose after the chunk, metres and quaternion xyzw, float32 [B P].
-        rewards: per action, float32 [B K].
-        terminated: episode ended by success, at the last action of the chunk, bool [B].
-        truncated: episode ended by the time limit, bool [B].
-        success: latched success of the episode so far, bool [B].
-        episode: figures of the episodes so far, each float32 [B]: "return", "length",
-            "success_once". With auto-reset these are the finished episode's, not the new one's.
-        seconds: time spent by phase inside the simulator.
-    """
-
-    task: np.ndarray
-    proprio: np.ndarray
-    rewards: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    success: np.ndarray
-    episode: dict[str, np.ndarray] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+__all__ = ["IDLE", "EnvSpec", "Environment", "StepResult"]
 
 
 class Environment(Protocol):
@@ -73,14 +18,16 @@ class Environment(Protocol):
     spec: EnvSpec
 
     def reset(
-        self, starts: np.ndarray, seed: int, frames: torch.Tensor, clip: torch.Tensor
+        self, starts: np.ndarray, seed: int, frames: "torch.Tensor", clip: "torch.Tensor"
     ) -> StepResult:
-        """Start every environment: `starts` int64 [B] names initial states, `seed` the noise."""
+        """Start every environment: `starts` int64 [B] names initial states, `seed` the noise.
+
+        A start of `IDLE` leaves its environment out: it costs nothing, its frames are undefined,
+        its rewards 0 and its flags False until the next reset.
+        """
         ...
 
-    def step(
-        self, actions: np.ndarray, frames: torch.Tensor, clip: torch.Tensor
-    ) -> StepResult:
+    def step(self, actions: np.ndarray, frames: "torch.Tensor", clip: "torch.Tensor") -> StepResult:
         """Play one chunk: `actions` float32 [B K A], un-normalised as the policy gave them."""
         ...
 

@@ -1,0 +1,340 @@
+"""The trainer's side of the bridge: a simulator process as an object, its frames as JAX arrays.
+
+    client = SimulatorClient({"environment": "module:factory", "config": {...}})
+    exchange = client.reset(starts, seed=0)
+    actions = policy(exchange.frames)             # zero copy
+    exchange.release(actions)                     # the simulator may write there again
+    exchange = client.step(np.asarray(actions))
+
+With two slots the simulator may imagine the next chunk (`send_step`) while this one is still read.
+Imports JAX; torch only when frames stay on a GPU.
+"""
+
+import collections
+import os
+import time
+import weakref
+
+import jax
+import numpy as np
+
+from evac_jax.bridge import protocol
+from evac_jax.bridge.exchange import Exchange, SlotOwnershipError, shard_frames
+from evac_jax.bridge.process import WorkerProcess
+from evac_jax.bridge.slots import CudaSlots, SharedSlots, SlotLayout
+from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
+from evac_jax.errors import BridgeTimeoutError, ConfigError, SimulatorError
+
+__all__ = ["Exchange", "SimulatorClient", "SlotOwnershipError", "shard_frames"]
+
+CLOSE_TIMEOUT_S = 10.0
+
+
+def check_result(env: EnvSpec, result: StepResult) -> None:
+    """Check what the environment's author promised: shapes, kinds of numbers, finite rewards.
+
+    Raises:
+        SimulatorError: naming the field, what was expected and what came.
+    """
+    B, K = env.num_envs, env.action.chunk
+    expected = {
+        "task": ("i", (B,)),
+        "proprio": ("f", (B, env.proprio_dim)),
+        "rewards": ("f", (B, K)),
+        "terminated": ("b", (B,)),
+        "truncated": ("b", (B,)),
+        "success": ("b", (B,)),
+    }
+    for name, (kind, shape) in expected.items():
+        value = getattr(result, name)
+        if not isinstance(value, np.ndarray) or (value.dtype.kind, value.shape) != (kind, shape):
+            got = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else repr(value)
+            raise SimulatorError(
+                f"simulator result {name!r}: expected kind {kind!r} with shape {shape}, got {got}; "
+                "see evac_jax.bridge.types.StepResult"
+            )
+    if bad := np.flatnonzero(~np.isfinite(result.rewards).all(axis=1)).tolist():
+        raise SimulatorError(
+            f"simulator rewards: expected finite numbers, not so in environments {bad}"
+        )
+
+
+def _slot_kind(spec: dict) -> str:
+    """Return where frames lie: on the GPU if the simulator and JAX have the same one."""
+    device, kind = str(spec.get("device", "cpu")), spec.get("slots")
+    if kind == "cuda_ipc" and not device.startswith("cuda"):
+        raise ConfigError(f"worker spec: cuda_ipc slots need a cuda device, got {device!r}")
+    if kind not in (None, "shared_memory", "cuda_ipc"):
+        raise ConfigError(f'worker spec: slots are "shared_memory" or "cuda_ipc", got {kind!r}')
+    if kind is None and device.startswith("cuda") and jax.default_backend() == "gpu":
+        index = int(device.partition(":")[2] or 0)
+        if any(d.local_hardware_id == index for d in jax.local_devices()):
+            return "cuda_ipc"
+    return kind or "shared_memory"
+
+
+class SimulatorClient:
+    """One simulator process. The constructor starts it and returns at once.
+
+    Not for use by several threads at a time.
+
+    Args:
+        spec: worker spec, a JSON object (see `evac_jax.sim.worker`).
+        num_slots: frame buffers, at least 2.
+        timeout_s: seconds that one request may take before the process counts as stuck.
+        start_timeout_s: seconds that starting it and loading its weights may take.
+        restarts: times that a process that failed is started again, on the same slots. The
+            failure is raised all the same; afterwards the next request must be a reset.
+        sharding: where frames go, over this process's devices; None for JAX's default device.
+        log_path: file for what the process prints; None keeps only what errors quote.
+
+    Raises:
+        ConfigError: for an impossible number of slots or spec.
+    """
+
+    def __init__(
+        self,
+        spec: dict,
+        *,
+        num_slots: int = 2,
+        timeout_s: float = 600.0,
+        start_timeout_s: float = 600.0,
+        restarts: int = 0,
+        sharding: jax.sharding.Sharding | None = None,
+        log_path: str | None = None,
+    ):
+        if num_slots < 2:
+            raise ConfigError(f"simulator.slots: expected at least 2, got {num_slots}")
+        self._kind = _slot_kind(spec)
+        if sharding is None and self._kind == "shared_memory" and jax.default_backend() != "cpu":
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        self._spec, self._sharding, self._log_path = spec, sharding, log_path
+        self._num_slots, self._restarts_left = num_slots, restarts
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._memory = os.memfd_create("evac_jax-slots")
+        self._close_memory = weakref.finalize(self, os.close, self._memory)
+        self._slots: SharedSlots | None = None
+        self._env: EnvSpec | None = None
+        self._owners: dict[int, str] = {}  # slot -> who has it and why; the others are free
+        self._pending: collections.deque = (
+            collections.deque()
+        )  # (request, slot, word), oldest first
+        self._request = 0
+        self._end: str | None = None  # why there is no process
+        self._start()
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        self._ready = self._was_reset = False
+        self._process = WorkerProcess(self._spec, self._memory, self._log_path)
+
+    def __enter__(self) -> "SimulatorClient":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def env_spec(self) -> EnvSpec:
+        """Facts of the environment; waits for the process the first time."""
+        if self._env is None:
+            self.wait_until_ready()
+        return self._env
+
+    @property
+    def pid(self) -> int:
+        """Process id of the worker."""
+        return self._process.pid
+
+    @property
+    def slots(self) -> SharedSlots:
+        """The slots, once the process is ready."""
+        self.wait_until_ready()
+        return self._slots
+
+    def wait_until_ready(self) -> None:
+        """Wait until the environment is built and the slots are shared; does so once.
+
+        Raises:
+            SimulatorError: the process failed; never restarted, since loading again fails again.
+            BridgeTimeoutError: it took longer than `start_timeout_s`.
+            ConfigError: there is not enough memory for the slots.
+        """
+        self._check_open()
+        if self._ready:
+            return
+        waited = time.monotonic() - self._started
+        try:
+            env = self._process.receive(max(0.0, self._start_timeout_s - waited)).env
+            if self._env is not None and env != self._env:
+                raise SimulatorError(f"restarted simulator: expected {self._env}, got {env}")
+            self._env = env
+            if self._slots is None:
+                self._slots = self._make_slots(SlotLayout.of(env))
+            self._process.send(protocol.Attach(self._num_slots, self._slots.handles()))
+        except TimeoutError:
+            error = BridgeTimeoutError(
+                f"simulator process {self.pid}: expected it to be ready within "
+                f"{self._start_timeout_s:g} s (simulator.start_timeout_s), got nothing\n"
+                f"--- end of its output ---\n{self._process.log_tail()}"
+            )
+            raise self._fail(error, restart=False) from None
+        except (SimulatorError, ConfigError) as error:
+            raise self._fail(error, restart=False) from error.__cause__
+        self._ready = True
+
+    def _make_slots(self, layout: SlotLayout) -> SharedSlots:
+        if self._kind == "cuda_ipc":
+            device = self._spec["device"]
+            return CudaSlots(self._memory, layout, self._num_slots, device=device)
+        return SharedSlots(self._memory, layout, self._num_slots, create=True)
+
+    def _check_open(self) -> None:
+        if self._end is not None:
+            raise SimulatorError(f"there is no simulator process: {self._end}")
+
+    def _fail(self, error: Exception, *, restart: bool = True) -> Exception:
+        """End the process, perhaps start another, and return the error to raise."""
+        self._process.kill()
+        for _, slot, _ in self._pending:
+            del self._owners[slot]  # its writer is dead
+        self._pending.clear()
+        if restart and self._restarts_left > 0:
+            self._restarts_left -= 1
+            self._start()
+            note = f"It was started again as process {self.pid}; reset it before the next step."
+            return type(error)(f"{error}\n{note}")
+        self._end = str(error).splitlines()[0]
+        return error
+
+    def send_reset(self, starts: np.ndarray, seed: int) -> None:
+        """Ask to start an episode in every environment, without waiting.
+
+        Args:
+            starts: int64 [B] initial states, `IDLE` to leave an environment out.
+            seed: of the simulator's noise.
+
+        Raises:
+            SlotOwnershipError: every slot is taken; release one first.
+            ValueError: wrong shape or unknown starts.
+            SimulatorError: the process failed.
+        """
+        env = self.env_spec
+        starts = np.asarray(starts, np.int64)
+        if starts.shape != (env.num_envs,):
+            raise ValueError(f"starts: expected shape ({env.num_envs},), got {starts.shape}")
+        if starts.min() < IDLE or starts.max() >= env.num_starts:
+            raise ValueError(
+                f"starts: expected {IDLE} (idle) to {env.num_starts - 1}, "
+                f"got {starts.min()} to {starts.max()}"
+            )
+        self._send("reset", lambda request, slot: protocol.Reset(request, slot, starts, int(seed)))
+        self._was_reset = True
+
+    def send_step(self, actions: np.ndarray) -> None:
+        """Ask to play one chunk in every environment, without waiting.
+
+        Args:
+            actions: float32 [B K A], as `ActionSpec` says.
+
+        Raises:
+            SlotOwnershipError: every slot is taken, or the simulator was never reset.
+            ValueError: wrong shape, or numbers that are not finite.
+            SimulatorError: the process failed.
+        """
+        env = self.env_spec
+        actions = np.asarray(actions, np.float32)
+        shape = (env.num_envs, env.action.chunk, env.action.dim)
+        if actions.shape != shape:
+            raise ValueError(f"actions: expected shape {shape}, got {actions.shape}")
+        if not np.isfinite(actions).all():
+            raise ValueError("actions: expected finite numbers, got NaN or infinity")
+        self._check_open()
+        if not self._was_reset:
+            raise SlotOwnershipError("step before reset: the simulator process has no episodes yet")
+        self._send("step", lambda request, slot: protocol.Step(request, slot, actions))
+
+    def _send(self, word: str, make) -> None:
+        self.wait_until_ready()
+        free = [slot for slot in range(self._num_slots) if slot not in self._owners]
+        if not free:
+            owners = "; ".join(f"slot {slot} {why}" for slot, why in sorted(self._owners.items()))
+            raise SlotOwnershipError(
+                f"{word}: expected a free slot, got none of {self._num_slots}: {owners}. Release "
+                "an exchange, receive an answer, or raise simulator.slots"
+            )
+        slot = free[0]
+        self._request += 1
+        try:
+            self._process.send(make(self._request, slot))
+        except SimulatorError as error:
+            raise self._fail(error) from None
+        self._owners[slot] = f"is being written for request {self._request} ({word})"
+        self._pending.append((self._request, slot, word))
+
+    def receive(self) -> Exchange:
+        """Return the answer to the oldest request that has none yet.
+
+        Raises:
+            SimulatorError: the process failed or broke the protocol; carries its traceback.
+            BridgeTimeoutError: no answer within `timeout_s`; the process is ended.
+            SlotOwnershipError: nothing was asked.
+        """
+        self._check_open()
+        if not self._pending:
+            raise SlotOwnershipError("receive: no request is waiting for an answer")
+        request, slot, word = self._pending[0]
+        began = time.monotonic()
+        try:
+            reply = self._process.receive(self._timeout_s)
+            self._check_reply(reply, request, slot)
+        except TimeoutError:
+            waited = time.monotonic() - began
+            raise self._fail(
+                BridgeTimeoutError(
+                    f"simulator process {self.pid}: expected the answer to request {request} "
+                    f"({word}, slot {slot}) within {self._timeout_s:g} s (simulator.timeout_s), "
+                    f"got none after {waited:.1f} s\n"
+                    f"--- where it is ---\n{self._process.stacks()}"
+                )
+            ) from None
+        except SimulatorError as error:
+            raise self._fail(error) from None
+        self._pending.popleft()
+        self._owners[slot] = f"holds the answer to request {request} ({word}), not released"
+        slots = self._slots
+        return Exchange(
+            slots.frames(slot),
+            lambda: slots.clip(slot),
+            reply.result,
+            slot=slot,
+            request=request,
+            give_back=lambda: self._owners.pop(slot),
+            sharding=self._sharding,
+        )
+
+    def _check_reply(self, reply: protocol.Reply, request: int, slot: int) -> None:
+        complete = self._slots.sequence(slot)
+        if (reply.request, reply.slot, complete) != (request, slot, request):
+            raise SimulatorError(
+                f"simulator process {self.pid}: expected request {request} in slot {slot}, got an "
+                f"answer to {reply.request} in slot {reply.slot}; the slot holds {complete}"
+            )
+        check_result(self._env, reply.result)
+
+    def reset(self, starts: np.ndarray, seed: int) -> Exchange:
+        """`send_reset`, then `receive`."""
+        self.send_reset(starts, seed)
+        return self.receive()
+
+    def step(self, actions: np.ndarray) -> Exchange:
+        """`send_step`, then `receive`."""
+        self.send_step(actions)
+        return self.receive()
+
+    def close(self) -> None:
+        """End the process; frames that were not released stay readable."""
+        if self._end is None:
+            self._end = "the client was closed"
+            self._process.close(CLOSE_TIMEOUT_S)
+        self._close_memory()

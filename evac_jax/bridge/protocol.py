@@ -1,0 +1,196 @@
+"""What travels over the pipe between trainer and simulator: small messages, never frames.
+
+A message is one block of bytes: a length, a JSON header, then the raw bytes of its NumPy arrays.
+No pickle, so a message can hold data but never code. Standard library and NumPy only, because
+both processes import this.
+
+One exchange: `Start` -> `Hello` -> `Attach`, then any number of `Reset` or `Step` -> `Reply`, and
+`Close`. At any moment the simulator may answer `Failure` instead, after which it exits.
+"""
+
+import dataclasses
+import json
+import math
+import struct
+from typing import Any
+
+import numpy as np
+
+from evac_jax.bridge.types import EnvSpec, StepResult
+from evac_jax.errors import SimulatorError
+from policies.spec import ActionSpec
+
+VERSION = 1  # of this format; both ends must agree
+_LENGTH = struct.Struct("<4sI")  # mark, bytes of the JSON header
+_MARK = b"EVJX"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Trainer -> simulator, first: the worker spec (see `evac_jax.sim.worker`)."""
+
+    spec: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hello:
+    """Simulator -> trainer: the environment is built, these are its facts."""
+
+    env: EnvSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Attach:
+    """Trainer -> simulator: the slots exist now, map them.
+
+    Attributes:
+        num_slots: how many there are.
+        cuda: one CUDA IPC handle per slot, or empty when frames lie in the shared host memory.
+    """
+
+    num_slots: int
+    cuda: tuple[dict[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reset:
+    """Trainer -> simulator: start episodes and write the first frames into `slot`."""
+
+    request: int
+    slot: int
+    starts: np.ndarray
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Trainer -> simulator: play one chunk and write its frames into `slot`."""
+
+    request: int
+    slot: int
+    actions: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """Simulator -> trainer: the frames of `request` are complete in `slot`."""
+
+    request: int
+    slot: int
+    result: StepResult
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Simulator -> trainer, last: what went wrong, with the simulator's own traceback."""
+
+    error: str
+    traceback: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Close:
+    """Trainer -> simulator: no more requests."""
+
+
+_TYPES = {
+    cls.__name__: cls
+    for cls in (
+        *(Start, Hello, Attach, Reset, Step, Reply, Failure, Close),
+        *(EnvSpec, ActionSpec, StepResult),
+    )
+}
+
+
+def _pack(value: Any, arrays: list[np.ndarray]) -> Any:
+    """Return `value` as JSON values; arrays go to the list and leave a reference behind."""
+    if dataclasses.is_dataclass(value) and type(value).__name__ in _TYPES:
+        names = [field.name for field in dataclasses.fields(value)]
+        fields = {name: _pack(getattr(value, name), arrays) for name in names}
+        return {"$type": type(value).__name__, "fields": fields}
+    if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            raise TypeError(f"arrays of Python objects cannot be sent, got dtype {value.dtype}")
+        arrays.append(np.ascontiguousarray(value))
+        return {"$array": [value.dtype.str, list(value.shape)]}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple):  # JSON knows lists only
+        return {"$tuple": [_pack(item, arrays) for item in value]}
+    if isinstance(value, list):
+        return [_pack(item, arrays) for item in value]
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) and not key.startswith("$") for key in value):
+            raise TypeError(f"keys must be strings that do not start with '$', got {list(value)}")
+        return {key: _pack(item, arrays) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"cannot send {type(value).__name__}: {value!r}")
+
+
+class _Reader:
+    """Rebuilds values, taking the arrays' bytes in the order in which they were packed."""
+
+    def __init__(self, data: memoryview):
+        self._data, self._offset = data, 0
+
+    def _array(self, dtype: str, shape: list[int]) -> np.ndarray:
+        kind = np.dtype(dtype)
+        size = kind.itemsize * math.prod(shape)
+        block = self._data[self._offset : self._offset + size]
+        if kind.hasobject or len(block) != size:
+            raise ValueError(f"array of {dtype} {shape} does not fit the message")
+        self._offset += size
+        return np.frombuffer(block, kind).reshape(shape).copy()  # writable, and owns its memory
+
+    def read(self, value: Any) -> Any:
+        """Undo `_pack`."""
+        if isinstance(value, list):
+            return [self.read(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "$tuple" in value:
+            return tuple(self.read(value["$tuple"]))
+        if "$array" in value:
+            return self._array(*value["$array"])
+        if "$type" in value:
+            fields = {name: self.read(item) for name, item in value["fields"].items()}
+            return _TYPES[value["$type"]](**fields)
+        return {key: self.read(item) for key, item in value.items()}
+
+
+def encode(message: Any) -> bytes:
+    """Return `message`, one of the dataclasses above, as bytes.
+
+    Raises:
+        TypeError: if a field holds something other than plain values, arrays and these dataclasses.
+    """
+    arrays: list[np.ndarray] = []
+    header = {"version": VERSION, "message": _pack(message, arrays)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return b"".join([_LENGTH.pack(_MARK, len(text)), text, *(a.tobytes() for a in arrays)])
+
+
+def decode(data: bytes) -> Any:
+    """Return the message that `encode` made these bytes from.
+
+    Raises:
+        SimulatorError: for other bytes, a damaged message or another version of the format.
+    """
+    try:
+        mark, length = _LENGTH.unpack_from(data)
+        if mark != _MARK:
+            raise ValueError(f"starts with {mark!r}")
+        body = memoryview(data)[_LENGTH.size :]
+        header = json.loads(bytes(body[:length]))
+        version = header["version"]
+        if version == VERSION:
+            return _Reader(body[length:]).read(header["message"])
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise SimulatorError(
+            f"expected a bridge message (format {VERSION}), got {len(data)} other bytes: {error!r}"
+        ) from error
+    raise SimulatorError(
+        f"expected bridge messages of format {VERSION}, got format {version}: trainer and "
+        "simulator run different versions of evac_jax"
+    )

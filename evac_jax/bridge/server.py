@@ -1,0 +1,138 @@
+"""The simulator's side of the bridge: builds the environment and answers requests until the end.
+
+Imports torch, never JAX. Whatever the environment raises is sent to the trainer with its
+traceback before the process ends; the process also ends, with its children, when the trainer does.
+"""
+
+import contextlib
+import faulthandler
+import importlib
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from evac_jax.bridge import protocol
+from evac_jax.bridge.slots import CudaSlots, SharedSlots, SlotLayout
+from evac_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from evac_jax.sim.base import Environment
+
+# A busy simulator gets this long to notice that the trainer is gone before it is killed.
+ORPHAN_GRACE_S = 2.0
+
+
+def build_environment(spec: dict) -> "Environment":
+    """Return the environment that a worker spec names (see `evac_jax.sim.worker`).
+
+    Raises:
+        ConfigError: if the spec names nothing that can be imported.
+    """
+    known = {"environment", "config", "device", "threads", "slots"}
+    if unknown := sorted(spec.keys() - known):
+        raise ConfigError(f"worker spec: expected keys {sorted(known)}, got also {unknown}")
+    module, _, name = str(spec.get("environment", "")).partition(":")
+    if not (module and name):
+        raise ConfigError(
+            f'worker spec: environment must be "module:factory", got {spec.get("environment")!r}'
+        )
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"worker spec: cannot import {module}:{name}: {error}") from error
+    config = dict(spec.get("config", {}))
+    if "device" in spec:
+        config["device"] = spec["device"]
+    return factory(config)
+
+
+class _Inbox:
+    """Reads messages in a thread of its own.
+
+    The trainer can thus send the next request while this one is computed, whatever their sizes,
+    and the end of the trainer is seen at once, even in the middle of a chunk.
+    """
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._messages: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="bridge-inbox", daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self._messages.put(self._connection.recv_bytes())
+        self._messages.put(None)
+        time.sleep(ORPHAN_GRACE_S)
+        # The client made this process the leader of its group: children end with it.
+        os.killpg(0, signal.SIGKILL)
+
+    def next(self):
+        """Return the next message, `Close` once the trainer is gone."""
+        data = self._messages.get()
+        return protocol.Close() if data is None else protocol.decode(data)
+
+
+def _attach(attach: protocol.Attach, spec: dict, layout: SlotLayout, slots_fd: int) -> SharedSlots:
+    if attach.cuda:
+        return CudaSlots(
+            slots_fd, layout, attach.num_slots, device=spec["device"], handles=attach.cuda
+        )
+    return SharedSlots(slots_fd, layout, attach.num_slots)
+
+
+def _serve(connection: Connection, inbox: _Inbox, slots_fd: int) -> None:
+    import torch
+
+    message = inbox.next()
+    if isinstance(message, protocol.Close):
+        return
+    spec = message.spec
+    torch.set_num_threads(int(spec.get("threads", 1)))
+    environment = build_environment(spec)
+    try:
+        connection.send_bytes(protocol.encode(protocol.Hello(environment.spec)))
+        message = inbox.next()
+        if isinstance(message, protocol.Close):
+            return
+        slots = _attach(message, spec, SlotLayout.of(environment.spec), slots_fd)
+        tensors = [slots.tensors(slot) for slot in range(slots.num_slots)]
+        while not isinstance(request := inbox.next(), protocol.Close):
+            frames, clip = tensors[request.slot]
+            slots.begin(request.slot)
+            if isinstance(request, protocol.Reset):
+                result = environment.reset(request.starts, request.seed, frames, clip)
+            else:
+                result = environment.step(request.actions, frames, clip)
+            slots.finish()
+            slots.publish(request.slot, request.request)
+            reply = protocol.Reply(request.request, request.slot, result)
+            connection.send_bytes(protocol.encode(reply))
+    finally:
+        environment.close()
+
+
+def run(connection_fd: int, slots_fd: int) -> int:
+    """Serve on inherited file descriptors; return the exit status of the process."""
+    for fd in (connection_fd, slots_fd):
+        os.set_inheritable(fd, False)  # a child that kept the socket would hide our end
+    faulthandler.enable()
+    # The trainer asks with this signal where a stuck simulator is.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    connection = Connection(connection_fd)
+    inbox = _Inbox(connection)
+    try:
+        _serve(connection, inbox, slots_fd)
+    except BaseException as error:
+        failure = protocol.Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        logging.exception("simulator failed")
+        with contextlib.suppress(OSError):  # the trainer may be what is gone
+            connection.send_bytes(protocol.encode(failure))
+        return 1
+    return 0
