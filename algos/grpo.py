@@ -1,0 +1,83 @@
+"""GRPO: the advantage of an episode is its score relative to its group's.
+
+Source: Shao et al. 2024, "DeepSeekMath" (arXiv:2402.03300), section 4.1, as RLinf applies it to
+chunked VLA policies. Differences, each with a field or function that names it:
+1. means are over the global batch and over what masks cover after broadcasting;
+2. episodes without ends train on everything instead of failing;
+3. a global batch without a valid entry is skipped;
+4. the KL estimators put the policy first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from algos import advantages as adv
+from algos import policy_gradient, update
+from algos.policy_gradient import PolicyGradientConfig
+from algos.types import RolloutBatch, Targets, WeightedMetric
+
+
+@dataclass(frozen=True)
+class Config(PolicyGradientConfig):
+    """GRPO; fields in `PolicyGradientConfig`.
+
+    Attributes:
+        group_size: episodes compared with each other, >= 2.
+    """
+
+    group_size: int = 8
+
+
+def problems(
+    cfg: Config, *, num_samples: int | None = None, reward_coefficient: float | None = None
+) -> list[str]:
+    """Return every reason why this configuration cannot work, [] when there is none."""
+    found = policy_gradient.shared_problems(
+        cfg, num_samples=num_samples, reward_coefficient=reward_coefficient
+    )
+    if cfg.group_size < 2:
+        found.append(
+            f"config.algo.group_size: GRPO compares episodes, it needs at least 2, "
+            f"got {cfg.group_size}"
+        )
+    return found
+
+
+def advantages(batch: RolloutBatch, cfg: Config) -> tuple[Targets, dict[str, WeightedMetric]]:
+    """Return each episode's group-relative score at all its valid entries, and rollout metrics.
+
+    Statistics use all members of a group, also where the filter drops it.
+    """
+    episodes = policy_gradient.read_episodes(batch, cfg)
+    scores = adv.episode_scores(
+        adv.flatten_steps(episodes.rewards), adv.flatten_steps(episodes.dones)
+    )
+    relative = adv.group_relative(scores, cfg.group_size)[:, None, None]
+    valid = True if episodes.valid is None else episodes.valid
+    targets = Targets(
+        advantages=jnp.where(valid, jnp.broadcast_to(relative, episodes.rewards.shape), 0.0),
+        returns=None,
+        values=None,
+        valid=episodes.valid,
+        num_valid=episodes.num_valid,
+    )
+    return targets, policy_gradient.rollout_metrics(batch, episodes, targets, cfg)
+
+
+loss = policy_gradient.policy_loss
+
+
+def make_update(
+    apply: update.Apply,
+    optimizer: optax.GradientTransformation,
+    cfg: Config,
+    constrain: Callable[[Any], Any] = update.identity,
+) -> update.Update:
+    """Return `update(state, batch, key) -> (state, metrics)`; see `update.make_update`."""
+    return update.make_update(
+        apply, optimizer, cfg, advantages=advantages, loss=loss, constrain=constrain
+    )

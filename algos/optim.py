@@ -1,0 +1,213 @@
+"""The optimiser: AdamW in two groups, one clipped norm, schedules that tick once per iteration.
+
+Extra arguments reach it through optax: `iteration` (finished iterations) and `only_value_head`
+(critic warm-up). Its state carries the learning rates and the norm of the last step, for the
+metrics.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+SCHEDULES = ("constant", "cosine", "openpi_cosine", "native_constant", "native_cosine")
+NATIVE_COSINE_FLOOR = 1e-6  # absolute; RLinf hands it to torch's CosineAnnealingLR
+VALUE_HEAD = "value_head"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        lr: peak learning rate of the policy, > 0.
+        value_lr: peak learning rate of parameters with "value_head" in their path, > 0; takes the
+            place of a value-loss coefficient.
+        betas: decay rates of Adam's moments, each in [0, 1).
+        eps: added to the root of the second moment, > 0.
+        weight_decay: decoupled decay, in both groups, >= 0.
+        clip_grad: largest global L2 norm of the gradient; larger ones are scaled down to it; > 0.
+        schedule: "constant" (with warm-up); "cosine" (warm-up, then cosine to the floor, Hugging
+            Face's); "openpi_cosine" (warm-up that does not start at 0, cosine held at the floor
+            after the end); "native_constant" and "native_cosine" (torch's, without warm-up).
+        warmup_iterations: iterations until the peak, >= 0; -1 = warmup_ratio x total_iterations.
+        warmup_ratio: share of total_iterations, 0..1; used when warmup_iterations is -1.
+        total_iterations: iterations of the whole schedule; needed (>= 1) by the cosines.
+        min_lr: floor of the cosines as a rate, >= 0; the value group's is in proportion.
+        min_lr_rate: floor as a share of lr, 0..1; takes precedence over min_lr.
+        num_cycles: cosine waves until the end; 0.5 = once down.
+    """
+
+    lr: float = 2e-5
+    value_lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-5
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    schedule: str = "constant"
+    warmup_iterations: int = 0
+    warmup_ratio: float = 0.0
+    total_iterations: int = 0
+    min_lr: float = 0.0
+    min_lr_rate: float | None = None
+    num_cycles: float = 0.5
+
+
+def problems(cfg: OptimizerConfig) -> list[str]:
+    """Return every reason why this configuration cannot work, [] when there is none."""
+    found = [
+        f"config.optim.{name}: expected > 0, got {getattr(cfg, name)}"
+        for name in ("lr", "value_lr", "eps", "clip_grad", "num_cycles")
+        if getattr(cfg, name) <= 0
+    ]
+    if not all(0 <= beta < 1 for beta in cfg.betas):
+        found.append(f"config.optim.betas: expected two numbers in [0, 1), got {cfg.betas}")
+    if cfg.weight_decay < 0:
+        found.append(f"config.optim.weight_decay: expected >= 0, got {cfg.weight_decay}")
+    if cfg.schedule not in SCHEDULES:
+        found.append(f"config.optim.schedule: expected one of {SCHEDULES}, got {cfg.schedule!r}")
+    elif "cosine" in cfg.schedule and cfg.total_iterations < 1:
+        found.append(
+            f"config.optim.total_iterations: {cfg.schedule!r} needs it to be >= 1, "
+            f"got {cfg.total_iterations}; set it to train.iterations"
+        )
+    if cfg.warmup_iterations < -1:
+        found.append(f"config.optim.warmup_iterations: expected >= -1, got {cfg.warmup_iterations}")
+    if not 0.0 <= cfg.warmup_ratio <= 1.0:
+        found.append(f"config.optim.warmup_ratio: expected 0..1, got {cfg.warmup_ratio}")
+    if cfg.min_lr_rate is not None and not 0.0 <= cfg.min_lr_rate <= 1.0:
+        found.append(f"config.optim.min_lr_rate: expected 0..1, got {cfg.min_lr_rate}")
+    if not 0.0 <= cfg.min_lr <= cfg.lr:
+        found.append(f"config.optim.min_lr: expected 0..lr ({cfg.lr}), got {cfg.min_lr}")
+    return found
+
+
+def learning_rate_factor(cfg: OptimizerConfig, iteration: Array) -> Float[Array, "..."]:
+    """Return what the peak rates of both groups are multiplied with in an iteration (from 0).
+
+    Source: RLinf's scheduler kinds: transformers' constant and min-lr cosine schedules, openpi's
+    cosine, torch's CosineAnnealingLR.
+    """
+    now = jnp.asarray(iteration, jnp.result_type(float))
+    if cfg.schedule == "native_constant":
+        return jnp.ones_like(now)
+    total = cfg.total_iterations
+    if cfg.schedule == "native_cosine":
+        floor = NATIVE_COSINE_FLOOR / cfg.lr
+        return floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * now / total))
+    warmup = cfg.warmup_iterations
+    if warmup < 0:
+        warmup = int(cfg.warmup_ratio * total)
+    ramp = now / max(1, warmup)
+    if cfg.schedule == "constant":
+        return jnp.where(now < warmup, ramp, 1.0)
+    floor = cfg.min_lr / cfg.lr if cfg.min_lr_rate is None else cfg.min_lr_rate
+    progress = (now - warmup) / max(1, total - warmup)
+    if cfg.schedule == "openpi_cosine":
+        start = 1.0 / (warmup + 1)
+        ramp = start + (1.0 - start) * ramp
+        progress = jnp.clip(progress, 0.0, 1.0)
+    wave = 0.5 * (1.0 + jnp.cos(2.0 * math.pi * cfg.num_cycles * progress))
+    return jnp.where(now < warmup, ramp, floor + (1.0 - floor) * jnp.maximum(wave, 0.0))
+
+
+def clip_by_global_norm(
+    gradients: optax.Updates, max_norm: float
+) -> tuple[optax.Updates, Float[Array, ""]]:
+    """Return (gradients scaled down to `max_norm` when they exceed it, their norm before)."""
+    norm = optax.tree.norm(gradients)
+    scale = jnp.where(norm > max_norm, max_norm / norm, 1.0)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), norm
+
+
+class OptimizerState(NamedTuple):
+    """State of `make_optimizer`'s transformation.
+
+    Attributes:
+        adam: moments of every trainable parameter.
+        start: iteration of the first step since `init`, where the schedule begins; -1 = none yet.
+        lr: rate of the policy in the last step; 0 while only the value head trains.
+        value_lr: rate of the value head in the last step.
+        grad_norm: global norm of the last gradient before clipping.
+    """
+
+    adam: optax.OptState
+    start: Array
+    lr: Array
+    value_lr: Array
+    grad_norm: Array
+
+
+def path_name(path) -> str:
+    """Path of a leaf as "a/b/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def make_optimizer(
+    cfg: OptimizerConfig, trainable: Callable[[str], bool] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Return the optimiser of a policy with an optional value head.
+
+    Moments are float32 (or wider) whatever the parameters' dtype.
+
+    Args:
+        trainable: whether the parameter at a path trains; None = all do. Frozen ones get neither
+            moments nor decay, and stay out of the norm. (Cheaper still: leave them out of the tree
+            and close over them in `apply`, which saves their gradients too.)
+
+    Source: RLinf's AdamW groups. Differences: 1. the value group follows "value_head" in the path.
+    """
+    adam = optax.scale_by_adam(b1=cfg.betas[0], b2=cfg.betas[1], eps=cfg.eps)
+
+    def kept(tree: optax.Params) -> optax.Params:
+        """Trainable leaves in float32, the others replaced by None (an empty subtree)."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (
+                leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+                if trainable is None or trainable(path_name(path))
+                else None
+            ),
+            tree,
+        )
+
+    def per_group(tree: optax.Params, policy: Array, value: Array) -> optax.Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * (value if VALUE_HEAD in path_name(path) else policy), tree
+        )
+
+    def init(params: optax.Params) -> OptimizerState:
+        zero = jnp.zeros((), jnp.float32)
+        return OptimizerState(adam.init(kept(params)), jnp.asarray(-1, jnp.int32), zero, zero, zero)
+
+    def update(updates, state, params=None, *, iteration, only_value_head=False, **_):
+        if params is None:
+            raise ValueError("the optimiser needs params: weight decay acts on them")
+        policy_on = jnp.where(only_value_head, 0.0, 1.0)
+        gradients = per_group(kept(updates), policy_on, jnp.ones(()))
+        gradients, norm = clip_by_global_norm(gradients, cfg.clip_grad)
+        steps, adam_state = adam.update(gradients, state.adam)
+        start = jnp.where(state.start < 0, jnp.asarray(iteration, jnp.int32), state.start)
+        factor = learning_rate_factor(cfg, iteration - start)
+        lr, value_lr = cfg.lr * factor * policy_on, cfg.value_lr * factor
+        decayed = jax.tree.map(lambda s, p: s + cfg.weight_decay * p, steps, kept(params))
+        steps = per_group(decayed, -lr, -value_lr)
+        # Put zeros back where `kept` left parameters out.
+        full = jax.tree.map(
+            lambda step, leaf: jnp.zeros_like(leaf) if step is None else step,
+            steps,
+            updates,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        state = OptimizerState(
+            adam_state,
+            start,
+            *(jnp.asarray(x, jnp.float32) for x in (lr, value_lr, norm)),
+        )
+        return full, state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,167 @@
+"""PPO with a value head: generalised advantages, clipped policy and value losses.
+
+Source: Schulman et al. 2017, "Proximal Policy Optimization" (arXiv:1707.06347), as RLinf applies it
+to chunked VLA policies. Differences, each with a field or function that names it:
+1. means and advantage statistics are over the global batch, not a rank or a micro-batch;
+2. `normalize_advantages` is honoured, and leaves fewer than two valid entries alone;
+3. truncated ends can be bootstrapped;
+4. a global batch without a valid entry is skipped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from algos import advantages as adv
+from algos import losses, metrics, policy_gradient, update
+from algos.policy_gradient import LossOutput, LossWeights, PolicyGradientConfig
+from algos.types import RolloutBatch, Samples, Targets, WeightedMetric
+from policies.types import PolicyEvaluation
+
+
+@dataclass(frozen=True)
+class Config(PolicyGradientConfig):
+    """PPO; the other fields in `PolicyGradientConfig`.
+
+    Attributes:
+        gamma: discount per step (action, or chunk with chunk-level rewards), 0..1.
+        gae_lambda: trace decay of generalised advantage estimation, 0..1.
+        normalize_advantages: to mean 0 and deviation 1 over the iteration's valid entries.
+        bootstrap_truncated: use the value after a time limit as what would have come; False treats
+            it as an end, as RLinf does. Not with auto_reset, where that value belongs to the next
+            episode.
+        value_clip: largest change of a value that counts, > 0.
+        huber_delta: error from which the value loss grows linearly, > 0.
+        value_coefficient: weight of the value loss, >= 0; matters for what policy and value head
+            share, the head itself has optim.value_lr. RLinf has none, that is 1.
+        critic_warmup_updates: first optimiser steps that train the value head alone, >= 0; then
+            optimiser and schedule start anew.
+    """
+
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    normalize_advantages: bool = True
+    bootstrap_truncated: bool = False
+    value_clip: float = 0.2
+    huber_delta: float = 10.0
+    value_coefficient: float = 1.0
+    critic_warmup_updates: int = 0
+
+    @property
+    def num_warmup_updates(self) -> int:
+        """Optimiser steps that train the value head alone."""
+        return self.critic_warmup_updates
+
+
+def problems(
+    cfg: Config, *, num_samples: int | None = None, reward_coefficient: float | None = None
+) -> list[str]:
+    """Return every reason why this configuration cannot work, [] when there is none."""
+    found = policy_gradient.shared_problems(
+        cfg, num_samples=num_samples, reward_coefficient=reward_coefficient
+    )
+    for name, fits, expected in (
+        ("gamma", 0.0 <= cfg.gamma <= 1.0, "0..1"),
+        ("gae_lambda", 0.0 <= cfg.gae_lambda <= 1.0, "0..1"),
+        ("value_clip", cfg.value_clip > 0.0, "> 0"),
+        ("huber_delta", cfg.huber_delta > 0.0, "> 0"),
+        ("value_coefficient", cfg.value_coefficient >= 0.0, "at least 0"),
+        ("critic_warmup_updates", cfg.critic_warmup_updates >= 0, "at least 0"),
+        (
+            "bootstrap_truncated",
+            not (cfg.bootstrap_truncated and cfg.auto_reset),
+            "False with auto_reset, whose next value belongs to the next episode",
+        ),
+    ):
+        if not fits:
+            found.append(f"config.algo.{name}: expected {expected}, got {getattr(cfg, name)!r}")
+    return found
+
+
+def advantages(batch: RolloutBatch, cfg: Config) -> tuple[Targets, dict[str, WeightedMetric]]:
+    """Return generalised advantages with their returns, and rollout metrics.
+
+    Without values in the batch the critic-free form is used: undiscounted rewards to come.
+    """
+    episodes = policy_gradient.read_episodes(batch, cfg)
+    shape = episodes.rewards.shape
+    rewards = adv.flatten_steps(episodes.rewards)
+    dones = adv.flatten_steps(episodes.dones)
+    old_values = None
+    if batch.values is None:
+        estimates, returns = adv.returns_to_go(rewards, dones)
+    else:
+        if batch.values.shape[2] != shape[2]:
+            raise ValueError(
+                f"reward_type={cfg.reward_type!r} needs values of shape [B T+1 {shape[2]}], got "
+                f"{batch.values.shape}; set config.policy.value_head to the level of "
+                "config.algo.reward_type"
+            )
+        bootstrap = None
+        if cfg.bootstrap_truncated:
+            cut_off, ended = batch.truncated, batch.terminated & (not cfg.ignore_terminations)
+            if cfg.reward_type == "chunk_level":
+                cut_off, ended = (x.any(axis=-1, keepdims=True) for x in (cut_off, ended))
+            bootstrap = adv.flatten_steps(cut_off & ~ended)
+        estimates, returns = adv.gae(
+            rewards,
+            adv.flatten_values(batch.values),
+            dones,
+            gamma=cfg.gamma,
+            gae_lambda=cfg.gae_lambda,
+            bootstrap=bootstrap,
+        )
+        old_values = batch.values[:, :-1]
+    estimates = estimates.reshape(shape)
+    if cfg.normalize_advantages:
+        estimates = adv.normalize(estimates, episodes.valid)
+    targets = Targets(
+        advantages=estimates,
+        returns=returns.reshape(shape),
+        values=old_values,
+        valid=episodes.valid,
+        num_valid=episodes.num_valid,
+    )
+    return targets, policy_gradient.rollout_metrics(batch, episodes, targets, cfg)
+
+
+def loss(
+    evaluation: PolicyEvaluation, samples: Samples, weights: LossWeights, cfg: Config, **options
+) -> LossOutput:
+    """Return policy loss + value_coefficient·value loss; options as in `policy_loss`."""
+    policy = policy_gradient.policy_loss(evaluation, samples, weights, cfg, **options)
+    if evaluation.values is None or samples.old_values is None:
+        raise ValueError("PPO needs a policy with a value head; set config.policy.value_head")
+    per_entry = losses.clipped_value_loss(
+        evaluation.values,
+        samples.returns,
+        samples.old_values,
+        value_clip=cfg.value_clip,
+        huber_delta=cfg.huber_delta,
+    )
+    value_loss = losses.weighted_sum(per_entry, weights.value)
+    return LossOutput(
+        loss=policy.loss + cfg.value_coefficient * value_loss,
+        terms=policy.terms | {"critic/value_loss": value_loss, "actor/value_loss": value_loss},
+        metrics=policy.metrics
+        | {
+            "critic/value_clip_ratio": metrics.value_clip_ratio(
+                evaluation.values, samples.old_values, samples.valid, cfg.value_clip
+            )
+        },
+        statistics=metrics.value_statistics(evaluation.values, samples.returns, samples.valid),
+    )
+
+
+def make_update(
+    apply: update.Apply,
+    optimizer: optax.GradientTransformation,
+    cfg: Config,
+    constrain: Callable[[Any], Any] = update.identity,
+) -> update.Update:
+    """Return `update(state, batch, key) -> (state, metrics)`; see `update.make_update`."""
+    return update.make_update(
+        apply, optimizer, cfg, advantages=advantages, loss=loss, constrain=constrain
+    )

@@ -1,0 +1,274 @@
+"""One iteration's learning as one traced function: epochs x global batches x micro-batches.
+
+Frames stay uint8 and where they are until a micro-batch gathers its own. No host callbacks, no mesh
+axis names: inputs may be sharded, `constrain` is where the caller says how a micro-batch lies.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+from algos import metrics
+from algos.policy_gradient import LossOutput, PolicyGradientConfig, loss_weights
+from algos.types import RolloutBatch, Samples, Targets, TrainState, WeightedMetric
+from policies.types import ObsBatch, PolicyEvaluation
+
+Apply = Callable[[Any, ObsBatch, Array], PolicyEvaluation]
+Metrics = dict[str, WeightedMetric]
+Update = Callable[[TrainState, RolloutBatch, Array], tuple[TrainState, Metrics]]
+
+
+def identity(tree: Any) -> Any:
+    """Return the tree as it is."""
+    return tree
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, *, keep_reference: bool = False
+) -> TrainState:
+    """Return the state before the first update.
+
+    Args:
+        keep_reference: keep a copy of the parameters for the KL penalty.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        updates=zero,
+        skipped=zero,
+        ref_params=jax.tree.map(jnp.copy, params) if keep_reference else None,
+    )
+
+
+def make_samples(batch: RolloutBatch, targets: Targets) -> Samples:
+    """Return the chunks of a rollout, [B T ...] flattened to [N ...]."""
+    samples = Samples(
+        tokens=batch.tokens,
+        old_log_probs=batch.log_probs,
+        advantages=targets.advantages,
+        returns=targets.returns,
+        old_values=targets.values,
+        valid=targets.valid,
+        num_valid=targets.num_valid,
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
+
+
+def observations(batch: RolloutBatch, indices: Int[Array, " b"]) -> ObsBatch:
+    """Return what the policy saw before the chunks `indices` (b*T + t)."""
+    num_chunks = batch.tokens.shape[1]
+    episodes = indices // num_chunks
+    return ObsBatch(
+        images=batch.images[episodes, indices % num_chunks],
+        prompt_tokens=batch.prompt_tokens[episodes],
+        prompt_mask=batch.prompt_mask[episodes],
+    )
+
+
+@chex.dataclass(frozen=True)
+class UpdateLog:
+    """What happened, U global batches by M micro-batches.
+
+    Attributes:
+        outputs: of each micro-batch, leaves [U M].
+        metrics: of each global batch, leaves [U].
+        finite: loss and gradient were finite.
+        any_valid: some entry counted.
+    """
+
+    outputs: LossOutput
+    metrics: dict[str, WeightedMetric]
+    finite: Bool[Array, " U"]
+    any_valid: Bool[Array, " U"]
+
+
+def run_updates(
+    state: TrainState,
+    batch: RolloutBatch,
+    samples: Samples,
+    order: Int[Array, " N"],
+    *,
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    cfg: PolicyGradientConfig,
+    loss: Callable[..., LossOutput],
+    constrain: Callable[[Any], Any] = identity,
+) -> tuple[TrainState, UpdateLog]:
+    """Take one optimiser step per global batch of `order`, `cfg.update_epochs` times over.
+
+    A non-finite loss or gradient, or a batch in which nothing counts, leaves parameters and
+    optimiser as they are. Gradients are accumulated in float32.
+
+    Raises:
+        ValueError: sizes do not divide, or the KL penalty has no reference.
+    """
+    num_samples, num_micro = len(order), cfg.num_micro_batches
+    if num_samples % cfg.global_batch or cfg.global_batch % num_micro:
+        raise ValueError(
+            f"config.algo.global_batch={cfg.global_batch} must divide the {num_samples} chunks of "
+            f"an iteration, and config.algo.micro_batch={cfg.micro_batch} must divide it"
+        )
+    if cfg.kl_beta > 0.0 and state.ref_params is None:
+        raise ValueError("config.algo.kl_beta > 0 needs TrainState.ref_params")
+    optimizer = optax.with_extra_args_support(optimizer)
+    episode_steps = cfg.episode_steps or batch.rewards[0].size
+    warmup = cfg.num_warmup_updates
+
+    def weights_of(part: Samples):
+        if not cfg.reference_micro_batch_mean:
+            return loss_weights(part, cfg, episode_steps)
+        weights = jax.vmap(lambda s: loss_weights(s, cfg, episode_steps))(split(part))
+        return jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]) / num_micro, weights)
+
+    def split(tree):
+        return jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[1:]), tree)
+
+    def global_step(state: TrainState, indices: Int[Array, " G"]):
+        part = jax.tree.map(lambda x: x[indices], samples)
+        policy_on = state.updates >= warmup
+
+        def add_gradient(total, micro):
+            micro_indices, micro_samples, micro_weights = micro
+            obs = constrain(observations(batch, micro_indices))
+            micro_samples, micro_weights = constrain((micro_samples, micro_weights))
+            ref_log_probs = None
+            if cfg.kl_beta > 0.0:
+                ref_log_probs = apply(state.ref_params, obs, micro_samples.tokens).log_probs
+
+            def objective(params):
+                output = loss(
+                    apply(params, obs, micro_samples.tokens),
+                    micro_samples,
+                    micro_weights,
+                    cfg,
+                    policy_on=policy_on,
+                    ref_log_probs=ref_log_probs,
+                )
+                return output.loss, output
+
+            gradient, output = jax.grad(objective, has_aux=True)(state.params)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradient), output
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _at_least_float32(p)), state.params)
+        gradient, outputs = jax.lax.scan(
+            add_gradient,
+            zeros,
+            (indices.reshape(num_micro, -1), split(part), split(weights_of(part))),
+        )
+
+        opt_state = state.opt_state
+        if warmup > 0:  # the policy starts with a fresh optimiser and schedule
+            restart = state.updates == warmup
+            opt_state = _select(restart, optimizer.init(state.params), opt_state)
+        steps, opt_state = optimizer.update(
+            gradient,
+            opt_state,
+            state.params,
+            iteration=state.step,
+            only_value_head=~policy_on,
+        )
+        norm = optax.tree.get(opt_state, "grad_norm", default=optax.tree.norm(gradient))
+        finite = jnp.isfinite(outputs.loss.sum()) & jnp.isfinite(norm)
+        any_valid = jnp.asarray(True) if part.valid is None else part.valid.any()
+        taken = finite & any_valid
+        figures = {"actor/grad_norm": metrics.once(norm, finite)}
+        for name, field in (("actor/lr", "lr"), ("critic/lr", "value_lr")):
+            rate = optax.tree.get(opt_state, field)
+            if rate is not None:
+                figures[name] = metrics.once(rate)
+        params = jax.tree.map(
+            lambda p, s: (p.astype(_at_least_float32(p)) + s).astype(p.dtype), state.params, steps
+        )
+        state = state.replace(
+            params=_select(taken, params, state.params),
+            opt_state=_select(taken, opt_state, state.opt_state),
+            updates=state.updates + taken,
+            skipped=state.skipped + ~taken,
+        )
+        return state, UpdateLog(
+            outputs=outputs, metrics=figures, finite=finite, any_valid=any_valid
+        )
+
+    global_batches = jnp.tile(order.reshape(-1, cfg.global_batch), (cfg.update_epochs, 1))
+    return jax.lax.scan(global_step, state, global_batches)
+
+
+def summarise(log: UpdateLog, cfg: PolicyGradientConfig) -> Metrics:
+    """Return the actor/* and critic/* metrics of an iteration, non-finite batches left out."""
+    outputs = jax.tree.map(
+        lambda x: jnp.where(log.finite.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0), log.outputs
+    )
+    num_micro = cfg.num_micro_batches
+    weight = jnp.sum(log.finite) * 1.0
+    # Contributions add up over micro-batches to the global batch's loss.
+    terms = outputs.terms | {"actor/loss": outputs.loss}
+    figures = {name: WeightedMetric(sum=x.sum(), weight=weight) for name, x in terms.items()}
+    divisor = num_micro if cfg.reference_micro_batch_mean else 1
+    figures["actor/total_loss"] = WeightedMetric(
+        sum=outputs.loss.sum() / divisor, weight=figures["actor/loss"].weight
+    )
+    figures |= jax.tree.map(jnp.sum, outputs.metrics | log.metrics)
+    # With parameters unchanged the ratio must be 1: the cheapest alarm for a sampler and a learner
+    # that disagree.
+    figures["actor/ratio_abs_first"] = jax.tree.map(
+        lambda x: x[0].sum(), outputs.metrics["actor/ratio_abs"]
+    )
+    if outputs.statistics is not None:
+        figures["critic/explained_variance"] = outputs.statistics.explained_variance()
+    figures["actor/skipped_updates"] = metrics.once(jnp.sum(~log.finite) * 1.0)
+    figures["actor/empty_updates"] = metrics.once(jnp.sum(~log.any_valid) * 1.0)
+    return figures
+
+
+def make_update(
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    cfg: PolicyGradientConfig,
+    *,
+    advantages: Callable[[RolloutBatch, Any], tuple[Targets, Metrics]],
+    loss: Callable[..., LossOutput],
+    constrain: Callable[[Any], Any] = identity,
+) -> Update:
+    """Return `update(state, batch, key) -> (state, metrics)`, to be jitted by the caller.
+
+    Args:
+        apply: (params, obs, tokens [b K A]) -> evaluation of the tokens by the policy; may close
+            over frozen parameters.
+        optimizer: see `optim.make_optimizer`; any optax transformation works.
+        constrain: lays a micro-batch (a tree with the batch axis first) over the devices.
+    """
+
+    def update(state: TrainState, batch: RolloutBatch, key: Array) -> tuple[TrainState, Metrics]:
+        targets, figures = advantages(batch, cfg)
+        samples = make_samples(batch, jax.lax.stop_gradient(targets))
+        # One permutation per iteration, reused by every epoch.
+        order = jax.random.permutation(key, samples.tokens.shape[0])
+        state, log = run_updates(
+            state,
+            batch,
+            samples,
+            order,
+            apply=apply,
+            optimizer=optimizer,
+            cfg=cfg,
+            loss=loss,
+            constrain=constrain,
+        )
+        return state.replace(step=state.step + 1), figures | summarise(log, cfg)
+
+    return update
+
+
+def _at_least_float32(x: Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _select(condition: Bool[Array, ""], then: Any, otherwise: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), then, otherwise)
