@@ -1,0 +1,55 @@
+"""What the trainer expects of a policy. A structural type: policies do not inherit from it."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, Int
+
+from policies.spec import ActionSpec
+from policies.types import ObsBatch, PolicyEvaluation, PolicyOutput
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """An NNX module that draws action chunks and judges given ones.
+
+    Both methods are pure: under `nnx.split` / `nnx.merge` and `jax.jit` they depend on their
+    arguments and the parameters only. For the same parameters, observation, tokens, temperature
+    and top_k, `evaluate` returns the log-probs that `sample` returned.
+    """
+
+    @property
+    def action_spec(self) -> ActionSpec:
+        """Shape and meaning of the actions, compared with the simulator's at start-up."""
+        ...
+
+    def sample(
+        self,
+        obs: ObsBatch,
+        key: jax.Array,
+        *,
+        temperature: float | Array = 1.0,
+        top_k: int = -1,
+        greedy: bool = False,
+    ) -> PolicyOutput:
+        """Draw one chunk per row (the likeliest one if greedy)."""
+        ...
+
+    def evaluate(
+        self,
+        obs: ObsBatch,
+        tokens: Int[Array, "B K A"],
+        *,
+        temperature: float | Array = 1.0,
+        top_k: int = -1,
+    ) -> PolicyEvaluation:
+        """Return log-probs, entropies and values of given tokens."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Turns task descriptions into the prompt arrays of an `ObsBatch`."""
+
+    def encode(self, tasks: list[str]) -> tuple[Any, Any]:
+        """Return (prompt_tokens [n L] int32, prompt_mask [n L] bool)."""
+        ...

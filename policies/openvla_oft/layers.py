@@ -1,0 +1,177 @@
+"""What both towers and the Llama share: parameters, linear layers, norms, attention, the layer loop.
+
+Parameters of equal layers lie stacked, [depth ...], whether the loop is compiled once
+(`lax.scan`) or unrolled, so checkpoints and shardings do not depend on that choice.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from policies.openvla_oft.config import OpenVLAOFTConfig
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class UnusedParam(nnx.Variable):
+    """A checkpoint's tensor that no forward pass reads.
+
+    Kept so that an export holds every tensor of the import. Not an `nnx.Param`: it gets no
+    gradient and no optimiser state.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """Makes the parameters of modules.
+
+    Fresh values are drawn on the host: a hundred differently shaped random draws take XLA half a
+    minute to compile, and real sizes come from checkpoints anyway.
+
+    Attributes:
+        dtype: of the parameters.
+        generator: source of fresh values; None makes zeros, for shapes without memory inside
+            `nnx.eval_shape`.
+        stack: leading axes of every parameter, (depth,) for layers in a loop.
+        variable: `nnx.Param`, or `UnusedParam`.
+    """
+
+    dtype: jnp.dtype
+    generator: np.random.Generator | None
+    stack: tuple[int, ...] = ()
+    variable: type[nnx.Variable] = nnx.Param
+
+    @classmethod
+    def create(cls, config: OpenVLAOFTConfig, rngs: nnx.Rngs | None) -> "Maker":
+        """Return a maker in the config's dtype, seeded from `rngs.params`."""
+        generator = None
+        if rngs is not None:
+            seed = np.asarray(jax.random.key_data(rngs.params()))
+            generator = np.random.default_rng(seed)
+        return cls(jnp.dtype(config.param_dtype), generator)
+
+    def stacked(self, depth: int) -> "Maker":
+        """Return a maker of `depth` layers at once."""
+        return dataclasses.replace(self, stack=(depth,))
+
+    def unused(self) -> "Maker":
+        """Return a maker of `UnusedParam`s."""
+        return dataclasses.replace(self, variable=UnusedParam)
+
+    def normal(self, shape: tuple[int, ...], std: float) -> nnx.Variable:
+        """Return a parameter drawn from N(0, std)."""
+        shape = (*self.stack, *shape)
+        if self.generator is None:
+            return self.variable(jnp.zeros(shape, self.dtype))
+        drawn = self.generator.standard_normal(shape, np.float32) * np.float32(std)
+        return self.variable(jnp.asarray(drawn, self.dtype))
+
+    def constant(self, shape: tuple[int, ...], value: float) -> nnx.Variable:
+        """Return a parameter with one value everywhere."""
+        return self.variable(jnp.full((*self.stack, *shape), value, self.dtype))
+
+
+class Linear(nnx.Module):
+    """x W + b, kernel [in out]. Fresh kernels are N(0, 1/in) unless `std` says otherwise."""
+
+    def __init__(
+        self,
+        make: Maker,
+        width_in: int,
+        width_out: int,
+        *,
+        use_bias: bool = True,
+        std: float | None = None,
+    ):
+        self.kernel = make.normal((width_in, width_out), std or width_in**-0.5)
+        self.bias = make.constant((width_out,), 0.0) if use_bias else None
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with eps 1e-6; statistics, scale and bias in float32."""
+
+    def __init__(self, make: Maker, width: int):
+        self.scale = make.constant((width,), 1.0)
+        self.bias = make.constant((width,), 0.0)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + 1e-6)
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        return (normed * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm: float32 statistics, cast back, then times the weight."""
+
+    def __init__(self, make: Maker, width: int, eps: float):
+        self.eps = eps
+        self.scale = make.constant((width,), 1.0)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
+
+
+def gelu(x: Array) -> Array:
+    """Exact (erf) GELU."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def attend(
+    config: OpenVLAOFTConfig,
+    queries: Float[Array, "B S Q D"],
+    keys: Float[Array, "B S G D"],
+    values: Float[Array, "B S G D"],
+    key_mask: Bool[Array, "B S"] | None = None,
+) -> Float[Array, "B S QD"]:
+    """Bidirectional attention with scale 1/sqrt(D); every query sees the keys that are True."""
+    attended = jax.nn.dot_product_attention(
+        queries,
+        keys,
+        values,
+        mask=None if key_mask is None else key_mask[:, None, None, :],
+        implementation=None if config.attention == "auto" else config.attention,
+    )
+    return attended.reshape(*attended.shape[:2], -1)
+
+
+def run_layers(
+    config: OpenVLAOFTConfig, layers: nnx.Module, x: Array, *args, collect: bool = False
+) -> tuple[Array, Array | None]:
+    """Apply stacked layers one after another: x <- layer(x, *args).
+
+    Returns:
+        the last output and, with `collect`, every layer's output stacked in front; else None.
+    """
+    graphdef, stacked = nnx.split(layers)
+
+    def body(x, layer):
+        x = nnx.merge(graphdef, layer)(x, *args)
+        return x, (x if collect else None)
+
+    if config.remat != "none":
+        # Inside a scan the compiler cannot merge the recomputation with the forward pass, so the
+        # barriers that prevent it would only cost.
+        body = jax.checkpoint(body, policy=REMAT[config.remat], prevent_cse=not config.scan_layers)
+    if config.scan_layers:
+        return jax.lax.scan(body, x, stacked)
+    outputs = []
+    for index in range(jax.tree.leaves(stacked)[0].shape[0]):
+        x, output = body(x, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+        outputs.append(output)
+    return x, (jnp.stack(outputs) if collect else None)

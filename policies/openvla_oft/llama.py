@@ -1,0 +1,110 @@
+"""The Llama of OpenVLA-OFT: bidirectional, with a key mask; no cache, no token is fed back.
+
+Source: transformers 4.40.1 `LlamaModel` with moojink/transformers-openvla-oft's one change,
+bidirectional attention in the SDPA path.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from policies.openvla_oft.config import OpenVLAOFTConfig
+from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, run_layers
+
+
+def rotary_tables(
+    config: OpenVLAOFTConfig, positions: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S 1 D"], Float[Array, "B S 1 D"]]:
+    """Return (cos, sin) of the rotary embedding, each half of the head dimension alike.
+
+    Angles are float32: theta^(-2j/D) * position.
+    """
+    dim = config.hidden_size // config.num_heads
+    frequencies = config.rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    if config.reference_rope_rounding:
+        frequencies = frequencies.astype(jnp.bfloat16).astype(jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
+    dtype = jnp.dtype(config.compute_dtype)
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def rotate(x: Float[Array, "B S Q D"], cos: Array, sin: Array) -> Float[Array, "B S Q D"]:
+    """Apply the rotary embedding in the "rotate half" layout."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+class LlamaLayer(nnx.Module):
+    """Pre-norm attention and SiLU-gated MLP, no biases."""
+
+    def __init__(self, config: OpenVLAOFTConfig, make: Maker):
+        self.config = config
+        width, mlp = config.hidden_size, config.intermediate_size
+        kv_width = width // config.num_heads * config.num_kv_heads
+        self.input_layernorm = RMSNorm(make, width, config.rms_norm_eps)
+        self.q_proj = Linear(make, width, width, use_bias=False)
+        self.k_proj = Linear(make, width, kv_width, use_bias=False)
+        self.v_proj = Linear(make, width, kv_width, use_bias=False)
+        self.o_proj = Linear(make, width, width, use_bias=False)
+        self.post_attention_layernorm = RMSNorm(make, width, config.rms_norm_eps)
+        self.gate_proj = Linear(make, width, mlp, use_bias=False)
+        self.up_proj = Linear(make, width, mlp, use_bias=False)
+        self.down_proj = Linear(make, mlp, width, use_bias=False)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], cos: Array, sin: Array, key_mask: Bool[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        normed = self.input_layernorm(x)
+        heads = (*x.shape[:2], -1, cos.shape[-1])
+        queries = rotate(self.q_proj(normed).reshape(heads), cos, sin)
+        keys = rotate(self.k_proj(normed).reshape(heads), cos, sin)
+        values = self.v_proj(normed).reshape(heads)
+        x = x + self.o_proj(attend(self.config, queries, keys, values, key_mask))
+        normed = self.post_attention_layernorm(x)
+        return x + self.down_proj(jax.nn.silu(self.gate_proj(normed)) * self.up_proj(normed))
+
+
+class Llama(nnx.Module):
+    """Embedding, layers, final norm, output head (untied)."""
+
+    def __init__(self, config: OpenVLAOFTConfig, make: Maker):
+        self.config = config
+        self.embed_tokens = make.normal((config.vocab_size, config.hidden_size), 0.02)
+        self.layers = LlamaLayer(config, make.stacked(config.num_layers))
+        self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
+        # One row per token, as on disk: the action tokens are then one contiguous block.
+        self.lm_head = make.normal((config.vocab_size, config.hidden_size), 0.02)
+
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Return token embeddings in the compute dtype."""
+        embedded = jnp.take(self.embed_tokens[...], tokens, axis=0, mode="clip")
+        return embedded.astype(jnp.dtype(self.config.compute_dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        key_mask: Bool[Array, "B S"],
+        positions: Int[Array, "B S"],
+        *,
+        collect: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "depth B S D"] | None]:
+        """Return hidden states after the final norm and, with `collect`, after every layer."""
+        cos, sin = rotary_tables(self.config, positions)
+        x, outputs = run_layers(self.config, self.layers, x, cos, sin, key_mask, collect=collect)
+        return self.norm(x), outputs
+
+    def logits(
+        self, hidden: Float[Array, "... D"], first: int = 0, count: int | None = None
+    ) -> Float[Array, "... tokens"]:
+        """Return float32 logits of tokens first .. first + count - 1 (all by default).
+
+        Difference from the reference: products accumulate and stay in float32 instead of passing
+        through bfloat16 in bfloat16 runs.
+        """
+        rows = self.lm_head[...]
+        rows = jax.lax.slice_in_dim(rows, first, rows.shape[0] if count is None else first + count)
+        return jnp.einsum(
+            "...d,td->...t", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )

@@ -1,0 +1,93 @@
+"""Task descriptions to padded prompt tokens, with the checkpoint's own tokenizer."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int32
+from tokenizers import Tokenizer
+
+PROMPT = "In: What action should the robot take to {task}?\nOut: "
+SPACE = "▁"  # the piece that the prompt's trailing space becomes
+
+
+class PromptTokenizer:
+    """Prompts of a policy folder: `[BOS, PAD * k, words .., ':', space]`.
+
+    The padding stands between BOS and the words because image patches are inserted after column 0.
+
+    Args:
+        folder: Hugging Face folder with tokenizer.json (and config.json for the pad id).
+        max_length: columns of every prompt, L.
+
+    Raises:
+        FileNotFoundError: no tokenizer.json.
+        ValueError: the tokenizer lacks a special token that prompts need.
+
+    Source: RLinf openvla_oft `rlinf` version (prompt wording, BOS move).
+    """
+
+    def __init__(self, folder: str | Path, max_length: int):
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: the policy folder has no tokenizer.json; convert the checkpoint's "
+                f"tokenizer.model with the transformers library first"
+            )
+        self.max_length = max_length
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.bos_id = self._id("<s>")
+        self.space_id = self._id(SPACE)
+        self.pad_id = self._pad_id(Path(folder))
+
+    def _id(self, token: str) -> int:
+        index = self._tokenizer.token_to_id(token)
+        if index is None:
+            raise ValueError(f"tokenizer.json has no token {token!r}, which every prompt contains")
+        return index
+
+    def _pad_id(self, folder: Path) -> int:
+        config = folder / "config.json"
+        if config.is_file():
+            pad_id = json.loads(config.read_text()).get("pad_token_id")
+            if pad_id is not None:
+                return pad_id
+        return self._id("<PAD>")
+
+    @staticmethod
+    def text(task: str) -> str:
+        """Return the prompt of a task description, lower-cased."""
+        return PROMPT.format(task=task.lower())
+
+    def prompt_ids(self, task: str) -> list[int]:
+        """Return the unpadded prompt, BOS first, the trailing space last.
+
+        Raises:
+            ValueError: the prompt is longer than `max_length`.
+        """
+        ids = self._tokenizer.encode(self.text(task), add_special_tokens=False).ids
+        ids = [self.bos_id, *ids]
+        if ids[-1] != self.space_id:
+            raise ValueError(
+                f"prompt of task {task!r} must end in token {self.space_id} ({SPACE!r}), got "
+                f"{ids[-1]}: tokenizer.json is not the Llama-2 kind that OpenVLA-OFT uses"
+            )
+        if len(ids) > self.max_length:
+            raise ValueError(
+                f"task {task!r}: its prompt has {len(ids)} tokens, max_prompt_length is "
+                f"{self.max_length}; raise policy.max_prompt_length"
+            )
+        return ids
+
+    def encode(self, tasks: list[str]) -> tuple[Int32[np.ndarray, "n L"], Bool[np.ndarray, "n L"]]:
+        """Return (prompt tokens, prompt mask) of task descriptions, padded to `max_length`."""
+        tokens = np.full((len(tasks), self.max_length), self.pad_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, task in enumerate(tasks):
+            ids = self.prompt_ids(task)
+            words = self.max_length - (len(ids) - 1)
+            tokens[row, 0], tokens[row, words:] = ids[0], ids[1:]
+            mask[row, 0], mask[row, words:] = True, True
+        return tokens, mask
