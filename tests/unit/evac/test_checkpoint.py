@@ -1,0 +1,190 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from evac_jax.errors import CheckpointError, ConfigError
+from evac_jax.evac import checkpoint
+from evac_jax.evac.model import EvacModel
+from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
+from evac_jax.sim.reward import RewardConfig, RewardNet
+from tests.unit.evac.tiny import TINY, tiny_model
+
+
+def make_pose_model() -> PoseModel:
+    torch.manual_seed(0)
+    return PoseModel(PoseModelConfig(hidden=4)).eval()
+
+
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def write(path: Path, container: str, state: dict) -> None:
+    prefixed = {f"_forward_module.{key}": value for key, value in state.items()}
+    statistics = {k: v for k, v in state.items() if k.startswith("abs_")}
+    content = {
+        "lightning": {"state_dict": state, "epoch": 3},
+        "deepspeed": {"module": prefixed, "global_steps": 7},
+        "prefixed": prefixed,
+        "bare": state,
+        "predictor": {
+            "model_state_dict": {k: v for k, v in state.items() if k not in statistics},
+            **statistics,
+        },
+    }
+    if container == "safetensors":
+        save_file(state, path)
+    elif container == "legacy":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.save(content[container], path)
+
+
+@pytest.mark.parametrize(
+    "container",
+    ["lightning", "deepspeed", "prefixed", "bare", "predictor", "safetensors", "legacy"],
+)
+def test_weights_load_when_wrapped_in_any_container(tmp_path, container):
+    model = make_pose_model()
+    path = tmp_path / f"weights.{'safetensors' if container == 'safetensors' else 'pt'}"
+    write(path, container, model.state_dict())
+    other = PoseModel(PoseModelConfig(hidden=4))
+    checkpoint.load_weights(other, path)
+    assert same_weights(model, other)
+
+
+class Payload:
+    """An object that a checkpoint must not be able to bring in."""
+
+
+def test_file_is_refused_when_it_holds_pickled_objects(tmp_path):
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": {}, "callbacks": Payload()}, path)
+    with pytest.raises(CheckpointError, match="convert it to .safetensors"):
+        checkpoint.read_weights(path)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_file_is_refused_when_damaged(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.read_weights(path)
+
+
+def test_file_is_refused_when_missing_or_without_weights(tmp_path):
+    with pytest.raises(CheckpointError, match="no such weight file"):
+        checkpoint.read_weights(tmp_path / "nothing.pt")
+    torch.save({"optimizer": 1}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="optimizer"):
+        checkpoint.read_weights(tmp_path / "other.pt")
+
+
+def test_error_lists_every_difference_when_weights_do_not_fit(tmp_path):
+    state = make_pose_model().state_dict()
+    state["extra.weight"] = state.pop("network.0.bias")
+    state["network.4.bias"] = torch.zeros(3)
+    save_file(state, tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load_weights(make_pose_model(), tmp_path / "weights.safetensors")
+    for text in ("missing in the file: network.0.bias", "extra.weight", "file (3,), model (8,)"):
+        assert text in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def world_model() -> EvacModel:
+    return tiny_model()
+
+
+def test_unused_keys_are_left_out_when_a_public_file_has_them(world_model):
+    shapes = {key: value.shape for key, value in world_model.state_dict().items()}
+    public = {"betas": (1000,), "scale_arr": (1400,), "sqrt_recipm1_alphas_cumprod": (1000,)}
+    public["embedder.model.token_embedding.weight"] = (32, 8)
+    fit = checkpoint.fit(world_model, shapes | public)
+    assert fit.ok
+    assert fit.unused == sorted(public)
+    assert not checkpoint.fit(world_model, shapes | {"embedder.model.transformer.x": (1,)}).ok
+
+
+def test_error_names_the_variant_when_the_chunk_length_differs(world_model):
+    shapes = {key: tuple(value.shape) for key, value in world_model.state_dict().items()}
+    queries = TINY.image_resampler.num_queries
+    _, ours, dim = shapes["image_proj_model.latents"]
+    shapes["image_proj_model.latents"] = (1, 16 * queries, dim)
+    report = checkpoint.fit(world_model, shapes).describe()
+    assert f"made for {16 * queries} image tokens, the model is sized for {ours}" in report
+    assert "16-frame variant; set chunk=16" in report
+
+
+def test_world_model_comes_back_when_saved_and_loaded(tmp_path, world_model):
+    checkpoint.save_model(tmp_path, world_model)
+    loaded = checkpoint.load_model(tmp_path, kind="EvacModel")
+    assert loaded.config == TINY
+    assert same_weights(world_model, loaded)
+    assert not loaded.training
+    assert not any(value.is_meta for value in (*loaded.parameters(), *loaded.buffers()))
+
+
+def test_classifier_comes_back_when_saved_in_half_precision(tmp_path):
+    torch.manual_seed(0)
+    net = RewardNet(RewardConfig(width=4, num_instructions=3)).eval()
+    checkpoint.save_model(tmp_path, net, dtype=torch.float16)
+    assert load_file(tmp_path / "model.safetensors")["net.7.weight"].dtype == torch.float16
+    loaded = checkpoint.load_model(tmp_path)
+    assert loaded.config == net.config
+    assert loaded.net[7].weight.dtype == torch.float32
+    torch.testing.assert_close(loaded.net[7].weight, net.net[7].weight, atol=1e-3, rtol=1e-3)
+
+
+def test_public_file_loads_when_a_config_beside_it_names_it(tmp_path):
+    model = make_pose_model()
+    write(tmp_path / "best.pth", "predictor", model.state_dict())
+    description = {"model": "PoseModel", "config": {"hidden": 4}, "weights": "best.pth"}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    assert same_weights(checkpoint.load_model(tmp_path), model)
+
+
+def test_old_files_stay_when_saving_is_interrupted(tmp_path, monkeypatch):
+    model = make_pose_model()
+    checkpoint.save_model(tmp_path, model)
+    (tmp_path / "card.json").write_text("{}")
+
+    def fail(_state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save_model(tmp_path, PoseModel(PoseModelConfig(hidden=5)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "card.json",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert same_weights(checkpoint.load_model(tmp_path), model)
+
+
+def test_folder_is_refused_when_it_is_not_the_expected_one(tmp_path):
+    with pytest.raises(CheckpointError, match="not a model folder"):
+        checkpoint.load_model(tmp_path)
+    checkpoint.save_model(tmp_path, make_pose_model())
+    with pytest.raises(CheckpointError, match="expected a model of kind RewardNet"):
+        checkpoint.load_model(tmp_path, kind="RewardNet")
+    description = json.loads((tmp_path / "config.json").read_text())
+    description["config"]["depth"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match="depth"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_saving_is_refused_when_the_class_is_not_known(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot save a Linear"):
+        checkpoint.save_model(tmp_path, nn.Linear(1, 1))
