@@ -1,0 +1,61 @@
+"""Where the world model's views look from: matrices in OpenCV's convention, one per view."""
+
+import numpy as np
+
+from evac_jax.errors import ConfigError
+
+Matrices = tuple[np.ndarray, np.ndarray]  # intrinsic [V 3 3] and camera-to-world [V 4 4], float32
+
+
+def libero_camera() -> Matrices:
+    """Return the reference's fixed camera: intrinsic [1 3 3] and camera-to-world [1 4 4].
+
+    Focal length and centre are those of a 128-pixel image although frames have 256; the public
+    weights were trained with them.
+
+    Source: RLinf `EvacEnv` (revision c9f1d8471).
+    """
+    quaternion = np.array([0.0, -0.43318870663642883, 0.0, 0.901303231716156])
+    w, x, y, z = quaternion / np.linalg.norm(quaternion)
+    c2w = np.eye(4)
+    c2w[:3, :3] = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    c2w[:3, 3] = [0.3, 0.0, 0.6]
+    intrinsic = np.array([[64.0, 0, 64.0], [0, 64.0, 64.0], [0, 0, 1]])
+    return intrinsic[None].astype(np.float32), c2w[None].astype(np.float32)
+
+
+def resolve_camera(camera: str | dict | None, known: Matrices | None, n_view: int) -> Matrices:
+    """Return intrinsic [V 3 3] and camera-to-world [V 4 4] float32 as configured.
+
+    Args:
+        camera: the setting, see `WorldModelEnvConfig.camera`.
+        known: what the source of initial states knows, or None.
+        n_view: views of the world model, V.
+
+    Raises:
+        ConfigError: if there is no camera, or not one per view.
+    """
+    if camera == "libero":
+        camera = dict(zip(("intrinsic", "c2w"), libero_camera(), strict=True))
+    elif camera is None and known is not None:
+        camera = {"intrinsic": known[0], "c2w": known[1]}
+    if not isinstance(camera, dict) or camera.keys() != {"intrinsic", "c2w"}:
+        raise ConfigError(
+            'camera: expected "libero" or {"intrinsic": .., "c2w": ..} because the initial states '
+            f"do not know theirs, got {camera!r}"
+        )
+    matrices = []
+    for name, size in (("intrinsic", 3), ("c2w", 4)):
+        matrix = np.array(camera[name], np.float32)
+        matrix = matrix if matrix.ndim == 3 else matrix[None]
+        if matrix.shape != (n_view, size, size):
+            raise ConfigError(
+                f"camera.{name}: expected {[n_view, size, size]} (one per view), "
+                f"got {list(np.shape(camera[name]))}"
+            )
+        matrices.append(matrix)
+    return matrices[0], matrices[1]

@@ -1,0 +1,348 @@
+"""The RL environment inside a world model: actions in, imagined frames and rewards out.
+
+One chunk: gripper rule, poses, world model, success classifier, rewards. Everything stays on the
+world model's device, batched over environments; only a few numbers per environment go to the host.
+Corrected behaviour is the default; `reference_compat` reproduces the reference's numbers.
+
+Source: behaviour of RLinf `EvacEnv` (revision c9f1d8471). Deliberate differences: 1. each
+environment is conditioned on its own start image; 2. the pose window slides, and poses come from
+the standardised action predictor; 3. starts are handed in, so that a group can share one;
+4. success needs an explicit threshold and is latched; 5. episodes end, are truncated and restart
+one by one, and the figures of a finished episode are reported; 6. out-of-range frames are clamped
+before the classifier; 7. noise is seeded.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evac_jax.errors import ConfigError, DataError
+from evac_jax.evac.checkpoint import load_model
+from evac_jax.evac.model import Camera, EvacModel, EvacState
+from evac_jax.sim.actions import (
+    POSE_DIM,
+    PoseWindow,
+    apply_gripper_rule,
+    both_arms,
+    integrate_poses,
+)
+from evac_jax.sim.base import IDLE, EnvSpec, StepResult
+from evac_jax.sim.camera import resolve_camera
+from evac_jax.sim.env_config import WorldModelEnvConfig
+from evac_jax.sim.episodes import ChunkOutcome, Episodes
+from evac_jax.sim.initial_states import InitialStates, StartCycle, make_initial_states
+from evac_jax.sim.noise import ChunkNoise
+from evac_jax.sim.pose_model import PoseModel
+from evac_jax.sim.reward import RewardNet
+from policies.spec import ActionSpec
+
+CLASSIFIER_BATCH = 256  # frames per call; bounds its activations to about 1.5 GB at 256 pixels
+ACTION_DIM = 7
+
+
+def to_model_range(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return uint8 images [B V H W 3] as float32 [B V 3 h w] in [-1, 1] at `size` (h, w).
+
+    Resized bilinearly without antialiasing, as the world model's start frames were in training.
+    """
+    batch, views = images.shape[:2]
+    flat = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+    if tuple(flat.shape[-2:]) != tuple(size):
+        flat = F.interpolate(flat, size=tuple(size), mode="bilinear", align_corners=False)
+    return ((flat - 0.5) / 0.5).unflatten(0, (batch, views))
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Return frames [.. 3 H W] in [-1, 1] as uint8 [.. H W 3], truncated, not rounded.
+
+    Truncation darkens by half a grey level on average. The public policies were trained on frames
+    made this way, so it stays.
+    """
+    scaled = (frames.float() + 1) / 2 * 255
+    return scaled.clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+
+
+class WorldModelEnv:
+    """A batch of imagined environments; implements `evac_jax.sim.base.Environment`.
+
+    Args:
+        world_model: an `EvacModel` on its device, in eval mode.
+        reward_model: frames [N 3 H W] in [-1, 1] and task [N] -> success probability [N].
+        pose_model: the action predictor.
+        source: initial states; their instructions are the environment's.
+        config: settings; the weight folders in it are not read here.
+
+    An episode that restarts by itself does so from the next start of a cycle over the ids handed
+    to `reset`, shuffled (seeded) on every round. Frames, task and pose in the result are then the
+    new episode's, while rewards, flags and figures are still the finished one's.
+    """
+
+    def __init__(
+        self,
+        world_model: EvacModel,
+        reward_model: RewardNet,
+        pose_model: PoseModel,
+        source: InitialStates,
+        config: WorldModelEnvConfig,
+    ):
+        model = world_model.config
+        known_tasks = reward_model.config.num_instructions
+        if known_tasks not in (0, len(source.instructions)):
+            raise ConfigError(
+                f"reward: the classifier knows {known_tasks} instructions, the initial states "
+                f"have {len(source.instructions)}"
+            )
+        self._model, self._reward_model, self._source = world_model, reward_model, source
+        self._config, self._device = config, torch.device(config.device)
+        self._advance = pose_model if config.reference_compat else pose_model.get_ee_pose
+        self._size, self._chunk, self._views = model.image_size, model.chunk, model.n_view
+        channels = model.autoencoder.latent_channels
+        self._noise_shape = (
+            config.num_envs, self._views, channels, self._chunk, *model.latent_size
+        )  # fmt: skip
+        self.spec = EnvSpec(
+            num_envs=config.num_envs,
+            image_shape=(self._views, *self._size, 3),
+            proprio_dim=POSE_DIM,
+            action=ActionSpec(dim=ACTION_DIM, chunk=self._chunk),
+            instructions=tuple(source.instructions),
+            num_starts=source.num_starts,
+            max_episode_steps=config.max_episode_steps,
+            clip_envs=config.clip_envs,
+        )
+        known, size = source.camera, source.camera_size
+        if config.camera is None and size is not None and tuple(size) != tuple(self._size):
+            raise ConfigError(
+                f"initial states: their camera is for {size} images, the world model has "
+                f"{self._size}; use the same size"
+            )
+        intrinsic, c2w = resolve_camera(config.camera, known, self._views)
+        self._camera = Camera(
+            intrinsic=torch.from_numpy(intrinsic)[None].to(self._device),
+            c2w=torch.from_numpy(c2w)[None].to(self._device),
+        )
+        self._capacity = -(-config.max_episode_steps // self._chunk)  # chunks of an episode
+        self.episodes = Episodes(config.num_envs, config.rules, self._device)
+        self.window = PoseWindow(
+            config.num_envs,
+            model.n_previous,
+            self._chunk,
+            self._device,
+            shifted=config.reference_compat,
+        )
+        self.state: EvacState | None = None  # the model's memory of all but the idle environments
+        self._last = torch.zeros(
+            config.num_envs, *self.spec.image_shape, dtype=torch.uint8, device=self._device
+        )
+        self._task = np.zeros(config.num_envs, np.int32)
+        self.noise: ChunkNoise | None = None  # None before the first reset
+        self._seconds: dict[str, float] = {}
+
+    @torch.no_grad()
+    def reset(self, starts: np.ndarray, seed: int, frames: Tensor, clip: Tensor) -> StepResult:
+        """Start every environment; see `Environment.reset`.
+
+        Raises:
+            DataError: for the wrong number of starts or an unknown one.
+        """
+        starts = np.asarray(starts, np.int64)
+        if starts.shape != (self.spec.num_envs,):
+            raise DataError(f"expected {self.spec.num_envs} start ids, got shape {starts.shape}")
+        self._seconds = {}
+        seeds = (self._config.seed, seed)
+        self.noise, self._cycle = ChunkNoise(seeds, self._device), None
+        idle, rows = starts == IDLE, np.flatnonzero(starts != IDLE)
+        self.episodes.restart(
+            self._mask(range(len(starts))), torch.from_numpy(idle).to(self._device)
+        )
+        self.state = None
+        self._place = np.cumsum(~idle) - 1  # row of an environment in the state
+        if len(rows):
+            self._cycle = StartCycle(starts[rows], seeds)
+            self._begin(rows, starts[rows])
+        frames.copy_(self._last)
+        clip[:, -1].copy_(self._last[: len(clip)])
+        nothing = torch.zeros(len(starts), dtype=torch.bool)
+        rewards = torch.zeros(len(starts), self._chunk)
+        outcome = ChunkOutcome(rewards, nothing, nothing, nothing)
+        return self._result(outcome, self.episodes.figures())
+
+    @torch.no_grad()
+    def step(self, actions: np.ndarray, frames: Tensor, clip: Tensor) -> StepResult:
+        """Play one chunk of actions [B K 7]; see `Environment.step`.
+
+        Raises:
+            DataError: for actions of another shape, or before the first reset.
+        """
+        expected = (self.spec.num_envs, self._chunk, ACTION_DIM)
+        if self.noise is None or np.shape(actions) != expected:
+            raise DataError(
+                f"expected a reset and then actions of shape {expected}, got "
+                f"{'no reset' if self.noise is None else np.shape(actions)}"
+            )
+        self._seconds = {}
+        rows = self._rows_to_imagine()
+        with self._timed("poses"):
+            moves = torch.as_tensor(actions, dtype=torch.float32).to(self._device)
+            moves = apply_gripper_rule(moves, self._config.gripper_rule)
+            poses = integrate_poses(self._advance, moves, self.window.before_next)
+            self.window.push(poses, self._mask(rows))
+        probabilities = torch.zeros(len(moves), self._chunk, device=self._device)
+        clip.copy_(self._last[: len(clip), None].expand_as(clip))
+        batch = self._config.max_batch or max(len(rows), 1)
+        for first in range(0, len(rows), batch):
+            self._imagine(rows[first : first + batch], probabilities, clip)
+        self.noise.next_chunk()
+        outcome, figures = self.episodes.advance(probabilities), self.episodes.figures()
+        if self._config.auto_reset:
+            self._restart_finished(outcome)
+        frames.copy_(self._last)
+        return self._result(outcome, figures)
+
+    def close(self) -> None:
+        """Drop the networks and the state."""
+        self.state = self._model = self._reward_model = self._advance = None
+
+    def _rows_to_imagine(self) -> np.ndarray:
+        """Environments that the world model must see this time."""
+        if self.state is None:
+            return np.zeros(0, np.int64)
+        wanted = self.episodes.running if self._config.skip_finished else ~self.episodes.idle
+        rows = np.flatnonzero(wanted.cpu().numpy())
+        # Only episodes that went on beyond their limit can have filled their history.
+        places = self.state.latents.shape[1]
+        stored = self.state.length[self._place[rows]].clamp(min=self._model.config.n_previous)
+        return rows[(stored + self._chunk <= places).numpy()]
+
+    def _begin(self, rows: np.ndarray, starts: np.ndarray) -> None:
+        """Put environments `rows` at the starts of the given ids."""
+        with self._timed("starts"):
+            loaded = self._source.load(starts)
+            views = loaded.images.shape[1]
+            if views != self._views:
+                raise DataError(f"world model has {self._views} views, start frames have {views}")
+            images = torch.from_numpy(loaded.images).to(self._device)
+            begin = to_model_range(images, self._size)
+            if self.state is None:
+                # The state takes the type of its first frames, which must be the networks'.
+                first = begin.to(getattr(torch, self._config.dtype))
+                self.state = self._model.start(first, self._capacity)
+            else:
+                count = len(self.state.length)
+                place = torch.from_numpy(self._place[rows])
+                every = begin.new_zeros(count, *begin.shape[1:])
+                every[place.to(self._device)] = begin
+                mask = torch.zeros(count, dtype=torch.bool).index_fill(0, place, True)
+                self.state = self._model.restart(self.state, every, mask)
+            if self._config.shared_conditioning_image:
+                self.state.tokens.copy_(self.state.tokens[:1].expand_as(self.state.tokens))
+            index = torch.from_numpy(rows).to(self._device)
+            self._last[index] = to_uint8(begin)
+            poses = torch.zeros(self.spec.num_envs, POSE_DIM, device=self._device)
+            poses[index] = torch.from_numpy(loaded.poses).to(self._device)
+            self.window.reset(poses, self._mask(rows))
+            self._task = self._task.copy()
+            self._task[rows] = loaded.task
+
+    def _imagine(self, rows: np.ndarray, probabilities: Tensor, clip: Tensor) -> None:
+        """One chunk of environments `rows`; fills their entries of the other arguments."""
+        index = torch.from_numpy(rows).to(self._device)
+        config, shape = self._config, self._noise_shape
+        with self._timed("imagine"):
+            self.state, frames = self._model.imagine(
+                self.state,
+                both_arms(self.window.poses[index]),
+                self._camera,
+                steps=config.steps,
+                eta=config.eta,
+                noise=self.noise(0, shape)[index],
+                generator=lambda step: self.noise(1 + step, shape)[index],
+                rows=torch.from_numpy(self._place[rows]),
+            )  # [b V K 3 H W]
+        with self._timed("classify"):
+            probabilities[index] = self._classify(frames[:, 0], self._task[rows])
+        with self._timed("frames"):
+            self._last[index] = to_uint8(frames[:, :, -1])
+            shown = int((rows < len(clip)).sum())  # rows are sorted
+            if shown:
+                clip[rows[:shown]] = to_uint8(frames[:shown].transpose(1, 2)).to(clip.device)
+
+    def _classify(self, frames: Tensor, task: np.ndarray) -> Tensor:
+        """Success probability [b K] of the first view's frames [b K 3 H W]."""
+        flat = frames.flatten(0, 1).float()
+        instruction = None
+        if self._reward_model.config.num_instructions:
+            instruction = torch.from_numpy(task.astype(np.int64)).to(self._device)
+            instruction = instruction.repeat_interleave(frames.shape[1])
+        parts = [
+            self._reward_model.probability(
+                flat[i : i + CLASSIFIER_BATCH],
+                None if instruction is None else instruction[i : i + CLASSIFIER_BATCH],
+            )
+            for i in range(0, len(flat), CLASSIFIER_BATCH)
+        ]
+        return torch.cat(parts).unflatten(0, frames.shape[:2])
+
+    def _restart_finished(self, outcome: ChunkOutcome) -> None:
+        done = (outcome.terminated | outcome.truncated) & ~self.episodes.idle
+        if self._config.reference_compat and bool(done.any()):
+            done = ~self.episodes.idle
+        rows = np.flatnonzero(done.cpu().numpy())
+        if len(rows):
+            self.episodes.restart(done)
+            self._begin(rows, self._cycle.next(len(rows)))
+
+    def _mask(self, rows: np.ndarray) -> Tensor:
+        mask = np.zeros(self.spec.num_envs, bool)
+        mask[rows] = True
+        return torch.from_numpy(mask).to(self._device)
+
+    def _result(self, outcome: ChunkOutcome, figures: dict[str, Tensor]) -> StepResult:
+        def host(tensor: Tensor) -> np.ndarray:
+            return tensor.detach().cpu().numpy()
+
+        with self._timed("to_host"):
+            return StepResult(
+                task=self._task,
+                proprio=host(self.window.current.clone()),
+                rewards=host(outcome.rewards.float()),
+                terminated=host(outcome.terminated),
+                truncated=host(outcome.truncated),
+                success=host(outcome.success),
+                episode={name: host(value) for name, value in figures.items()},
+                seconds=self._seconds,
+            )
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if self._device.type == "cuda":  # otherwise the next phase would be charged for this one
+            torch.cuda.synchronize(self._device)
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+
+def make(config: dict) -> WorldModelEnv:
+    """Build the environment from plain values, the fields of `WorldModelEnvConfig`.
+
+    Raises:
+        ConfigError: for settings that cannot work, missing files among them.
+        CheckpointError: if weights do not fit.
+        DataError: if the initial states cannot be read.
+    """
+    settings = WorldModelEnvConfig.from_dict(config)
+    source = make_initial_states(settings.initial_states)
+    device = settings.device
+    world_model = load_model(settings.world_model, kind="EvacModel", device=device)
+    return WorldModelEnv(
+        world_model.to(getattr(torch, settings.dtype)),
+        load_model(settings.reward, kind="RewardNet", device=device),
+        load_model(settings.pose_model, kind="PoseModel", device=device),
+        source,
+        settings,
+    )

@@ -1,0 +1,137 @@
+"""Settings of the world-model environment, checked before anything is loaded."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evac_jax.errors import ConfigError
+from evac_jax.sim.actions import GRIPPER_RULES
+from evac_jax.sim.episodes import EpisodeRules
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class WorldModelEnvConfig:
+    """All settings of `WorldModelEnv`.
+
+    Attributes:
+        world_model: folder of an EVAC world model (weights and config.json).
+        reward: folder of a success classifier.
+        pose_model: folder of an action predictor.
+        initial_states: source of start frames, {"kind": one of INITIAL_STATES, its arguments}.
+        num_envs: environments imagined as one batch, B.
+        steps: denoising steps of one chunk.
+        eta: DDIM noise, 0 (deterministic given the start noise) to 1.
+        max_episode_steps: actions of an episode; a multiple of the chunk makes the limit exact.
+        reward_coef, use_rel_reward, success_threshold, success_frames, ignore_terminations:
+            see `EpisodeRules`.
+        auto_reset: restart an environment as soon as its episode is over, from the next start of
+            a seeded cycle over the starts handed to `reset`; groups are not kept together then.
+        skip_finished: do not imagine environments whose episode is over. Saves time only: the
+            noise of every environment is drawn first, so the others see the same numbers.
+        max_batch: environments imagined in one call of the world model, 0 = all; bounds memory
+            and changes no result.
+        gripper_rule: what to do with the policy's gripper entry, a key of `GRIPPER_RULES`.
+        camera: None for the one that the initial states know; "libero" for the reference's;
+            or {"intrinsic": [V 3 3], "c2w": [V 4 4]}, V may be left out for one view.
+        clip_envs: environments (the first ones) that send whole chunks of frames, for videos.
+        device: torch device.
+        dtype: precision of the world model's networks.
+        seed: added to the seed of every reset, so that simulators of one run differ.
+        reference_compat: numbers of the reference environment instead of the corrected ones:
+            raw action predictor, pose buffer one row early, `EpisodeRules.reference_compat`, and
+            with auto_reset one finished episode restarts all.
+        shared_conditioning_image: condition every environment on the start image of
+            environment 0, as the unrepaired reference does.
+    """
+
+    world_model: str = ""
+    reward: str = ""
+    pose_model: str = ""
+    initial_states: dict = field(default_factory=dict)
+    num_envs: int = 1
+    steps: int = 50
+    eta: float = 1.0
+    max_episode_steps: int = 256
+    reward_coef: float = 5.0
+    use_rel_reward: bool = True
+    success_threshold: float = 0.5
+    success_frames: int = 1
+    auto_reset: bool = False
+    ignore_terminations: bool = False
+    skip_finished: bool = True
+    max_batch: int = 0
+    gripper_rule: str = "libero"
+    camera: str | dict | None = None
+    clip_envs: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    reference_compat: bool = False
+    shared_conditioning_image: bool = False
+
+    def __post_init__(self):
+        problems = []
+        if self.num_envs < 1:
+            problems.append(f"num_envs: expected at least 1, got {self.num_envs}")
+        if not 0 <= self.clip_envs <= self.num_envs:
+            problems.append(f"clip_envs: expected 0..num_envs, got {self.clip_envs}")
+        if self.steps < 1:
+            problems.append(f"steps: expected at least 1, got {self.steps}")
+        if not 0 <= self.eta <= 1:
+            problems.append(f"eta: expected 0..1, got {self.eta}")
+        if self.max_batch < 0:
+            problems.append(f"max_batch: expected 0 (all) or more, got {self.max_batch}")
+        if self.gripper_rule not in GRIPPER_RULES:
+            problems.append(
+                f"gripper_rule: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper_rule!r}"
+            )
+        if self.dtype not in DTYPES:
+            problems.append(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
+        try:
+            self.rules  # noqa: B018 - its own checks
+        except ConfigError as error:
+            problems.append(str(error))
+        if problems:
+            raise ConfigError("world-model environment:\n" + "\n".join(problems))
+
+    @property
+    def rules(self) -> EpisodeRules:
+        """The part that turns scores into rewards and ends."""
+        names = [f.name for f in dataclasses.fields(EpisodeRules)]
+        return EpisodeRules(**{name: getattr(self, name) for name in names})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "WorldModelEnvConfig":
+        """Build from plain values.
+
+        Raises:
+            ConfigError: for unknown keys (with the nearest valid ones), impossible values, or
+                weight folders that do not exist, all of them in one message.
+        """
+        valid = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(values.keys() - set(valid)):
+            hints = []
+            for key in unknown:
+                near = difflib.get_close_matches(key, valid, 1)
+                hints.append(f"{key}" + (f" (did you mean {near[0]}?)" if near else ""))
+            raise ConfigError(
+                f"world-model environment: unknown keys {', '.join(hints)}; "
+                f"valid keys are {', '.join(valid)}"
+            )
+        config = cls(**values)
+        needed = {name: getattr(config, name) for name in ("world_model", "reward", "pose_model")}
+        starts = config.initial_states
+        needed |= {
+            f"initial_states.{name}": starts[name] for name in ("folder", "file") if name in starts
+        }
+        missing = [
+            f"{name}: {value!r} does not exist" if value else f"{name}: not set"
+            for name, value in needed.items()
+            if not value or not Path(value).exists()
+        ]
+        if missing:
+            raise ConfigError("world-model environment: files are missing:\n" + "\n".join(missing))
+        return config

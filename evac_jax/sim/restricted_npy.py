@@ -1,0 +1,80 @@
+"""Reads `.npy` files of Python objects without running anything that is hidden in them."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from evac_jax.errors import DataError
+
+# All that numpy writes when it pickles an object array of dicts, arrays and scalars. The dotted
+# module moved from numpy.core to numpy._core in numpy 2.
+_ADMITTED = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *(
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
+    ),
+    *(
+        ("builtins", name)
+        for name in ("bool", "int", "float", "complex", "str", "bytes", "bytearray")
+    ),
+    *(("builtins", name) for name in ("dict", "list", "tuple", "set", "frozenset")),
+}
+
+
+def load_objects(path: Path) -> np.ndarray:
+    """Return the array of an `.npy` file; object arrays only through the restricted unpickler.
+
+    Raises:
+        DataError: for a damaged file, or one whose pickle asks for more than numpy and builtins.
+    """
+    formats = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    try:
+        with path.open("rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            if version not in formats:
+                raise DataError(f"{path}: npy format {version} is not supported")
+            shape, _, dtype = formats[version](stream)
+            if not dtype.hasobject:
+                stream.seek(0)
+                return np.load(stream, allow_pickle=False)
+            array = _RestrictedUnpickler(stream).load()
+    except DataError:
+        raise
+    except _RefusedError as error:
+        raise DataError(
+            f"{path}: refused, its pickle asks for {error}; only numpy arrays and plain builtins "
+            "are admitted, because loading anything else could run code. "
+            "Save the episode again as dicts of arrays, numbers and strings"
+        ) from error
+    # A damaged pickle raises whatever its broken opcodes provoke; each of them is a bad file.
+    except Exception as error:
+        raise DataError(f"{path}: not a readable npy file: {error!r}") from error
+    if not isinstance(array, np.ndarray) or array.shape != shape:
+        raise DataError(f"{path}: expected an array of shape {shape} inside")
+    return array
+
+
+class _RefusedError(pickle.UnpicklingError):
+    """A pickle asked for a name that is not admitted."""
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _ADMITTED:
+            raise _RefusedError(f"{module}.{name}")
+        # numpy 2 keeps the old module only as a shim that warns.
+        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
+
+    def persistent_load(self, pid):
+        raise _RefusedError(f"persistent object {pid!r}")

@@ -1,0 +1,140 @@
+"""Which initial states an iteration plays: groups of episodes that share their start.
+
+NumPy only. The trainer draws ids here and hands them to a simulator, which alone knows what an
+id means (a file, a scene seed). Training, evaluation and reporting use disjoint id ranges.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evac_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from evac_jax.config import TrainConfig
+
+ORDERS = ("fixed", "ordered", "random")
+
+
+class StartSampler:
+    """Draws start ids from the half-open range [low, high), in groups.
+
+    Members of a group get the same id, so they share first frame, pose and instruction; what
+    differs between them is the policy's sampling and the world model's noise. Without that, a
+    group-relative baseline would compare different tasks.
+
+    Orders:
+        "fixed": the same ids on every call, counted up from `low` and wrapping at `high`; for
+            evaluations that must stay comparable.
+        "ordered": counts on from where the last call stopped, wrapping; visits every start.
+        "random": drawn without replacement within a call, with replacement when a call asks for
+            more groups than there are starts. Call n depends on (seed, n) only, so a resumed run
+            draws what an uninterrupted one would have drawn.
+
+    Raises:
+        ConfigError: for an unknown order or an empty range.
+
+    Source: replaces RLinf `EvacEnv.reset`, which draws a different episode for every member of a
+    group and ignores seed, group size and order (rlinf/envs, revision c9f1d8471).
+    """
+
+    def __init__(
+        self, low: int, high: int, *, order: str = "random", seed: int = 0, group_size: int = 1
+    ):
+        if order not in ORDERS:
+            raise ConfigError(f"start order: expected one of {ORDERS}, got {order!r}")
+        if not 0 <= low < high:
+            raise ConfigError(f"start range: expected 0 <= low < high, got [{low}, {high})")
+        if seed < 0:
+            raise ConfigError(f"start seed: expected a non-negative integer, got {seed}")
+        if group_size < 1:
+            raise ConfigError(f"group size: expected at least 1, got {group_size}")
+        self.group_size = int(group_size)
+        self.low, self.high, self.order, self._seed = int(low), int(high), order, int(seed)
+        self._calls = 0
+        self._cursor = 0
+
+    @classmethod
+    def from_config(cls, config: "TrainConfig", num_starts: int) -> "StartSampler":
+        """Build the sampler of a run's training starts.
+
+        Args:
+            config: reads `env.train_starts`, `env.start_order`, `seed` and `algo.group_size` (1
+                for algorithms without groups).
+            num_starts: initial states that the simulators offer.
+
+        Raises:
+            ConfigError: if the range reaches beyond them.
+        """
+        low, high = config.env.train_starts
+        high = num_starts if high == -1 else high
+        if high > num_starts:
+            raise ConfigError(
+                f"config.env.train_starts: range [{low}, {high}) but there are only {num_starts} "
+                "initial states"
+            )
+        group_size = getattr(config.algo, "group_size", 1)
+        return cls(low, high, order=config.env.start_order, seed=config.seed, group_size=group_size)
+
+    def next(self, rows: int, num_envs: int) -> np.ndarray:
+        """Return ids, int64 [rows, num_envs], members of a group side by side within a row.
+
+        All rows belong to one call: with order "random" no start comes twice while there are
+        enough of them.
+
+        Raises:
+            ConfigError: if a row cannot be filled with whole groups.
+        """
+        if rows < 1 or num_envs < 1 or num_envs % self.group_size:
+            raise ConfigError(
+                f"expected rows of whole groups of {self.group_size}, got {rows} of {num_envs}"
+            )
+        num_groups = rows * num_envs // self.group_size
+        count = self.high - self.low
+        if self.order == "random":
+            rng = np.random.default_rng([self._seed, self._calls])
+            groups = rng.choice(count, num_groups, replace=num_groups > count)
+        else:
+            first = self._cursor if self.order == "ordered" else 0
+            groups = (first + np.arange(num_groups)) % count
+            self._cursor = int(first + num_groups) % count
+        self._calls += 1
+        ids = np.repeat(self.low + groups.astype(np.int64), self.group_size)
+        return ids.reshape(rows, num_envs)
+
+    def seed(self, iteration: int) -> int:
+        """Return the seed of the simulators' noise in an iteration, 0 <= seed < 2**32."""
+        return int(np.random.SeedSequence([self._seed, iteration]).generate_state(1)[0])
+
+    def state_dict(self) -> dict:
+        """Return everything a resumed run needs, as plain integers and strings."""
+        return {
+            "order": self.order,
+            "seed": self._seed,
+            "low": self.low,
+            "high": self.high,
+            "group_size": self.group_size,
+            "calls": self._calls,
+            "cursor": self._cursor,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ConfigError: if the state belongs to other settings, because the run would then not
+                continue the sequence it claims to continue.
+        """
+        own = self.state_dict()
+        if missing := sorted(own.keys() - state.keys()):
+            raise ConfigError(f"saved start sampler lacks {', '.join(missing)}")
+        changed = [
+            f"{name}: saved {state[name]!r}, configured {own[name]!r}"
+            for name in ("order", "seed", "low", "high", "group_size")
+            if state[name] != own[name]
+        ]
+        if changed:
+            raise ConfigError(
+                "cannot resume the start sampler with other settings; " + "; ".join(changed)
+            )
+        self._calls, self._cursor = int(state["calls"]), int(state["cursor"])

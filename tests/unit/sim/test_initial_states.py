@@ -1,0 +1,146 @@
+import os
+
+import numpy as np
+import pytest
+
+from evac_jax.errors import ConfigError, DataError
+from evac_jax.sim.initial_states import NpyStarts, StartCycle, make_initial_states, save_starts
+from evac_jax.sim.restricted_npy import load_objects
+
+
+class Payload:
+    """Pickles as a call of os.mkdir."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def frame(value=0, size=(6, 8), text="open the drawer", **extra):
+    return {
+        "image": np.full((*size, 3), value, np.uint8),
+        "init_ee_pose": np.arange(8, dtype=np.float64) + value,
+        "instruction": text,
+        "abs_action": np.zeros(8),
+        **extra,
+    }
+
+
+def write(path, *frames):
+    episode = np.empty(len(frames), object)
+    episode[:] = frames
+    np.save(path, episode, allow_pickle=True)
+
+
+def test_starts_are_loaded_by_id_in_name_order(tmp_path):
+    write(tmp_path / "b.npy", frame(2, text=b"close it"), frame(9))
+    write(tmp_path / "a.npy", frame(1), frame(9))
+    write(tmp_path / "c.npy", frame(3, text=np.bytes_(b"close it ")))
+    source = make_initial_states({"kind": "npy", "folder": str(tmp_path)})
+    assert source.num_starts == 3
+    assert source.instructions == ("open the drawer", "close it")
+    starts = source.load(np.array([2, 0, 2]))
+    assert starts.images.shape == (3, 1, 6, 8, 3)
+    assert starts.images.dtype == np.uint8
+    np.testing.assert_array_equal(starts.images[:, 0, 0, 0, 0], [3, 1, 3])
+    np.testing.assert_array_equal(starts.poses[1], np.arange(8, dtype=np.float32) + 1)
+    np.testing.assert_array_equal(starts.task, [1, 0, 1])
+
+
+@pytest.mark.parametrize("key", ["state", "abs_action"])
+def test_pose_comes_from_the_fallbacks_when_init_ee_pose_is_missing(tmp_path, key):
+    entry = frame()
+    del entry["init_ee_pose"], entry["abs_action"]
+    write(tmp_path / "a.npy", entry | {key: np.full(8, 4.0)})
+    np.testing.assert_array_equal(NpyStarts(str(tmp_path)).load(np.array([0])).poses, [[4.0] * 8])
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    write(tmp_path / "bad.npy", frame(extra=Payload(tmp_path / "made")))
+    with pytest.raises(DataError, match=r"bad\.npy: refused, its pickle asks for .*mkdir"):
+        NpyStarts(str(tmp_path))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["eval", "getattr", "__import__"])
+def test_dangerous_builtins_are_refused(tmp_path, name):
+    class Call:
+        def __reduce__(self):
+            return __builtins__[name], ("1", "real")
+
+    write(tmp_path / "bad.npy", Call())
+    with pytest.raises(DataError, match="refused"):
+        load_objects(tmp_path / "bad.npy")
+
+
+def test_every_file_at_fault_is_named(tmp_path):
+    write(tmp_path / "a.npy", frame(text=None))
+    write(tmp_path / "b.npy", frame() | {"image": np.zeros((4, 4, 3))})
+    (tmp_path / "c.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
+    write(tmp_path / "d.npy", frame(init_ee_pose=np.zeros(1)))
+    with pytest.raises(DataError) as caught:
+        NpyStarts(str(tmp_path))
+    for name in "abcd":
+        assert f"{name}.npy" in str(caught.value)
+
+
+def test_frames_of_several_sizes_are_refused(tmp_path):
+    write(tmp_path / "a.npy", frame())
+    write(tmp_path / "b.npy", frame(size=(4, 4)))
+    with pytest.raises(DataError, match="differ in size"):
+        NpyStarts(str(tmp_path))
+
+
+def test_empty_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="found none"):
+        NpyStarts(str(tmp_path))
+
+
+def test_ids_outside_the_source_are_refused(tmp_path):
+    write(tmp_path / "a.npy", frame())
+    with pytest.raises(DataError, match=r"within 0\.\.0"):
+        NpyStarts(str(tmp_path)).load(np.array([1]))
+
+
+def test_npz_gives_back_what_was_saved(tmp_path):
+    write(tmp_path / "a.npy", frame(1))
+    write(tmp_path / "b.npy", frame(2, text="close it"))
+    source = NpyStarts(str(tmp_path))
+    save_starts(source, np.array([1, 0]), str(tmp_path / "starts.npz"))
+    copy = make_initial_states({"kind": "npz", "file": str(tmp_path / "starts.npz")})
+    ours, theirs = copy.load(np.array([0, 1])), source.load(np.array([1, 0]))
+    np.testing.assert_array_equal(ours.images, theirs.images)
+    np.testing.assert_array_equal(ours.poses, theirs.poses)
+    np.testing.assert_array_equal(copy.camera[1], source.camera[1])
+    assert [copy.instructions[i] for i in ours.task] == ["close it", "open the drawer"]
+
+
+def test_miniature_starts_are_named_by_their_seed():
+    source = make_initial_states({"kind": "miniature", "num_starts": 50, "image_size": 32})
+    starts = source.load(np.array([7, 3, 7]))
+    assert starts.images.shape == (3, 1, 32, 32, 3)
+    assert starts.poses.shape == (3, 8)
+    np.testing.assert_array_equal(starts.images[0], starts.images[2])
+    assert (starts.images[0] != starts.images[1]).any()
+    alone = source.load(np.array([3]))
+    np.testing.assert_array_equal(alone.images[0], starts.images[1])
+    np.testing.assert_array_equal(alone.poses[0], starts.poses[1])
+    assert source.camera[0].shape == (1, 3, 3)
+    with pytest.raises(DataError, match=r"0\.\.49"):
+        source.load(np.array([50]))
+
+
+@pytest.mark.parametrize("config", [{"kind": "npx"}, {}, {"kind": "npy", "dir": "x"}])
+def test_unknown_kinds_and_arguments_are_refused(config):
+    with pytest.raises(ConfigError, match="initial_states"):
+        make_initial_states(config)
+
+
+def test_cycle_visits_every_start_each_round_in_a_seeded_order():
+    ids = np.array([4, 4, 7, 9])
+    one, other = StartCycle(ids, (3, 1)), StartCycle(ids, (3, 1))
+    rounds = one.next(8).reshape(2, 4)
+    assert (np.sort(rounds) == ids).all()
+    np.testing.assert_array_equal(np.concatenate([other.next(3), other.next(5)]), rounds.ravel())
