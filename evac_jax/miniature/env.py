@@ -1,0 +1,232 @@
+"""The tabletop as an environment: the ground truth that imagination is measured against.
+
+Same interface, same rewards and same ends as the world model's environment; only the frames and
+the success are real. Torch appears because frames are handed over in torch tensors.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
+from evac_jax.errors import ConfigError, DataError
+from evac_jax.miniature import scene as world
+from evac_jax.miniature.render import render
+from evac_jax.miniature.scene import ACTION_DIM, POSE_DIM, TABLETOP, Tabletop
+from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.sim.actions import GRIPPER_RULES, apply_gripper_rule
+from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
+from evac_jax.sim.initial_states import StartCycle
+from policies.spec import ActionSpec
+
+
+@dataclass(frozen=True)
+class GroundTruthConfig:
+    """Settings of `GroundTruthEnv`.
+
+    Attributes:
+        num_envs: scenes stepped as one batch, B.
+        image_size: height and width, pixels.
+        max_episode_steps: actions of an episode; checked at the end of each chunk.
+        chunk: actions per decision, K.
+        reward_coef, use_rel_reward, ignore_terminations: see `EpisodeRules`.
+        auto_reset: restart an environment as soon as its episode is over, from the next start of
+            a seeded cycle over the starts handed to `reset`.
+        gripper_rule: how the policy's gripper entry becomes the scene's, a key of
+            `GRIPPER_RULES`. "libero": the policy says 0 = close .. 1 = open (0.5 = neither), as
+            OpenVLA's data do, and the scene gets +1 = close, -1 = open.
+        clip_envs: environments (the first ones) that send whole chunks of frames, for videos.
+        start_seed_base: added to a start id to get the seed of its scene.
+        num_starts: starts to choose from; any number costs nothing.
+        device: accepted for the sake of the worker; the tabletop is computed on the CPU.
+    """
+
+    num_envs: int = 1
+    image_size: int = 64
+    max_episode_steps: int = 32
+    chunk: int = 8
+    reward_coef: float = 1.0
+    use_rel_reward: bool = True
+    auto_reset: bool = False
+    ignore_terminations: bool = False
+    gripper_rule: str = "libero"
+    clip_envs: int = 0
+    start_seed_base: int = 0
+    num_starts: int = 3_000_000
+    device: str = "cpu"
+
+    def __post_init__(self):
+        problems = [
+            f"{name}: expected at least {least}, got {getattr(self, name)}"
+            for name, least in (
+                ("num_envs", 1), ("image_size", 8), ("chunk", 1), ("clip_envs", 0),
+                ("start_seed_base", 0), ("num_starts", 1),
+            )
+            if getattr(self, name) < least
+        ]  # fmt: skip
+        if self.clip_envs > self.num_envs:
+            problems.append(f"clip_envs: at most num_envs={self.num_envs}, got {self.clip_envs}")
+        if self.gripper_rule not in GRIPPER_RULES:
+            problems.append(
+                f"gripper_rule: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper_rule!r}"
+            )
+        if problems:
+            raise ConfigError("miniature environment:\n" + "\n".join(problems))
+
+
+def make(spec: dict) -> "GroundTruthEnv":
+    """Return the environment of a JSON object whose keys are `GroundTruthConfig`'s fields.
+
+    Raises:
+        ConfigError: for an unknown key or a value out of range.
+    """
+    known = {field.name for field in dataclasses.fields(GroundTruthConfig)}
+    if unknown := sorted(spec.keys() - known):
+        raise ConfigError(f"miniature environment: unknown {unknown}; there are {sorted(known)}")
+    return GroundTruthEnv(GroundTruthConfig(**spec))
+
+
+def to_policy_actions(actions: np.ndarray) -> np.ndarray:
+    """Return scene actions [.. 7] as a policy is taught to say them: gripper 0 closes, 1 opens."""
+    return np.concatenate((actions[..., :6], (1 - actions[..., 6:]) / 2), axis=-1)
+
+
+class GroundTruthEnv:
+    """A batch of tabletop scenes; implements `evac_jax.sim.base.Environment`.
+
+    An episode that is over stays as it is until it is restarted. With auto-reset frames, task and
+    pose of the result are the new episode's, rewards, flags and figures the finished one's.
+    """
+
+    def __init__(self, config: GroundTruthConfig, table: Tabletop = TABLETOP):
+        self._config, self._table = config, table
+        self.spec = EnvSpec(
+            num_envs=config.num_envs,
+            image_shape=(1, config.image_size, config.image_size, 3),
+            proprio_dim=POSE_DIM,
+            action=ActionSpec(dim=ACTION_DIM, chunk=config.chunk),
+            instructions=INSTRUCTIONS,
+            num_starts=config.num_starts,
+            max_episode_steps=config.max_episode_steps,
+            clip_envs=config.clip_envs,
+        )
+        self._episodes = Episodes(
+            config.num_envs,
+            EpisodeRules(
+                max_episode_steps=config.max_episode_steps,
+                reward_coef=config.reward_coef,
+                use_rel_reward=config.use_rel_reward,
+                ignore_terminations=config.ignore_terminations,
+            ),
+        )
+        self._scenes: world.Scenes | None = None
+        self._pictures = np.zeros((config.num_envs, *self.spec.image_shape), np.uint8)
+
+    def reset(self, starts: np.ndarray, seed: int, frames: Tensor, clip: Tensor) -> StepResult:
+        """Start every environment; see `Environment.reset`.
+
+        Raises:
+            DataError: for the wrong number of starts or an unknown one.
+        """
+        config, began = self._config, time.perf_counter()
+        starts = np.asarray(starts, np.int64)
+        idle = starts == IDLE
+        if starts.shape != (config.num_envs,):
+            raise DataError(f"expected {config.num_envs} start ids, got shape {starts.shape}")
+        if ((starts[~idle] < 0) | (starts[~idle] >= config.num_starts)).any():
+            raise DataError(f"start ids: expected 0..{config.num_starts - 1} or IDLE, got {starts}")
+        self._cycle = StartCycle(starts[~idle], (seed,))
+        # An idle environment holds some scene, so that all arrays keep their shape.
+        self._scenes = self._sample(np.where(idle, 0, starts))
+        everyone = torch.ones(config.num_envs, dtype=torch.bool)
+        self._episodes.restart(everyone, torch.from_numpy(idle))
+        self._pictures[~idle] = self._render(np.flatnonzero(~idle))
+        frames.copy_(torch.from_numpy(self._pictures))
+        if len(clip):
+            clip[:, -1].copy_(torch.from_numpy(self._pictures[: len(clip)]))
+        nothing = torch.zeros_like(everyone)
+        outcome = ChunkOutcome(
+            torch.zeros(config.num_envs, config.chunk), nothing, nothing, nothing
+        )
+        seconds = {"render": time.perf_counter() - began}
+        return self._result(outcome, self._episodes.figures(), seconds)
+
+    def step(self, actions: np.ndarray, frames: Tensor, clip: Tensor) -> StepResult:
+        """Play one chunk of actions [B K 7]; see `Environment.step`.
+
+        Raises:
+            DataError: for actions of another shape, or before the first reset.
+        """
+        config = self._config
+        expected = (config.num_envs, config.chunk, ACTION_DIM)
+        if actions.shape != expected or self._scenes is None:
+            got = actions.shape if self._scenes is not None else "no reset yet"
+            raise DataError(f"expected actions {expected} after a reset, got {got}")
+        seconds = {"simulate": 0.0, "render": 0.0}
+        moves = torch.tensor(np.asarray(actions), dtype=torch.float32)
+        moves = apply_gripper_rule(moves, config.gripper_rule).numpy()
+        running = self._episodes.running.numpy()
+        filmed = np.flatnonzero(running[: len(clip)])
+        film = np.repeat(self._pictures[: len(clip), None], config.chunk, axis=1)
+        success = np.zeros((config.num_envs, config.chunk), np.float32)
+        for k in range(config.chunk):
+            began = time.perf_counter()
+            after = world.step(self._scenes, moves[:, k], self._table)
+            self._scenes = world.where(running, after, self._scenes)
+            success[:, k] = world.is_success(self._scenes, self._table)
+            simulated = time.perf_counter()
+            if len(filmed):
+                film[filmed, k] = self._render(filmed)
+            seconds["simulate"] += simulated - began
+            seconds["render"] += time.perf_counter() - simulated
+
+        began = time.perf_counter()
+        outcome = self._episodes.advance(torch.from_numpy(success))
+        figures = self._episodes.figures()
+        over = (outcome.terminated | outcome.truncated).numpy() & running
+        if config.auto_reset and over.any():
+            self._restart(np.flatnonzero(over))
+        redraw = np.flatnonzero(running)
+        self._pictures[redraw] = self._render(redraw)
+        frames.copy_(torch.from_numpy(self._pictures))
+        if len(clip):
+            clip.copy_(torch.from_numpy(film))
+        seconds["render"] += time.perf_counter() - began
+        return self._result(outcome, figures, seconds)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _restart(self, rows: np.ndarray) -> None:
+        scenes = self._sample(self._cycle.next(len(rows)))
+        for field in dataclasses.fields(scenes):
+            values = getattr(self._scenes, field.name).copy()
+            values[rows] = getattr(scenes, field.name)
+            setattr(self._scenes, field.name, values)
+        mask = torch.zeros(self._config.num_envs, dtype=torch.bool)
+        mask[torch.from_numpy(rows)] = True
+        self._episodes.restart(mask)
+
+    def _sample(self, starts: np.ndarray) -> world.Scenes:
+        return world.sample_scenes(starts + self._config.start_seed_base, self._table)
+
+    def _render(self, rows: np.ndarray) -> np.ndarray:
+        return render(self._scenes[rows], self._config.image_size, self._table)[:, None]
+
+    def _result(
+        self, outcome: ChunkOutcome, figures: dict[str, Tensor], seconds: dict[str, float]
+    ) -> StepResult:
+        return StepResult(
+            task=self._scenes.task,
+            proprio=self._scenes.pose,
+            rewards=outcome.rewards.numpy(),
+            terminated=outcome.terminated.numpy(),
+            truncated=outcome.truncated.numpy(),
+            success=outcome.success.numpy(),
+            episode={name: values.numpy().copy() for name, values in figures.items()},
+            seconds=seconds,
+        )

@@ -1,0 +1,243 @@
+"""The tabletop's state and dynamics: N scenes as arrays, stepped together.
+
+A free gripper, two coloured blocks and a plate. Nothing is hidden: the picture of a scene and an
+action determine the next picture, which is what a world model can hope to learn. NumPy only.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+ACTION_DIM = 7
+POSE_DIM = 8
+NOTHING = -1  # `Scenes.held` of an empty gripper
+TARGET, DISTRACTOR = 0, 1  # rows of `Scenes.blocks`
+
+
+@dataclass(frozen=True)
+class Tabletop:
+    """Sizes and rules, in metres and radians.
+
+    Attributes:
+        workspace_low: smallest x, y, z of the gripper tip.
+        workspace_high: largest x, y, z.
+        max_translation: of one step along each axis, for an action entry of 1.
+        max_rotation: of one step about each axis.
+        max_opening: change of the opening (0 closed .. 1 open) in one step.
+        block_size: edge of the cubes.
+        reach: a closed gripper whose tip is this near to a block's centre holds it. A large reach
+            keeps the decision several pixels wide, so that it can be read from a 64-pixel frame.
+        closed_below: opening from which downwards the gripper grasps.
+        open_above: opening from which upwards it lets go.
+        plate_radius: radius of the plate.
+        success_radius: the target's centre counts as on the plate within this distance.
+        success_clearance: and the tip must have left it by more than this.
+        block_area: half extents of the area that blocks start in, x and y.
+        plate_area: the same for the plate's centre.
+        gripper_area: the same for the tip.
+        gripper_start_height: lowest and highest start of the tip.
+        plate_gap: least distance of a block's start from the plate's centre.
+        block_gap: least distance of the blocks' starts.
+    """
+
+    workspace_low: tuple[float, float, float] = (-0.15, -0.12, 0.02)
+    workspace_high: tuple[float, float, float] = (0.15, 0.12, 0.16)
+    max_translation: float = 0.03
+    max_rotation: float = 0.1
+    max_opening: float = 0.5
+    block_size: float = 0.055
+    reach: float = 0.04
+    closed_below: float = 0.4
+    open_above: float = 0.5
+    plate_radius: float = 0.06
+    success_radius: float = 0.045
+    success_clearance: float = 0.055
+    block_area: tuple[float, float] = (0.12, 0.09)
+    plate_area: tuple[float, float] = (0.10, 0.07)
+    gripper_area: tuple[float, float] = (0.07, 0.05)
+    gripper_start_height: tuple[float, float] = (0.11, 0.15)
+    plate_gap: float = 0.11
+    block_gap: float = 0.09
+
+
+TABLETOP = Tabletop()
+
+
+@dataclass
+class Scenes:
+    """N scenes. Functions return new ones; arrays of a returned value are never written again.
+
+    Attributes:
+        position: gripper tip, metres, [N 3]; x to the right, y away from the camera, z up.
+        quaternion: its orientation, xyzw, unit length; identity points straight down, [N 4].
+        opening: 0 closed .. 1 open, [N].
+        blocks: centres of the target and of the distractor, metres, [N 2 3].
+        colors: index into `tasks.COLORS` of each block, int64 [N 2].
+        plate: centre, x and y, [N 2].
+        held: row of the block in the gripper or `NOTHING`, int64 [N].
+
+    All floats are float64, so that a scene is the same on every machine.
+    """
+
+    position: np.ndarray
+    quaternion: np.ndarray
+    opening: np.ndarray
+    blocks: np.ndarray
+    colors: np.ndarray
+    plate: np.ndarray
+    held: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.opening)
+
+    def __getitem__(self, rows) -> "Scenes":
+        return Scenes(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+    @property
+    def task(self) -> np.ndarray:
+        """Index of each scene's instruction, int32 [N]: the colour of its target."""
+        return self.colors[:, TARGET].astype(np.int32)
+
+    @property
+    def pose(self) -> np.ndarray:
+        """What a policy or a world model is told: xyz, quaternion xyzw, opening; float32 [N 8]."""
+        return np.concatenate(
+            (self.position, self.quaternion, self.opening[:, None]), axis=1, dtype=np.float32
+        )
+
+
+def concatenate(parts: list[Scenes]) -> Scenes:
+    """Return the scenes of `parts` one after another."""
+    names = [field.name for field in dataclasses.fields(Scenes)]
+    return Scenes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def where(mask: np.ndarray, yes: Scenes, no: Scenes) -> Scenes:
+    """Return scene n of `yes` where `mask` [N] is True, of `no` elsewhere."""
+
+    def pick(name):
+        one, other = getattr(yes, name), getattr(no, name)
+        return np.where(mask.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
+
+    return Scenes(*(pick(field.name) for field in dataclasses.fields(Scenes)))
+
+
+def sample_scenes(seeds: np.ndarray, table: Tabletop = TABLETOP) -> Scenes:
+    """Return the start scenes named by `seeds`, non-negative integers [N].
+
+    A scene depends on its own seed only, so a seed is a start id. Target colour, distractor
+    colour, positions and the gripper's start are uniform under the gaps of `table`.
+    """
+    seeds = np.asarray(seeds, np.int64)
+    rows = np.array([_sample_row(int(seed), table) for seed in seeds]).reshape(-1, 11)
+    count = len(seeds)
+    blocks = np.full((count, 2, 3), table.block_size / 2)
+    blocks[:, :, :2] = rows[:, 4:8].reshape(count, 2, 2)
+    return Scenes(
+        position=rows[:, 8:11].copy(),
+        quaternion=np.tile((0.0, 0.0, 0.0, 1.0), (count, 1)),
+        opening=np.ones(count),
+        blocks=blocks,
+        colors=rows[:, :2].astype(np.int64),
+        plate=rows[:, 2:4].copy(),
+        held=np.full(count, NOTHING),
+    )
+
+
+def _sample_row(seed: int, table: Tabletop) -> list[float]:
+    """Return colours 2, plate 2, blocks 2 x 2 and gripper tip 3 of one scene."""
+    rng = np.random.default_rng(seed)
+    target = int(rng.integers(3))
+    distractor = (target + int(rng.integers(1, 3))) % 3
+    # Plain floats: on six numbers they are several times faster than arrays.
+    scales = table.plate_area + table.block_area * 2
+    while True:
+        draw = rng.random(6).tolist()
+        spots = [(2 * u - 1) * scale for u, scale in zip(draw, scales, strict=True)]
+        plate, first, second = spots[:2], spots[2:4], spots[4:]
+        if (
+            math.dist(first, plate) > table.plate_gap
+            and math.dist(second, plate) > table.plate_gap
+            and math.dist(first, second) > table.block_gap
+        ):
+            break
+    u, v, w = rng.random(3).tolist()
+    low, high = table.gripper_start_height
+    tip = [(2 * u - 1) * table.gripper_area[0], (2 * v - 1) * table.gripper_area[1]]
+    return [target, distractor, *spots, *tip, low + w * (high - low)]
+
+
+def step(scenes: Scenes, actions: np.ndarray, table: Tabletop = TABLETOP) -> Scenes:
+    """Return the scenes one action later.
+
+    Grasping is a rule about states, not an event: a closed gripper near a block's centre holds
+    it, centre at the tip; a gripper opened beyond `open_above` holds nothing, and what it held
+    drops straight down at once. Blocks do not collide.
+
+    Args:
+        actions: [N 7], cut to [-1, 1]: translation in world axes, rotation vector in world axes,
+            and the gripper in LIBERO's sense: -1 opens, +1 closes.
+    """
+    actions = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
+    position = np.clip(
+        scenes.position + table.max_translation * actions[:, :3],
+        table.workspace_low,
+        table.workspace_high,
+    )
+    quaternion = rotate(scenes.quaternion, table.max_rotation * actions[:, 3:6])
+    opening = np.clip(scenes.opening - table.max_opening * actions[:, 6], 0.0, 1.0)
+
+    rest = table.block_size / 2
+    blocks, held = scenes.blocks.copy(), scenes.held.copy()
+    released = np.flatnonzero((held != NOTHING) & (opening > table.open_above))
+    blocks[released, held[released], 2] = rest
+    held[released] = NOTHING
+
+    distance = np.linalg.norm(blocks - position[:, None], axis=-1)  # [N 2]
+    nearest = distance.argmin(1)
+    grasped = (held == NOTHING) & (opening < table.closed_below) & (distance.min(1) <= table.reach)
+    held = np.where(grasped, nearest, held)
+    carrying = np.flatnonzero(held != NOTHING)
+    blocks[carrying, held[carrying]] = position[carrying]
+    blocks[..., 2] = np.maximum(blocks[..., 2], rest)  # a held block cannot enter the table
+    return Scenes(position, quaternion, opening, blocks, scenes.colors, scenes.plate, held)
+
+
+def is_success(scenes: Scenes, table: Tabletop = TABLETOP) -> np.ndarray:
+    """Return where the task is done, bool [N]; readable from one picture.
+
+    The target lies on the plate, the gripper is open and has moved away from it.
+    """
+    target = scenes.blocks[:, TARGET]
+    on_plate = np.linalg.norm(target[:, :2] - scenes.plate, axis=1) < table.success_radius
+    away = np.linalg.norm(target - scenes.position, axis=1) > table.success_clearance
+    return on_plate & away & (scenes.opening > table.open_above)
+
+
+def rotate(quaternion: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Return orientations xyzw [N 4] turned by rotation vectors in world axes, radians [N 3]."""
+    angle = np.linalg.norm(rotation, axis=1, keepdims=True)
+    xyz = 0.5 * np.sinc(angle / (2 * np.pi)) * rotation  # sin(angle / 2) * axis, also at 0
+    w = np.cos(angle / 2)
+    old_xyz, old_w = quaternion[:, :3], quaternion[:, 3:]
+    turned = np.concatenate(
+        (
+            w * old_xyz + old_w * xyz + np.cross(xyz, old_xyz),
+            w * old_w - (xyz * old_xyz).sum(1, keepdims=True),
+        ),
+        axis=1,
+    )
+    return turned / np.linalg.norm(turned, axis=1, keepdims=True)
+
+
+def rotation_matrices(quaternion: np.ndarray) -> np.ndarray:
+    """Return the rotation matrices [N 3 3] of unit quaternions xyzw [N 4]."""
+    x, y, z, w = quaternion.T
+    rows = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
+        (2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
+        (2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
+    )
+    return np.stack([np.stack(row, -1) for row in rows], -2)

@@ -1,0 +1,30 @@
+"""Data cards: how a weight file came to be, as JSON beside it. No JAX, no PyTorch."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON under a temporary name and rename it, so that a killed run leaves no half file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def card(**facts: Any) -> dict[str, Any]:
+    """Return a data card: the command that ran, the versions it ran with, and `facts`."""
+    command = " ".join(["python -m", _module_name(), *sys.argv[1:]])
+    packages = ("numpy", "torch", "jax", "flax")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions["python"] = platform.python_version()
+    return {"command": command, "versions": versions, **facts}
+
+
+def _module_name() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec is not None else Path(sys.argv[0]).name

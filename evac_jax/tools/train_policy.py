@@ -1,0 +1,194 @@
+"""Supervised fine-tuning of OpenVLA-OFT's token head on demonstrations of the tabletop, in JAX.
+
+Every sample is a fresh scene, so nothing can be memorised: the picture at a moment when the policy
+would be asked, and the demonstrator's next actions. The tokens' targets are Gaussians over
+neighbouring bins; their width becomes the exploration noise that reinforcement learning starts
+with.
+
+    python -m evac_jax.tools.train_policy --out DIR --labels expert --steps 6000
+    python -m evac_jax.tools.train_policy --start DIR --out DIR2 --labels sloppy --steps 800
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx
+
+from evac_jax.miniature import scene as world
+from evac_jax.miniature.env import to_policy_actions
+from evac_jax.miniature.expert import Expert, demonstrate
+from evac_jax.miniature.render import render
+from evac_jax.miniature.sizes import POLICY
+from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.tools import cards
+from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
+from policies.openvla_oft.export_hf import create_policy_folder
+from policies.openvla_oft.import_hf import load_policy
+from policies.openvla_oft.model import OpenVLAOFT
+from policies.openvla_oft.prompt import PromptTokenizer
+from policies.types import ObsBatch
+
+UNNORM_KEY = "miniature"
+# Deltas use the whole of -1..1; the gripper's 0 (close) .. 1 (open) stays as it is.
+NORM_STATS = {
+    UNNORM_KEY: {
+        "action": {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+    }
+}
+FIRST_SCENE = 100_000_000  # seeds of supervised scenes, above those of RL and of recordings
+FRESH_SCENES = 2_000_000  # seeds of the scores below, used nowhere else
+ASKED_AT = (0, 8, 16, 24)  # steps of an episode at which the policy is asked
+# Who has played until then: mostly the demonstrator, at times somebody who leaves its path.
+PLAYERS = ((0.5, None), (0.3, "noisy"), (0.2, "near_miss"))
+
+
+def samples(labels: str, num_scenes: int, seed: int, chunk: int):
+    """Return (frames [n H W 3], tasks [n], policy actions [n K A]) of n = 4 x num_scenes moments.
+
+    Args:
+        labels: kind of demonstrator (see `miniature.expert.KINDS`) whose actions are the targets.
+        seed: batches of different seeds share no scene.
+    """
+    rng = np.random.default_rng(seed)
+    scenes = world.sample_scenes(FIRST_SCENE + seed * num_scenes + np.arange(num_scenes))
+    kind = PLAYERS[rng.choice(len(PLAYERS), p=[share for share, _ in PLAYERS])][1] or labels
+    _, states = demonstrate(scenes, Expert(kind, rng), max(ASKED_AT))
+    moments = world.concatenate([states[t] for t in ASKED_AT])
+    actions, _ = demonstrate(moments, Expert(labels, rng), chunk)
+    return render(moments, POLICY.image_size), moments.task, to_policy_actions(actions)
+
+
+def soft_targets(actions: jax.Array, statistics: ActionStatistics, sd_bins: float) -> jax.Array:
+    """Return probabilities [B K A 256], lowest token id first, around actions [B K A]."""
+    low, high, mask = (
+        jnp.asarray(x) for x in (statistics.low, statistics.high, statistics.mask)
+    )
+    normalised = jnp.where(mask, 2 * (actions - low) / (high - low) - 1, actions)
+    centres = jnp.asarray(bin_centres(POLICY.num_bins), jnp.float32)
+    sd = sd_bins * 2 / (POLICY.num_bins - 1)
+    return jax.nn.softmax(-0.5 * ((centres - normalised[..., None]) / sd) ** 2)
+
+
+def make_step(graphdef, rest, optimizer, statistics, sd_bins):
+    """Return the jitted training step (params, opt_state, obs, actions) -> the same and loss."""
+
+    def loss_fn(params, obs, actions):
+        model = nnx.merge(graphdef, params, rest)
+        pixels = model.pixel_values(obs.images)
+        forward = model.forward(pixels, obs.prompt_tokens, obs.prompt_mask)
+        logits = model.action_logits(forward.slots)
+        logits = logits.reshape(*actions.shape, logits.shape[-1])
+        targets = soft_targets(actions, statistics, sd_bins)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, obs, actions):
+        loss, gradient = jax.value_and_grad(loss_fn)(params, obs, actions)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return step
+
+
+def play(model: OpenVLAOFT, prompts, starts: np.ndarray, *, greedy: bool, seed: int = 0) -> float:
+    """Return the ground-truth success rate of whole episodes from scenes `starts` (seeds)."""
+    scenes = world.sample_scenes(starts)
+    tokens, mask = prompts[0][scenes.task], prompts[1][scenes.task]
+    graphdef, state = nnx.split(model)
+    act = jax.jit(lambda state, *a: nnx.merge(graphdef, state).sample(*a, greedy=greedy).actions)
+    done = np.zeros(len(scenes), bool)
+    for t in range(len(ASKED_AT)):
+        images = jnp.asarray(render(scenes, POLICY.image_size))[:, None]
+        obs = ObsBatch(images=images, prompt_tokens=tokens, prompt_mask=mask)
+        actions = np.array(act(state, obs, jax.random.key(seed * len(ASKED_AT) + t)))
+        actions[..., 6] = -np.sign(2 * actions[..., 6] - 1)  # the environment's gripper rule
+        for k in range(actions.shape[1]):
+            scenes = world.step(scenes, actions[:, k])
+            done |= world.is_success(scenes)
+    return float(done.mean())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="policy folder to write; must not exist")
+    parser.add_argument("--start", help="policy folder to go on from; default: fresh weights")
+    parser.add_argument("--labels", default="expert", help="demonstrator: expert, sloppy ..")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--sd_bins", type=float, default=8.0, help="width of the soft targets")
+    parser.add_argument("--score_scenes", type=int, default=512)
+    parser.add_argument("--score_every", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.set_verbosity(logging.INFO)
+    statistics = ActionStatistics.from_norm_stats(NORM_STATS, UNNORM_KEY)
+    out = Path(args.out)
+    if args.start:
+        loaded = load_policy(
+            args.start, unnorm_key=UNNORM_KEY, max_prompt_length=POLICY.max_prompt_length
+        )
+        model, tokenizer_file = loaded.model, Path(args.start) / "tokenizer.json"
+        prompts = loaded.tokenizer.encode(list(INSTRUCTIONS))
+    else:
+        model, tokenizer_file = OpenVLAOFT(POLICY, statistics, rngs=nnx.Rngs(args.seed)), None
+        scratch = create_policy_folder(
+            model, out.with_name(out.name + ".tokenizer"), tasks=INSTRUCTIONS, norm_stats=NORM_STATS
+        )
+        tokenizer_file = scratch / "tokenizer.json"
+        prompts = PromptTokenizer(scratch, POLICY.max_prompt_length).encode(list(INSTRUCTIONS))
+    prompts = tuple(jnp.asarray(x) for x in prompts)
+
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    warmup = min(200, args.steps // 5)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, args.lr, warmup, args.steps, 0.01 * args.lr)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
+    )
+    opt_state = optimizer.init(params)
+    step = make_step(graphdef, rest, optimizer, statistics, args.sd_bins)
+    scenes_per_draw = 4 * args.batch  # 4 moments each: 16 batches a draw
+    began, losses, history, pool = time.perf_counter(), [], [], []
+    for i in range(args.steps):
+        if not pool:
+            draw = args.seed * 100_000 + i
+            frames, tasks, actions = samples(args.labels, scenes_per_draw, draw, POLICY.chunk)
+            order = np.random.default_rng(draw).permutation(len(frames)).reshape(-1, args.batch)
+            pool = [(frames[rows], tasks[rows], actions[rows]) for rows in order]
+        frames, tasks, actions = pool.pop()
+        obs = ObsBatch(
+            images=jnp.asarray(frames)[:, None],
+            prompt_tokens=prompts[0][tasks],
+            prompt_mask=prompts[1][tasks],
+        )
+        params, opt_state, loss = step(params, opt_state, obs, jnp.asarray(actions, jnp.float32))
+        losses.append(loss)
+        if (i + 1) % 100 == 0:
+            rate = (i + 1) / (time.perf_counter() - began)
+            mean = float(jnp.stack(losses[-100:]).mean())
+            logging.info("step %d/%d  loss %.4f  %.2f steps/s", i + 1, args.steps, mean, rate)
+        if (i + 1) % args.score_every == 0 or i + 1 == args.steps:
+            trained = nnx.merge(graphdef, jax.tree.map(jnp.copy, params), rest)
+            starts = FRESH_SCENES + np.arange(args.score_scenes)
+            score = {
+                "step": i + 1,
+                "greedy": play(trained, prompts, starts, greedy=True),
+                "sampled": play(trained, prompts, starts, greedy=False),
+            }
+            history.append(score)
+            logging.info("ground-truth success on fresh scenes: %s", score)
+    create_policy_folder(trained, out, tokenizer=tokenizer_file, norm_stats=NORM_STATS)
+    facts = cards.card(history=history, seconds=time.perf_counter() - began)
+    cards.write_json(out / "card.json", facts)
+
+
+if __name__ == "__main__":
+    main()
