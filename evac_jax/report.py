@@ -1,0 +1,160 @@
+"""The last words of a run: what training changed, where the time went, where everything lies."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evac_jax.telemetry.files import replacing
+
+SUMMARY_FILE = "summary.json"
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+# {place: (successes, episodes)}; places are "imagined" and "ground_truth".
+Outcome = Mapping[str, tuple[int, int] | list[int]]
+
+
+def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Return the Wilson score interval of a success rate, (0, 1) when nothing was tried.
+
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n) with p = successes / n. Unlike p ± z·sd it
+    stays within [0, 1] and is not empty at 0 or n successes.
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22(158).
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n, got {successes} of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    p, square = successes / n, z * z
+    centre = p + square / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
+    scale = 1 + square / n
+    # At the ends the exact bound is 0 or 1, which rounding misses by an ulp.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return low, high
+
+
+def rates(outcome: Outcome) -> dict[str, float]:
+    """Return the success rate of each place, 0..1."""
+    return {place: successes / n for place, (successes, n) in outcome.items() if n}
+
+
+def _cell(successes: int, n: int) -> str:
+    low, high = wilson_interval(successes, n)
+    rate = successes / n if n else math.nan
+    return f"{rate:6.1%} [{low:5.1%}, {high:6.1%}] n={n}"
+
+
+def _grid(rows: list[list[str]]) -> str:
+    """Return rows as aligned columns, the first flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])])
+        for row in rows
+    )
+
+
+def table(columns: Mapping[str, Outcome]) -> str:
+    """Return success rates with 95 % intervals: one row per place, one column per outcome."""
+    places = list(dict.fromkeys(place for outcome in columns.values() for place in outcome))
+    rows = [["", *columns]]
+    for place in places:
+        cells = [_cell(*o[place]) if place in o else "not evaluated" for o in columns.values()]
+        rows.append([place.replace("_", " "), *cells])
+    return _grid(rows) if places else "not evaluated"
+
+
+def _phase_table(seconds: Mapping[str, float], wall_seconds: float) -> str:
+    """Return seconds by phase; "a/b" is a part of "a" and is indented under it."""
+    total = seconds.get("step", 0.0)
+    phases = {name: value for name, value in seconds.items() if name != "step"}
+    rows = [["", "seconds", "share"]]
+    for name in sorted(phases):
+        label = "  " * (1 + name.count("/")) + name.rsplit("/", 1)[-1]
+        rows.append([label, f"{phases[name]:.1f}", f"{phases[name] / total:.1%}" if total else ""])
+    rest = total - sum(value for name, value in phases.items() if "/" not in name)
+    if phases:
+        rows.append(["  rest", f"{rest:.1f}", f"{rest / total:.1%}" if total else ""])
+    rows.insert(1, ["all iterations", f"{total:.1f}", "100.0%" if total else ""])
+    rows.append(["this process, with start-up and evaluation", f"{wall_seconds:.1f}", ""])
+    return _grid(rows)
+
+
+def summary(
+    *,
+    before: Outcome,
+    after: Outcome,
+    seconds: Mapping[str, float],
+    wall_seconds: float,
+    places: Mapping[str, Path | None],
+) -> str:
+    """Return the summary of a run as plain text.
+
+    Args:
+        before: successes and episodes before training.
+        after: the same at the end.
+        seconds: by phase, summed over all iterations of all processes of the run; "step" is all
+            of an iteration, "env/reward" a part of "env".
+        wall_seconds: duration of this process.
+        places: what lies where; None is left out.
+    """
+    lies = [[f"{what}:", str(where)] for what, where in places.items() if where is not None]
+    width = max((len(what) for what, _ in lies), default=0)
+    return "\n".join(
+        [
+            "Success rate [95 % Wilson interval]",
+            table({"before": before, "after": after}),
+            "",
+            "Time",
+            _phase_table(seconds, wall_seconds),
+            "",
+            *(f"{what.ljust(width)}  {where}" for what, where in lies),
+        ]
+    )
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        place: {
+            "successes": successes,
+            "episodes": n,
+            "rate": successes / n if n else None,
+            "interval_95": list(wilson_interval(successes, n)),
+        }
+        for place, (successes, n) in outcome.items()
+    }
+
+
+def finish(
+    folder: Path,
+    *,
+    before: Outcome,
+    after: Outcome,
+    seconds: Mapping[str, float],
+    wall_seconds: float,
+    places: Mapping[str, Path | None],
+) -> None:
+    """Write summary.json into the run's folder and show the summary; arguments as `summary`."""
+    values = {
+        "success": {"before": _as_json(before), "after": _as_json(after)},
+        "seconds": dict(seconds),
+        "wall_seconds": wall_seconds,
+        "places": {what: str(where) for what, where in places.items() if where is not None},
+    }
+    with replacing(folder / SUMMARY_FILE) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    show(
+        summary(
+            before=before, after=after, seconds=seconds, wall_seconds=wall_seconds, places=places
+        )
+    )
+
+
+def show(text: str) -> None:
+    """Write a result to standard output, which holds nothing else."""
+    sys.stdout.write(f"\n{text}\n")
+    sys.stdout.flush()

@@ -1,0 +1,117 @@
+"""Shows how far a run is: a live bar in a terminal, one log line per iteration elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from absl import logging
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+
+def format_duration(seconds: float | None) -> str:
+    """Return "1:02:03", "2:03" or "-" for None."""
+    if seconds is None:
+        return "-"
+    minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def format_success(success: Mapping[str, float]) -> str:
+    """Return "imagined 41.0%  ground truth 37.5%"."""
+    return "  ".join(f"{place.replace('_', ' ')} {rate:.1%}" for place, rate in success.items())
+
+
+class Estimate:
+    """Time left, from the mean duration of the iterations done since this process started.
+
+    rich's own estimate forgets what is older than half a minute, less than one iteration here.
+    """
+
+    def __init__(self, total: int, finished: int, clock: Callable[[], float] = time.monotonic):
+        self._total, self._first, self._clock = total, finished, clock
+        self._began = self._updated = clock()
+        self._done = finished
+
+    def update(self, done: int) -> None:
+        """Note that `done` iterations are finished."""
+        self._done, self._updated = done, self._clock()
+
+    def remaining_s(self) -> float | None:
+        """Return the seconds left, None before the first iteration of this process is done."""
+        here = self._done - self._first
+        if here <= 0:
+            return None
+        mean = (self._updated - self._began) / here
+        return max(mean * (self._total - self._done) - (self._clock() - self._updated), 0.0)
+
+
+class _EtaColumn(ProgressColumn):
+    """Counts down between updates."""
+
+    max_refresh = 0.5
+
+    def __init__(self, estimate: Estimate):
+        super().__init__()
+        self._estimate = estimate
+
+    def render(self, task: Task) -> Text:
+        return Text(f"ETA {format_duration(self._estimate.remaining_s())}", style="cyan")
+
+
+class Progress:
+    """Context manager around a run's iterations.
+
+    Args:
+        total: iterations of the whole run.
+        finished: those done by earlier processes of a resumed run.
+        console: where to draw; the default is stderr, which leaves stdout to the summary.
+    """
+
+    def __init__(self, total: int, finished: int = 0, console: Console | None = None):
+        console = console or Console(stderr=True)
+        self._total = total
+        self._estimate = Estimate(total, finished)
+        self._bar: RichProgress | None = None
+        if console.is_terminal:
+            self._bar = RichProgress(
+                SpinnerColumn(),
+                TextColumn("iteration {task.completed}/{task.total}"),
+                BarColumn(bar_width=24),
+                _EtaColumn(self._estimate),
+                TextColumn("success: {task.fields[success]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task("train", total=total, completed=finished, success="-")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+            # absl keeps the stderr it found at start; the bar needs its lines to come through rich.
+            self._absl = logging.get_absl_handler().python_handler
+            self._stream = self._absl.setStream(sys.stderr)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._bar is not None:
+            if self._stream is not None:
+                self._absl.setStream(self._stream)
+            self._bar.stop()
+
+    def update(self, done: int, *, success: Mapping[str, float]) -> None:
+        """Show that `done` iterations are finished, and the latest success rate of each place.
+
+        Args:
+            done: finished iterations of the whole run.
+            success: {"imagined": 0..1, "ground_truth": 0..1}, those that are evaluated.
+        """
+        self._estimate.update(done)
+        text = format_success(success) or "not evaluated"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, success=text)
+        else:
+            eta = format_duration(self._estimate.remaining_s())
+            logging.info("iteration %d/%d  ETA %s  success: %s", done, self._total, eta, text)

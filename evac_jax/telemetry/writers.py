@@ -1,0 +1,305 @@
+"""Where a run's figures go: JSON lines always, TensorBoard and Weights & Biases when asked.
+
+Only process 0 writes. Figures that are not finite are never passed on as numbers: JSON has no
+word for them, and viewers draw them as gaps without saying so. They become null in the JSON lines,
+with their names beside them, are left out elsewhere, and are counted as `log/non_finite`.
+"""
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from absl import logging
+
+from evac_jax.config import TrainConfig, to_dict
+from evac_jax.errors import ConfigError
+from evac_jax.telemetry import video
+from evac_jax.telemetry.files import replacing
+
+METRICS_FILE = "metrics.jsonl"
+NON_FINITE = "log/non_finite"
+
+
+class MetricWriter(Protocol):
+    """What the training loop knows of logging. Steps are finished iterations."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record figures of iteration `step`; several calls for one step add up."""
+        ...
+
+    def text(self, name: str, text: str) -> None:
+        """Record a text that belongs to the whole run."""
+        ...
+
+    def video(self, name: str, path: Path, step: int) -> None:
+        """Record the mp4 file at `path`."""
+        ...
+
+    def close(self) -> None:
+        """Finish writing."""
+        ...
+
+
+class NullWriter:
+    """Writes nothing: processes other than the first, and evaluation without a run."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def text(self, name: str, text: str) -> None:
+        """Do nothing."""
+
+    def video(self, name: str, path: Path, step: int) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class JsonlWriter:
+    """One JSON object per iteration, on disk as soon as `write` returns.
+
+    A line holds "iteration", the figures by name and, when some were not finite, their names under
+    "non_finite". A second `write` for the same iteration completes its line.
+
+    Args:
+        path: the file; made, or continued.
+        resume_step: iterations that the restored checkpoint has behind it. Lines of later ones are
+            dropped, atomically: the resumed run writes them anew.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        self._path = path
+        lines = _lines_until(path, resume_step) if path.exists() else []
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        self._line: dict[str, Any] = lines[-1] if lines else {}
+        self._file = path.open("r+b")
+        self._file.seek(0, 2)
+        last = len(json.dumps(self._line)) + 1 if lines else 0
+        self._start = self._file.tell() - last
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append a line, or complete the last one if it is of the same iteration."""
+        if self._line.get("iteration") != step:
+            self._line = {"iteration": step}
+            self._start = self._file.seek(0, 2)
+        lost = set(self._line.pop("non_finite", ())) - set(scalars)
+        for name, value in scalars.items():
+            finite = math.isfinite(value)
+            self._line[name] = float(value) if finite else None
+            lost |= set() if finite else {name}
+        if lost:
+            self._line["non_finite"] = sorted(lost)
+        # Over the old text, not after cutting it off: a kill in between must not lose the line.
+        self._file.seek(self._start)
+        self._file.write(f"{json.dumps(self._line)}\n".encode())
+        self._file.flush()
+        self._file.truncate()
+
+    def text(self, name: str, text: str) -> None:
+        """Write <name>.txt beside the metrics."""
+        with replacing(self._path.parent / f"{name}.txt") as temporary:
+            temporary.write_text(text)
+
+    def video(self, name: str, path: Path, step: int) -> None:
+        """Do nothing: the video is a file already."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Return the lines of iterations <= `step`; warn of those that are damaged."""
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            # A killed process may leave half a line. The run can go on without it.
+            logging.warning("%s: line %d is damaged and was dropped", path, number)
+            continue
+        if line["iteration"] <= step:
+            lines.append(line)
+    return lines
+
+
+class TensorBoardWriter:
+    """Event files, through the writer that TensorBoard itself ships.
+
+    Difference to common practice: neither torch.utils.tensorboard nor tensorboardX, which both
+    import torch, and the trainer must not.
+    """
+
+    def __init__(self, directory: Path, resume_step: int = 0):
+        from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary, self._tensor = event_pb2, summary_pb2, tensor_pb2
+        self._writer = EventFileWriter(str(directory))
+        # A session's START event makes viewers hide what an earlier one wrote from this step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.add_event(
+            event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start)
+        )
+
+    def _add(self, step: int, values: list) -> None:
+        summary = self._summary.Summary(value=values)
+        self._writer.add_event(
+            self._event.Event(wall_time=time.time(), step=step, summary=summary)
+        )
+        self._writer.flush()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Add the finite figures."""
+        value = self._summary.Summary.Value
+        self._add(step, [value(tag=k, simple_value=v) for k, v in _finite(scalars).items()])
+
+    def text(self, name: str, text: str) -> None:
+        """Add a text to the Text tab, set as it is."""
+        metadata = self._summary.SummaryMetadata()
+        metadata.plugin_data.plugin_name = "text"
+        indented = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's code block
+        tensor = self._tensor.TensorProto(dtype="DT_STRING", string_val=[indented.encode()])
+        self._add(0, [self._summary.Summary.Value(tag=name, metadata=metadata, tensor=tensor)])
+
+    def video(self, name: str, path: Path, step: int) -> None:
+        """Add the video as a moving GIF: TensorBoard cannot play mp4."""
+        frames, fps = video.read_mp4(path)
+        image = self._summary.Summary.Image(
+            height=frames.shape[1],
+            width=frames.shape[2],
+            colorspace=3,
+            encoded_image_string=video.encode_gif(frames, fps=fps),
+        )
+        self._add(step, [self._summary.Summary.Value(tag=name, image=image)])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandbWriter:
+    """Weights & Biases; all its files stay inside the run's folder.
+
+    The run's id is kept in `wandb_id`, so that a resumed run continues its own page. The x axis is
+    the figure "iteration", not W&B's step, which may never go back.
+
+    Raises:
+        ConfigError: W&B is not installed or does not start (no account, no network).
+    """
+
+    def __init__(self, folder: Path, project: str, mode: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"config.log.wandb={mode!r} needs the package wandb: {error}. Install "
+                "requirements.txt, or set --config.log.wandb=disabled"
+            ) from error
+        self._wandb = wandb
+        file = folder / "wandb_id"
+        if not file.exists():
+            file.write_text(secrets.token_hex(4))
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.name,
+                id=file.read_text(),
+                resume="allow" if mode == "online" else None,
+                mode=mode,
+                dir=str(folder),
+                config=dict(config),
+                # The console belongs to the progress bar.
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"config.log.wandb={mode!r}, but Weights & Biases did not start: {error}. "
+                "Log in with `wandb login`, or set --config.log.wandb=offline (or disabled)"
+            ) from error
+        self._run.define_metric("iteration")
+        self._run.define_metric("*", step_metric="iteration")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Log the finite figures."""
+        self._run.log({"iteration": step, **_finite(scalars)})
+
+    def text(self, name: str, text: str) -> None:
+        """Keep the text in the run's summary."""
+        self._run.summary[name] = text
+
+    def video(self, name: str, path: Path, step: int) -> None:
+        """Upload the mp4 file as it is."""
+        self._run.log({"iteration": step, name: self._wandb.Video(str(path), format="mp4")})
+
+    def close(self) -> None:
+        """Wait until everything is sent or, offline, written."""
+        self._run.finish()
+
+
+class FanOut:
+    """Passes everything on to several writers and counts the figures that are not finite."""
+
+    def __init__(self, writers: Sequence[MetricWriter]):
+        self._writers = writers
+        self._step: int | None = None
+        self._count = 0
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record figures, and as `log/non_finite` how many of this iteration's are not finite."""
+        lost = len(scalars) - len(_finite(scalars))
+        self._count = lost + (self._count if step == self._step else 0)
+        self._step = step
+        for writer in self._writers:
+            writer.write(step, {**scalars, NON_FINITE: float(self._count)})
+
+    def text(self, name: str, text: str) -> None:
+        """Record a text."""
+        for writer in self._writers:
+            writer.text(name, text)
+
+    def video(self, name: str, path: Path, step: int) -> None:
+        """Record a video."""
+        for writer in self._writers:
+            writer.video(name, path, step)
+
+    def close(self) -> None:
+        """Close all writers."""
+        for writer in self._writers:
+            writer.close()
+
+
+def make_writer(folder: Path, config: TrainConfig, *, resume_step: int = 0) -> MetricWriter:
+    """Return the writer that `config.log` asks for; processes other than the first get none.
+
+    Args:
+        folder: the run's own folder.
+        config: of the run; W&B and TensorBoard show it.
+        resume_step: finished iterations of a resumed run; what was logged after them is dropped.
+
+    Raises:
+        ConfigError: Weights & Biases cannot start.
+    """
+    if jax.process_index() != 0:
+        return NullWriter()
+    writers: list[MetricWriter] = [JsonlWriter(folder / METRICS_FILE, resume_step)]
+    if config.log.tensorboard:
+        tensorboard = TensorBoardWriter(folder / "tensorboard", resume_step)
+        tensorboard.text("config", json.dumps(to_dict(config), indent=2))
+        writers.append(tensorboard)
+    if config.log.wandb != "disabled":
+        writers.append(
+            WandbWriter(folder, config.log.wandb_project, config.log.wandb, to_dict(config))
+        )
+    return FanOut(writers)
+
+
+def _finite(scalars: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in scalars.items() if math.isfinite(value)}
