@@ -1,0 +1,508 @@
+"""The whole configuration of a run: frozen dataclasses, checked before anything heavy starts.
+
+Defaults live here and nowhere else; `configs/` renders them to a ConfigDict and overrides some.
+Below launch.py no code sees a ConfigDict. `from_config_dict` and `validate` collect every problem
+they find, so that one message holds them all.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from algos.optim import OptimizerConfig
+
+from algos import ALGORITHMS
+from evac_jax.errors import ConfigError
+
+MINIATURE_WEIGHTS = str(Path(__file__).parent / "miniature" / "weights")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Which policy, from which weights, sampled how.
+
+    Attributes:
+        checkpoint: Hugging Face folder of the start policy (config.json, *.safetensors,
+            tokenizer.json, dataset_statistics.json). Imported once; a restored run overrides it.
+        lora_adapter: PEFT adapter folder, merged into the weights on import; "" = none.
+        unnorm_key: key of the action statistics; "<key>_no_noops" is tried too.
+        value_head: "none", "chunk_level" (one value a chunk) or "action_level" (one an action).
+        max_prompt_length: tokens that every prompt is padded to; a longer prompt is an error.
+        keep_stop_token: attend to a stop token after the action slots, as OFT's own code does;
+            False follows RLinf. Use what the checkpoint was fine-tuned with.
+        temperature: softmax temperature when sampling and when training, > 0.
+        eval_temperature: the same in evaluation; 0 = greedy.
+        top_k: keep the k likeliest bins; -1 = all 256.
+        param_dtype: "float32" or "bfloat16", how weights are kept.
+        compute_dtype: "float32" or "bfloat16", what the layers compute in; logits are float32.
+        remat: recompute each layer's activations in the backward pass instead of keeping them.
+        scan_layers: compile one layer and loop over it; compile time no longer grows with depth.
+    """
+
+    checkpoint: str = ""
+    lora_adapter: str = ""
+    unnorm_key: str = ""
+    value_head: str = "none"
+    max_prompt_length: int = 128
+    keep_stop_token: bool = False
+    temperature: float = 1.0
+    eval_temperature: float = 0.0
+    top_k: int = -1
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    remat: bool = False
+    scan_layers: bool = True
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """EVAC: weights and how it is sampled.
+
+    Attributes:
+        checkpoint: folder with config.json and model.safetensors.
+        steps: DDIM steps per chunk, >= 1.
+        eta: DDIM stochasticity, 0 (deterministic) to 1.
+        reference_compat: reproduce the reference environment's defects (one-place-early poses,
+            raw pose model, rounding at 0.5, all environments reset together); for comparison only.
+    """
+
+    checkpoint: str = ""
+    steps: int = 50
+    eta: float = 1.0
+    reference_compat: bool = False
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The success classifier and what its verdict is worth.
+
+    Attributes:
+        checkpoint: folder of the classifier.
+        threshold: probability from which a frame counts as success, 0..1.
+        success_frames: consecutive frames that must count before the episode does, >= 1.
+        judged_frames: last frames of every chunk that are decoded and judged; 0 = all. Success
+            that persists is seen in the last ones too, and the others then cost nothing.
+        coefficient: reward of success.
+        relative: reward the change of the score, so that an episode's sum is its last score.
+    """
+
+    checkpoint: str = ""
+    threshold: float = 0.5
+    success_frames: int = 1
+    judged_frames: int = 0
+    coefficient: float = 1.0
+    relative: bool = True
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The episodes that the policy learns from.
+
+    Attributes:
+        initial_states: "miniature" (built-in scenes) or "npy" (a folder of start frames).
+        initial_states_path: that folder; unused by the miniature.
+        train_starts: [low, high) range of start ids for training; high -1 = all there are.
+        start_order: "random", "ordered" (one after another) or "fixed" (the same ones always).
+        num_envs: episodes imagined side by side, over all simulator processes.
+        max_episode_steps: actions after which an episode is truncated; a multiple of the chunk.
+        gripper: how the policy's gripper entry becomes the simulator's: "libero" (-sign(2g-1)),
+            "binary" or "none".
+        pose_model: folder of the network that turns (action, pose) into the next pose.
+    """
+
+    initial_states: str = "miniature"
+    initial_states_path: str = ""
+    train_starts: tuple[int, int] = (0, -1)
+    start_order: str = "random"
+    num_envs: int = 16
+    max_episode_steps: int = 256
+    gripper: str = "libero"
+    pose_model: str = ""
+
+
+@dataclass(frozen=True)
+class SimulatorConfig:
+    """The processes that imagine.
+
+    Attributes:
+        processes: simulator processes; num_envs is divided among them, groups kept whole.
+        devices: torch device of each process; one entry serves all.
+        threads: CPU threads of each process.
+        dtype: "float32", "bfloat16" or "float16", what the world model computes in.
+        slots: frame buffers per process, >= 2.
+        timeout_s: seconds that one chunk may take before the process counts as stuck.
+        start_timeout_s: seconds that loading may take.
+        restarts: times that a dead simulator is started again before the run stops.
+    """
+
+    processes: int = 1
+    devices: tuple[str, ...] = ("cpu",)
+    threads: int = 1
+    dtype: str = "float32"
+    slots: int = 2
+    timeout_s: float = 600.0
+    start_timeout_s: float = 600.0
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How many episodes make one iteration.
+
+    Attributes:
+        epochs: times that all environments play an episode, one after another, per iteration;
+            episodes per iteration = env.num_envs x epochs.
+    """
+
+    epochs: int = 1
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation before, during and after training.
+
+    Attributes:
+        interval: iterations between evaluations; 0 = only before and after.
+        episodes: episodes per evaluation in the world model; 0 = none.
+        starts: [low, high) range of start ids for evaluation, apart from the training ones.
+        ground_truth: environment to evaluate in for real: "miniature" or "none".
+        ground_truth_episodes: episodes per evaluation in the ground truth.
+        ground_truth_envs: ground-truth environments stepped side by side.
+    """
+
+    interval: int = 4
+    episodes: int = 64
+    starts: tuple[int, int] = (0, -1)
+    ground_truth: str = "none"
+    ground_truth_episodes: int = 256
+    ground_truth_envs: int = 64
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The trainer's devices as a grid; -1 = what is left.
+
+    Attributes:
+        data: devices that hold whole copies of the parameters.
+        fsdp: devices that parameters and optimiser state are cut over.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length of the run and when to give up.
+
+    Attributes:
+        iterations: rollout-and-update rounds in all, counted from the first start of the run.
+        max_skipped_updates: non-finite optimiser steps in a row after which the run stops.
+    """
+
+    iterations: int = 100
+    max_skipped_updates: int = 10
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and restoring runs (not to be confused with policy.checkpoint, the import).
+
+    Attributes:
+        restore: "" = start anew; "latest" = newest run of this algorithm under log.dir (or the
+            run log.run); or the path of a run or of its checkpoint folder.
+        interval: iterations between checkpoints, >= 1; the last iteration is always saved.
+        keep: newest checkpoints to keep.
+        dir: where; "" = <run folder>/checkpoints.
+    """
+
+    restore: str = ""
+    interval: int = 10
+    keep: int = 3
+    dir: str = ""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where a run leaves its traces.
+
+    Attributes:
+        dir: folder that holds all runs.
+        run: name of the run's own folder; "" = <algorithm>-<date>-<time>.
+        tensorboard: write event files.
+        wandb: "disabled", "offline" or "online".
+        wandb_project: project name for Weights & Biases.
+    """
+
+    dir: str = "runs"
+    run: str = ""
+    tensorboard: bool = True
+    wandb: str = "disabled"
+    wandb_project: str = "evac_jax"
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Videos of imagined episodes.
+
+    Attributes:
+        save: write mp4 files at every evaluation.
+        overlay: draw instruction, reward and success into them.
+        dir: where; "" = <run folder>/videos.
+        episodes: episodes filmed per evaluation, at most the environments of one process.
+        fps: frames per second.
+    """
+
+    save: bool = True
+    overlay: bool = True
+    dir: str = ""
+    episodes: int = 4
+    fps: int = 8
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a run. `algo` holds the configuration of `algorithm`."""
+
+    algorithm: str
+    algo: Any
+    seed: int = 0
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    optim: OptimizerConfig = field(default_factory=OptimizerConfig)
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: RunConfig = field(default_factory=RunConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+
+    @property
+    def episodes_per_iteration(self) -> int:
+        """Episodes that one update learns from."""
+        return self.env.num_envs * self.rollout.epochs
+
+
+def algorithm_config(name: str) -> type:
+    """Return the configuration class of an algorithm.
+
+    Raises:
+        ConfigError: no such algorithm.
+    """
+    if name not in ALGORITHMS:
+        raise ConfigError(f"algorithm must be one of {sorted(ALGORITHMS)}, got {name!r}")
+    return importlib.import_module(ALGORITHMS[name]).Config
+
+
+def default_config(algorithm: str) -> TrainConfig:
+    """Return the configuration with every field at its default."""
+    return TrainConfig(algorithm=algorithm, algo=algorithm_config(algorithm)())
+
+
+def nearest(name: str, valid) -> str:
+    """Return ' Did you mean ...?' or '' when nothing is close."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
+    """Return `value` as the type `hint`, or note why it cannot be."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        hint = next(arg for arg in args if arg is not type(None))
+        return _convert(value, hint, path, problems)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            problems.append(f"config.{path}: expected a tuple, got {value!r}")
+            return value
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            problems.append(f"config.{path}: expected {len(args)} entries, got {value!r}")
+            return value
+        hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_convert(v, h, path, problems) for v, h in zip(value, hints, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    problems.append(f"config.{path}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
+    """Return a dataclass from a mapping, noting unknown keys and wrong types."""
+    if not hasattr(values, "items"):
+        problems.append(f"config.{path.rstrip('.')}: expected a section, got {values!r}")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            problems.append(f"config.{path}{key}: unknown field.{nearest(key, hints)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            arguments[key] = _build(hints[key], value, f"{path}{key}.", problems)
+        else:
+            arguments[key] = _convert(value, hints[key], f"{path}{key}", problems)
+    return cls(**arguments)
+
+
+def from_config_dict(values: dict[str, Any]) -> TrainConfig:
+    """Build and validate a configuration from nested mappings (a ConfigDict's `to_dict()`).
+
+    Raises:
+        ConfigError: unknown fields, wrong types and impossible combinations, all in one message.
+    """
+    values = dict(values)
+    algorithm = values.pop("algorithm", "grpo")
+    problems: list[str] = []
+    algo = _build(algorithm_config(algorithm), values.pop("algo", {}), "algo.", problems)
+    hints = typing.get_type_hints(TrainConfig)
+    sections: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            problems.append(f"config.{key}: unknown field.{nearest(key, hints)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            sections[key] = _build(hints[key], value, f"{key}.", problems)
+        else:
+            sections[key] = _convert(value, hints[key], key, problems)
+    if not problems:
+        config = TrainConfig(algorithm=algorithm, algo=algo, **sections)
+        problems = validate(config)
+        if not problems:
+            return config
+    raise ConfigError(_message(problems))
+
+
+def _message(problems: list[str]) -> str:
+    count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+    return f"the configuration has {count}:\n" + "\n".join(f"  {p}" for p in problems)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return nested plain values; `from_config_dict(to_dict(config)) == config`."""
+    return dataclasses.asdict(config)
+
+
+def _one_of(path: str, value: str, valid: tuple[str, ...]) -> list[str]:
+    if value in valid:
+        return []
+    return [f"config.{path}: expected one of {valid}, got {value!r}.{nearest(value, valid)}"]
+
+
+def _at_least(low: float, **values: float) -> list[str]:
+    return [
+        f"config.{path.replace('__', '.')}: expected at least {low}, got {value}"
+        for path, value in values.items()
+        if value < low
+    ]
+
+
+def validate(config: TrainConfig) -> list[str]:
+    """Return every problem that can be seen without loading anything, [] when there is none."""
+    c = config
+    algorithm = importlib.import_module(ALGORITHMS[c.algorithm])
+    problems = list(algorithm.problems(c.algo)) + optim.problems(c.optim)
+    problems += _missing_paths(c)
+    dtypes = ("float32", "bfloat16")
+    problems += _one_of("policy.param_dtype", c.policy.param_dtype, dtypes)
+    problems += _one_of("policy.compute_dtype", c.policy.compute_dtype, dtypes)
+    problems += _one_of(
+        "policy.value_head", c.policy.value_head, ("none", "chunk_level", "action_level")
+    )
+    problems += _one_of("simulator.dtype", c.simulator.dtype, (*dtypes, "float16"))
+    problems += _one_of("env.initial_states", c.env.initial_states, ("miniature", "npy"))
+    problems += _one_of("env.start_order", c.env.start_order, ("random", "ordered", "fixed"))
+    problems += _one_of("env.gripper", c.env.gripper, ("libero", "binary", "none"))
+    problems += _one_of("eval.ground_truth", c.eval.ground_truth, ("miniature", "none"))
+    problems += _one_of("log.wandb", c.log.wandb, ("disabled", "offline", "online"))
+    problems += _at_least(
+        1,
+        world_model__steps=c.world_model.steps,
+        reward__success_frames=c.reward.success_frames,
+        env__num_envs=c.env.num_envs,
+        env__max_episode_steps=c.env.max_episode_steps,
+        simulator__processes=c.simulator.processes,
+        simulator__threads=c.simulator.threads,
+        rollout__epochs=c.rollout.epochs,
+        eval__ground_truth_envs=c.eval.ground_truth_envs,
+        train__iterations=c.train.iterations,
+        checkpoint__interval=c.checkpoint.interval,
+        checkpoint__keep=c.checkpoint.keep,
+        video__fps=c.video.fps,
+    )
+    problems += _at_least(
+        0,
+        eval__interval=c.eval.interval,
+        eval__episodes=c.eval.episodes,
+        simulator__restarts=c.simulator.restarts,
+        video__episodes=c.video.episodes,
+        policy__eval_temperature=c.policy.eval_temperature,
+    )
+    problems += _at_least(2, simulator__slots=c.simulator.slots)
+    if c.policy.temperature <= 0:
+        problems.append(f"config.policy.temperature: expected > 0, got {c.policy.temperature}")
+    if not 0.0 <= c.world_model.eta <= 1.0:
+        problems.append(f"config.world_model.eta: expected 0..1, got {c.world_model.eta}")
+    if not 0.0 <= c.reward.threshold <= 1.0:
+        problems.append(f"config.reward.threshold: expected 0..1, got {c.reward.threshold}")
+    if not problems:
+        problems += _combinations(c)
+    return problems
+
+
+def _missing_paths(c: TrainConfig) -> list[str]:
+    """Every path that the run needs: named together, so that one look tells what to fetch."""
+    needed = {
+        "policy.checkpoint": (c.policy.checkpoint, "Hugging Face folder of the start policy"),
+        "world_model.checkpoint": (c.world_model.checkpoint, "folder of the EVAC weights"),
+        "reward.checkpoint": (c.reward.checkpoint, "folder of the success classifier"),
+        "env.pose_model": (c.env.pose_model, "folder of the action-to-pose network"),
+    }
+    if c.env.initial_states == "npy":
+        needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
+    if c.policy.lora_adapter:
+        needed["policy.lora_adapter"] = (c.policy.lora_adapter, "PEFT adapter folder")
+    problems = []
+    for name, (path, meaning) in needed.items():
+        if not path:
+            problems.append(f"config.{name}: needed, the {meaning}; set --config.{name}=PATH")
+        elif not Path(path).exists():
+            problems.append(f"config.{name}: {path!r} does not exist (the {meaning})")
+    return problems
+
+
+def _combinations(c: TrainConfig) -> list[str]:
+    """Problems between sections, asked only of values that are valid one by one."""
+    problems = []
+    group = getattr(c.algo, "group_size", 1)
+    if c.env.num_envs % (group * c.simulator.processes):
+        problems.append(
+            f"config.env.num_envs: must be a multiple of algo.group_size x simulator.processes = "
+            f"{group} x {c.simulator.processes}, so that groups stay whole; got {c.env.num_envs}"
+        )
+    if len(c.simulator.devices) not in (1, c.simulator.processes):
+        problems.append(
+            f"config.simulator.devices: expected 1 entry or {c.simulator.processes} "
+            f"(simulator.processes), got {len(c.simulator.devices)}"
+        )
+    if c.algorithm == "ppo" and c.policy.value_head != c.algo.reward_type:
+        problems.append(
+            f"config.policy.value_head: PPO needs the level of algo.reward_type "
+            f"({c.algo.reward_type!r}), got {c.policy.value_head!r}"
+        )
+    for name in ("env.train_starts", "eval.starts"):
+        section, key = name.split(".")
+        low, high = getattr(getattr(c, section), key)
+        if low < 0 or (high != -1 and high <= low):
+            problems.append(f"config.{name}: expected 0 <= low < high (or -1), got ({low}, {high})")
+    return problems

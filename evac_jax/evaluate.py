@@ -1,0 +1,120 @@
+"""Evaluates a policy on fixed start states, in imagination or in the ground truth alike."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from evac_jax.learner import Learner
+from evac_jax.rollout import Stopwatch, env_metrics, padded, play
+from evac_jax.simulators import Simulators
+from evac_jax.telemetry import video
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """One filmed episode: frames uint8 [T V H W 3], per-frame rewards [T], success reached [T]."""
+
+    instruction: str
+    frames: np.ndarray
+    rewards: np.ndarray
+    success: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Outcome of an evaluation.
+
+    Attributes:
+        success: whether each episode succeeded, bool [n].
+        metrics: figures of `rollout.env_metrics`, without their "env/" prefix.
+        films: episodes filmed, [] where the environment sends no clips.
+    """
+
+    success: np.ndarray
+    metrics: dict[str, float]
+    films: list[Film]
+
+    @property
+    def success_rate(self) -> float:
+        """Share of successful episodes."""
+        return float(self.success.mean())
+
+
+def evaluate(
+    learner: Learner,
+    simulators: Simulators,
+    starts: np.ndarray,
+    *,
+    seed: int,
+    watch: Stopwatch,
+    films: int = 0,
+) -> Evaluation:
+    """Play one episode from each of `starts` (int64 [n]) with the evaluation temperature."""
+    figures: list[dict[str, np.ndarray]] = []
+    filmed: list[Film] = []
+    for index, row in enumerate(padded(starts, simulators.num_envs)):
+        results, clips = [], []
+        first = None
+        for chunk in play(
+            learner,
+            simulators,
+            row,
+            seed=seed + index,
+            key=jax.random.key(seed + index),
+            evaluation=True,
+            watch=watch,
+        ):
+            results.append(chunk.step.result)
+            if index == 0 and films:
+                first = np.asarray(chunk.obs.images) if first is None else first
+                clips.append(np.array(chunk.step.clips))
+        if clips:
+            filmed = _films(simulators, results, first, clips, films)
+        count = min(len(starts) - index * simulators.num_envs, simulators.num_envs)
+        terminated = np.stack([r.terminated for r in results]).any(axis=0)
+        figures.append(
+            {k: v[:count] for k, v in (results[-1].episode | {"terminated": terminated}).items()}
+        )
+    merged = {name: np.concatenate([f[name] for f in figures]) for name in figures[0]}
+    return Evaluation(
+        success=merged["success_once"].astype(bool),
+        metrics={k.removeprefix("env/"): v for k, v in env_metrics(merged).items()},
+        films=filmed,
+    )
+
+
+def _films(simulators, results, first, clips, count: int) -> list[Film]:
+    """Join the chunks of the first `count` environments, the start frame in front."""
+    films = []
+    for env in range(min(count, clips[0].shape[0])):
+        frames = np.concatenate([first[env][None], *(clip[env] for clip in clips)])
+        rewards = np.concatenate([[0.0], *(result.rewards[env] for result in results)])
+        chunk = results[0].rewards.shape[1]
+        reached = np.concatenate(
+            [[False], *(np.full(chunk, result.success[env]) for result in results)]
+        )
+        films.append(
+            Film(
+                instruction=simulators.spec.instructions[int(results[0].task[env])],
+                frames=frames,
+                rewards=rewards,
+                success=reached,
+            )
+        )
+    return films
+
+
+def save_films(films: list[Film], directory: Path, name: str, *, fps: int, overlay: bool):
+    """Write one mp4 per film, all cameras side by side; return the paths."""
+    paths = []
+    for index, film in enumerate(films):
+        frames = np.concatenate(list(np.moveaxis(film.frames, 1, 0)), axis=2)  # [T H V*W 3]
+        caption = None
+        if overlay:
+            caption = video.Overlay(film.instruction, np.cumsum(film.rewards), film.success)
+        path = directory / f"{name}_{index}.mp4"
+        video.write_mp4(path, frames, fps=fps, overlay=caption)
+        paths.append(path)
+    return paths

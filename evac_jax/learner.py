@@ -1,0 +1,170 @@
+"""Owns the policy on the trainer's devices: imports it, samples with it, updates it.
+
+Three jitted functions: `sample`, `values` and the algorithm's update, whose state is donated.
+"""
+
+import importlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from algos import ALGORITHMS
+from algos.optim import make_optimizer
+from algos.types import RolloutBatch, TrainState
+from evac_jax import sharding
+from evac_jax.bridge.types import EnvSpec
+from evac_jax.config import TrainConfig
+from evac_jax.errors import CheckpointError, ConfigError
+from evac_jax.simulators import BatchStep
+from policies import POLICIES
+from policies.types import ObsBatch, PolicyOutput
+
+
+class Learner:
+    """The policy, its optimiser and everything that runs on the trainer's mesh.
+
+    Args:
+        config: of the run.
+        mesh: where parameters and batches lie.
+        env: the simulator's facts; instructions are tokenised once.
+
+    Attributes:
+        state: `algos.types.TrainState`, the only thing that training changes.
+
+    Raises:
+        CheckpointError: the start policy cannot be imported.
+        ConfigError: policy and simulator do not fit together.
+    """
+
+    def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh, env: EnvSpec):
+        self._config, self._mesh = config, mesh
+        self._batch_sharding = sharding.batch_sharding(mesh)
+        loaded = self._import_policy(env)
+        self._model = loaded.model
+        if self._model.action_spec != env.action:
+            raise ConfigError(
+                f"policy and simulator disagree about actions: {self._model.action_spec} against "
+                f"{env.action}; use a checkpoint and a world model of the same chunk and dimensions"
+            )
+        tokens, mask = loaded.tokenizer.encode(list(env.instructions))
+        self._prompts = jnp.asarray(tokens), jnp.asarray(mask)
+        self.has_value_head = config.policy.value_head != "none"
+
+        self._graphdef, params, self._rest = nnx.split(self._model, nnx.Param, ...)
+        optimizer = make_optimizer(config.optim)
+        self.state = self._initial_state(params, optimizer)
+        self._jit(optimizer)
+
+    def _import_policy(self, env: EnvSpec):
+        policy, views = self._config.policy, env.image_shape[0]
+        module, name = POLICIES["openvla_oft"].split(":")
+        load = getattr(importlib.import_module(module), name)
+
+        def put(path: str, array: np.ndarray) -> jax.Array:
+            return jax.device_put(array, sharding.leaf_sharding(self._mesh, path, array.shape))
+
+        try:
+            loaded = load(
+                policy.checkpoint,
+                unnorm_key=policy.unnorm_key,
+                value_type=policy.value_head,
+                param_dtype=policy.param_dtype,
+                compute_dtype=policy.compute_dtype,
+                max_prompt_length=policy.max_prompt_length,
+                chunk=env.action.chunk,
+                num_images=views,
+                lora_adapter=policy.lora_adapter,
+                keep_stop_token=policy.keep_stop_token,
+                remat="full" if policy.remat else "none",
+                scan_layers=policy.scan_layers,
+                put=put,
+                seed=self._config.seed,
+            )
+        except (OSError, KeyError, ValueError) as error:
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            raise CheckpointError(
+                f"config.policy.checkpoint: cannot import {policy.checkpoint!r}: {text}"
+            ) from error
+        for note in loaded.notes:
+            logging.info("policy import: %s", note)
+        return loaded
+
+    def _initial_state(self, params, optimizer) -> TrainState:
+        """Build the state directly on its shards; nothing is ever whole on one device."""
+
+        def init(params):
+            zero = jnp.zeros((), jnp.int32)
+            keep_reference = self._config.algo.kl_beta > 0
+            return TrainState(
+                step=zero,
+                params=params,
+                opt_state=optimizer.init(params),
+                updates=zero,
+                skipped=zero,
+                ref_params=jax.tree.map(jnp.copy, params) if keep_reference else None,
+            )
+
+        shapes = jax.eval_shape(init, params)
+        shardings = sharding.tree_shardings(self._mesh, shapes)
+        logging.info("placement:\n%s", sharding.describe(shapes, shardings))
+        return jax.jit(init, out_shardings=shardings)(params)
+
+    def _jit(self, optimizer) -> None:
+        policy = self._config.policy
+        model = partial(nnx.merge, self._graphdef)
+
+        def sample(params, obs, key, temperature, greedy):
+            return model(params, self._rest).sample(
+                obs, key, temperature=temperature, top_k=policy.top_k, greedy=greedy
+            )
+
+        def evaluate(params, obs, tokens):
+            return model(params, self._rest).evaluate(
+                obs, tokens, temperature=policy.temperature, top_k=policy.top_k
+            )
+
+        def on_batch(tree):
+            return jax.lax.with_sharding_constraint(tree, self._batch_sharding)
+
+        module = importlib.import_module(ALGORITHMS[self._config.algorithm])
+        update = module.make_update(evaluate, optimizer, self._config.algo, constrain=on_batch)
+        state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        # Static greedy: argmax and sampling are two programs, each compiled once.
+        self._sample = jax.jit(sample, static_argnames="greedy")
+        self._update = jax.jit(
+            update, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(self._mesh))
+        )
+
+    def observe(self, step: BatchStep) -> ObsBatch:
+        """Return what the policy sees; the frames are copied, so the simulator's slot is free."""
+        rows = jnp.asarray(np.maximum(step.result.task, 0))
+        return ObsBatch(
+            images=jnp.array(step.frames, copy=True),
+            prompt_tokens=self._prompts[0][rows],
+            prompt_mask=self._prompts[1][rows],
+        )
+
+    def sample(self, obs: ObsBatch, key: jax.Array, *, evaluation: bool = False) -> PolicyOutput:
+        """Decide on a chunk: with the training temperature, or the evaluation's (0 = greedy)."""
+        policy = self._config.policy
+        temperature = policy.eval_temperature if evaluation else policy.temperature
+        return self._sample(
+            self.state.params, obs, key, temperature or 1.0, greedy=temperature == 0
+        )
+
+    def values(self, obs: ObsBatch) -> jax.Array:
+        """Return the value estimates [B v], for the bootstrap after the last chunk."""
+        return self.sample(obs, jax.random.key(0)).values
+
+    def put(self, batch: RolloutBatch) -> RolloutBatch:
+        """Lay a batch over the mesh, cut along its first axis."""
+        return jax.device_put(batch, self._batch_sharding)
+
+    def update(self, batch: RolloutBatch, key: jax.Array) -> dict[str, float]:
+        """Learn from one iteration's batch; return its metrics, fetched in one go."""
+        self.state, metrics = self._update(self.state, batch, key)
+        return {name: float(m.mean()) for name, m in jax.device_get(metrics).items()}

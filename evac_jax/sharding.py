@@ -1,0 +1,111 @@
+"""The only file that names mesh axes: the mesh, how parameters lie on it, how batches do.
+
+Rules are an ordered list of (regex, tactic) over parameter paths such as
+"llama/layers/q_proj/kernel"; the first match wins (after big_vision:big_vision/sharding.py).
+Modules carry no annotations, so every policy also runs unsharded on one CPU device.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from evac_jax.errors import ConfigError
+
+DATA, FSDP = "data", "fsdp"
+BATCH_AXES = (DATA, FSDP)
+
+# Below this many entries an all-gather costs more than the memory it saves.
+MIN_SHARDED_SIZE = 2**16
+
+Tactic = Callable[[tuple[int, ...], int], PartitionSpec]
+
+
+def replicate(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """Every device holds the whole array."""
+    return PartitionSpec()
+
+
+def shard_largest_axis(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """Cut the largest axis that `fsdp` divides; small arrays and indivisible ones stay whole."""
+    if fsdp == 1 or np.prod(shape, dtype=np.int64) < MIN_SHARDED_SIZE:
+        return PartitionSpec()
+    for axis in sorted(range(len(shape)), key=lambda axis: -shape[axis]):
+        if shape[axis] % fsdp == 0:
+            return PartitionSpec(*(FSDP if i == axis else None for i in range(len(shape))))
+    return PartitionSpec()
+
+
+# Norm scales and biases are read by every device in every layer; the rest follows FSDP.
+RULES: Sequence[tuple[str, Tactic]] = (
+    (r"(^|/)(norm|scale|bias)[^/]*$", replicate),
+    (r".*", shard_largest_axis),
+)
+
+
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a (data, fsdp) mesh over all devices; -1 for one of the two means "the rest".
+
+    Raises:
+        ConfigError: the product is not the number of devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    count = len(devices)
+    if data == -1 and fsdp == -1:
+        data = 1
+    if data == -1:
+        data = count // max(fsdp, 1)
+    if fsdp == -1:
+        fsdp = count // max(data, 1)
+    if data < 1 or fsdp < 1 or data * fsdp != count:
+        raise ConfigError(
+            f"mesh.data x mesh.fsdp must equal the number of devices ({count}), "
+            f"got {data} x {fsdp}; set one of them to -1 to take what is left"
+        )
+    grid = np.array(devices).reshape(data, fsdp)
+    return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def path_name(path) -> str:
+    """Path of a leaf as "a/b/0/kernel"; NNX states end in "/value", which is cut."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Return where the array called `name` lies: the first rule that matches decides."""
+    for pattern, tactic in RULES:
+        if re.search(pattern, name):
+            return NamedSharding(mesh, tactic(tuple(shape), mesh.shape[FSDP]))
+    raise ConfigError(f"no sharding rule matches parameter {name!r}; add one to sharding.RULES")
+
+
+def tree_shardings(mesh: Mesh, tree):
+    """Return the NamedSharding of every leaf of a tree of arrays or shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf_sharding(mesh, path_name(path), leaf.shape), tree
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays whose first axis is the batch: over every device of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def describe(tree, shardings) -> str:
+    """One line per distinct placement: how many arrays and parameters lie so."""
+    counts: dict[str, tuple[int, int]] = {}
+    for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        name = "replicated" if sharding.is_fully_replicated else str(sharding.spec)
+        arrays, entries = counts.get(name, (0, 0))
+        counts[name] = (arrays + 1, entries + int(np.prod(leaf.shape, dtype=np.int64)))
+    return "\n".join(
+        f"{name}: {arrays} arrays, {entries:,} entries"
+        for name, (arrays, entries) in counts.items()
+    )

@@ -1,0 +1,199 @@
+"""All simulator processes of a run as one batch of environments.
+
+Environments are divided among the processes in contiguous blocks, so groups stay whole. Frames
+arrive by DLPack (`bridge`); with one process and one device they are never copied on the way.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evac_jax import sharding
+from evac_jax.bridge.client import Exchange, SimulatorClient
+from evac_jax.bridge.types import StepResult
+from evac_jax.config import TrainConfig
+from evac_jax.errors import SimulatorError
+
+
+@dataclasses.dataclass
+class BatchStep:
+    """One exchange with every process, as if there were only one.
+
+    Attributes:
+        frames: uint8 [B V H W 3] on the mesh; may alias the slots until `release`, None after.
+        result: the processes' results joined along the batch axis.
+        clips: uint8 [n K V H W 3] on the host: whole chunks of the first environments of the
+            first process, for videos.
+    """
+
+    frames: jax.Array | None
+    result: StepResult
+    clips: np.ndarray
+    exchanges: Sequence[Exchange]
+
+    def release(self, *computed) -> None:
+        """Give the slots back once everything computed from `frames` is ready."""
+        self.frames = None
+        for exchange in self.exchanges:
+            exchange.release(*computed)
+
+
+def _join(results: Sequence[StepResult]) -> StepResult:
+    """Concatenate results of the processes; phase times are of the slowest process."""
+    if len(results) == 1:
+        return results[0]
+
+    def cat(name):
+        return np.concatenate([getattr(result, name) for result in results])
+
+    names = ("task", "proprio", "rewards", "terminated", "truncated", "success")
+    return StepResult(
+        **{name: cat(name) for name in names},
+        episode={
+            key: np.concatenate([result.episode[key] for result in results])
+            for key in results[0].episode
+        },
+        seconds={
+            key: max(result.seconds.get(key, 0.0) for result in results)
+            for key in results[0].seconds
+        },
+    )
+
+
+class Simulators:
+    """A pool of simulator processes driven in lockstep.
+
+    Args:
+        specs: one JSON-able worker spec per process (see `sim.worker`).
+        mesh: where the frames go, cut along the batch.
+        config: time limits and slots.
+    """
+
+    def __init__(self, specs: Sequence[dict], mesh: jax.sharding.Mesh, config: TrainConfig):
+        sim = config.simulator
+        self._sharding = sharding.batch_sharding(mesh)
+        # One process's frames go straight to the mesh; those of several are joined first.
+        direct = self._sharding if len(specs) == 1 and mesh.size > 1 else None
+        self._clients: list[SimulatorClient] = []
+        try:
+            for spec in specs:
+                self._clients.append(
+                    SimulatorClient(
+                        spec,
+                        num_slots=sim.slots,
+                        timeout_s=sim.timeout_s,
+                        start_timeout_s=sim.start_timeout_s,
+                        restarts=sim.restarts,
+                        sharding=direct,
+                    )
+                )
+            for client in self._clients:
+                client.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+        self.spec = self._clients[0].env_spec
+        if any(client.env_spec != self.spec for client in self._clients):
+            raise SimulatorError("the simulator processes disagree about their environment")
+
+    @property
+    def num_envs(self) -> int:
+        """Environments in all processes together."""
+        return self.spec.num_envs * len(self._clients)
+
+    def reset(self, starts: np.ndarray, seed: int) -> BatchStep:
+        """Start an episode everywhere: `starts` int64 [B]; `IDLE` leaves an environment out."""
+        if starts.shape != (self.num_envs,):
+            raise ValueError(f"starts must have shape ({self.num_envs},), got {starts.shape}")
+        blocks = np.split(starts, len(self._clients))
+        for rank, (client, block) in enumerate(zip(self._clients, blocks, strict=True)):
+            client.send_reset(block, seed + rank)
+        return self._receive()
+
+    def step(self, actions: np.ndarray) -> BatchStep:
+        """Play one chunk everywhere: `actions` float32 [B K A]."""
+        blocks = np.split(actions, len(self._clients))
+        for client, block in zip(self._clients, blocks, strict=True):
+            client.send_step(block)
+        return self._receive()
+
+    def _receive(self) -> BatchStep:
+        exchanges = [client.receive() for client in self._clients]
+        parts = [exchange.frames for exchange in exchanges]
+        frames = parts[0]
+        if len(parts) > 1:
+            frames = jax.device_put(jnp.concatenate(parts), self._sharding)
+        return BatchStep(
+            frames=frames,
+            result=_join([exchange.result for exchange in exchanges]),
+            clips=exchanges[0].clip,
+            exchanges=exchanges,
+        )
+
+    def close(self) -> None:
+        """End every process."""
+        for client in self._clients:
+            client.close()
+
+
+def _devices(config: TrainConfig) -> list[str]:
+    sim = config.simulator
+    return list(sim.devices) * (sim.processes if len(sim.devices) == 1 else 1)
+
+
+def world_model_specs(config: TrainConfig) -> list[dict]:
+    """Return the worker specs of the imagining processes, one per process."""
+    env, sim = config.env, config.simulator
+    starts = {"kind": env.initial_states}
+    if env.initial_states_path:
+        starts["folder"] = env.initial_states_path
+    share = env.num_envs // sim.processes
+    settings = {
+        "world_model": config.world_model.checkpoint,
+        "reward": config.reward.checkpoint,
+        "pose_model": env.pose_model,
+        "initial_states": starts,
+        "num_envs": share,
+        "steps": config.world_model.steps,
+        "eta": config.world_model.eta,
+        "reference_compat": config.world_model.reference_compat,
+        "max_episode_steps": env.max_episode_steps,
+        "reward_coef": config.reward.coefficient,
+        "use_rel_reward": config.reward.relative,
+        "success_threshold": config.reward.threshold,
+        "success_frames": config.reward.success_frames,
+        "judged_frames": config.reward.judged_frames,
+        "auto_reset": config.algo.auto_reset,
+        "ignore_terminations": config.algo.ignore_terminations,
+        "gripper_rule": env.gripper,
+        "clip_envs": min(config.video.episodes, share) if config.video.save else 0,
+        "dtype": sim.dtype,
+    }
+    return [
+        {
+            "environment": "evac_jax.sim.env:make",
+            "config": settings,
+            "device": device,
+            "threads": sim.threads,
+        }
+        for device in _devices(config)
+    ]
+
+
+GROUND_TRUTHS = {"miniature": "evac_jax.miniature.env:make"}
+
+
+def ground_truth_specs(config: TrainConfig) -> list[dict]:
+    """Return the worker spec of the ground-truth process."""
+    settings = {
+        "num_envs": config.eval.ground_truth_envs,
+        "max_episode_steps": config.env.max_episode_steps,
+        "reward_coef": config.reward.coefficient,
+        "use_rel_reward": config.reward.relative,
+        "gripper_rule": config.env.gripper,
+    }
+    environment = GROUND_TRUTHS[config.eval.ground_truth]
+    return [{"environment": environment, "config": settings, "device": "cpu", "threads": 1}]

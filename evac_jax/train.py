@@ -1,0 +1,239 @@
+"""The training loop, top to bottom: rollout in imagination, advantages, update, evaluate, save."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from evac_jax import checkpoint, report, sharding
+from evac_jax.checkpoint import Checkpoints
+from evac_jax.config import TrainConfig, to_dict
+from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
+from evac_jax.evaluate import Evaluation, evaluate, save_films
+from evac_jax.learner import Learner
+from evac_jax.rollout import Stopwatch, collect
+from evac_jax.simulators import Simulators, ground_truth_specs, world_model_specs
+from evac_jax.starts import StartSampler
+from evac_jax.telemetry import progress, writers
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Where a run leaves its files, and whether it continues an earlier one."""
+
+    path: Path
+    checkpoints: Path
+    videos: Path
+    resumed: bool
+
+
+def open_folder(config: TrainConfig) -> RunFolder:
+    """Find the run to continue, or make a new folder; never write into somebody's old run.
+
+    Raises:
+        CheckpointError: nothing to restore, another shape of run, or the folder is taken.
+    """
+    resumed = bool(config.checkpoint.restore)
+    if resumed:
+        path = checkpoint.find_run(config)
+        saved = json.loads((path / checkpoint.CONFIG_FILE).read_text())
+        checkpoint.check_resumable(saved, to_dict(config))
+    else:
+        name = config.log.run or time.strftime(f"{config.algorithm}-%Y%m%d-%H%M%S")
+        path = Path(config.log.dir) / name
+        if (path / checkpoint.CONFIG_FILE).exists():
+            raise CheckpointError(
+                f"{str(path)!r} already holds a run; continue it with "
+                f"--config.checkpoint.restore={path}, or choose another --config.log.run"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = path / f"{checkpoint.CONFIG_FILE}.tmp"
+    temporary.write_text(json.dumps(to_dict(config), indent=2))
+    os.replace(temporary, path / checkpoint.CONFIG_FILE)
+    return RunFolder(
+        path=path,
+        checkpoints=Path(config.checkpoint.dir or path / "checkpoints"),
+        videos=Path(config.video.dir or path / "videos"),
+        resumed=resumed,
+    )
+
+
+class Evaluators:
+    """Evaluation in imagination and, where there is one, in the ground truth; same start ids."""
+
+    def __init__(self, config, learner, imagined, real, folder, writer):
+        self.config, self.learner, self.writer = config, learner, writer
+        self.imagined, self.real, self.folder = imagined, real, folder
+        self.watch = Stopwatch()
+
+    def _starts(self, count: int, available: int) -> np.ndarray:
+        low, high = self.config.eval.starts
+        high = available if high == -1 else min(high, available)
+        return low + np.arange(count) % max(high - low, 1)
+
+    def run(self, iteration: int) -> dict[str, Evaluation]:
+        """Evaluate, log and film; return {"imagined": ..., "ground_truth": ...} of those asked."""
+        config, outcome = self.config, {}
+        if config.eval.episodes:
+            starts = self._starts(config.eval.episodes, self.imagined.spec.num_starts)
+            outcome["imagined"] = evaluate(
+                self.learner,
+                self.imagined,
+                starts,
+                seed=config.seed,
+                watch=self.watch,
+                films=config.video.episodes if config.video.save else 0,
+            )
+        if self.real is not None:
+            starts = self._starts(config.eval.ground_truth_episodes, self.real.spec.num_starts)
+            outcome["ground_truth"] = evaluate(
+                self.learner, self.real, starts, seed=config.seed, watch=self.watch
+            )
+        scalars = {
+            f"eval/{place}/{name}": value
+            for place, result in outcome.items()
+            for name, value in result.metrics.items()
+        }
+        self.writer.write(iteration, scalars)
+        if "imagined" in outcome and outcome["imagined"].films:
+            paths = save_films(
+                outcome["imagined"].films,
+                self.folder.videos,
+                f"iteration_{iteration:05d}",
+                fps=config.video.fps,
+                overlay=config.video.overlay,
+            )
+            for index, path in enumerate(paths):
+                self.writer.video(f"imagined/{index}", path, iteration)
+        return outcome
+
+
+def _rates(outcome: dict[str, Evaluation]) -> dict[str, list[int]]:
+    """Return {place: [successes, episodes]}, what the summary and a checkpoint keep."""
+    return {p: [int(r.success.sum()), len(r.success)] for p, r in outcome.items()}
+
+
+@contextlib.contextmanager
+def _simulators(config: TrainConfig, mesh):
+    """Start all simulator processes; end them whatever happens."""
+    with contextlib.ExitStack() as stack:
+        imagined = Simulators(world_model_specs(config), mesh, config)
+        stack.callback(imagined.close)
+        real = None
+        if config.eval.ground_truth != "none":
+            real = Simulators(ground_truth_specs(config), mesh, config)
+            stack.callback(real.close)
+        yield imagined, real
+
+
+def run(config: TrainConfig) -> None:
+    """Train from the start, or from a checkpoint, to `train.iterations`; print the summary."""
+    began = time.perf_counter()
+    folder = open_folder(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    if config.episodes_per_iteration % mesh.size:
+        raise ConfigError(
+            f"config.env.num_envs x rollout.epochs = {config.episodes_per_iteration} must be a "
+            f"multiple of the mesh's {mesh.size} devices"
+        )
+    with _simulators(config, mesh) as (imagined, real):
+        learner = Learner(config, mesh, imagined.spec)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+        starts = StartSampler.from_config(config, imagined.spec.num_starts)
+
+        # Restore, or begin: 1. checkpoint.restore, 2. the imported weights in the learner.
+        finished, before, seconds = 0, None, {}
+        if folder.resumed and (newest := checkpoints.latest()) is not None:
+            learner.state, meta = checkpoints.restore(newest, learner.state)
+            starts.load_state_dict(meta["starts"])
+            finished, before, seconds = newest, meta["before"], meta["seconds"]
+            logging.info("restored %s at iteration %d", folder.path, finished)
+
+        writer = writers.make_writer(folder.path, config, resume_step=finished)
+        evaluators = Evaluators(config, learner, imagined, real, folder, writer)
+        watch = Stopwatch()
+        if before is None:
+            outcome = evaluators.run(0)
+            before = _rates(outcome)
+        else:
+            outcome = {}
+        after = dict(before)
+
+        skipped_in_a_row = 0
+        with progress.Progress(config.train.iterations, finished) as bar:
+            bar.update(finished, success=report.rates(after))
+            for iteration in range(finished, config.train.iterations):
+                iteration_began = time.perf_counter()
+                key = jax.random.fold_in(jax.random.key(config.seed), iteration)
+
+                drawn = starts.next(config.rollout.epochs, imagined.num_envs)
+                batch, env_figures = collect(
+                    learner, imagined, drawn, seed=starts.seed(iteration), key=key, watch=watch
+                )
+                update_began = time.perf_counter()
+                metrics = learner.update(batch, key, iteration)
+                watch.add("actor", time.perf_counter() - update_began)
+
+                phases = watch.take()
+                phases["step"] = time.perf_counter() - iteration_began
+                seconds = {k: seconds.get(k, 0.0) + phases.get(k, 0.0) for k in seconds | phases}
+                done = iteration + 1
+                writer.write(
+                    done, metrics | env_figures | {f"time/{k}": v for k, v in phases.items()}
+                )
+
+                skipped_in_a_row = skipped_in_a_row + 1 if metrics["actor/skipped_updates"] else 0
+                stuck = skipped_in_a_row >= config.train.max_skipped_updates
+                last = done == config.train.iterations or stuck
+                if last or (config.eval.interval and done % config.eval.interval == 0):
+                    after = after | _rates(evaluators.run(done))
+                if last or done % config.checkpoint.interval == 0:
+                    meta = {"starts": starts.state_dict(), "before": before, "seconds": seconds}
+                    checkpoints.save(done, learner.state, meta)
+                bar.update(done, success=report.rates(after))
+                if stuck:
+                    raise EvacJaxError(
+                        f"{skipped_in_a_row} iterations in a row had a non-finite loss or "
+                        f"gradient; the run stopped at iteration {done} and was saved in "
+                        f"{folder.checkpoints}. Lower --config.optim.lr, or look at the rewards"
+                    )
+        checkpoints.close()
+        writer.close()
+    report.finish(
+        folder.path,
+        before=before,
+        after=after,
+        seconds=seconds,
+        wall_seconds=time.perf_counter() - began,
+        places={
+            "logs": folder.path,
+            "videos": folder.videos if config.video.save else None,
+            "checkpoints": folder.checkpoints,
+        },
+    )
+
+
+def evaluate_only(config: TrainConfig) -> None:
+    """Evaluate the imported policy, or a restored run's, and print the success rates."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    with _simulators(config, mesh) as (imagined, real):
+        learner = Learner(config, mesh, imagined.spec)
+        folder = RunFolder(Path(config.log.dir) / "eval", Path(), Path(config.log.dir), False)
+        iteration = 0
+        if config.checkpoint.restore:
+            folder = open_folder(config)
+            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+            newest = checkpoints.latest()
+            if newest is None:
+                raise CheckpointError(f"no checkpoint in {folder.checkpoints}")
+            learner.state, _ = checkpoints.restore(newest, learner.state)
+            iteration = newest
+        evaluators = Evaluators(config, learner, imagined, real, folder, writers.NullWriter())
+        outcome = _rates(evaluators.run(iteration))
+    report.show(report.table({"success": outcome}))

@@ -1,0 +1,49 @@
+"""Train a vision-language-action policy by RL inside a learned world model.
+
+python launch.py --config=configs/grpo.py
+python launch.py --config=configs/ppo.py --config.train.iterations=2
+python launch.py --config=configs/grpo.py --mode=eval --config.checkpoint.restore=latest
+"""
+
+import os
+import sys
+
+# Before JAX is imported: its own log lines and its grip on the whole GPU are not wanted.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from evac_jax import overrides
+from evac_jax.config import from_config_dict
+from evac_jax.errors import EvacJaxError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/grpo.py", "Preset file, with a preset after a colon.", lock_config=True
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+
+
+def main(argv: list[str]) -> None:
+    """Resolve the configuration and hand over."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.INFO)
+    config = from_config_dict(_CONFIG.value.to_dict())
+    from evac_jax import train  # imports JAX: only after the configuration is known to be good
+
+    {"train": train.run, "eval": train.evaluate_only}[_MODE.value](config)
+
+
+def cli() -> None:
+    """Run `main`; a user's mistake ends with one message and status 2, without a traceback."""
+    try:
+        overrides.check(sys.argv[1:], default_file="configs/grpo.py")
+        app.run(main)
+    except EvacJaxError as error:
+        sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,126 @@
+"""docs/metrics.md names exactly what the code emits."""
+
+import ast
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algos import grpo, losses, metrics, ppo
+from algos.optim import OptimizerConfig, make_optimizer
+from algos.types import RolloutBatch, TrainState
+from evac_jax.rollout import env_metrics
+from evac_jax.telemetry.writers import NON_FINITE
+from policies.types import PolicyEvaluation
+
+B, T, K, A, BINS = 4, 2, 2, 3, 5
+
+
+def _apply(params, obs, tokens):
+    logits = jax.nn.log_softmax(params["logits"])
+    return PolicyEvaluation(
+        log_probs=logits[tokens],
+        entropy=jnp.zeros(tokens.shape) - jnp.sum(jnp.exp(logits) * logits),
+        values=jnp.zeros(tokens.shape[:2]) + params["value_head"],
+    )
+
+
+def _update_metrics(algorithm, **options) -> set[str]:
+    """Names of one update's metrics; shapes only, nothing is compiled or computed."""
+    cfg = algorithm.Config(group_size=2, global_batch=4, **options)
+    params = {"logits": jnp.zeros(BINS), "value_head": jnp.zeros(())}
+    optimizer = make_optimizer(OptimizerConfig())
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        updates=zero,
+        skipped=zero,
+        ref_params=params,
+    )
+    batch = RolloutBatch(
+        images=jnp.zeros((B, T, 1, 4, 4, 3), jnp.uint8),
+        prompt_tokens=jnp.zeros((B, 3), jnp.int32),
+        prompt_mask=jnp.ones((B, 3), bool),
+        tokens=jnp.zeros((B, T, K, A), jnp.int32),
+        log_probs=jnp.zeros((B, T, K, A)),
+        values=jnp.zeros((B, T + 1, K)) if algorithm is ppo else None,
+        rewards=jnp.zeros((B, T, K)),
+        terminated=jnp.zeros((B, T, K), bool),
+        truncated=jnp.zeros((B, T, K), bool),
+    )
+    update = algorithm.make_update(_apply, optimizer, cfg)
+    _, figures = jax.eval_shape(update, state, batch, jax.random.key(0))
+    return set(figures)
+
+
+def _decoupled_metrics() -> set[str]:
+    x = jnp.zeros((2, 3))
+    surrogate, log_weight, left = losses.decoupled_surrogate(
+        x, x, x, x, clip_low=0.2, clip_high=0.2
+    )
+    return set(metrics.decoupled_metrics(surrogate, log_weight, None, left))
+
+
+def _first_arguments(path, method: str) -> set[str]:
+    """Literal first arguments of all calls of `<something>.method(...)` in a file."""
+    return {
+        node.args[0].value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == method
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    }
+
+
+def _phases(package) -> set[str]:
+    phases = {"step"}
+    for name in ("rollout.py", "train.py"):
+        phases |= {p for p in _first_arguments(package / name, "add") if isinstance(p, str)}
+    return phases | {f"env/{p}" for p in _first_arguments(package / "sim" / "env.py", "_timed")}
+
+
+@pytest.fixture(scope="module")
+def emitted(repository) -> set[str]:
+    ones = np.ones(2, np.float32)
+    figures = dict.fromkeys(("success_once", "return", "length", "terminated"), ones)
+    return (
+        _update_metrics(grpo)
+        | _update_metrics(ppo, kl_beta=0.1, entropy_bonus=0.1)
+        | _decoupled_metrics()
+        | set(env_metrics(figures))
+        | {f"time/{phase}" for phase in _phases(repository / "evac_jax")}
+        | {NON_FINITE}
+    )
+
+
+@pytest.fixture(scope="module")
+def documented(repository) -> list[str]:
+    text = (repository / "docs" / "metrics.md").read_text()
+    return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+
+
+def test_every_metric_has_a_formula_when_the_code_emits_it(emitted, documented):
+    assert sorted(emitted - set(documented)) == []
+
+
+def test_every_documented_metric_is_emitted_when_listed_once(emitted, documented):
+    assert sorted(set(documented) - emitted) == []
+    assert len(documented) == len(set(documented))
+
+
+def test_both_lists_of_the_reference_are_there_when_training(emitted):
+    promised = """actor/loss actor/value_loss actor/entropy actor/grad_norm actor/lr
+        rollout/reward_mean rollout/reward_std rollout/episode_length rollout/success_rate
+        env/success_rate env/step_reward env/termination_rate""".split()
+    reference = """actor/policy_loss actor/policy_loss_abs actor/ratio actor/clipped_ratio
+        actor/ratio_abs actor/dual_cliped_ratio actor/approx_kl actor/clip_fraction
+        actor/entropy_loss actor/total_loss critic/lr critic/value_loss critic/value_clip_ratio
+        critic/explained_variance rollout/rewards rollout/advantages_mean rollout/returns_mean
+        env/success_once env/return env/episode_len env/reward env/num_trajectories""".split()
+    assert sorted(set(promised + reference) - emitted) == []

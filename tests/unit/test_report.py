@@ -1,0 +1,57 @@
+import json
+
+import pytest
+
+from evac_jax import report
+
+
+def test_wilson_interval_reaches_the_end_when_all_or_none_succeed():
+    # By hand: the other limit is z² / (n + z²) = 3.84146 / 13.84146 away.
+    assert report.wilson_interval(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert report.wilson_interval(10, 10) == pytest.approx((1 - 0.277533, 1.0), abs=1e-6)
+
+
+def test_wilson_limits_solve_their_equation_when_substituted():
+    for successes, n in [(1, 64), (20, 64), (63, 64), (100, 256)]:
+        p = successes / n
+        for limit in report.wilson_interval(successes, n):
+            assert abs(p - limit) == pytest.approx(
+                report.Z_95 * (limit * (1 - limit) / n) ** 0.5, rel=1e-9
+            )
+
+
+def test_wilson_interval_says_nothing_when_nothing_was_tried():
+    assert report.wilson_interval(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="3 of 2"):
+        report.wilson_interval(3, 2)
+
+
+def test_summary_is_printed_and_saved_when_a_run_ends(tmp_path, capsys):
+    report.finish(
+        tmp_path,
+        before={"imagined": [16, 64], "ground_truth": [60, 256]},
+        after={"imagined": [40, 64], "ground_truth": [128, 256]},
+        seconds={"step": 100.0, "env": 60.0, "env/denoise": 45.0, "rollout": 10.0, "actor": 25.0},
+        wall_seconds=130.0,
+        places={"logs": tmp_path, "videos": None, "checkpoints": tmp_path / "checkpoints"},
+    )
+    out = capsys.readouterr().out
+    for text in ("imagined", "ground truth", "25.0% [16.0%,  36.8%] n=64", "50.0%", "n=256"):
+        assert text in out
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert lines["env"] == ["60.0", "60.0%"]
+    assert lines["denoise"] == ["45.0", "45.0%"]
+    assert lines["rest"] == ["5.0", "5.0%"]
+    assert lines["checkpoints:"] == [str(tmp_path / "checkpoints")]
+    assert "videos" not in out
+    saved = json.loads((tmp_path / report.SUMMARY_FILE).read_text())
+    assert saved["success"]["after"]["imagined"]["rate"] == 0.625
+    assert saved["success"]["before"]["ground_truth"]["episodes"] == 256
+    assert saved["seconds"]["env/denoise"] == 45.0
+
+
+def test_summary_is_complete_when_nothing_was_evaluated_or_trained(tmp_path):
+    text = report.summary(before={}, after={}, seconds={}, wall_seconds=1.0, places={})
+    assert "not evaluated" in text
+    assert report.rates({"imagined": (0, 0)}) == {}
+    assert report.rates({"imagined": (1, 4)}) == {"imagined": 0.25}
