@@ -7,17 +7,24 @@ the previous one whole.
 """
 
 import json
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from evac_jax.config import TrainConfig
 from evac_jax.errors import CheckpointError
 from evac_jax.sharding import path_name
 
 CONFIG_FILE = "config.json"
+
+# Orbax tells every save in several lines at INFO; what matters to a user is logged by train.py.
+logging.get_absl_logger().addFilter(
+    lambda record: record.levelno >= WARNING or "orbax" not in record.pathname
+)
 
 # Fields that shape the parameters or the optimiser's state: a run cannot go on when they change.
 SHAPE_FIELDS = (

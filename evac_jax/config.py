@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from algos import ALGORITHMS, optim
 from algos.optim import OptimizerConfig
-
-from algos import ALGORITHMS
 from evac_jax.errors import ConfigError
 
 MINIATURE_WEIGHTS = str(Path(__file__).parent / "miniature" / "weights")

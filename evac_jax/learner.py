@@ -136,7 +136,9 @@ class Learner:
         # Static greedy: argmax and sampling are two programs, each compiled once.
         self._sample = jax.jit(sample, static_argnames="greedy")
         self._update = jax.jit(
-            update, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(self._mesh))
+            update,
+            donate_argnums=0,
+            out_shardings=(state_shardings, sharding.replicated(self._mesh)),
         )
 
     def observe(self, step: BatchStep) -> ObsBatch:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from algos.types import RolloutBatch
 
+from algos.types import RolloutBatch
+from evac_jax.bridge.types import IDLE
 from evac_jax.errors import SimulatorError
 from evac_jax.learner import Learner
-from evac_jax.bridge.types import IDLE
 from evac_jax.simulators import BatchStep, Simulators
 from policies.types import ObsBatch, PolicyOutput
 

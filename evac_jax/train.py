@@ -177,7 +177,7 @@ def run(config: TrainConfig) -> None:
                     learner, imagined, drawn, seed=starts.seed(iteration), key=key, watch=watch
                 )
                 update_began = time.perf_counter()
-                metrics = learner.update(batch, key, iteration)
+                metrics = learner.update(batch, key)
                 watch.add("actor", time.perf_counter() - update_began)
 
                 phases = watch.take()

@@ -214,6 +214,7 @@ class EvacModel(nn.Module):
         rows: Tensor | None = None,
         deltas: Tensor | None = None,
         guidance: float = 1.0,
+        decoded: int = 0,
     ) -> tuple[EvacState, Tensor]:
         """Imagine one chunk.
 
@@ -235,9 +236,12 @@ class EvacModel(nn.Module):
             guidance: classifier-free guidance scale; 1 is none, and the only tested choice for
                 the RLinf weights.
 
+            decoded: how many of the chunk's last frames to decode and return; 0 = all. The others
+                stay in the history as latents (see `decode_history`).
+
         Returns:
-            The state with the chunk appended, and frames [B, V, chunk, 3, H, W], about [-1, 1]
-            and not clamped.
+            The state with the chunk appended, and frames [B, V, chunk or decoded, 3, H, W],
+            about [-1, 1] and not clamped.
 
         Raises:
             ValueError: when an environment has no room for another chunk.

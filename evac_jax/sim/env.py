@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evac_jax.errors import ConfigError, DataError
+from evac_jax.errors import ConfigError, DataError, SimulatorError
 from evac_jax.evac.checkpoint import load_model
 from evac_jax.evac.model import Camera, EvacModel, EvacState
 from evac_jax.sim.actions import (
@@ -157,9 +157,8 @@ class WorldModelEnv:
         seeds = (self._config.seed, seed)
         self.noise, self._cycle = ChunkNoise(seeds, self._device), None
         idle, rows = starts == IDLE, np.flatnonzero(starts != IDLE)
-        self.episodes.restart(
-            self._mask(range(len(starts))), torch.from_numpy(idle).to(self._device)
-        )
+        everyone = self._mask(np.arange(len(starts)))
+        self.episodes.restart(everyone, torch.from_numpy(idle).to(self._device))
         self.state = None
         self._place = np.cumsum(~idle) - 1  # row of an environment in the state
         if len(rows):
@@ -178,6 +177,7 @@ class WorldModelEnv:
 
         Raises:
             DataError: for actions of another shape, or before the first reset.
+            SimulatorError: if imagined frames are not finite.
         """
         expected = (self.spec.num_envs, self._chunk, ACTION_DIM)
         if self.noise is None or np.shape(actions) != expected:
@@ -198,6 +198,11 @@ class WorldModelEnv:
         for first in range(0, len(rows), batch):
             self._imagine(rows[first : first + batch], probabilities, clip)
         self.noise.next_chunk()
+        if not bool(torch.isfinite(probabilities).all()):
+            raise SimulatorError(
+                "the world model imagined frames that are not finite; if dtype is not float32, "
+                f"try that (it is {self._config.dtype}), else look at the actions and the weights"
+            )
         outcome, figures = self.episodes.advance(probabilities), self.episodes.figures()
         if self._config.auto_reset:
             self._restart_finished(outcome)
@@ -253,6 +258,8 @@ class WorldModelEnv:
         """One chunk of environments `rows`; fills their entries of the other arguments."""
         index = torch.from_numpy(rows).to(self._device)
         config, shape = self._config, self._noise_shape
+        places = torch.from_numpy(self._place[rows])
+        judged = config.judged_frames or self._model.config.chunk
         with self._timed("imagine"):
             self.state, frames = self._model.imagine(
                 self.state,
@@ -262,15 +269,23 @@ class WorldModelEnv:
                 eta=config.eta,
                 noise=self.noise(0, shape)[index],
                 generator=lambda step: self.noise(1 + step, shape)[index],
-                rows=torch.from_numpy(self._place[rows]),
-            )  # [b V K 3 H W]
+                rows=places,
+                decoded=judged,
+            )  # [b V judged 3 H W]
         with self._timed("classify"):
-            probabilities[index] = self._classify(frames[:, 0], self._task[rows])
+            chances = torch.zeros_like(probabilities[index])
+            chances[:, -judged:] = self._classify(frames[:, 0], self._task[rows])
+            probabilities[index] = chances
         with self._timed("frames"):
             self._last[index] = to_uint8(frames[:, :, -1])
             shown = int((rows < len(clip)).sum())  # rows are sorted
             if shown:
-                clip[rows[:shown]] = to_uint8(frames[:shown].transpose(1, 2)).to(clip.device)
+                unseen = (self._model.config.chunk, judged)
+                before = frames[:0]
+                if judged < unseen[0]:
+                    before = self._model.decode_history(self.state, places[:shown], *unseen)
+                whole = torch.cat((before, frames[:shown]), 2) if len(before) else frames[:shown]
+                clip[rows[:shown]] = to_uint8(whole.transpose(1, 2)).to(clip.device)
 
     def _classify(self, frames: Tensor, task: np.ndarray) -> Tensor:
         """Success probability [b K] of the first view's frames [b K 3 H W]."""

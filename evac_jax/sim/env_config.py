@@ -27,6 +27,9 @@ class WorldModelEnvConfig:
         max_episode_steps: actions of an episode; a multiple of the chunk makes the limit exact.
         reward_coef, use_rel_reward, success_threshold, success_frames, ignore_terminations:
             see `EpisodeRules`.
+        judged_frames: last frames of every chunk that are decoded and judged, 0 = all. Success that
+            persists shows in the last ones too; the others then cost nothing, and count as
+            failures. Filmed environments are decoded whole.
         auto_reset: restart an environment as soon as its episode is over, from the next start of
             a seeded cycle over the starts handed to `reset`; groups are not kept together then.
         skip_finished: do not imagine environments whose episode is over. Saves time only: the
@@ -59,6 +62,7 @@ class WorldModelEnvConfig:
     use_rel_reward: bool = True
     success_threshold: float = 0.5
     success_frames: int = 1
+    judged_frames: int = 0
     auto_reset: bool = False
     ignore_terminations: bool = False
     skip_finished: bool = True
@@ -82,6 +86,8 @@ class WorldModelEnvConfig:
             problems.append(f"steps: expected at least 1, got {self.steps}")
         if not 0 <= self.eta <= 1:
             problems.append(f"eta: expected 0..1, got {self.eta}")
+        if self.judged_frames < 0:
+            problems.append(f"judged_frames: expected 0 (all) or more, got {self.judged_frames}")
         if self.max_batch < 0:
             problems.append(f"max_batch: expected 0 (all) or more, got {self.max_batch}")
         if self.gripper_rule not in GRIPPER_RULES:

@@ -186,7 +186,7 @@ class MiniatureStarts:
         image_size: height and width of the pictures, pixels.
     """
 
-    def __init__(self, num_starts: int = 1_000_000, image_size: int = 64):
+    def __init__(self, num_starts: int = 3_000_000, image_size: int = 64):
         # Imported here, so that an EVAC run does not need the miniature.
         from evac_jax.miniature import render, scene, tasks
 

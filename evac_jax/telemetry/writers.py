@@ -151,9 +151,7 @@ class TensorBoardWriter:
 
     def _add(self, step: int, values: list) -> None:
         summary = self._summary.Summary(value=values)
-        self._writer.add_event(
-            self._event.Event(wall_time=time.time(), step=step, summary=summary)
-        )
+        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -88,7 +88,11 @@ def train(data: episodes.Episodes, config, *, steps: int, batch: int, lr: float,
         if (step + 1) % 100 == 0:
             rate = (step + 1) / (time.perf_counter() - began)
             logging.info(
-                "step %d/%d  error %.4f  %.2f steps/s", step + 1, steps, np.mean(errors[-100:]), rate
+                "step %d/%d  error %.4f  %.2f steps/s",
+                step + 1,
+                steps,
+                np.mean(errors[-100:]),
+                rate,
             )
     ema.swap(model)
     return model.eval(), float(np.mean(errors[-100:]))

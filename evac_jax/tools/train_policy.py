@@ -67,9 +67,7 @@ def samples(labels: str, num_scenes: int, seed: int, chunk: int):
 
 def soft_targets(actions: jax.Array, statistics: ActionStatistics, sd_bins: float) -> jax.Array:
     """Return probabilities [B K A 256], lowest token id first, around actions [B K A]."""
-    low, high, mask = (
-        jnp.asarray(x) for x in (statistics.low, statistics.high, statistics.mask)
-    )
+    low, high, mask = (jnp.asarray(x) for x in (statistics.low, statistics.high, statistics.mask))
     normalised = jnp.where(mask, 2 * (actions - low) / (high - low) - 1, actions)
     centres = jnp.asarray(bin_centres(POLICY.num_bins), jnp.float32)
     sd = sd_bins * 2 / (POLICY.num_bins - 1)

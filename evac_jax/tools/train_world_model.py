@@ -261,9 +261,7 @@ def main() -> None:
     cache = build_cache(model, train_part)
     logging.info("cached %d episodes in %.0f s", len(cache), time.perf_counter() - began)
     history = train(model, cache, held_out, args)
-    facts = cards.card(
-        episodes=len(cache), history=history, seconds=time.perf_counter() - began
-    )
+    facts = cards.card(episodes=len(cache), history=history, seconds=time.perf_counter() - began)
     cards.write_json(out / "card.json", facts)
 
 

@@ -154,7 +154,7 @@ def test_nothing_foreign_is_loaded_when_modules_are_imported(steps):
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -39,9 +39,7 @@ def test_gradient_is_finite_when_masked_entries_are_not(bad):
 
 def test_dual_clip_bounds_the_loss_when_the_advantage_is_negative():
     new, old = jnp.log(jnp.array([5.0, 5.0])), jnp.zeros(2)
-    surrogate = losses.clipped_surrogate(
-        new, old, jnp.array([-2.0, 2.0]), clip_ratio_c=3.0, **CLIP
-    )
+    surrogate = losses.clipped_surrogate(new, old, jnp.array([-2.0, 2.0]), clip_ratio_c=3.0, **CLIP)
     np.testing.assert_allclose(surrogate.loss, [6.0, -2.0 * 1.28], rtol=1e-6)
     assert surrogate.dual_clipped.tolist() == [True, False]
 
@@ -134,7 +132,9 @@ def test_entropy_gradient_is_finite_and_windowed_when_tokens_are_restricted():
 def test_log_probs_are_a_distribution_when_summed_over_the_window():
     logits = jax.random.normal(jax.random.key(1), (9,))
     log_probs = [
-        losses.action_log_probs(logits, jnp.array(t), first_token=3, end_token=7, temperature=1.6)[0]
+        losses.action_log_probs(logits, jnp.array(t), first_token=3, end_token=7, temperature=1.6)[
+            0
+        ]
         for t in range(3, 7)
     ]
     assert float(jnp.exp(jnp.stack(log_probs)).sum()) == pytest.approx(1.0, rel=1e-5)

@@ -18,7 +18,8 @@ PPO = ppo.Config(global_batch=16, reward_type="chunk_level")
 def learn(cfg, batch, params, *, optim=OPTIM, algorithm=grpo, steps=1, ref=False, **options):
     optimizer = make_optimizer(optim)
     step = jax.jit(algorithm.make_update(toy.apply, optimizer, cfg, **options))
-    state, metrics = update.init_state(params, optimizer, keep_reference=ref), {}
+    state = jax.jit(lambda p: update.init_state(p, optimizer, keep_reference=ref))(params)
+    metrics = {}
     for index in range(steps):
         state, metrics = step(state, batch, jax.random.key(index))
     return state, {name: float(metric.mean()) for name, metric in metrics.items()}
@@ -68,7 +69,8 @@ def test_step_is_skipped_and_counted_when_the_loss_is_not_finite():
     state, metrics = learn(cfg, bad, params)
     assert (int(state.updates), int(state.skipped), int(state.step)) == (1, 1, 1)
     assert metrics["actor/skipped_updates"] == 1.0
-    assert all(np.isfinite(value) for value in metrics.values())
+    undefined = {name for name, value in metrics.items() if not np.isfinite(value)}
+    assert undefined <= {"actor/ratio_abs_first"}  # of the batch that was skipped
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((state.params, state.opt_state)))
 
 
@@ -162,9 +164,7 @@ def test_sharded_inputs_give_the_same_update_when_spread_over_devices():
 def test_truncated_ends_keep_their_value_when_asked():
     params = toy.params(with_value=True)
     batch = toy.rollout(params)
-    batch = batch.replace(
-        values=jnp.ones_like(batch.values), rewards=jnp.zeros_like(batch.rewards)
-    )
+    batch = batch.replace(values=jnp.ones_like(batch.values), rewards=jnp.zeros_like(batch.rewards))
     options = {"normalize_advantages": False, "gamma": 1.0, "gae_lambda": 1.0}
     cut, _ = ppo.advantages(batch, dataclasses.replace(PPO, **options))
     kept, _ = ppo.advantages(batch, dataclasses.replace(PPO, bootstrap_truncated=True, **options))

@@ -1,5 +1,7 @@
 """A linear policy over a few pixels: the smallest thing that `algos.update` can train."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from policies.types import ObsBatch, PolicyEvaluation
 B, T, K, A, BINS = 8, 2, 2, 3, 5
 
 
+@partial(jax.jit, static_argnames=("with_value", "scale"))
 def params(with_value=False, scale=0.3, seed=0):
     keys = jax.random.split(jax.random.key(seed))
     tree = {"head": {"kernel": scale * jax.random.normal(keys[0], (12, K * A * BINS))}}
@@ -29,6 +32,7 @@ def apply(params, obs: ObsBatch, tokens) -> PolicyEvaluation:
     )
 
 
+@partial(jax.jit, static_argnames="on_policy")
 def rollout(policy_params, seed=0, rewards=None, on_policy=True) -> RolloutBatch:
     keys = jax.random.split(jax.random.key(seed), 6)
     images = jax.random.randint(keys[0], (B, T, 1, 2, 2, 3), 0, 256).astype(jnp.uint8)

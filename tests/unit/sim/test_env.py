@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from evac_jax.errors import ConfigError, DataError
+from evac_jax.errors import ConfigError, DataError, SimulatorError
 from evac_jax.sim.base import IDLE
 from evac_jax.sim.env import make, to_model_range, to_uint8
 from tests.unit.sim.fakes import Driver
@@ -212,6 +212,13 @@ def test_steps_before_a_reset_or_of_another_shape_are_refused():
         driver.env.step(np.zeros((3, 1, 7), np.float32), driver.frames, driver.clip)
     with pytest.raises(DataError, match="3 start ids"):
         driver.reset(0, 0)
+
+
+def test_frames_that_are_not_finite_stop_the_simulator():
+    driver = Driver()
+    driver.reset(0, 0, 0)
+    with pytest.raises(SimulatorError, match="not finite"):
+        driver.step(0, float("nan"), 0)
 
 
 def test_unknown_settings_are_refused_with_the_nearest_name():

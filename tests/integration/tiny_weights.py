@@ -1,0 +1,44 @@
+"""Random weights at the smallest sizes that work: `python -m tests.integration.tiny_weights DIR`.
+
+For tests of the machinery, where it does not matter what is imagined.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from evac_jax.evac.checkpoint import save_model
+from evac_jax.evac.config import AutoencoderConfig
+from evac_jax.evac.model import EvacModel
+from evac_jax.miniature.sizes import POLICY, WORLD_MODEL
+from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
+from evac_jax.sim.reward import RewardConfig, RewardNet
+
+
+def write(folder: Path) -> None:
+    """Write world_model/, reward/, pose_model/ and policy/ into `folder`."""
+    import torch
+    from flax import nnx
+
+    from evac_jax.tools.train_policy import NORM_STATS
+    from policies.openvla_oft.export_hf import create_policy_folder
+    from policies.openvla_oft.model import OpenVLAOFT
+
+    torch.manual_seed(0)
+    small = WORLD_MODEL.replace(
+        autoencoder=AutoencoderConfig(
+            channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4
+        ),
+        unet=WORLD_MODEL.unet.replace(channel_mult=(1, 1)),
+    )
+    save_model(folder / "world_model", EvacModel(small))
+    save_model(folder / "reward", RewardNet(RewardConfig(width=4, num_instructions=3)))
+    save_model(folder / "pose_model", PoseModel(PoseModelConfig(hidden=8)))
+    policy = dataclasses.replace(POLICY, num_layers=1, hidden_size=32, intermediate_size=32)
+    model = OpenVLAOFT(policy, rngs=nnx.Rngs(0))
+    create_policy_folder(model, folder / "policy", tasks=INSTRUCTIONS, norm_stats=NORM_STATS)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
