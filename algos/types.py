@@ -7,6 +7,7 @@ and 1 where they are counted per chunk; N = B*T samples, a sample being one chun
 from typing import Any
 
 import chex
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
@@ -112,4 +113,5 @@ class WeightedMetric:
 
     def mean(self) -> Float[Array, "*parts"]:
         """Return sum / weight; NaN where there was no data."""
-        return self.sum / self.weight
+        with np.errstate(invalid="ignore"):  # fetched metrics are NumPy's, and 0 / 0 is meant
+            return self.sum / self.weight

@@ -1,0 +1,1 @@
+"""Measurements, one command each; every one times a baseline beside ours."""

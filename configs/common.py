@@ -13,7 +13,7 @@ from evac_jax.config import MINIATURE_WEIGHTS, ConfigError, default_config, near
 
 
 def render(value) -> config_dict.ConfigDict:
-    """Return a dataclass as a ConfigDict; an optional field at None keeps its type for the flags."""
+    """Return a dataclass as a ConfigDict; optional fields at None keep their type for the flags."""
     result = config_dict.ConfigDict()
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):

@@ -1,0 +1,1 @@
+"""Reinforcement learning of vision-language-action policies inside the EVAC world model."""

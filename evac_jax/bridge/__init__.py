@@ -1,0 +1,1 @@
+"""Between trainer and simulator processes: messages, slots, frames by DLPack."""

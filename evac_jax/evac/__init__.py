@@ -1,0 +1,1 @@
+"""The EVAC world model in PyTorch."""

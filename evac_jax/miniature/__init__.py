@@ -1,0 +1,1 @@
+"""A small tabletop with ground truth."""

@@ -1,0 +1,1 @@
+"""Commands that make episodes, world models, classifiers and start policies."""

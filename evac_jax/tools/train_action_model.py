@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evac_jax.evac import checkpoint
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
-from evac_jax.tools import episodes, training
+from evac_jax.tools import cards, episodes, training
 from evac_jax.tools.episodes import Episodes
 
 UNROLL = 6  # steps predicted in a row while training
@@ -122,13 +122,13 @@ def main() -> None:
     scores = score(model, held_out)
     out = Path(args.out)
     checkpoint.save_model(out, model)
-    facts = training.card(
+    facts = cards.card(
         scores=scores,
         cpu_seconds=round(time.process_time() - began),
         data=train_part.meta,
-        sha256=training.sha256(out / checkpoint.WEIGHTS_FILE),
+        sha256=cards.sha256(out / checkpoint.WEIGHTS_FILE),
     )
-    training.write_json(out / "card.json", facts)
+    cards.write_json(out / "card.json", facts)
     logging.info("held-out: %s", scores)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from evac_jax.evac import checkpoint
 from evac_jax.sim.reward import RewardConfig, RewardNet
-from evac_jax.tools import episodes, training
+from evac_jax.tools import cards, episodes, training
 from evac_jax.tools.episodes import Episodes
 
 POSITIVES, OTHER_TASK = 0.35, 0.15  # of a batch; the rest fails
@@ -210,7 +210,7 @@ def main() -> None:
     model = checkpoint.load_model(out, kind="RewardNet")
     values = probabilities(model, held_out, codec)
     scores = choose_threshold(values, held_out.success, args.success_frames, args.false_success)
-    facts = training.card(
+    facts = cards.card(
         scores=scores,
         scores_at_0_8=judge(values, held_out.success, 0.8, args.success_frames),
         allowed_false_success=args.false_success,
@@ -218,9 +218,9 @@ def main() -> None:
         cpu_seconds=round(time.process_time() - began),
         instructions=instructions,
         data=train_part.meta,
-        sha256=training.sha256(out / checkpoint.WEIGHTS_FILE),
+        sha256=cards.sha256(out / checkpoint.WEIGHTS_FILE),
     )
-    training.write_json(out / "card.json", facts)
+    cards.write_json(out / "card.json", facts)
     logging.info("held-out: %s", scores)
     logging.info("at 0.8:   %s", facts["scores_at_0_8"])
 

@@ -53,29 +53,33 @@ class Cache:
         return len(self.latents)
 
 
-def to_images(frames: np.ndarray | Tensor) -> Tensor:
+def camera_of(data: episodes.Episodes) -> Camera:
+    """Return the resting camera of recorded episodes."""
+    matrices = (torch.from_numpy(np.array(m))[None, None] for m in (data.intrinsic, data.c2w))
+    return Camera(*matrices)
+
+
+def to_images(frames: np.ndarray) -> Tensor:
     """uint8 [..., H, W, 3] to float [..., 3, H, W] in [-1, 1]."""
-    return torch.as_tensor(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 127.5 - 1
+    return torch.from_numpy(np.array(frames)).movedim(-1, -3).float() / 127.5 - 1
 
 
 @torch.inference_mode()
 def build_cache(model: EvacModel, data: episodes.Episodes, batch: int = 16) -> Cache:
     """Encode every frame and draw and encode every trajectory map, once."""
-    camera = Camera(
-        torch.from_numpy(data.intrinsic)[None, None], torch.from_numpy(data.c2w)[None, None]
-    )
+    camera = camera_of(data)
     latents, maps = [], []
     for first in range(0, data.num_episodes, batch):
         rows = slice(first, first + batch)
         latents.append(model.encode(to_images(data.frames[rows])).half())
-        poses = torch.from_numpy(np.ascontiguousarray(data.poses[rows])).repeat(1, 1, 2)
+        poses = torch.from_numpy(np.array(data.poses[rows])).repeat(1, 1, 2)
         drawn = model.encode_maps(poses, camera.intrinsic, camera.c2w[:, :, None])
         maps.append(drawn[:, 0].transpose(1, 2).half())
     return Cache(
         latents=torch.cat(latents),
         map_latents=torch.cat(maps),
         frames=data.frames,
-        poses=torch.from_numpy(np.ascontiguousarray(data.poses)),
+        poses=torch.from_numpy(np.array(data.poses)),
         camera=camera,
     )
 
@@ -130,31 +134,35 @@ def moving_weight(batch: TrainingBatch, config: EvacConfig, moving: float) -> Te
 
 
 @torch.inference_mode()
-def rollout_psnr(
-    model: EvacModel, data: episodes.Episodes, *, steps: int, eta: float, count: int, seed: int
-) -> list[float]:
-    """Imagine held-out episodes from their first frame with their own poses; PSNR per chunk, dB."""
-    config = model.config
-    generator = torch.Generator().manual_seed(seed)
-    frames = to_images(data.frames[:count])
-    poses = torch.from_numpy(np.ascontiguousarray(data.poses[:count])).repeat(1, 1, 2)
-    past, chunk = config.n_previous, config.chunk
+def imagine_episodes(
+    model: EvacModel, data: episodes.Episodes, *, steps: int, eta: float, generator: torch.Generator
+) -> Tensor:
+    """Imagine episodes from their first frame with their own poses: frames [N, T, 3, H, W]."""
+    past, chunk = model.config.n_previous, model.config.chunk
+    poses = torch.from_numpy(np.array(data.poses)).repeat(1, 1, 2)
     poses = torch.cat((poses[:, :1].expand(-1, past - 1, -1), poses), 1)
-    camera = Camera(
-        torch.from_numpy(data.intrinsic)[None, None], torch.from_numpy(data.c2w)[None, None]
-    )
     chunks = (data.frames.shape[1] - 1) // chunk
-    state = model.start(frames[:, :1], chunks)
-    scores = []
+    state = model.start(to_images(data.frames[:, :1]), chunks)
+    frames = []
     for k in range(chunks):
         window = poses[:, k * chunk : k * chunk + past + chunk]
         state, imagined = model.imagine(
-            state, window, camera, steps=steps, eta=eta, generator=generator
+            state, window, camera_of(data), steps=steps, eta=eta, generator=generator
         )
-        real = frames[:, 1 + k * chunk : 1 + (k + 1) * chunk]
-        error = (imagined[:, 0].clamp(-1, 1) - real).square().mean()
-        scores.append(float(10 * torch.log10(4 / error)))
-    return scores
+        frames.append(imagined[:, 0])
+    return torch.cat(frames, 1)
+
+
+def rollout_psnr(
+    model: EvacModel, data: episodes.Episodes, *, steps: int, eta: float, count: int, seed: int
+) -> list[float]:
+    """PSNR (dB) of each chunk of `count` imagined episodes."""
+    generator = torch.Generator().manual_seed(seed)
+    part = data[:count]
+    imagined = imagine_episodes(model, part, steps=steps, eta=eta, generator=generator)
+    error = (imagined.clamp(-1, 1) - to_images(part.frames[:, 1:])).square()
+    per_chunk = error.unflatten(1, (-1, model.config.chunk)).mean((0, 2, 3, 4, 5))
+    return (10 * torch.log10(4 / per_chunk)).tolist()
 
 
 def train(model: EvacModel, cache: Cache, held_out: episodes.Episodes, args) -> list[dict]:

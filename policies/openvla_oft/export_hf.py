@@ -1,4 +1,4 @@
-"""Policy -> Hugging Face folder, the inverse of `import_hf`; and fresh folders for small policies."""
+"""Policy -> Hugging Face folder, the inverse of `import_hf`; fresh folders for small policies."""
 
 import json
 import os

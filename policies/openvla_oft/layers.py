@@ -1,4 +1,4 @@
-"""What both towers and the Llama share: parameters, linear layers, norms, attention, the layer loop.
+"""What towers and Llama share: parameters, linear layers, norms, attention, the layer loop.
 
 Parameters of equal layers lie stacked, [depth ...], whether the loop is compiled once
 (`lax.scan`) or unrolled, so checkpoints and shardings do not depend on that choice.

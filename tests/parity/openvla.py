@@ -54,6 +54,58 @@ def _norm_names(folder: Path) -> dict[str, float | None]:
     }
 
 
+@functools.partial(jax.jit, static_argnames=("graphdef", "method", "static"))
+def _run(graphdef, state, pixels, method, static, *args):
+    """Compile method(model, *args, **static) once per model structure, as the trainer does.
+
+    Args:
+        pixels: stands in for the model's preprocessing; None = the model preprocesses itself.
+    """
+    model = nnx.merge(graphdef, state)
+    if pixels is not None:
+        model.pixel_values = lambda images: pixels
+    return method(model, *args, **dict(static))
+
+
+def _sample_greedy(model: OpenVLAOFT, obs: ObsBatch):
+    # The reference returns greedy log-probs without temperature.
+    return model.sample(obs, jax.random.key(0), temperature=1.0, greedy=True)
+
+
+def _evaluate(model: OpenVLAOFT, obs: ObsBatch, tokens, temperature, *, top_k, topk_order):
+    return model.evaluate(obs, tokens, temperature=temperature, top_k=top_k, topk_order=topk_order)
+
+
+def _collect(model: OpenVLAOFT, obs: ObsBatch) -> dict[str, jax.Array]:
+    forward = model.forward(
+        model.pixel_values(obs.images), obs.prompt_tokens, obs.prompt_mask, collect=True
+    )
+    heads = {
+        "slots": forward.slots,
+        "action_logits": model.action_logits(forward.slots),
+        "logits": model.llama.logits(forward.slots),
+    }
+    if model.value_head is not None:
+        heads["values"] = model.values(forward)
+    return forward.stages | heads
+
+
+def _loss_and_gradients(model: OpenVLAOFT, obs: ObsBatch, tokens, temperature, weights):
+    """Weighted sum of mean log-prob, mean entropy and mean squared value, and its gradient."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    given = model.pixel_values(obs.images)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params, rest)
+        model.pixel_values = lambda images: given
+        evaluation = model.evaluate(obs, tokens, temperature=temperature)
+        values = 0.0 if evaluation.values is None else jnp.mean(evaluation.values**2)
+        terms = jnp.stack([jnp.mean(evaluation.log_probs), jnp.mean(evaluation.entropy), values])
+        return weights @ terms
+
+    return jax.value_and_grad(loss)(params)
+
+
 def _top_k(name: str) -> int:
     """Read k from a vector's name: "topk50" -> 50, "topk_off" -> -1."""
     match = re.search(r"topk(\d+)", name)
@@ -106,17 +158,9 @@ class Checker:
         b, channels, h, w = golden.shape
         return jnp.asarray(golden.reshape(b, channels // 6, 6, h, w).transpose(0, 1, 3, 4, 2))
 
-    def _call(self, model: OpenVLAOFT, method: Callable, *args):
-        """Run method(model, *args) under jit, as the trainer does."""
+    def _call(self, model: OpenVLAOFT, method: Callable, *args, **static):
         graphdef, state = nnx.split(model)
-
-        def run(state, *args):
-            merged = nnx.merge(graphdef, state)
-            if self.pixels is not None:
-                merged.pixel_values = lambda images: self.pixels
-            return method(merged, *args)
-
-        return jax.jit(run)(state, *args)
+        return _run(graphdef, state, self.pixels, method, tuple(static.items()), *args)
 
     def _has(self, prefix: str) -> list[str]:
         return sorted(
@@ -133,9 +177,7 @@ class Checker:
         atol = tolerance["atol"]
         if isinstance(atol, str):  # "1e-4 * max|g| of the tensor"
             atol = float(atol.split("*")[0]) * float(np.abs(golden).max(initial=0.0))
-        return compare(
-            name, np.asarray(ours), golden, atol=atol, rtol=tolerance.get("rtol", 0.0)
-        )
+        return compare(name, np.asarray(ours), golden, atol=atol, rtol=tolerance.get("rtol", 0.0))
 
     def run(self) -> Iterator[VectorResult]:
         """Yield the results of all groups that the folder holds."""
@@ -161,22 +203,7 @@ class Checker:
 
     @functools.cached_property
     def _stages(self) -> dict[str, np.ndarray]:
-        return self._collect(self.model)
-
-    def _collect(self, model: OpenVLAOFT) -> dict[str, np.ndarray]:
-        def method(model, obs):
-            forward = model.forward(
-                model.pixel_values(obs.images), obs.prompt_tokens, obs.prompt_mask, collect=True
-            )
-            heads = {
-                "slots": forward.slots,
-                "action_logits": model.action_logits(forward.slots),
-                "logits": model.llama.logits(forward.slots),
-                "values": model.values(forward),
-            }
-            return forward.stages | {k: v for k, v in heads.items() if v is not None}
-
-        return jax.device_get(self._call(model, method, self.obs))
+        return jax.device_get(self._call(self.model, _collect, self.obs))
 
     def _forward(self) -> Iterator[VectorResult]:
         stages = self._stages
@@ -209,20 +236,18 @@ class Checker:
                 )
                 yield self._compare(name, ours)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - one checker per folder, short-lived
-    def _evaluate(self, tokens_name: str, top_k: int, order: str) -> dict[str, np.ndarray]:
-        return self._evaluate_model(self.model, tokens_name, top_k, order)
-
-    def _evaluate_model(self, model, tokens_name, top_k=-1, order="mask_first"):
+    def _evaluate(self, tokens_name: str, top_k=-1, order="mask_first", model=None):
+        """Return {"logprobs": [B N], "entropy": [B N], "values": [B v] or None}."""
         tokens = jnp.asarray(self.golden[tokens_name]).reshape(self.action_shape)
         evaluation = self._call(
-            model,
-            lambda model, obs, tokens, temperature: model.evaluate(
-                obs, tokens, temperature=temperature, top_k=top_k, topk_order=order
-            ),
+            model or self.model,
+            _evaluate,
             self.obs,
             tokens,
             self.settings["temperature"],
+            top_k=top_k,
+            # The order means nothing when nothing is cut; the same name compiles once.
+            topk_order=order if top_k > 0 else "mask_first",
         )
         flat = (len(tokens), -1)
         return {
@@ -241,13 +266,7 @@ class Checker:
         )
 
     def _rollout(self) -> Iterator[VectorResult]:
-        output = self._call(
-            self.model,
-            # The reference returns greedy log-probs without temperature.
-            lambda model, obs, key: model.sample(obs, key, temperature=1.0, greedy=True),
-            self.obs,
-            jax.random.key(0),
-        )
+        output = self._call(self.model, _sample_greedy, self.obs)
         yield self._greedy_tokens(np.asarray(output.tokens).reshape(len(output.tokens), -1))
         golden_tokens = self.golden["rollout/greedy_action_tokens"]
         yield self._compare(
@@ -311,20 +330,23 @@ class Checker:
             yield self._compare(name, ours)
 
     def _gradients(self) -> Iterator[VectorResult]:
-        losses = {
-            "grad_mean_logprob": lambda e: jnp.mean(e.log_probs),
-            "grad_mixed": lambda e: (
-                -jnp.mean(e.log_probs)
-                - 0.1 * jnp.mean(e.entropy)
-                + (0.0 if e.values is None else 0.5 * jnp.mean(e.values**2))
-            ),
-        }
+        # Of mean log-prob, mean entropy, mean squared value.
+        losses = {"grad_mean_logprob": [1.0, 0.0, 0.0], "grad_mixed": [-1.0, -0.1, 0.5]}
         norms = _norm_names(self.folder)
-        for group, loss in losses.items():
+        tokens = jnp.asarray(self.golden["train/action_tokens"]).reshape(self.action_shape)
+        for group, weights in losses.items():
             names = self._has(f"{group}/")
             if not names:
                 continue
-            value, gradients = self._loss_and_gradients(loss)
+            value, state = self._call(
+                self.model,
+                _loss_and_gradients,
+                self.obs,
+                tokens,
+                self.settings["temperature"],
+                jnp.array(weights),
+            )
+            gradients = self._as_hf(state)
             for name in names:
                 yield self._gradient(name, group, value, gradients)
             for name, golden in norms.items():
@@ -333,20 +355,6 @@ class Checker:
                     ours = np.linalg.norm(gradient.astype(np.float64))
                     rtol = self.tolerances["gradients"]["rtol"]
                     yield compare(name, ours, np.float64(golden or 0.0), atol=1e-7, rtol=rtol)
-
-    def _loss_and_gradients(self, loss) -> tuple[jax.Array, dict[str, np.ndarray]]:
-        graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
-        tokens = jnp.asarray(self.golden["train/action_tokens"]).reshape(self.action_shape)
-
-        def run(params, obs):
-            model = nnx.merge(graphdef, params, rest)
-            if self.pixels is not None:
-                model.pixel_values = lambda images: self.pixels
-            temperature = self.settings["temperature"]
-            return loss(model.evaluate(obs, tokens, temperature=temperature))
-
-        value, gradients = jax.jit(jax.value_and_grad(run))(params, self.obs)
-        return value, self._as_hf(gradients)
 
     def _as_hf(self, state) -> dict[str, np.ndarray]:
         tensors = {}
@@ -392,8 +400,8 @@ class Checker:
         if not names:
             return
         model, _ = self._load(keep_stop_token=True)
-        stages = self._collect(model)
-        results = self._evaluate_model(model, "train/action_tokens")
+        stages = jax.device_get(self._call(model, _collect, self.obs))
+        results = self._evaluate("train/action_tokens", model=model)
         # The reference counts the value's place from the end, pads included.
         place = -(model.config.num_action_tokens + 1)
         hidden = stages["last_hidden_states"][:, place]
@@ -416,7 +424,7 @@ class Checker:
         if not names:
             return
         model, _ = self._load(lora_adapter=self.folder / "lora_adapter")
-        results = self._evaluate_model(model, "train/action_tokens")
+        results = self._evaluate("train/action_tokens", model=model)
         merged = self._as_hf(nnx.state(model))
         for name in names:
             key = name.removeprefix("lora/")

@@ -61,9 +61,7 @@ def _equal(name: str, ours, golden) -> VectorResult:
 
 def _prompts(folder: Path, manifest: dict) -> Iterator[VectorResult]:
     tasks = manifest["task_descriptions"]
-    tokenizer = PromptTokenizer(
-        folder / "checkpoint", manifest["settings"]["max_prompt_length"]
-    )
+    tokenizer = PromptTokenizer(folder / "checkpoint", manifest["settings"]["max_prompt_length"])
     if "prompts" in manifest:
         yield _equal("prompts", [tokenizer.text(task) for task in tasks], manifest["prompts"])
     counts = "prompt_token_counts_without_padding"
@@ -160,7 +158,7 @@ def _preprocessing(folder: Path, manifest: dict) -> Iterator[VectorResult]:
 
 
 def _value_head_init(folder: Path, manifest: dict) -> Iterator[VectorResult]:
-    """Mean and standard deviation of a fresh head against the reference's, within sampling error."""
+    """Mean and standard deviation of a fresh head against the reference's, within sampling noise."""
     statistics = manifest.get(VALUE_HEAD_INIT, {})
     if not statistics:
         return

@@ -15,7 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-CHECKERS = {"rl": "tests.parity.rl", "evac": "tests.parity.evac", "openvla_oft": "tests.parity.openvla"}
+CHECKERS = {
+    "rl": "tests.parity.rl",
+    "evac": "tests.parity.evac",
+    "openvla_oft": "tests.parity.openvla",
+}
 
 
 @dataclass(frozen=True)

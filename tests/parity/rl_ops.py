@@ -289,9 +289,7 @@ def ppo_actor_loss(params, x, reference):
         "grad_logprobs": gradient,
         "metric:actor/policy_loss": loss,
         "metric:actor/policy_loss_abs": size,
-    } | named(
-        metrics.policy_metrics(surrogate, valid, reference=reference)
-    )
+    } | named(metrics.policy_metrics(surrogate, valid, reference=reference))
 
 
 def decoupled_ppo_actor_loss(params, x, reference):
@@ -600,7 +598,9 @@ def recording_optimizer():
     def update_(gradients, total, params=None):
         return jax.tree.map(jnp.zeros_like, gradients), jax.tree.map(jnp.add, total, gradients)
 
-    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update_)
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), update_
+    )
 
 
 def rollout_to_gradient(params, x, reference):

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def arrays(model):
-    return {path: np.asarray(variable[...]) for path, variable in hf_keys.parameters(model)}
+    return {path: np.array(variable[...]) for path, variable in hf_keys.parameters(model)}
 
 
 def rewritten(folder, target, change):

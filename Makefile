@@ -1,0 +1,55 @@
+# `make demo` and `make test` need nothing but Python 3.11+ with pip: they create .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+REQUIREMENTS := requirements.txt requirements-dev.txt
+
+# More for pytest, e.g. make test ARGS='tests/unit/test_config.py -x'
+ARGS ?=
+# Folders of golden vectors for `make parity`, each with a manifest.json.
+GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format type parity bench clean
+
+help:  ## List the targets.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
+		| awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# One pip command for everything, so that no later one can replace the pinned torch or jax.
+# The stamp is younger than both lists when the environment is complete and up to date.
+$(STAMP): $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, $(PYTHON) is: $$($(PYTHON) --version 2>&1)." \
+			"Name another one with: make PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(addprefix -r ,$(REQUIREMENTS))
+	@touch $@
+
+demo: $(STAMP)  ## Train in the miniature world model on this CPU: videos, curves, a summary.
+	$(BIN)/python launch.py --config=configs/grpo.py
+
+test: $(STAMP)  ## Run all tests. ARGS='tests/unit -x' narrows them down.
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## Check style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## Mend style and formatting where that can be done by a program.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(STAMP)  ## Check types.
+	$(BIN)/pyright
+
+parity: $(STAMP)  ## Compare with golden vectors; GOLDENS='DIR ...' names other folders.
+	$(BIN)/python -m tests.parity $(GOLDENS)
+
+bench: $(STAMP)  ## Measure the frame exchange between simulator and trainer.
+	$(BIN)/python -m benchmarks.bridge
+
+clean:  ## Remove .venv and caches, but no runs.
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
