@@ -184,24 +184,24 @@ def clipped_surrogate(
     Source: Schulman et al. 2017, "Proximal Policy Optimization", eq. 7; asymmetric bounds: Yu et
     al. 2025, "DAPO"; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5; RLinf `ppo` losses.
     """
-    valid = True if valid is None else valid
-    log_ratio = clip(jnp.where(valid, log_probs - old_log_probs, 0.0), *log_ratio_bounds)
-    ratio = jnp.where(valid, jnp.exp(log_ratio), 0.0)
+    counts = jnp.asarray(True) if valid is None else valid
+    log_ratio = clip(jnp.where(counts, log_probs - old_log_probs, 0.0), *log_ratio_bounds)
+    ratio = jnp.where(counts, jnp.exp(log_ratio), 0.0)
     clipped_ratio = clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    advantages = jnp.where(valid, advantages, 0.0)
+    advantages = jnp.where(counts, advantages, 0.0)
     unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
     loss = jnp.maximum(unclipped, clipped)
     dual_clipped = jnp.zeros(loss.shape, bool)
     if clip_ratio_c is not None:
         ceiling = jnp.abs(advantages) * clip_ratio_c
-        dual_clipped = (ceiling < loss) & valid
+        dual_clipped = (ceiling < loss) & counts
         loss = jnp.minimum(loss, ceiling)
     return Surrogate(
         loss=loss,
         log_ratio=log_ratio,
         ratio=ratio,
         clipped_ratio=clipped_ratio,
-        clipped=(unclipped < clipped) & valid,
+        clipped=(unclipped < clipped) & counts,
         dual_clipped=dual_clipped,
     )
 

@@ -210,4 +210,5 @@ def make_optimizer(
         )
         return full, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # `iteration` is required on purpose: a caller that forgets it must fail.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from algos import advantages as adv
 from algos import losses, metrics
+from algos.metrics import ValueStatistics
 from algos.types import RolloutBatch, Samples, Targets, WeightedMetric
 from policies.types import PolicyEvaluation
 
@@ -299,7 +300,7 @@ class LossOutput:
     loss: Float[Array, ""]
     terms: dict[str, Float[Array, ""]]
     metrics: dict[str, WeightedMetric]
-    statistics: metrics.ValueStatistics | None = None
+    statistics: ValueStatistics | None = None
 
 
 def policy_loss(

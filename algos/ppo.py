@@ -132,7 +132,7 @@ def loss(
 ) -> LossOutput:
     """Return policy loss + value_coefficient·value loss; options as in `policy_loss`."""
     policy = policy_gradient.policy_loss(evaluation, samples, weights, cfg, **options)
-    if evaluation.values is None or samples.old_values is None:
+    if evaluation.values is None or samples.old_values is None or samples.returns is None:
         raise ValueError("PPO needs a policy with a value head; set config.policy.value_head")
     per_entry = losses.clipped_value_loss(
         evaluation.values,

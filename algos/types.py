@@ -7,7 +7,7 @@ and 1 where they are counted per chunk; N = B*T samples, a sample being one chun
 from typing import Any
 
 import chex
-import numpy as np
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
@@ -113,5 +113,5 @@ class WeightedMetric:
 
     def mean(self) -> Float[Array, "*parts"]:
         """Return sum / weight; NaN where there was no data."""
-        with np.errstate(invalid="ignore"):  # fetched metrics are NumPy's, and 0 / 0 is meant
-            return self.sum / self.weight
+        # Not `/`: fetched metrics are NumPy's, which warns of 0 / 0.
+        return jnp.divide(self.sum, self.weight)

@@ -210,6 +210,8 @@ def summarise(log: UpdateLog, cfg: PolicyGradientConfig) -> Metrics:
     # Contributions add up over micro-batches to the global batch's loss.
     terms = outputs.terms | {"actor/loss": outputs.loss}
     figures = {name: WeightedMetric(sum=x.sum(), weight=weight) for name, x in terms.items()}
+    # Promised to users under this name; an algorithm without a critic reports 0.
+    figures.setdefault("actor/value_loss", WeightedMetric(sum=jnp.zeros(()), weight=weight))
     divisor = num_micro if cfg.reference_micro_batch_mean else 1
     figures["actor/total_loss"] = WeightedMetric(
         sum=outputs.loss.sum() / divisor, weight=figures["actor/loss"].weight

@@ -60,6 +60,7 @@ def miniature(config: config_dict.ConfigDict) -> None:
     config.reward.checkpoint = f"{weights}/reward"
     config.reward.threshold = 0.8
     config.reward.success_frames = 2
+    config.reward.judged_frames = 2
     config.env.pose_model = f"{weights}/pose_model"
     config.env.initial_states = "miniature"
     config.env.train_starts = (0, 1_000_000)

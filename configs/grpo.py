@@ -15,6 +15,7 @@ def _miniature(config) -> None:
     common.miniature(config)
     config.algo.group_size = 8
     config.algo.global_batch = 256
+    config.algo.micro_batch = 32
     config.optim.lr = 3e-4
     config.optim.weight_decay = 0.0
 

@@ -20,6 +20,7 @@ def _miniature(config) -> None:
     common.miniature(config)
     _chunk_level(config)
     config.algo.global_batch = 256
+    config.algo.micro_batch = 32
     config.algo.critic_warmup_updates = 4
     config.optim.lr = 3e-4
     config.optim.value_lr = 3e-3

@@ -5,8 +5,8 @@ is one pixel off is a distribution shift. Every shape here is convex along a row
 interval of columns per row describes it; the intervals follow from OpenCV's fixed-point
 recurrences solved in closed form, and a shape costs O(H) instead of O(H W) integer operations.
 
-A shape is a tensor `[N, P, H, 2]` int64: P pieces, each with its first and last column per row,
-empty when first > last. A thick line has three pieces, because OpenCV leaves pin holes between a
+A shape is a tensor `[2, N, P, H]` int64: first and last column per row of each of P pieces, empty
+when first > last. A thick line has three pieces, because OpenCV leaves pin holes between a
 line's body and its round ends, which a single interval would close.
 
 Source: opencv/opencv 4.x and 5.x, modules/imgproc/src/drawing.cpp (Circle, ThickLine,
@@ -53,13 +53,13 @@ def circle(center: Tensor, radius: int, height: int) -> Tensor:
         height: rows of the canvas.
 
     Returns:
-        [N, 1, height, 2] column intervals, not clipped to the canvas width.
+        [2, N, 1, height] column intervals, not clipped to the canvas width.
     """
     widths = torch.tensor(circle_half_widths(radius), device=center.device)
     rows = torch.arange(height, device=center.device)
     offset = (rows - center[:, 1:]).abs()  # [N H]
     half = widths[offset.clamp(max=radius)]
-    return _interval(center[:, :1] - half, center[:, :1] + half, offset <= radius)[:, None]
+    return _interval(center[:, :1] - half, center[:, :1] + half, offset <= radius)[:, :, None]
 
 
 def line(start: Tensor, end: Tensor, thickness: int, height: int, width: int) -> Tensor:
@@ -74,12 +74,12 @@ def line(start: Tensor, end: Tensor, thickness: int, height: int, width: int) ->
             outline to the canvas before it rounds.
 
     Returns:
-        [N, 1 or 3, height, 2] column intervals; their part outside the canvas is unspecified.
+        [2, N, 1 or 3, height] column intervals; their part outside the canvas is unspecified.
     """
     if thickness < 1:
         raise ValueError(f"line thickness must be >= 1, got {thickness}")
     if thickness == 1:
-        return _thin_line(start, end, height, width)[:, None]
+        return _thin_line(start, end, height, width)[:, :, None]
     # Recent OpenCV first cuts the centre line, in whole pixels, to the canvas and a margin.
     margin = thickness
     start, end, visible = _clip(
@@ -96,33 +96,30 @@ def line(start: Tensor, end: Tensor, thickness: int, height: int, width: int) ->
         _convex_fill(corners, height, width),
         *(_outline(corners[:, i - 1], corners[:, i], height, width) for i in range(4)),
     )
-    body = _interval(body[..., 0], body[..., 1], squared > 0)[:, None]
+    body = _interval(*body, squared > 0)[:, :, None]
     cap = (thickness * HALF + HALF) >> SHIFT
-    pieces = torch.cat((body, circle(start, cap, height), circle(end, cap, height)), 1)
-    return _interval(pieces[..., 0], pieces[..., 1], visible[:, None, None])
+    pieces = torch.cat((body, circle(start, cap, height), circle(end, cap, height)), 2)
+    return _interval(*pieces, visible[:, None, None])
 
 
 def covers(shape: Tensor, width: int) -> Tensor:
-    """Mask [N, H, width] of the pixels of a shape [N, P, H, 2]."""
+    """Mask [N, H, width] of the pixels of a shape [2, N, P, H]."""
     # 16-bit columns: this is the only O(H W) work, and memory traffic bounds it.
     columns = torch.arange(width, device=shape.device, dtype=torch.int16)
-    bounds = shape.clamp(-1, width).to(torch.int16)
-    pieces = [
-        (columns >= piece[..., :1]) & (columns <= piece[..., 1:]) for piece in bounds.unbind(1)
-    ]
+    bounds = shape.clamp(-1, width).to(torch.int16)[..., None]
+    pieces = [(columns >= first) & (columns <= last) for first, last in bounds.unbind(2)]
     return functools.reduce(torch.logical_or, pieces)
 
 
 def _interval(first: Tensor, last: Tensor, keep: Tensor) -> Tensor:
-    return torch.stack(
-        (torch.where(keep, first, EMPTY_FIRST), torch.where(keep, last, EMPTY_LAST)), -1
-    )
+    return torch.stack((torch.where(keep, first, EMPTY_FIRST), torch.where(keep, last, EMPTY_LAST)))
 
 
 def _merge(*shapes: Tensor) -> Tensor:
-    """Row-wise hull, for parts that overlap or touch in every row they share."""
-    stacked = torch.stack(shapes)
-    return torch.stack((stacked[..., 0].amin(0), stacked[..., 1].amax(0)), -1)
+    """Row-wise hull [2, N, H], for parts that overlap or touch in every row they share."""
+    first = functools.reduce(torch.minimum, [shape[0] for shape in shapes])
+    last = functools.reduce(torch.maximum, [shape[1] for shape in shapes])
+    return torch.stack((first, last))
 
 
 def _convex_fill(corners: Tensor, height: int, width: int) -> Tensor:
@@ -139,13 +136,12 @@ def _convex_fill(corners: Tensor, height: int, width: int) -> Tensor:
     at = x_top[..., None] + slope[..., None] * (rows - top[..., None])  # [N 4 H]
     active = (top[..., None] <= rows) & (rows < bottom[..., None])
     at = (at + HALF) >> SHIFT
-    first = torch.where(active, at, EMPTY_FIRST).amin(1)
-    last = torch.where(active, at, EMPTY_LAST).amax(1)
+    body = _merge(*_interval(at, at, active).unbind(2))
     column = (x + HALF) >> SHIFT
     visible = ((column.amax(1) >= 0) & (row.amax(1) >= 0) & (column.amin(1) < width)) & (
         row.amin(1) < height
     )
-    return _interval(first, last, active.any(1) & visible[:, None])
+    return _interval(*body, visible[:, None])
 
 
 def _outline(p: Tensor, q: Tensor, height: int, width: int) -> Tensor:
@@ -174,8 +170,8 @@ def _outline(p: Tensor, q: Tensor, height: int, width: int) -> Tensor:
     tip = (q + HALF) >> SHIFT
     tip_column = tip[:, :1].expand(-1, height)
     last_point = _interval(tip_column, tip_column, rows == tip[:, 1:])
-    both = _merge(torch.where(wide[:, None, None], along_columns, along_rows), last_point)
-    return _interval(both[..., 0], both[..., 1], visible[:, None])
+    both = _merge(torch.where(wide[:, None], along_columns, along_rows), last_point)
+    return _interval(*both, visible[:, None])
 
 
 def _steps_in_row(begin: Tensor, step: Tensor, count: Tensor, rows: Tensor):

@@ -5,7 +5,7 @@ Defaults are the public 7B checkpoints. A miniature is the same class with other
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 VALUE_TYPES = ("none", "chunk_level", "action_level")
 REMAT_POLICIES = ("none", "full", "dots")
@@ -134,7 +134,7 @@ class OpenVLAOFTConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
-    attention: str = "auto"
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
 
     def __post_init__(self):
         problems = []

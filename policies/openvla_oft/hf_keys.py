@@ -20,8 +20,10 @@ MODULES = (
     (r"^value_head/fc2/", "value_head.mlp.2."),
     (r"^value_head/fc3/", "value_head.mlp.4."),
 )
-LLAMA_GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj")}
-LLAMA_GROUPS["mlp"] = ("gate_proj", "up_proj", "down_proj")
+LLAMA_GROUPS: dict[str, tuple[str, ...]] = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def source_of(path: str, config: OpenVLAOFTConfig) -> Source:
         axes = (2, 3, 1, 0) if "/patch_embed/" in path else (1, 0)
         path = path.replace("/patch_embed/", "/patch_embed/proj/")
     path = path.replace("/patch_embed/bias", "/patch_embed/proj/bias")
-    depth, stacked = None, False
+    depth, stacked = 0, False
     for tower in ("dinov2", "siglip"):
         if path.startswith(f"vision/{tower}/"):
             depth = getattr(config, tower).depth - 1
@@ -87,7 +89,7 @@ def source_of(path: str, config: OpenVLAOFTConfig) -> Source:
     return Source(keys=keys, stacked=stacked, axes=axes)
 
 
-def parameters(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+def parameters(model: nnx.Module | nnx.State) -> Iterator[tuple[str, nnx.Variable]]:
     """Yield (path, variable) of every parameter of a model or state, unused ones included."""
     state = nnx.state(model) if isinstance(model, nnx.Module) else model
     for path, variable in nnx.to_flat_state(state):

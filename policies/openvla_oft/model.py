@@ -200,7 +200,7 @@ class OpenVLAOFT(nnx.Module):
             outputs = hidden[:, slots[0] : slots[-1] + 1]
         else:
             outputs = jnp.take_along_axis(hidden, slots[..., None], axis=1)
-        if collect:
+        if layers is not None:
             stages |= {
                 "projector_output": patches,
                 "mm_embeddings": x,

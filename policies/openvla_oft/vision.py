@@ -167,7 +167,7 @@ class VisionBackbone(nnx.Module):
         siglip, _ = self.siglip(flat[..., 3:], collect=False)
         dino, siglip = (x.reshape(batch, -1, x.shape[-1]) for x in (dino, siglip))
         stages = {}
-        if collect:
+        if dino_blocks is not None:
             first = dino_blocks[0]
             stages = {
                 "dino_block0": first.reshape(batch, views, *first.shape[1:]),

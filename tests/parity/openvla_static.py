@@ -158,7 +158,7 @@ def _preprocessing(folder: Path, manifest: dict) -> Iterator[VectorResult]:
 
 
 def _value_head_init(folder: Path, manifest: dict) -> Iterator[VectorResult]:
-    """Mean and standard deviation of a fresh head against the reference's, within sampling noise."""
+    """Mean and deviation of a fresh head against the reference's, within sampling noise."""
     statistics = manifest.get(VALUE_HEAD_INIT, {})
     if not statistics:
         return

@@ -45,7 +45,7 @@ LAYERS = {
         *("jax", "flax", "chex", "numpy", "jaxtyping", "tokenizers", "safetensors", "PIL"),
         "policies",
     ),
-    "algos/*": ("jax", "flax", "optax", "chex", "jaxtyping", "algos", "policies.types"),
+    "algos/*": ("jax", "flax", "optax", "chex", "numpy", "jaxtyping", "algos", "policies.types"),
     "configs/*": ("ml_collections", "evac_jax.config", "configs"),
     "launch.py": ("absl", "ml_collections", "evac_jax"),
     "evac_jax/evac/*": (*TORCH_SIDE, "evac_jax.evac", "evac_jax.errors", "policies.spec"),
@@ -61,7 +61,7 @@ LAYERS = {
         *("evac_jax.bridge", "evac_jax.errors", "evac_jax.sim.base", "policies.spec"),
     ),
     # Tools serve either side; see the test below.
-    "evac_jax/tools/*": (*TORCH_SIDE, *TRAINER, *SIMULATOR, "evac_jax", "policies"),
+    "evac_jax/tools/*": (*TORCH_SIDE, *TRAINER, "PIL", "evac_jax", "policies"),
     "evac_jax/telemetry/*": (
         *("jax", "numpy", "jaxtyping", "absl", "rich", "av", "PIL", "tensorboard", "wandb"),
         *("evac_jax.telemetry", "evac_jax.config", "evac_jax.errors"),

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from evac_jax.evac.torchvision_shim import ensure_torchvision
 from policies.openvla_oft import hf_keys
 from tests.unit.policies.tiny import CONFIG, make_model
 
 torch = pytest.importorskip("torch")
+ensure_torchvision()  # transformers imports it, and its build may not fit torch's
 transformers = pytest.importorskip("transformers")
 
 
@@ -33,7 +35,7 @@ def test_hidden_states_equal_those_of_transformers_when_the_mask_is_bidirectiona
         for index, key in enumerate(source.keys):
             array = np.asarray(variable[...])
             tensor = source.to_hf(array[index] if source.stacked else array)
-            weights[key] = torch.from_numpy(np.ascontiguousarray(tensor))
+            weights[key] = torch.from_numpy(tensor.copy())
     prefix = "language_model.model."
     reference.load_state_dict(
         {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}

@@ -69,7 +69,7 @@ def test_greedy_takes_the_likeliest_token_when_asked(split):
 def test_result_does_not_change_when_padding_does(split):
     tokens = jnp.full((2, 2, 3), CONFIG.first_action_token + 100)
     short = evaluate(*split, make_obs(padding=0), tokens, 1.0)
-    long = evaluate(*split, make_obs(padding=5), tokens, 1.0)
+    long = evaluate(*split, make_obs(), tokens, 1.0)
     np.testing.assert_allclose(short.log_probs, long.log_probs, atol=1e-5)
     np.testing.assert_allclose(short.values, long.values, atol=1e-5)
 
@@ -95,12 +95,11 @@ def test_gradients_agree_and_are_finite_when_layers_are_unrolled_or_rematerialis
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
-def test_reference_order_cuts_tokens_that_sampling_allows_when_top_k_is_on(split):
+def test_reference_order_cuts_sampled_tokens_when_top_k_is_on(split):
     obs = make_obs()
-    tokens = jnp.tile(jnp.arange(6).reshape(1, 2, 3) + CONFIG.first_action_token, (2, 1, 1))
-    cut = evaluate(*split, obs, tokens, 1.6, top_k=250, order="reference")
-    kept = evaluate(*split, obs, tokens, 1.6, top_k=250)
-    assert np.isneginf(cut.log_probs).sum() > np.isneginf(kept.log_probs).sum()
+    drawn = sample(*split, obs, jax.random.key(1), 1.6, top_k=5)
+    cut = evaluate(*split, obs, drawn.tokens, 1.6, top_k=5, order="reference")
+    assert not np.isfinite(cut.log_probs).all()
 
 
 def test_stop_token_changes_the_distribution_when_kept(split):
