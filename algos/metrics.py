@@ -7,7 +7,7 @@ granularity. Definitions: docs/metrics.md.
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from algos.losses import Surrogate
 from algos.types import WeightedMetric
@@ -169,7 +169,7 @@ def extremes(
 
 def trajectory_metrics(
     returns: Float[Array, " B"],
-    lengths: Float[Array, " B"],
+    lengths: Int[Array, " B"],
     success: Bool[Array, " B"],
     groups_without_spread: Bool[Array, "..."],
     groups_kept: Bool[Array, "..."],

@@ -9,7 +9,9 @@ import typing
 
 from ml_collections import config_dict
 
-from evac_jax.config import MINIATURE_WEIGHTS, ConfigError, default_config, nearest
+from evac_jax.config import MINIATURE_WEIGHTS, default_config
+from evac_jax.config_checks import nearest
+from evac_jax.errors import ConfigError
 
 
 def render(value) -> config_dict.ConfigDict:

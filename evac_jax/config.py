@@ -6,7 +6,6 @@ they find, so that one message holds them all.
 """
 
 import dataclasses
-import difflib
 import importlib
 import types
 import typing
@@ -14,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from algos import ALGORITHMS, optim
+from algos import ALGORITHMS
 from algos.optim import OptimizerConfig
+from evac_jax.config_checks import nearest, validate
 from evac_jax.errors import ConfigError
 
 MINIATURE_WEIGHTS = str(Path(__file__).parent / "miniature" / "weights")
@@ -307,12 +307,6 @@ def default_config(algorithm: str) -> TrainConfig:
     return TrainConfig(algorithm=algorithm, algo=algorithm_config(algorithm)())
 
 
-def nearest(name: str, valid) -> str:
-    """Return ' Did you mean ...?' or '' when nothing is close."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     """Return `value` as the type `hint`, or note why it cannot be."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -390,118 +384,3 @@ def _message(problems: list[str]) -> str:
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return nested plain values; `from_config_dict(to_dict(config)) == config`."""
     return dataclasses.asdict(config)
-
-
-def _one_of(path: str, value: str, valid: tuple[str, ...]) -> list[str]:
-    if value in valid:
-        return []
-    return [f"config.{path}: expected one of {valid}, got {value!r}.{nearest(value, valid)}"]
-
-
-def _at_least(low: float, **values: float) -> list[str]:
-    return [
-        f"config.{path.replace('__', '.')}: expected at least {low}, got {value}"
-        for path, value in values.items()
-        if value < low
-    ]
-
-
-def validate(config: TrainConfig) -> list[str]:
-    """Return every problem that can be seen without loading anything, [] when there is none."""
-    c = config
-    algorithm = importlib.import_module(ALGORITHMS[c.algorithm])
-    problems = list(algorithm.problems(c.algo)) + optim.problems(c.optim)
-    problems += _missing_paths(c)
-    dtypes = ("float32", "bfloat16")
-    problems += _one_of("policy.param_dtype", c.policy.param_dtype, dtypes)
-    problems += _one_of("policy.compute_dtype", c.policy.compute_dtype, dtypes)
-    problems += _one_of(
-        "policy.value_head", c.policy.value_head, ("none", "chunk_level", "action_level")
-    )
-    problems += _one_of("simulator.dtype", c.simulator.dtype, (*dtypes, "float16"))
-    problems += _one_of("env.initial_states", c.env.initial_states, ("miniature", "npy"))
-    problems += _one_of("env.start_order", c.env.start_order, ("random", "ordered", "fixed"))
-    problems += _one_of("env.gripper", c.env.gripper, ("libero", "binary", "none"))
-    problems += _one_of("eval.ground_truth", c.eval.ground_truth, ("miniature", "none"))
-    problems += _one_of("log.wandb", c.log.wandb, ("disabled", "offline", "online"))
-    problems += _at_least(
-        1,
-        world_model__steps=c.world_model.steps,
-        reward__success_frames=c.reward.success_frames,
-        env__num_envs=c.env.num_envs,
-        env__max_episode_steps=c.env.max_episode_steps,
-        simulator__processes=c.simulator.processes,
-        simulator__threads=c.simulator.threads,
-        rollout__epochs=c.rollout.epochs,
-        eval__ground_truth_envs=c.eval.ground_truth_envs,
-        train__iterations=c.train.iterations,
-        checkpoint__interval=c.checkpoint.interval,
-        checkpoint__keep=c.checkpoint.keep,
-        video__fps=c.video.fps,
-    )
-    problems += _at_least(
-        0,
-        eval__interval=c.eval.interval,
-        eval__episodes=c.eval.episodes,
-        simulator__restarts=c.simulator.restarts,
-        video__episodes=c.video.episodes,
-        policy__eval_temperature=c.policy.eval_temperature,
-    )
-    problems += _at_least(2, simulator__slots=c.simulator.slots)
-    if c.policy.temperature <= 0:
-        problems.append(f"config.policy.temperature: expected > 0, got {c.policy.temperature}")
-    if not 0.0 <= c.world_model.eta <= 1.0:
-        problems.append(f"config.world_model.eta: expected 0..1, got {c.world_model.eta}")
-    if not 0.0 <= c.reward.threshold <= 1.0:
-        problems.append(f"config.reward.threshold: expected 0..1, got {c.reward.threshold}")
-    if not problems:
-        problems += _combinations(c)
-    return problems
-
-
-def _missing_paths(c: TrainConfig) -> list[str]:
-    """Every path that the run needs: named together, so that one look tells what to fetch."""
-    needed = {
-        "policy.checkpoint": (c.policy.checkpoint, "Hugging Face folder of the start policy"),
-        "world_model.checkpoint": (c.world_model.checkpoint, "folder of the EVAC weights"),
-        "reward.checkpoint": (c.reward.checkpoint, "folder of the success classifier"),
-        "env.pose_model": (c.env.pose_model, "folder of the action-to-pose network"),
-    }
-    if c.env.initial_states == "npy":
-        needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
-    if c.policy.lora_adapter:
-        needed["policy.lora_adapter"] = (c.policy.lora_adapter, "PEFT adapter folder")
-    problems = []
-    for name, (path, meaning) in needed.items():
-        if not path:
-            problems.append(f"config.{name}: needed, the {meaning}; set --config.{name}=PATH")
-        elif not Path(path).exists():
-            problems.append(f"config.{name}: {path!r} does not exist (the {meaning})")
-    return problems
-
-
-def _combinations(c: TrainConfig) -> list[str]:
-    """Problems between sections, asked only of values that are valid one by one."""
-    problems = []
-    group = getattr(c.algo, "group_size", 1)
-    if c.env.num_envs % (group * c.simulator.processes):
-        problems.append(
-            f"config.env.num_envs: must be a multiple of algo.group_size x simulator.processes = "
-            f"{group} x {c.simulator.processes}, so that groups stay whole; got {c.env.num_envs}"
-        )
-    if len(c.simulator.devices) not in (1, c.simulator.processes):
-        problems.append(
-            f"config.simulator.devices: expected 1 entry or {c.simulator.processes} "
-            f"(simulator.processes), got {len(c.simulator.devices)}"
-        )
-    if c.algorithm == "ppo" and c.policy.value_head != c.algo.reward_type:
-        problems.append(
-            f"config.policy.value_head: PPO needs the level of algo.reward_type "
-            f"({c.algo.reward_type!r}), got {c.policy.value_head!r}"
-        )
-    for name in ("env.train_starts", "eval.starts"):
-        section, key = name.split(".")
-        low, high = getattr(getattr(c, section), key)
-        if low < 0 or (high != -1 and high <= low):
-            problems.append(f"config.{name}: expected 0 <= low < high (or -1), got ({low}, {high})")
-    return problems

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ml_collections import config_dict
 
+from evac_jax.config_checks import nearest
 from evac_jax.errors import ConfigError
 
 
@@ -43,8 +44,6 @@ def load(file: str) -> config_dict.ConfigDict:
 
 def _problem(name: str, value: str | None, valid: dict[str, type | None]) -> str | None:
     """What is wrong with one override, or None."""
-    from evac_jax.config import nearest
-
     if name not in valid:
         leaf = {field.rsplit(".", 1)[-1]: field for field in valid}
         by_leaf = leaf.get(name.rsplit(".", 1)[-1])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import time
@@ -11,7 +12,9 @@ import jax
 import numpy as np
 from absl import logging
 
+from algos import ALGORITHMS
 from evac_jax import checkpoint, report, sharding
+from evac_jax.bridge.types import EnvSpec
 from evac_jax.checkpoint import Checkpoints
 from evac_jax.config import TrainConfig, to_dict
 from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
@@ -132,17 +135,40 @@ def _simulators(config: TrainConfig, mesh):
         yield imagined, real
 
 
+def check_sizes(config: TrainConfig, mesh, env: EnvSpec) -> None:
+    """Check what depends on the devices and on the world model's chunk.
+
+    Raises:
+        ConfigError: batches cannot be cut as configured; all reasons in one message.
+    """
+    problems = []
+    if env.max_episode_steps % env.action.chunk:
+        problems.append(
+            f"config.env.max_episode_steps: must be a multiple of the world model's chunk of "
+            f"{env.action.chunk} actions, got {env.max_episode_steps}"
+        )
+    samples = config.episodes_per_iteration * (env.max_episode_steps // env.action.chunk)
+    algorithm = importlib.import_module(ALGORITHMS[config.algorithm])
+    problems += algorithm.problems(
+        config.algo, num_samples=samples, reward_coefficient=config.reward.coefficient
+    )
+    micro_batch = config.algo.micro_batch or config.algo.global_batch
+    for name, count in (("env.num_envs", config.env.num_envs), ("algo.micro_batch", micro_batch)):
+        if count % mesh.size:
+            problems.append(
+                f"config.{name}: must be a multiple of the mesh's {mesh.size} devices, got {count}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def run(config: TrainConfig) -> None:
     """Train from the start, or from a checkpoint, to `train.iterations`; print the summary."""
     began = time.perf_counter()
     folder = open_folder(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    if config.episodes_per_iteration % mesh.size:
-        raise ConfigError(
-            f"config.env.num_envs x rollout.epochs = {config.episodes_per_iteration} must be a "
-            f"multiple of the mesh's {mesh.size} devices"
-        )
     with _simulators(config, mesh) as (imagined, real):
+        check_sizes(config, mesh, imagined.spec)
         learner = Learner(config, mesh, imagined.spec)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         starts = StartSampler.from_config(config, imagined.spec.num_starts)

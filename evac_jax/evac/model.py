@@ -235,7 +235,6 @@ class EvacModel(nn.Module):
                 of upstream's `inference`, see `conditioning.upstream_delta_slice`.
             guidance: classifier-free guidance scale; 1 is none, and the only tested choice for
                 the RLinf weights.
-
             decoded: how many of the chunk's last frames to decode and return; 0 = all. The others
                 stay in the history as latents (see `decode_history`).
 
@@ -255,7 +254,24 @@ class EvacModel(nn.Module):
             noise = torch.randn(shape, generator=generator, device=self.device)
         latents = self.denoise(conditioning, noise.to(self._dtype), steps, eta, generator, guidance)
         new = latents.permute(0, 3, 1, 2, 4, 5)  # [b chunk V 4 h w]
-        return self._append(state, rows, new, camera), self.decode(new).transpose(1, 2)
+        shown = new[:, chunk - (decoded or chunk) :]
+        return self._append(state, rows, new, camera), self.decode(shown).transpose(1, 2)
+
+    @torch.no_grad()
+    def decode_history(self, state: EvacState, rows: Tensor, begin: int, end: int) -> Tensor:
+        """Frames [b, V, begin - end, 3, H, W] that were imagined but not decoded.
+
+        Args:
+            state: where they are remembered.
+            rows: [b] environments.
+            begin: the first one, counted back from the end of each history (1 is the last one).
+            end: the one behind the last one, counted likewise.
+        """
+        rows = rows.cpu()
+        places = state.length[rows][:, None] - torch.arange(begin, end, -1)
+        here = state.latents.device
+        latents = state.latents[rows[:, None].to(here), places.to(here)]  # [b n V 4 h w]
+        return self.decode(latents).transpose(1, 2)
 
     def _append(self, state: EvacState, rows: Tensor, latents: Tensor, camera: Camera) -> EvacState:
         """Store a chunk [b, chunk, V, 4, h, w] behind what each of `rows` remembers."""

@@ -97,6 +97,11 @@ class WorldModelEnv:
                 f"reward: the classifier knows {known_tasks} instructions, the initial states "
                 f"have {len(source.instructions)}"
             )
+        if config.judged_frames > model.chunk:
+            raise ConfigError(
+                f"judged_frames: expected at most the chunk of {model.chunk} frames, got "
+                f"{config.judged_frames}"
+            )
         self._model, self._reward_model, self._source = world_model, reward_model, source
         self._config, self._device = config, torch.device(config.device)
         self._advance = pose_model if config.reference_compat else pose_model.get_ee_pose
@@ -259,7 +264,7 @@ class WorldModelEnv:
         index = torch.from_numpy(rows).to(self._device)
         config, shape = self._config, self._noise_shape
         places = torch.from_numpy(self._place[rows])
-        judged = config.judged_frames or self._model.config.chunk
+        judged = config.judged_frames or self._chunk
         with self._timed("imagine"):
             self.state, frames = self._model.imagine(
                 self.state,
@@ -280,11 +285,12 @@ class WorldModelEnv:
             self._last[index] = to_uint8(frames[:, :, -1])
             shown = int((rows < len(clip)).sum())  # rows are sorted
             if shown:
-                unseen = (self._model.config.chunk, judged)
-                before = frames[:0]
-                if judged < unseen[0]:
-                    before = self._model.decode_history(self.state, places[:shown], *unseen)
-                whole = torch.cat((before, frames[:shown]), 2) if len(before) else frames[:shown]
+                whole = frames[:shown]
+                if judged < self._chunk:
+                    unseen = self._model.decode_history(
+                        self.state, places[:shown], self._chunk, judged
+                    )
+                    whole = torch.cat((unseen, whole), 2)
                 clip[rows[:shown]] = to_uint8(whole.transpose(1, 2)).to(clip.device)
 
     def _classify(self, frames: Tensor, task: np.ndarray) -> Tensor:

@@ -88,6 +88,11 @@ class WorldModelEnvConfig:
             problems.append(f"eta: expected 0..1, got {self.eta}")
         if self.judged_frames < 0:
             problems.append(f"judged_frames: expected 0 (all) or more, got {self.judged_frames}")
+        if 0 < self.judged_frames < self.success_frames:
+            problems.append(
+                f"judged_frames: {self.judged_frames} frames can never show success_frames = "
+                f"{self.success_frames} in a row"
+            )
         if self.max_batch < 0:
             problems.append(f"max_batch: expected 0 (all) or more, got {self.max_batch}")
         if self.gripper_rule not in GRIPPER_RULES:

@@ -24,7 +24,7 @@ from flax import nnx
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.env import to_policy_actions
 from evac_jax.miniature.expert import Expert, demonstrate
-from evac_jax.miniature.render import render
+from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.tools import cards
@@ -63,6 +63,75 @@ def samples(labels: str, num_scenes: int, seed: int, chunk: int):
     moments = world.concatenate([states[t] for t in ASKED_AT])
     actions, _ = demonstrate(moments, Expert(labels, rng), chunk)
     return render(moments, POLICY.image_size), moments.task, to_policy_actions(actions)
+
+
+def object_targets(scenes: world.Scenes) -> tuple[np.ndarray, np.ndarray]:
+    """Return where things are in the patch grid: (patch index [n O], offset in it -1..1 [n O 2]).
+
+    O = 5: the blocks by colour (index -1 for a colour that is not there), the plate, the tip.
+    """
+    count = len(scenes)
+    points = np.full((count, 5, 3), np.nan)
+    for block in (0, 1):
+        points[np.arange(count), scenes.colors[:, block]] = scenes.blocks[:, block]
+    points[:, 3, :2], points[:, 3, 2] = scenes.plate, 0.0
+    points[:, 4] = scenes.position
+    cells = project(points, POLICY.image_size) / POLICY.patch_size
+    grid = POLICY.image_size // POLICY.patch_size
+    inside = ((cells >= 0) & (cells < grid)).all(-1)
+    column, row = np.moveaxis(np.where(inside[..., None], cells, 0).astype(int), -1, 0)
+    offset = 2 * (cells - np.stack((column, row), -1)) - 1
+    return np.where(inside, row * grid + column, -1), np.where(inside[..., None], offset, 0.0)
+
+
+def pretrain_vision(model: OpenVLAOFT, *, steps: int, batch: int, lr: float, seed: int):
+    """Teach the projected patches where things are, in place of a pretrained vision backbone.
+
+    A linear read-out per patch tells which objects are in it and where. Only the towers and the
+    projector learn; the read-out is thrown away.
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    rng = np.random.default_rng(seed)
+    readout = jnp.asarray(rng.normal(size=(POLICY.hidden_size, 15)) * 0.05, jnp.float32)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 100, steps, 0.02 * lr)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99))
+    opt_state = optimizer.init((params, readout))
+
+    def loss_fn(trained, images, patch, offset):
+        params, readout = trained
+        model = nnx.merge(graphdef, params, rest)
+        patches = model.projector(model.vision(model.pixel_values(images), collect=False)[0])
+        read = (patches @ readout).reshape(*patches.shape[:2], 5, 3)  # [B P O 3]
+        present = jax.nn.one_hot(patch, patches.shape[1], axis=1)  # [B P O]; none for -1
+        seen = optax.sigmoid_binary_cross_entropy(read[..., 0], present).mean()
+        error = jnp.abs(read[..., 1:] - offset[:, None]).sum(-1) * present
+        return 10 * seen + error.sum() / present.sum(), error.sum() / present.sum() / 2
+
+    @jax.jit
+    def step(trained, opt_state, *batch):
+        (_, error), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trained, *batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, error
+
+    trained, errors = (params, readout), []
+    for i in range(steps):
+        if i % 16 == 0:
+            seeds = FIRST_SCENE // 2 + seed * 10_000_000 + i * 4 * batch + np.arange(4 * batch)
+            _, states = demonstrate(world.sample_scenes(seeds), Expert("near_miss", rng), 24)
+            scenes = world.concatenate([states[t] for t in ASKED_AT])
+            order = rng.permutation(len(scenes)).reshape(16, batch)
+            frames, targets = render(scenes, POLICY.image_size), object_targets(scenes)
+        rows = order[i % 16]
+        images = jnp.asarray(frames[rows])[:, None]
+        offset = jnp.asarray(targets[1][rows], jnp.float32)
+        trained, opt_state, error = step(
+            trained, opt_state, images, jnp.asarray(targets[0][rows]), offset
+        )
+        errors.append(error)
+        if (i + 1) % 100 == 0:
+            pixels = float(jnp.stack(errors[-100:]).mean()) * POLICY.patch_size / 2
+            logging.info("vision step %d/%d  objects off by %.2f pixels", i + 1, steps, pixels)
+    return nnx.merge(graphdef, trained[0], rest)
 
 
 def soft_targets(actions: jax.Array, statistics: ActionStatistics, sd_bins: float) -> jax.Array:
@@ -119,6 +188,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="policy folder to write; must not exist")
     parser.add_argument("--start", help="policy folder to go on from; default: fresh weights")
     parser.add_argument("--labels", default="expert", help="demonstrator: expert, sloppy ..")
+    parser.add_argument("--vision_steps", type=int, default=0, help="of vision pretraining first")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -145,6 +215,10 @@ def main() -> None:
         prompts = PromptTokenizer(scratch, POLICY.max_prompt_length).encode(list(INSTRUCTIONS))
     prompts = tuple(jnp.asarray(x) for x in prompts)
 
+    if args.vision_steps:
+        model = pretrain_vision(
+            model, steps=args.vision_steps, batch=args.batch, lr=args.lr, seed=args.seed
+        )
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     warmup = min(200, args.steps // 5)
     schedule = optax.warmup_cosine_decay_schedule(0.0, args.lr, warmup, args.steps, 0.01 * args.lr)

@@ -46,7 +46,13 @@ LAYERS = {
         "policies",
     ),
     "algos/*": ("jax", "flax", "optax", "chex", "numpy", "jaxtyping", "algos", "policies.types"),
-    "configs/*": ("ml_collections", "evac_jax.config", "configs"),
+    "configs/*": (
+        "ml_collections",
+        "evac_jax.config",
+        "evac_jax.config_checks",
+        "evac_jax.errors",
+        "configs",
+    ),
     "launch.py": ("absl", "ml_collections", "evac_jax"),
     "evac_jax/evac/*": (*TORCH_SIDE, "evac_jax.evac", "evac_jax.errors", "policies.spec"),
     # Plain sizes of the miniature's networks, those of the policy among them; no JAX behind it.

@@ -17,7 +17,9 @@ def test_gradient_is_full_when_the_ratio_is_one():
 def test_gradient_is_full_when_the_clip_range_is_empty_and_the_ratio_one():
     x = jnp.zeros(1)
     gradient = jax.grad(
-        lambda y: losses.clipped_surrogate(y, x, jnp.ones(1), clip_low=0, clip_high=0).loss.sum()
+        lambda y: losses.clipped_surrogate(
+            y, x, jnp.ones(1), clip_low=0.0, clip_high=0.0
+        ).loss.sum()
     )(x)
     assert gradient.tolist() == [-1.0]
 

@@ -42,7 +42,7 @@ class FakeWorldModel:
         state.length[mask] = 0
         return state
 
-    def imagine(self, state, poses, camera, *, steps, eta, noise, generator, rows):
+    def imagine(self, state, poses, camera, *, steps, eta, noise, generator, rows, decoded):
         assert len(rows) == len(poses) == len(noise)
         self.imagined.append(len(rows))
         frames = torch.zeros(len(rows), 1, CHUNK, 3, *SIZE)
@@ -50,7 +50,11 @@ class FakeWorldModel:
         frames[:, 0, :, 1] = (noise + eta * generator(0)).mean((1, 2, 4, 5))[..., None, None]
         frames[:, 0, :, 2] = state.tokens[rows, 0, 0, 0, 0].reshape(-1, 1, 1, 1)
         state.length[rows] = state.length[rows].clamp(min=PAST) + CHUNK
-        return state, frames
+        self.undecoded = frames[:, :, : CHUNK - decoded]
+        return state, frames[:, :, CHUNK - decoded :]
+
+    def decode_history(self, state, rows, begin, end):
+        return self.undecoded[: len(rows), :, : begin - end]
 
 
 class FakeReward:

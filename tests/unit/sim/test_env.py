@@ -179,6 +179,19 @@ def test_clips_hold_the_whole_chunk_of_the_first_environments():
     assert (driver.clip[:, -1] == driver.frames[:2]).all()
 
 
+def test_only_the_last_frames_are_judged_when_asked_for():
+    driver = Driver(judged_frames=1, clip_envs=2, reward_coef=1.0)
+    driver.reset(0, 0, 0)
+    result = driver.step([1, -0.5], [0.5, 0], 0)
+    assert result.success.tolist() == [True, True, False]
+    np.testing.assert_array_equal(result.rewards, [[0, 1], [0, 1], [0, 0]])
+    assert driver.clip[:, :, 0, 0, 0, 0].tolist() == [[MOVED[2], MOVED[1]], [MOVED[1]] * 2]
+    with pytest.raises(ConfigError, match="never show"):
+        Driver(judged_frames=1, success_frames=2)
+    with pytest.raises(ConfigError, match="at most the chunk"):
+        Driver(judged_frames=3)
+
+
 def test_reference_numbers_come_back_when_asked_for():
     driver = Driver(reference_compat=True, auto_reset=True, max_episode_steps=100)
     driver.reset(1, 2, 3)

@@ -109,6 +109,12 @@ def test_group_members_start_alike_and_then_go_their_own_way(folders):
     assert (frames[1, 0] != frames[1, 1]).any()
 
 
+def test_frames_are_the_same_when_only_the_last_ones_are_judged(folders):
+    whole, _, _ = play(folders, clip_envs=3)
+    part, _, _ = play(folders, clip_envs=3, judged_frames=1)
+    assert (whole - part).abs().max() <= 1
+
+
 def test_it_runs_in_half_precision(folders):
     frames, rewards, _ = play(folders, dtype="bfloat16", clip_envs=1)
     assert np.isfinite(rewards).all()
