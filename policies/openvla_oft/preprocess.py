@@ -5,14 +5,12 @@ are computed once on the host.
 """
 
 import functools
-import io
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
 
 from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
 
@@ -136,17 +134,6 @@ def center_crop(
     scaled = images.astype(jnp.float32) * np.float32(1 / 255)
     cropped = jnp.clip(_along_axes(scaled, rows, columns), 0, 1)
     return jnp.minimum(jnp.floor(cropped * 255.5), 255).astype(jnp.uint8)
-
-
-def jpeg_round_trip(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Encode and decode as JPEG, quality 95, chroma halved; on the host.
-
-    What the training data of the public LIBERO checkpoints went through. The result depends on the
-    JPEG library by a few levels.
-    """
-    buffer = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(buffer, "JPEG", quality=95, subsampling="4:2:0")
-    return np.asarray(Image.open(buffer).convert("RGB"))
 
 
 def normalize(

@@ -4,6 +4,7 @@ Prompts, image preprocessing, token tables, key lists of the real checkpoint, fr
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
-from policies.openvla_oft import action_tokens, hf_keys, preprocess
+from policies.openvla_oft import action_tokens, hf_keys, jpeg, preprocess
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.import_hf import abstract_model, load_config, read_norm_stats
 from policies.openvla_oft.layers import Maker
@@ -20,18 +21,17 @@ from policies.openvla_oft.model import ValueHead
 from policies.openvla_oft.prompt import PromptTokenizer
 from tests.parity.report import VectorResult, compare
 
-PREPROCESS = "preprocess_224"
+PREPROCESS = re.compile(r"preprocess_\d+")  # one block per image size
 VALUE_HEAD_INIT = "value_head_init_statistics_when_absent_from_checkpoint"
 # The manifest allows a level at rounding ties, which are rare.
 MAX_TIES_FRACTION = 0.01
-# JPEG's arithmetic is the library's own; see `_jpeg`.
-MAX_JPEG_LEVELS = 16
 
 
 def vectors(folder: Path, manifest: dict) -> set[str]:
     """Names of the golden outputs beside the manifest's tensors."""
     names = {"prompts", "prompt_token_counts_without_padding"} & set(manifest)
-    names |= {f"{PREPROCESS}/{name}" for name in manifest.get(PREPROCESS, {}) if name != "raw"}
+    for block in filter(PREPROCESS.fullmatch, manifest):
+        names |= {f"{block}/{name}" for name in manifest[block] if name != "raw"}
     names |= {f"value_head_init/{name}" for name in manifest.get(VALUE_HEAD_INIT, {})}
     if (folder / "real_7b" / "keys.json").is_file():
         names |= {"real_7b/keys", "real_7b/total_parameters"}
@@ -45,7 +45,8 @@ def check(folder: Path, manifest: dict) -> Iterator[VectorResult]:
     """Compare them, and the token tables among the manifest's tensors."""
     yield from _prompts(folder, manifest)
     yield from _tables(folder, manifest)
-    yield from _preprocessing(folder, manifest)
+    for block in filter(PREPROCESS.fullmatch, manifest):
+        yield from _preprocessing(folder, manifest, block)
     yield from _value_head_init(folder, manifest)
     if (folder / "real_7b" / "keys.json").is_file():
         yield from _real_keys(folder)
@@ -67,6 +68,11 @@ def _prompts(folder: Path, manifest: dict) -> Iterator[VectorResult]:
     counts = "prompt_token_counts_without_padding"
     if counts in manifest:
         yield _equal(counts, [len(tokenizer.prompt_ids(t)) for t in tasks], manifest[counts])
+    tokens, mask = tokenizer.encode(tasks)
+    for name, ours in (("inputs/input_ids", tokens), ("inputs/attention_mask", mask)):
+        if name in manifest["tensors"]:
+            golden = load_file(folder / manifest["tensors"][name]["file"])[name]
+            yield compare(name, ours, golden, atol=0.0)
 
 
 def _tables(folder: Path, manifest: dict) -> Iterator[VectorResult]:
@@ -106,12 +112,9 @@ def compare_pixels(
     return compare(name, ours, golden, atol=atol)
 
 
-def _preprocessing(folder: Path, manifest: dict) -> Iterator[VectorResult]:
+def _preprocessing(folder: Path, manifest: dict, block: str) -> Iterator[VectorResult]:
     """Each step from the golden result of the step before, so that errors do not add up."""
-    entries = manifest.get(PREPROCESS, {})
-    if not entries:
-        return
-    golden = {}
+    entries, golden = manifest[block], {}
     for file in {entry["file"] for entry in entries.values()}:
         golden |= load_file(folder / file)
     raw = golden["raw"]
@@ -127,7 +130,7 @@ def _preprocessing(folder: Path, manifest: dict) -> Iterator[VectorResult]:
         return np.moveaxis(np.asarray(pixels[0, 0]), -1, 0)
 
     for name in entries:
-        target, full = golden.get(name), f"{PREPROCESS}/{name}"
+        target, full = golden.get(name), f"{block}/{name}"
         if name == "rlinf/resized_uint8":
             yield _levels(full, preprocess.resize(raw, target.shape[0]), target)
         elif name == "pil/resized_uint8":
@@ -141,10 +144,10 @@ def _preprocessing(folder: Path, manifest: dict) -> Iterator[VectorResult]:
             config = config_of(target.shape[0], center_crop=True)
             yield _levels(full, preprocess.center_crop(raw, config.image_size), target)
         elif name.startswith("tf/jpeg_roundtrip"):
-            yield _levels(full, preprocess.jpeg_round_trip(raw), target, MAX_JPEG_LEVELS)
+            yield _levels(full, jpeg.round_trip(raw), target)
         elif name.startswith("tf/tf_lanczos3"):
-            jpeg = next(golden[key] for key in golden if key.startswith("tf/jpeg_roundtrip"))
-            yield _levels(full, preprocess.resize(jpeg, target.shape[0], "lanczos3"), target)
+            source = next(golden[key] for key in golden if key.startswith("tf/jpeg_roundtrip"))
+            yield _levels(full, preprocess.resize(source, target.shape[0], "lanczos3"), target)
         elif name.startswith("tf/tf_center_crop_after_lanczos3"):
             source = next(golden[key] for key in golden if key.startswith("tf/tf_lanczos3"))
             yield _levels(full, preprocess.center_crop(source, target.shape[0]), target)
@@ -165,7 +168,7 @@ def _value_head_init(folder: Path, manifest: dict) -> Iterator[VectorResult]:
     settings = manifest["settings"]
     config = load_config(
         folder / "checkpoint",
-        value_type=settings.get("value_type", "action_level"),
+        value_type="chunk_level" if settings.get("value_type") == "chunk_level" else "action_level",
         chunk=settings["num_action_chunks"],
     )
     head = ValueHead(config, Maker.create(config, nnx.Rngs(0)))

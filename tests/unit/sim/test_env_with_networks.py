@@ -62,7 +62,7 @@ def folders(tmp_path_factory):
 
 
 def play(folders, **settings):
-    """Frames [chunk B ..], rewards and seconds of three chunks; environment 1 ends after one."""
+    """Frames [4 B ..], rewards, seconds, clips of three chunks; environment 1 ends after one."""
     starts = {"kind": "miniature", "image_size": 32, "num_starts": 9}
     env = make(
         {
@@ -79,20 +79,21 @@ def play(folders, **settings):
     frames = torch.zeros(3, *env.spec.image_shape, dtype=torch.uint8)
     clip = torch.zeros(env.spec.clip_envs, env.spec.action.chunk, *env.spec.image_shape).byte()
     env.reset(np.array([4, 4, 8]), 7, frames, clip)
-    seen, rewards = [frames.clone()], []
+    seen, rewards, clips = [frames.clone()], [], []
     rng = np.random.default_rng(0)
     for _ in range(3):
         result = env.step(rng.normal(size=(3, 2, 7)).astype(np.float32), frames, clip)
         env.episodes.terminated[1] = True
         seen.append(frames.clone())
         rewards.append(result.rewards)
+        clips.append(clip.clone())
     env.close()
-    return torch.stack(seen).int(), np.stack(rewards), result.seconds
+    return torch.stack(seen).int(), np.stack(rewards), result.seconds, torch.stack(clips).int()
 
 
 def test_other_environments_imagine_the_same_when_one_is_left_out(folders):
-    whole, rewards, _ = play(folders, skip_finished=False)
-    compact, compact_rewards, seconds = play(folders, skip_finished=True)
+    whole, rewards, _, _ = play(folders, skip_finished=False)
+    compact, compact_rewards, seconds, _ = play(folders, skip_finished=True)
     running = [0, 2]
     # Batch size changes the order of sums inside the networks, so one grey level may tip over.
     assert (whole[:, running] - compact[:, running]).abs().max() <= 1
@@ -103,20 +104,22 @@ def test_other_environments_imagine_the_same_when_one_is_left_out(folders):
 
 
 def test_group_members_start_alike_and_then_go_their_own_way(folders):
-    frames, _, _ = play(folders, max_batch=2)
+    frames, _, _, _ = play(folders, max_batch=2)
     assert (frames[0, 0] == frames[0, 1]).all()
     assert (frames[0, 0] != frames[0, 2]).any()
     assert (frames[1, 0] != frames[1, 1]).any()
 
 
 def test_frames_are_the_same_when_only_the_last_ones_are_judged(folders):
-    whole, _, _ = play(folders, clip_envs=3)
-    part, _, _ = play(folders, clip_envs=3, judged_frames=1)
+    whole, _, _, clips = play(folders, clip_envs=3)
+    part, _, _, part_clips = play(folders, clip_envs=3, judged_frames=1)
     assert (whole - part).abs().max() <= 1
+    assert (clips - part_clips).abs().max() <= 1
+    assert (clips[:, :, 0] != clips[:, :, 1]).any()
 
 
 def test_it_runs_in_half_precision(folders):
-    frames, rewards, _ = play(folders, dtype="bfloat16", clip_envs=1)
+    frames, rewards, _, _ = play(folders, dtype="bfloat16", clip_envs=1)
     assert np.isfinite(rewards).all()
     assert (frames[1] != frames[0]).any()
 
