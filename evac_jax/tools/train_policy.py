@@ -50,7 +50,9 @@ PLAYERS = ((0.5, None), (0.3, "noisy"), (0.2, "near_miss"))
 
 
 def samples(labels: str, num_scenes: int, seed: int, chunk: int):
-    """Return (frames [n H W 3], tasks [n], policy actions [n K A]) of n = 4 x num_scenes moments.
+    """Return frames [n H W 3], tasks [n], policy actions [n K A] and goals [n 8], n = 4 num_scenes.
+
+    Goals say what the actions depend on: target, plate (x, y) and tip, in units of 10 cm.
 
     Args:
         labels: kind of demonstrator (see `miniature.expert.KINDS`) whose actions are the targets.
@@ -62,7 +64,9 @@ def samples(labels: str, num_scenes: int, seed: int, chunk: int):
     _, states = demonstrate(scenes, Expert(kind, rng), max(ASKED_AT))
     moments = world.concatenate([states[t] for t in ASKED_AT])
     actions, _ = demonstrate(moments, Expert(labels, rng), chunk)
-    return render(moments, POLICY.image_size), moments.task, to_policy_actions(actions)
+    parts = (moments.blocks[:, world.TARGET], moments.plate, moments.position)
+    goals = 10 * np.concatenate(parts, axis=1, dtype=np.float32)
+    return render(moments, POLICY.image_size), moments.task, to_policy_actions(actions), goals
 
 
 def object_targets(scenes: world.Scenes) -> tuple[np.ndarray, np.ndarray]:
@@ -143,23 +147,31 @@ def soft_targets(actions: jax.Array, statistics: ActionStatistics, sd_bins: floa
     return jax.nn.softmax(-0.5 * ((centres - normalised[..., None]) / sd) ** 2)
 
 
-def make_step(graphdef, rest, optimizer, statistics, sd_bins):
-    """Return the jitted training step (params, opt_state, obs, actions) -> the same and loss."""
+def make_step(graphdef, rest, optimizer, statistics, sd_bins, goal_weight):
+    """Return the jitted step (trained, opt_state, obs, actions, goals) -> the first two, losses.
 
-    def loss_fn(params, obs, actions):
+    Beside its token every action slot must tell the goals, through a linear read-out that is
+    thrown away afterwards: a small trunk that was never a language model finds out what the
+    instruction's colour has to do with the picture several times sooner.
+    """
+
+    def loss_fn(trained, obs, actions, goals):
+        params, readout = trained
         model = nnx.merge(graphdef, params, rest)
         pixels = model.pixel_values(obs.images)
         forward = model.forward(pixels, obs.prompt_tokens, obs.prompt_mask)
         logits = model.action_logits(forward.slots)
         logits = logits.reshape(*actions.shape, logits.shape[-1])
         targets = soft_targets(actions, statistics, sd_bins)
-        return optax.softmax_cross_entropy(logits, targets).mean()
+        token_loss = optax.softmax_cross_entropy(logits, targets).mean()
+        goal_error = jnp.abs(forward.slots @ readout - goals[:, None]).mean()
+        return token_loss + goal_weight * goal_error, jnp.stack((token_loss, goal_error))
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, obs, actions):
-        loss, gradient = jax.value_and_grad(loss_fn)(params, obs, actions)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+    def step(trained, opt_state, *batch):
+        (_, losses), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trained, *batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, losses
 
     return step
 
@@ -193,6 +205,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--sd_bins", type=float, default=8.0, help="width of the soft targets")
+    parser.add_argument("--goal_weight", type=float, default=1.0, help="of the goal read-out")
     parser.add_argument("--score_scenes", type=int, default=512)
     parser.add_argument("--score_every", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -225,39 +238,47 @@ def main() -> None:
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
     )
-    opt_state = optimizer.init(params)
-    step = make_step(graphdef, rest, optimizer, statistics, args.sd_bins)
+    rng = np.random.default_rng(args.seed)
+    readout = jnp.asarray(0.05 * rng.normal(size=(POLICY.hidden_size, 8)), jnp.float32)
+    trained = params, readout
+    opt_state = optimizer.init(trained)
+    step = make_step(graphdef, rest, optimizer, statistics, args.sd_bins, args.goal_weight)
     scenes_per_draw = 4 * args.batch  # 4 moments each: 16 batches a draw
     began, losses, history, pool = time.perf_counter(), [], [], []
     for i in range(args.steps):
         if not pool:
             draw = args.seed * 100_000 + i
-            frames, tasks, actions = samples(args.labels, scenes_per_draw, draw, POLICY.chunk)
-            order = np.random.default_rng(draw).permutation(len(frames)).reshape(-1, args.batch)
-            pool = [(frames[rows], tasks[rows], actions[rows]) for rows in order]
-        frames, tasks, actions = pool.pop()
+            drawn = samples(args.labels, scenes_per_draw, draw, POLICY.chunk)
+            order = np.random.default_rng(draw).permutation(len(drawn[0])).reshape(-1, args.batch)
+            pool = [tuple(part[rows] for part in drawn) for rows in order]
+        frames, tasks, actions, goals = pool.pop()
         obs = ObsBatch(
             images=jnp.asarray(frames)[:, None],
             prompt_tokens=prompts[0][tasks],
             prompt_mask=prompts[1][tasks],
         )
-        params, opt_state, loss = step(params, opt_state, obs, jnp.asarray(actions, jnp.float32))
+        trained, opt_state, loss = step(
+            trained, opt_state, obs, jnp.asarray(actions, jnp.float32), jnp.asarray(goals)
+        )
         losses.append(loss)
         if (i + 1) % 100 == 0:
             rate = (i + 1) / (time.perf_counter() - began)
-            mean = float(jnp.stack(losses[-100:]).mean())
-            logging.info("step %d/%d  loss %.4f  %.2f steps/s", i + 1, args.steps, mean, rate)
+            token, goal = np.mean(losses[-100:], axis=0)
+            logging.info(
+                "step %d/%d  loss %.4f  goals off by %.1f cm  %.2f steps/s",
+                *(i + 1, args.steps, token, 10 * goal, rate),
+            )
         if (i + 1) % args.score_every == 0 or i + 1 == args.steps:
-            trained = nnx.merge(graphdef, jax.tree.map(jnp.copy, params), rest)
+            policy = nnx.merge(graphdef, jax.tree.map(jnp.copy, trained[0]), rest)
             starts = FRESH_SCENES + np.arange(args.score_scenes)
             score = {
                 "step": i + 1,
-                "greedy": play(trained, prompts, starts, greedy=True),
-                "sampled": play(trained, prompts, starts, greedy=False),
+                "greedy": play(policy, prompts, starts, greedy=True),
+                "sampled": play(policy, prompts, starts, greedy=False),
             }
             history.append(score)
             logging.info("ground-truth success on fresh scenes: %s", score)
-    create_policy_folder(trained, out, tokenizer=tokenizer_file, norm_stats=NORM_STATS)
+    create_policy_folder(policy, out, tokenizer=tokenizer_file, norm_stats=NORM_STATS)
     facts = cards.card(history=history, seconds=time.perf_counter() - began)
     cards.write_json(out / "card.json", facts)
 
