@@ -18,7 +18,9 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def card(**facts: Any) -> dict[str, Any]:
     """Return a data card: the command that ran, the versions it ran with, and `facts`."""
-    command = " ".join(["python -m", _module_name(), *sys.argv[1:]])
+    # Where a folder lay on the machine that ran it is nobody's business; its name says what it was.
+    arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
+    command = " ".join(["python -m", _module_name(), *arguments])
     packages = ("numpy", "torch", "jax", "flax")
     versions = {name: importlib.metadata.version(name) for name in packages}
     versions["python"] = platform.python_version()
