@@ -1,5 +1,6 @@
 """Data cards: how a weight file came to be, as JSON beside it. No JAX, no PyTorch."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def card(**facts: Any) -> dict[str, Any]:
