@@ -57,8 +57,10 @@ def miniature(config: config_dict.ConfigDict) -> None:
     config.policy.unnorm_key = "miniature"
     config.policy.max_prompt_length = 28
     config.policy.scan_layers = False
+    config.policy.temperature = 0.5  # the start policy was taught with wide targets
     config.world_model.checkpoint = f"{weights}/world_model"
     config.world_model.steps = 3
+    config.world_model.eta = 0.0
     config.reward.checkpoint = f"{weights}/reward"
     config.reward.threshold = 0.8
     config.reward.success_frames = 2
@@ -66,7 +68,7 @@ def miniature(config: config_dict.ConfigDict) -> None:
     config.env.pose_model = f"{weights}/pose_model"
     config.env.initial_states = "miniature"
     config.env.train_starts = (0, 1_000_000)
-    config.env.num_envs = 256
+    config.env.num_envs = 128
     config.env.max_episode_steps = 32
     config.simulator.processes = 2
     config.eval.interval = 4

@@ -21,9 +21,13 @@ from evac_jax.sharding import path_name
 
 CONFIG_FILE = "config.json"
 
-# Orbax tells every save in several lines at INFO; what matters to a user is logged by train.py.
+# Orbax tells every save in several lines at INFO, JAX every backend that it does not find; what
+# matters to a user is logged by train.py.
 logging.get_absl_logger().addFilter(
-    lambda record: record.levelno >= WARNING or "orbax" not in record.pathname
+    lambda record: (
+        record.levelno >= WARNING
+        or not any(part in record.pathname for part in ("orbax", "/jax/_src/"))
+    )
 )
 
 # Fields that shape the parameters or the optimiser's state: a run cannot go on when they change.
