@@ -22,7 +22,9 @@ def test_restore_returns_what_was_saved_and_keeps_the_newest(tmp_path):
         checkpoints.save(iteration, _state(iteration), {"starts": {"calls": iteration}})
     assert checkpoints.latest() == 3
     assert sorted(p.name for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == ["2", "3"]
-    state, meta = checkpoints.restore(3, _state(0))
+    checkpoints.close()
+    # As after a restart: a manager that has saved nothing itself.
+    state, meta = checkpoint.Checkpoints(tmp_path / "c", keep=2).restore(3, _state(0))
     assert meta == {"starts": {"calls": 3}}
     jax.tree.map(np.testing.assert_array_equal, state, _state(3))
 
