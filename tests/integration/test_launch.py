@@ -126,7 +126,7 @@ def test_ppo_run_leaves_every_promised_metric_and_a_video_that_plays(launcher):
         assert [e.value for e in events.Scalars(name)] == pytest.approx(
             [launcher.metrics("ppo")[1][name]]
         )
-    frames = video.read_mp4(launcher.runs / "ppo" / "videos" / "iteration_00001_0.mp4")
+    frames, _ = video.read_mp4(launcher.runs / "ppo" / "videos" / "iteration_00001_0.mp4")
     assert frames.shape[0] == 1 + 16
     assert frames.std() > 0
 
