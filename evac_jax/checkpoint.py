@@ -7,7 +7,7 @@ the previous one whole.
 """
 
 import json
-from logging import WARNING
+from logging import WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,9 @@ CONFIG_FILE = "config.json"
 
 # Orbax tells every save in several lines at INFO, JAX every backend that it does not find; what
 # matters to a user is logged by train.py.
+getLogger("jax").setLevel(WARNING)
 logging.get_absl_logger().addFilter(
-    lambda record: (
-        record.levelno >= WARNING
-        or not any(part in record.pathname for part in ("orbax", "/jax/_src/"))
-    )
+    lambda record: record.levelno >= WARNING or "orbax" not in record.pathname
 )
 
 # Fields that shape the parameters or the optimiser's state: a run cannot go on when they change.
