@@ -16,12 +16,3 @@ REPOSITORY = Path(__file__).parent.parent
 def repository() -> Path:
     """The repository's root, for tests that start commands."""
     return REPOSITORY
-
-
-@pytest.fixture(scope="session")
-def fixtures() -> Path:
-    """The full golden vectors; tests that need them skip where they are not."""
-    folder = REPOSITORY.parent / "shared" / "fixtures"
-    if not folder.is_dir():
-        pytest.skip(f"the full golden vectors are not at {folder}; tests/goldens holds a part")
-    return folder
