@@ -26,3 +26,7 @@ class BridgeTimeoutError(EvacJaxError):
 
 class DataError(EvacJaxError):
     """Input data (start frames, episodes) is missing or malformed."""
+
+
+class TrainingError(EvacJaxError):
+    """A training diverged; what it had saved before is whole."""

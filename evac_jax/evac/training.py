@@ -7,7 +7,9 @@ trains the UNet and the image resampler with AdamW 5e-5 and gradient norm 0.5; w
 train is the caller's choice through `requires_grad`.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +95,7 @@ def training_loss(
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
     schedule: Schedule | None = None,
+    share: tuple[int, int] | None = None,
 ) -> Tensor:
     """Scalar loss of one batch.
 
@@ -105,9 +108,12 @@ def training_loss(
         timesteps: [B] int64 instead of uniform draws.
         noise: shaped like `batch.latents`, instead of standard normal draws.
         schedule: tables, to build them once outside of a training loop.
+        share: (first, total) when `batch` is samples first, first + 1, ... of a larger batch of
+            `total`: the random numbers are then those that the larger batch would give them, so
+            losses of its parts average to its own.
     """
     config = model.config
-    draw = _Random(generator, batch.latents)
+    draw = _Random(generator, batch.latents, share)
     schedule = schedule or Schedule.create(config, batch.latents.device)
     size = batch.latents.shape[0]
     drop = condition_dropout(draw.uniform(size), options.dropout)
@@ -197,7 +203,7 @@ def noise_history(history: Tensor, num_timesteps: int, schedule: Schedule, draw)
     half of the frames get the smallest noise), d one random integer in 3..20 per batch.
     """
     batch, _, _, past = history.shape[:4]
-    divisor = draw.integers(3, 21, 1)
+    divisor = draw.integers(3, 21, ())
     angle = ((draw.uniform((batch, past)) - 0.5) * math.pi).clamp(min=0)
     times = (num_timesteps / divisor * (1 - torch.cos(angle))).long().sort(1).values
     frames = history.permute(0, 3, 1, 2, 4, 5)  # [B P V 4 h w]
@@ -209,21 +215,36 @@ def _drop(values: Tensor, drop: Tensor) -> Tensor:
 
 
 class _Random:
-    """Draws on the generator's device, results on the batch's."""
+    """Draws on the generator's device, results on the batch's.
 
-    def __init__(self, generator: torch.Generator | None, like: Tensor):
+    The first axis is the batch, of which `share` (see `training_loss`) keeps a part.
+    """
+
+    def __init__(
+        self,
+        generator: torch.Generator | None,
+        like: Tensor,
+        share: tuple[int, int] | None = None,
+    ):
         self._like = like
+        self._first, self._total = share or (0, len(like))
         self._given = {
             "generator": generator,
             "device": generator.device if generator is not None else like.device,
         }
 
     def uniform(self, shape) -> Tensor:
-        return torch.rand(shape, **self._given).to(self._like.device)
+        return self._draw(torch.rand, shape).to(self._like.device)
 
     def normal(self, shape) -> Tensor:
-        return torch.randn(shape, **self._given).to(self._like)
+        return self._draw(torch.randn, shape).to(self._like)
 
     def integers(self, low: int, high: int, shape) -> Tensor:
-        shape = (shape,) if isinstance(shape, int) else shape
-        return torch.randint(low, high, shape, **self._given).to(self._like.device)
+        return self._draw(functools.partial(torch.randint, low, high), shape).to(self._like.device)
+
+    def _draw(self, draw: Callable[..., Tensor], shape) -> Tensor:
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not shape:  # one number for the whole batch
+            return draw(shape, **self._given)
+        whole = draw((self._total, *shape[1:]), **self._given)
+        return whole[self._first : self._first + shape[0]]

@@ -34,6 +34,8 @@ _COLORS = np.array(
     ]
 )  # fmt: skip
 _TABLE, _FLOOR, _PLATE, _RIM, _PALM, _FINGER, _BLOCK = range(7)
+BLOCK_COLORS = _COLORS[_BLOCK:]  # RGB, in the order of tasks.COLORS
+BLOCK_COLORS = _COLORS[_BLOCK:]  # as `Scenes.colors` counts them, before shading, [3 3] in 0..255
 _SHADES = (0.72, 0.86, 1.0, 0.5)  # side faces, front and back faces, top, in shadow
 _FLAT, _SHADOWED = 2, 3  # rows of _SHADES for surfaces that lie on the table
 _SURFACES = len(_COLORS)

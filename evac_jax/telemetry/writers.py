@@ -8,7 +8,6 @@ with their names beside them, are left out elsewhere, and are counted as `log/no
 import json
 import math
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +17,8 @@ from absl import logging
 
 from evac_jax.config import TrainConfig, to_dict
 from evac_jax.errors import ConfigError
-from evac_jax.telemetry import video
 from evac_jax.telemetry.files import replacing
+from evac_jax.telemetry.tensorboard import TensorBoardWriter, finite
 
 METRICS_FILE = "metrics.jsonl"
 NON_FINITE = "log/non_finite"
@@ -130,59 +129,6 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
-class TensorBoardWriter:
-    """Event files, through the writer that TensorBoard itself ships.
-
-    Difference to common practice: neither torch.utils.tensorboard nor tensorboardX, which both
-    import torch, and the trainer must not.
-    """
-
-    def __init__(self, directory: Path, resume_step: int = 0):
-        from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event, self._summary, self._tensor = event_pb2, summary_pb2, tensor_pb2
-        self._writer = EventFileWriter(str(directory))
-        # A session's START event makes viewers hide what an earlier one wrote from this step on.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.add_event(
-            event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start)
-        )
-
-    def _add(self, step: int, values: list) -> None:
-        summary = self._summary.Summary(value=values)
-        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary))
-        self._writer.flush()
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add the finite figures."""
-        value = self._summary.Summary.Value
-        self._add(step, [value(tag=k, simple_value=v) for k, v in _finite(scalars).items()])
-
-    def text(self, name: str, text: str) -> None:
-        """Add a text to the Text tab, set as it is."""
-        metadata = self._summary.SummaryMetadata()
-        metadata.plugin_data.plugin_name = "text"
-        indented = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's code block
-        tensor = self._tensor.TensorProto(dtype="DT_STRING", string_val=[indented.encode()])
-        self._add(0, [self._summary.Summary.Value(tag=name, metadata=metadata, tensor=tensor)])
-
-    def video(self, name: str, path: Path, step: int) -> None:
-        """Add the video as a moving GIF: TensorBoard cannot play mp4."""
-        frames, fps = video.read_mp4(path)
-        image = self._summary.Summary.Image(
-            height=frames.shape[1],
-            width=frames.shape[2],
-            colorspace=3,
-            encoded_image_string=video.encode_gif(frames, fps=fps),
-        )
-        self._add(step, [self._summary.Summary.Value(tag=name, image=image)])
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-
 class WandbWriter:
     """Weights & Biases; all its files stay inside the run's folder.
 
@@ -227,7 +173,7 @@ class WandbWriter:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Log the finite figures."""
-        self._run.log({"iteration": step, **_finite(scalars)})
+        self._run.log({"iteration": step, **finite(scalars)})
 
     def text(self, name: str, text: str) -> None:
         """Keep the text in the run's summary."""
@@ -252,7 +198,7 @@ class FanOut:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record figures, and as `log/non_finite` how many of this iteration's are not finite."""
-        lost = len(scalars) - len(_finite(scalars))
+        lost = len(scalars) - len(finite(scalars))
         self._count = lost + (self._count if step == self._step else 0)
         self._step = step
         for writer in self._writers:
@@ -297,7 +243,3 @@ def make_writer(folder: Path, config: TrainConfig, *, resume_step: int = 0) -> M
             WandbWriter(folder, config.log.wandb_project, config.log.wandb, to_dict(config))
         )
     return FanOut(writers)
-
-
-def _finite(scalars: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(value) for name, value in scalars.items() if math.isfinite(value)}

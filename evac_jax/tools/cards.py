@@ -23,6 +23,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """Return the data card of a folder, {} if it has none."""
+    path = folder / "card.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def card(**facts: Any) -> dict[str, Any]:
     """Return a data card: the command that ran, the versions it ran with, and `facts`."""
     # Where a folder lay on the machine that ran it is nobody's business; its name says what it was.

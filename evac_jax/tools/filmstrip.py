@@ -6,19 +6,41 @@ Both rows follow the same poses from the same first frame; the world model sees 
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from evac_jax import dataset
 from evac_jax.evac import checkpoint
-from evac_jax.sim.env import to_uint8
 from evac_jax.telemetry.video import filmstrip
-from evac_jax.tools import episodes
-from evac_jax.tools.train_world_model import imagine_episodes
+from evac_jax.tools.imagine import imagine_episodes
+from evac_jax.tools.training import default_device
 
 GAP = 6  # pixels between episodes
+
+
+def compare(real: np.ndarray, imagined: np.ndarray, count: int, scale: int = 1) -> Image.Image:
+    """Return one picture of episodes: `count` imagined frames above the real ones, for each.
+
+    Args:
+        real: uint8 [N T+1 V H W 3].
+        imagined: uint8 [N T V H W 3], from the first real frame on.
+        count: frames shown of each episode; views lie side by side.
+        scale: enlarge by.
+    """
+    strips, gaps = [], []
+    for true, dreamt in zip(real, imagined, strict=True):
+        films = (np.concatenate((true[:1], dreamt)), true)
+        strips += [filmstrip(_side_by_side(film), count) for film in films]
+        gaps += [1, GAP]
+    page = stack(strips, [*gaps[:-1], 0])
+    return page.resize((page.width * scale, page.height * scale), Image.NEAREST)
+
+
+def _side_by_side(frames: np.ndarray) -> np.ndarray:
+    """uint8 [T H V*W 3] of [T V H W 3]."""
+    return np.concatenate(list(frames.swapaxes(0, 1)), 2)
 
 
 def stack(strips: list[Image.Image], gaps: list[int]) -> Image.Image:
@@ -32,36 +54,30 @@ def stack(strips: list[Image.Image], gaps: list[int]) -> Image.Image:
     return page
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--world_model", required=True)
-    parser.add_argument("--data", required=True, help="folder of evac_jax.tools.collect")
+    parser.add_argument("--data", required=True, nargs="+", help="folders of episodes")
     parser.add_argument("--out", required=True, help="PNG file")
-    parser.add_argument("--episodes", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--episodes", type=int, nargs="+", default=[0, 1, 2], help="held-out ones")
+    parser.add_argument("--length", type=int, help="actions imagined; default: whole episodes")
     parser.add_argument("--frames", type=int, default=9, help="frames shown of each episode")
     parser.add_argument("--steps", type=int, default=3, help="denoising steps")
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--scale", type=int, default=2, help="enlarge by")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    model = checkpoint.load_model(Path(args.world_model), kind="EvacModel")
-    _, held_out = episodes.load(args.data).split()
-    rows = np.array(args.episodes)
-    chosen = held_out[rows]
-    generator = torch.Generator().manual_seed(args.seed)
-    imagined = to_uint8(
-        imagine_episodes(model, chosen, steps=args.steps, eta=args.eta, generator=generator)
-    ).numpy()
-    strips, gaps = [], []
-    for index in range(len(rows)):
-        real = np.asarray(chosen.frames[index])
-        film = np.concatenate((real[:1], imagined[index]))
-        strips += [filmstrip(film, args.frames), filmstrip(real, args.frames)]
-        gaps += [1, GAP]
-    page = stack(strips, [*gaps[:-1], 0])
-    page = page.resize((page.width * args.scale, page.height * args.scale), Image.NEAREST)
-    page.save(args.out)
+    args = parser.parse_args(argv)
+    model = checkpoint.load_model(args.world_model, kind="EvacModel", device=args.device)
+    _, held_out = dataset.load(*args.data).split()
+    chosen = held_out.select(np.array(args.episodes))
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    imagined = imagine_episodes(
+        model, chosen, steps=args.steps, eta=args.eta, generator=generator, length=args.length
+    )
+    real = chosen.stacked("frames", args.length)
+    compare(real, imagined, args.frames, args.scale).save(args.out)
 
 
 if __name__ == "__main__":

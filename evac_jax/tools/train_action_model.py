@@ -14,10 +14,11 @@ import torch
 from absl import logging
 from torch import Tensor
 
+from evac_jax import dataset
+from evac_jax.dataset import Episodes
 from evac_jax.evac import checkpoint
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
-from evac_jax.tools import cards, episodes, training
-from evac_jax.tools.episodes import Episodes
+from evac_jax.tools import cards, training
 
 UNROLL = 6  # steps predicted in a row while training
 # Entries that hardly vary (an upright gripper's quaternion) would otherwise be magnified until
@@ -26,8 +27,8 @@ MIN_STD = 0.05
 
 
 def fit_statistics(model: PoseModel, poses: np.ndarray) -> None:
-    """Store mean and spread of the poses [N T 8] in the model."""
-    flat = torch.from_numpy(np.array(poses)).flatten(0, 1)
+    """Store mean and spread of the poses [F 8] in the model."""
+    flat = torch.from_numpy(np.array(poses))
     model.abs_action_mean.copy_(flat.mean(0, keepdim=True))
     model.abs_action_std.copy_(flat.std(0, keepdim=True).clamp_min(MIN_STD))
 
@@ -54,20 +55,22 @@ def train(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = PoseModel(config)
-    fit_statistics(model, data.poses)
+    every = np.concatenate([data.rows(n, np.arange(t + 1)) for n, t in enumerate(data.length)])
+    fit_statistics(model, data.poses[every])
     actions = torch.from_numpy(np.array(data.actions))
     poses = torch.from_numpy(np.array(data.poses))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     ema = training.Ema(model, 0.998)
-    unroll = min(UNROLL, actions.shape[1])
+    unroll = min(UNROLL, int(data.length.min()))
     ahead = torch.arange(unroll)
     for step in range(steps):
         training.set_lr(optimizer, training.cosine_lr(step, steps, lr, warmup=100, floor=0.002))
-        rows = torch.from_numpy(rng.integers(len(actions), size=batch))[:, None]
-        first = torch.from_numpy(rng.integers(actions.shape[1] - unroll + 1, size=batch))[:, None]
-        moves = actions[rows, first + ahead]
-        predicted = rollout(model, moves, poses[rows[:, 0], first[:, 0]])
-        error = (predicted - poses[rows, first + ahead + 1]) / model.abs_action_std
+        episodes = rng.integers(data.num_episodes, size=batch)
+        moments = rng.integers(data.length[episodes] - unroll + 1)
+        first = torch.from_numpy(data.rows(episodes, moments))
+        rows = first[:, None] + ahead
+        predicted = rollout(model, actions[rows], poses[first])
+        error = (predicted - poses[rows + 1]) / model.abs_action_std
         # Absolute error: most transitions are exact, those at the workspace's walls are not.
         loss = error.abs().mean() + error.square().mean()
         optimizer.zero_grad(set_to_none=True)
@@ -83,10 +86,14 @@ def train(
 
 @torch.inference_mode()
 def score(model: PoseModel, data: Episodes) -> dict:
-    """Errors at the end of whole episodes predicted from their first pose and actions alone."""
-    actions, start = (torch.from_numpy(np.array(x)) for x in (data.actions, data.poses[:, 0]))
-    predicted = rollout(model, actions, start)
-    error = (predicted - torch.from_numpy(np.array(data.poses[:, 1:]))).abs()
+    """Drift: errors after whole episodes predicted from their first pose and actions alone.
+
+    Longer episodes are cut to the length of the shortest.
+    """
+    steps = int(data.length.min())
+    actions, poses = (torch.from_numpy(data.stacked(n, steps)) for n in ("actions", "poses"))
+    predicted = rollout(model, actions[:, :-1], poses[:, 0])
+    error = (predicted - poses[:, 1:]).abs()
     distance = error[:, -1, :3].norm(dim=1) * 1000
     return {
         "steps": error.shape[1],
@@ -95,7 +102,8 @@ def score(model: PoseModel, data: Episodes) -> dict:
         # Random players run into the workspace's walls; a policy hardly does.
         "position_mm_by_source": {
             name: distance[torch.from_numpy(data.source == number)].mean().item()
-            for number, name in enumerate(data.meta["sources"])
+            for number, name in enumerate(data.sources)
+            if (data.source == number).any()
         },
         "quaternion_mean": error[:, -1, 3:7].mean().item(),
         "opening_max": error[..., 7].max().item(),
@@ -115,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
-    train_part, held_out = episodes.load(*args.data).split()
+    train_part, held_out = dataset.load(*args.data).split()
     began = time.process_time()
     config = PoseModelConfig(hidden=args.hidden, linear_skip=True)
     model = train(train_part, config, steps=args.steps, seed=args.seed)
@@ -125,7 +133,7 @@ def main() -> None:
     facts = cards.card(
         scores=scores,
         cpu_seconds=round(time.process_time() - began),
-        data=train_part.meta,
+        data=train_part.card,
         sha256=cards.sha256(out / checkpoint.WEIGHTS_FILE),
     )
     cards.write_json(out / "card.json", facts)

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from absl import logging
 from torch import Tensor, nn
 
+from evac_jax import dataset
+from evac_jax.dataset import Episodes
 from evac_jax.evac import checkpoint
 from evac_jax.sim.reward import RewardConfig, RewardNet
-from evac_jax.tools import cards, episodes, training
-from evac_jax.tools.episodes import Episodes
+from evac_jax.tools import cards, training
 
 POSITIVES, OTHER_TASK = 0.35, 0.15  # of a batch; the rest fails
 NEAR_END = 0.7  # of the failing frames come from the second half of their episodes
@@ -36,10 +37,13 @@ class FrameSampler:
 
     def __init__(self, data: Episodes, num_instructions: int, rng: np.random.Generator):
         self._data, self._rng, self._num_instructions = data, rng, num_instructions
-        self._success = np.stack(np.nonzero(data.success), 1)
-        failures = np.stack(np.nonzero(~np.asarray(data.success)), 1)
-        late = failures[:, 1] > data.success.shape[1] // 2
-        self._late, self._early = failures[late], failures[~late]
+        # Rows of frames, and the episode and the step that each belongs to.
+        episode = np.repeat(np.arange(data.num_episodes), data.length + 1)
+        step = np.concatenate([np.arange(length + 1) for length in data.length])
+        self._row, self._task = data.first[episode] + step, data.task[episode]
+        success, late = np.asarray(data.success)[self._row], step > (data.length // 2)[episode]
+        self._success = np.flatnonzero(success)
+        self._late, self._early = np.flatnonzero(~success & late), np.flatnonzero(~success & ~late)
 
     def draw(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return frames uint8 [N H W 3], instructions [N] int64 and labels [N] float32."""
@@ -53,8 +57,8 @@ class FrameSampler:
                 for pool, count in zip(pools, (positives, other, late, early), strict=True)
             ]
         )
-        frames = np.ascontiguousarray(self._data.frames[where[:, 0], where[:, 1]])
-        task = self._data.task[where[:, 0]].astype(np.int64)
+        frames = np.ascontiguousarray(self._data.frames[self._row[where], 0])
+        task = self._task[where].astype(np.int64)
         shift = self._rng.integers(1, self._num_instructions, size=other)
         asked = slice(positives, positives + other)
         task[asked] = (task[asked] + shift) % self._num_instructions
@@ -128,15 +132,24 @@ def train(
 
 @torch.inference_mode()
 def probabilities(model: RewardNet, data: Episodes, codec: nn.Module | None = None) -> np.ndarray:
-    """Return the probability of success of every frame of every episode, [N T+1]."""
-    rows = []
+    """Return the probability of success of every frame of every episode, see `by_episode`."""
+    flat = np.zeros(len(data.success), np.float32)
     for n in range(data.num_episodes):
-        images = to_network(torch.from_numpy(np.array(data.frames[n])))
+        rows = data.rows(n, np.arange(data.length[n] + 1))
+        images = to_network(torch.from_numpy(np.array(data.frames[rows, 0])))
         if codec is not None:
             images = through_codec(codec, images)
         task = torch.full((len(images),), int(data.task[n]))
-        rows.append(model.probability(images, task).numpy())
-    return np.stack(rows)
+        flat[rows] = model.probability(images, task).numpy()
+    return by_episode(data, flat)
+
+
+def by_episode(data: Episodes, flat: np.ndarray) -> np.ndarray:
+    """Return values per frame [F] as [N T+1], T the longest episode; 0 behind a shorter one."""
+    steps = np.arange(int(data.length.max()) + 1)
+    inside = steps <= data.length[:, None]
+    rows = data.first[:, None] + np.where(inside, steps, 0)
+    return np.where(inside, np.asarray(flat)[rows], np.zeros((), flat.dtype))
 
 
 def judge(values: np.ndarray, success: np.ndarray, threshold: float, frames: int) -> dict:
@@ -196,12 +209,12 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
-    train_part, held_out = episodes.load(*args.data).split()
+    train_part, held_out = dataset.load(*args.data).split()
     began = time.process_time()
     codec = None
     if args.autoencoder:
         codec = checkpoint.load_model(args.autoencoder, kind="Autoencoder")
-    instructions = train_part.meta["instructions"]
+    instructions = train_part.instructions
     config = RewardConfig(width=args.width, num_instructions=len(instructions))
     model = train(train_part, config, steps=args.steps, seed=args.seed, codec=codec)
     out = Path(args.out)
@@ -209,15 +222,16 @@ def main() -> None:
     checkpoint.save_model(out, model, torch.float16)
     model = checkpoint.load_model(out, kind="RewardNet")
     values = probabilities(model, held_out, codec)
-    scores = choose_threshold(values, held_out.success, args.success_frames, args.false_success)
+    success = by_episode(held_out, held_out.success)
+    scores = choose_threshold(values, success, args.success_frames, args.false_success)
     facts = cards.card(
         scores=scores,
-        scores_at_0_8=judge(values, held_out.success, 0.8, args.success_frames),
+        scores_at_0_8=judge(values, success, 0.8, args.success_frames),
         allowed_false_success=args.false_success,
         held_out_episodes=held_out.num_episodes,
         cpu_seconds=round(time.process_time() - began),
         instructions=instructions,
-        data=train_part.meta,
+        data=train_part.card,
         sha256=cards.sha256(out / checkpoint.WEIGHTS_FILE),
     )
     cards.write_json(out / "card.json", facts)

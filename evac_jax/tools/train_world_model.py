@@ -1,276 +1,311 @@
 """Trains an EVAC world model on episodes, from scratch or from earlier weights.
 
-The autoencoder is frozen and its latents are cached, so a step costs the denoiser alone. Windows
-follow the history rule of imagination: the frames that a rollout would remember, not simply the
-last ones.
-
     python -m evac_jax.tools.train_world_model --data DIR --autoencoder DIR --out DIR --steps 8000
+    torchrun --nproc_per_node 8 -m evac_jax.tools.train_world_model --data DIR --start DIR \
+        --out DIR --train unet+image_resampler --lr 5e-5 --clip 0.5 --dropout 0.1 --dtype bfloat16
+
+The second line is the released recipe, from an EVAC folder. <out> gets the best weights so far (a
+moving average, judged by the loss on held-out episodes), `card.json`, TensorBoard events,
+`rollouts.png` (imagined above, real below) and `progress.pt`: the same command goes on where a
+killed one stopped, with the very numbers that it would have had.
 """
 
 import argparse
+import json
+import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from absl import logging
-from torch import Tensor
 
+from evac_jax import dataset
+from evac_jax.errors import TrainingError
 from evac_jax.evac import checkpoint
-from evac_jax.evac.conditioning import window_deltas
-from evac_jax.evac.config import EvacConfig
-from evac_jax.evac.model import Camera, EvacModel, history_places
+from evac_jax.evac.model import EvacModel
 from evac_jax.evac.schedule import Schedule
-from evac_jax.evac.training import LossOptions, TrainingBatch, training_loss
-from evac_jax.miniature.sizes import WORLD_MODEL
-from evac_jax.tools import cards, episodes, training
+from evac_jax.evac.training import LossOptions, training_loss
+from evac_jax.telemetry.tensorboard import TensorBoardWriter
+from evac_jax.tools import cards, training
+from evac_jax.tools.distributed import Ranks
+from evac_jax.tools.imagine import camera_of, check_fits
+from evac_jax.tools.latent_cache import autoencoder_digest, cached_latents
+from evac_jax.tools.world_model_data import (
+    Corpus,
+    Windows,
+    WindowSampler,
+    mean_moving_weight,
+    moving_weight,
+)
+from evac_jax.tools.world_model_options import make_model, parse
+from evac_jax.tools.world_model_validation import BestSoFar, Validation
 
-# A latent cell that moved by this much (latents have unit spread) against the last history frame
-# shows what the action did; the table around it would otherwise drown it.
-MOVED = 0.5
-EPISODE_STARTS = 0.5  # share of windows that begin where episodes do, as rollouts do
+MEAN_WEIGHT_WINDOWS = 256
+PROGRESS = "progress.pt"
+# Arguments that a resumed run must share with the one that it continues.
+SETUP = (
+    *("steps", "seed", "lr", "warmup", "optimizer", "weight_decay", "clip", "ema", "dtype"),
+    *("train", "dropout", "moving_weight", "weight"),
+)
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Episodes as the denoiser needs them.
+class Trainer:
+    """One training run: a model, its data, and everything that a resumed run needs.
 
-    Attributes:
-        latents, map_latents: float16 [N, F, 4, h, w] of every frame and of its trajectory map.
-        frames: uint8 [N, F, H, W, 3].
-        poses: float32 [N, F, 8].
-        camera: shared by all.
+    Args:
+        model: on the device of `ranks`; parameters that do not train are frozen.
+        corpus: training episodes.
+        validation: of the held-out ones.
+        args: see `world_model_options.parse`.
+        ranks: processes that share the run.
+        setup: what a saved progress must agree in.
     """
 
-    latents: Tensor
-    map_latents: Tensor
-    frames: np.ndarray
-    poses: Tensor
-    camera: Camera
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-
-def camera_of(data: episodes.Episodes) -> Camera:
-    """Return the resting camera of recorded episodes."""
-    matrices = (torch.from_numpy(np.array(m))[None, None] for m in (data.intrinsic, data.c2w))
-    return Camera(*matrices)
-
-
-def to_images(frames: np.ndarray) -> Tensor:
-    """uint8 [..., H, W, 3] to float [..., 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(frames)).movedim(-1, -3).float() / 127.5 - 1
-
-
-@torch.inference_mode()
-def build_cache(model: EvacModel, data: episodes.Episodes, batch: int = 16) -> Cache:
-    """Encode every frame and draw and encode every trajectory map, once."""
-    camera = camera_of(data)
-    latents, maps = [], []
-    for first in range(0, data.num_episodes, batch):
-        rows = slice(first, first + batch)
-        latents.append(model.encode(to_images(data.frames[rows])).half())
-        poses = torch.from_numpy(np.array(data.poses[rows])).repeat(1, 1, 2)
-        drawn = model.encode_maps(poses, camera.intrinsic, camera.c2w[:, :, None])
-        maps.append(drawn[:, 0].transpose(1, 2).half())
-    return Cache(
-        latents=torch.cat(latents),
-        map_latents=torch.cat(maps),
-        frames=data.frames,
-        poses=torch.from_numpy(np.array(data.poses)),
-        camera=camera,
-    )
-
-
-def windows(config: EvacConfig, num_frames: int, size: int, rng: np.random.Generator):
-    """Draw windows: episode start [B] and frame numbers [B, n_previous + chunk] for latents.
-
-    A window of chunk number k from start s remembers what `imagine` would: n_previous copies of
-    frame s are stored first, then s + 1, s + 2 and so on.
-    """
-    past, chunk = config.n_previous, config.chunk
-    most = (num_frames - 1) // chunk
-    number = rng.integers(most, size=size)
-    room = num_frames - 1 - (number + 1) * chunk
-    start = np.where(rng.random(size) < EPISODE_STARTS, 0, rng.integers(0, room + 1))
-    stored = np.where(number == 0, 0, past + number * chunk)
-    places = history_places(torch.from_numpy(stored), past).numpy()
-    history = start[:, None] + np.maximum(places - (past - 1), 0)
-    ahead = (start + number * chunk)[:, None] + 1 + np.arange(chunk)
-    return start, np.concatenate((history, ahead), axis=1)
-
-
-def make_batch(cache: Cache, config: EvacConfig, size: int, rng, rays: Tensor) -> TrainingBatch:
-    """Gather a batch of windows from the cache."""
-    rows = rng.integers(len(cache), size=size)
-    start, columns = windows(config, cache.frames.shape[1], size, rng)
-    past = config.n_previous
-    # The pose window is contiguous, its beginning held at the episode's start.
-    now = columns[:, past] - 1
-    window = now[:, None] + np.arange(1 - past, config.chunk + 1)
-    window = np.maximum(window, start[:, None])
-    row = torch.from_numpy(rows)[:, None]
-    poses = cache.poses[row, torch.from_numpy(window)].repeat(1, 1, 2)
-    latents = cache.latents[row, torch.from_numpy(columns)].float()
-    maps = cache.map_latents[row, torch.from_numpy(columns[:, past:])].float()
-    return TrainingBatch(
-        latents=latents.transpose(1, 2)[:, None],
-        map_latents=maps.transpose(1, 2)[:, None],
-        rays=rays,
-        deltas=window_deltas(poses, config),
-        images=to_images(cache.frames[rows, start])[:, None, None],
-    )
-
-
-def moving_weight(batch: TrainingBatch, config: EvacConfig, moving: float) -> Tensor:
-    """Weight of every latent cell of the chunk, mean 1: `moving` times more where it moved."""
-    past = config.n_previous
-    last = batch.latents[:, :, :, past - 1 : past]
-    change = (batch.latents[:, :, :, past:] - last).abs().amax(2, keepdim=True)
-    weight = 1 + (moving - 1) * (change > MOVED).float()
-    return weight / weight.mean()
-
-
-@torch.inference_mode()
-def imagine_episodes(
-    model: EvacModel, data: episodes.Episodes, *, steps: int, eta: float, generator: torch.Generator
-) -> Tensor:
-    """Imagine episodes from their first frame with their own poses: frames [N, T, 3, H, W]."""
-    past, chunk = model.config.n_previous, model.config.chunk
-    poses = torch.from_numpy(np.array(data.poses)).repeat(1, 1, 2)
-    poses = torch.cat((poses[:, :1].expand(-1, past - 1, -1), poses), 1)
-    chunks = (data.frames.shape[1] - 1) // chunk
-    state = model.start(to_images(data.frames[:, :1]), chunks)
-    frames = []
-    for k in range(chunks):
-        window = poses[:, k * chunk : k * chunk + past + chunk]
-        state, imagined = model.imagine(
-            state, window, camera_of(data), steps=steps, eta=eta, generator=generator
+    def __init__(
+        self,
+        model: EvacModel,
+        corpus: Corpus,
+        validation: Validation,
+        mean_weight: float,
+        args: argparse.Namespace,
+        ranks: Ranks,
+        setup: dict[str, Any],
+    ):
+        self.model, self._corpus, self._validation = model, corpus, validation
+        self._args, self._ranks, self._setup = args, ranks, setup
+        self._mean_weight = mean_weight
+        self._out = Path(args.out)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimizers = training.make_optimizers(
+            model, args.optimizer, weight_decay=args.weight_decay
         )
-        frames.append(imagined[:, 0])
-    return torch.cat(frames, 1)
+        self._ema = training.Ema(model, args.ema)
+        self._sampler = WindowSampler(corpus.data, model.config, args.weight)
+        self._schedule = Schedule.create(model.config, ranks.device)
+        self.best = BestSoFar(args.patience)
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self._saved = 0  # step of the progress on disk
 
+    def run(self) -> None:
+        """Train to the end, from the progress that lies in <out>.
 
-def rollout_psnr(
-    model: EvacModel, data: episodes.Episodes, *, steps: int, eta: float, count: int, seed: int
-) -> list[float]:
-    """PSNR (dB) of each chunk of `count` imagined episodes."""
-    generator = torch.Generator().manual_seed(seed)
-    part = data[:count]
-    imagined = imagine_episodes(model, part, steps=steps, eta=eta, generator=generator)
-    error = (imagined.clamp(-1, 1) - to_images(part.frames[:, 1:])).square()
-    per_chunk = error.unflatten(1, (-1, model.config.chunk)).mean((0, 2, 3, 4, 5))
-    return (10 * torch.log10(4 / per_chunk)).tolist()
+        Raises:
+            TrainingError: loss or gradient is not finite; <out> keeps its last good state.
+        """
+        args = self._args
+        self._resume()
+        writer = (
+            TensorBoardWriter(self._out / "tensorboard", self.step) if self._ranks.first else None
+        )
+        began, before, since = time.perf_counter(), self.seconds, self.step
+        losses: list[float] = []
+        stop = self.best.exhausted
+        self.model.train()
+        while self.step < args.steps and not stop:
+            lr = training.cosine_lr(self.step, args.steps, args.lr, args.warmup)
+            loss, norm = self._update(lr)
+            losses.append(loss)
+            self.step += 1
+            self.seconds = before + time.perf_counter() - began
+            last = self.step == args.steps
+            if writer and (self.step % args.log_every == 0 or last):
+                rate = (self.step - since) / (self.seconds - before)
+                mean = float(np.mean(losses[-args.log_every :]))
+                logging.info("step %d/%d  loss %.4f  %.2f/s", self.step, args.steps, mean, rate)
+                figures = {"loss": mean, "gradient_norm": norm, "lr": lr, "steps_per_s": rate}
+                writer.write(self.step, {f"train/{k}": v for k, v in figures.items()})
+            if self.step % args.save_every == 0 or last:
+                if writer:
+                    self._validate(float(np.mean(losses)), writer)
+                self._saved = self.step
+                stop, losses = self._ranks.agree(self.best.exhausted), []
+        if writer:
+            writer.close()
 
-
-def train(model: EvacModel, cache: Cache, held_out: episodes.Episodes, args) -> list[dict]:
-    """Run the optimisation, resuming from `<out>/progress.pt` when it is there."""
-    config, out = model.config, Path(args.out)
-    torch.manual_seed(args.seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99))
-    ema = training.Ema(model, args.ema)
-    schedule = Schedule.create(config, torch.device("cpu"))
-    rays = model.rays(cache.camera.intrinsic, cache.camera.along(config.frames))
-    options = LossOptions(dropout=args.dropout)
-    done, history = 0, []
-    progress = out / "progress.pt"
-    if progress.exists():
-        saved = torch.load(progress, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        ema.load_state_dict(saved["ema"])
-        done, history = saved["step"], saved["history"]
-        logging.info("resumed at step %d", done)
-    began, losses = time.perf_counter(), []
-    for step in range(done, args.steps):
+    def _update(self, lr: float) -> tuple[float, float]:
+        """Make one step; return its loss and the norm of its gradient, before it was clipped."""
+        args, ranks = self._args, self._ranks
         # One generator per step: a resumed run sees the batches that an unbroken one would have.
-        rng = np.random.default_rng((args.seed, step))
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        training.set_lr(optimizer, training.cosine_lr(step, args.steps, args.lr, args.warmup))
-        batch = make_batch(cache, config, args.batch, rng, rays)
-        loss = training_loss(
-            model,
-            batch,
-            options=options,
-            generator=generator,
-            weight=moving_weight(batch, config, args.moving_weight),
-            schedule=schedule,
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        ema.update(model)
-        losses.append(float(loss.detach()))
-        if (step + 1) % args.log_every == 0:
-            rate = (step + 1 - done) / (time.perf_counter() - began)
-            mean = float(np.mean(losses[-args.log_every :]))
-            logging.info("step %d/%d  loss %.4f  %.2f steps/s", step + 1, args.steps, mean, rate)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            ema.swap(model)
-            psnr = rollout_psnr(
-                model.eval(), held_out, steps=args.ddim_steps, eta=args.eta, count=48, seed=0
+        total = ranks.world * args.accumulate * args.batch
+        windows = self._sampler.draw(total, np.random.default_rng((args.seed, self.step)))
+        loss = torch.zeros((), device=ranks.device)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for k in range(args.accumulate):
+            first = (ranks.rank * args.accumulate + k) * args.batch
+            part = self._loss(windows, first) / args.accumulate
+            part.backward()
+            loss += part.detach()
+        ranks.average_gradients(self._parameters)
+        mean = self._check(float(ranks.mean(loss)), "loss")
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, args.clip)
+        norm = self._check(float(norm), "norm of the gradient")
+        for optimizer in self._optimizers:
+            training.set_lr(optimizer, lr)
+            optimizer.step()
+        self._ema.update(self.model)
+        return mean, norm
+
+    def _loss(self, windows: Windows, first: int) -> torch.Tensor:
+        """Loss of this process's part of the windows of a step, from `first` on."""
+        args, config = self._args, self.model.config
+        batch = self._corpus.batch(windows[first : first + args.batch], config)
+        seed = args.seed * 1_000_003 + self.step
+        torch.manual_seed(seed * len(windows) + first)  # dropout inside the networks
+        with training.autocast(self._ranks.device, args.dtype):
+            return training_loss(
+                self.model,
+                batch,
+                options=LossOptions(dropout=args.dropout),
+                generator=torch.Generator().manual_seed(seed),
+                weight=moving_weight(batch, config, args.moving_weight) / self._mean_weight,
+                schedule=self._schedule,
+                share=(first, len(windows)),
             )
-            checkpoint.save_model(out, model)
-            ema.swap(model.train())
-            history.append({"step": step + 1, "loss": float(np.mean(losses[-200:])), "psnr": psnr})
-            logging.info("held-out PSNR per chunk: %s", " ".join(f"{x:.1f}" for x in psnr))
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema.state_dict(),
-                "step": step + 1,
-                "history": history,
-            }
-            training.save_progress(progress, state)
-    return history
+
+    def _validate(self, loss: float, writer: TensorBoardWriter) -> None:
+        """Judge the moving average, keep it if it is the best, and save the progress."""
+        self._ema.swap(self.model)
+        self.model.eval()
+        context = training.autocast(self._ranks.device, self._args.dtype)
+        held_out = self._check(self._validation.loss(self.model, context), "held-out loss")
+        psnr, picture = self._validation.rollouts(self.model)
+        if self.best.update(held_out, self.step):
+            checkpoint.save_model(self._out, self.model)
+        self._ema.swap(self.model.train())
+        figures = {"step": self.step, "loss": loss, "held_out_loss": held_out, "psnr": psnr}
+        self.history.append(figures)
+        shown = " ".join(f"{x:.1f}" for x in psnr)
+        logging.info("held-out loss %.4f, PSNR per chunk: %s", held_out, shown)
+        by_chunk = {f"eval/psnr_{k + 1}": value for k, value in enumerate(psnr)}
+        writer.write(self.step, {"eval/held_out_loss": held_out, **by_chunk})
+        writer.image("rollouts", picture, self.step)
+        picture.save(self._out / "rollouts.png")
+        self._save()
+
+    def _check(self, value: float, name: str) -> float:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"step {self.step + 1}: the {name} is {value}. Nothing of it was saved: "
+                f"{self._out} holds the state of step {self._saved}. Remove {PROGRESS} there and "
+                "try a lower --lr, a longer --warmup or --dtype float32"
+            )
+        return value
+
+    def _save(self) -> None:
+        state = {
+            "setup": self._setup,
+            "parameters": training.trainable_state(self.model),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "ema": self._ema.state_dict(),
+            "best": self.best.state_dict(),
+            "step": self.step,
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+        training.save_progress(self._out / PROGRESS, state)
+
+    def _resume(self) -> None:
+        path = self._out / PROGRESS
+        if not path.exists():
+            return
+        state = training.load_progress(path, self._setup, self._ranks.device)
+        training.load_trainable(self.model, state["parameters"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self._ema.load_state_dict(state["ema"])
+        self.best.load_state_dict(state["best"])
+        self.step, self.history, self.seconds = (state[k] for k in ("step", "history", "seconds"))
+        self._saved = self.step
+        logging.info("resumed at step %d", self.step)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, nargs="+", help="folders of episodes")
-    parser.add_argument("--autoencoder", help="folder of train_autoencoder; not with --start")
-    parser.add_argument("--start", help="folder of a world model to go on from (fine-tuning)")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--warmup", type=int, default=200)
-    parser.add_argument("--ema", type=float, default=0.997)
-    parser.add_argument("--dropout", type=float, default=0.05, help="p of the condition dropout")
-    parser.add_argument("--moving_weight", type=float, default=5.0)
-    parser.add_argument("--ddim_steps", type=int, default=4, help="of the validation roll-outs")
-    parser.add_argument("--eta", type=float, default=0.0)
-    parser.add_argument("--save_every", type=int, default=500)
-    parser.add_argument("--log_every", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    logging.set_verbosity(logging.INFO)
-    torch.set_num_threads(args.threads)
-    if bool(args.autoencoder) == bool(args.start):
-        parser.error("give either --autoencoder (from scratch) or --start (fine-tuning)")
-    began = time.perf_counter()
-    if args.start:
-        model = checkpoint.load_model(Path(args.start))
-    else:
-        autoencoder = checkpoint.load_model(Path(args.autoencoder))
-        model = EvacModel(WORLD_MODEL.replace(autoencoder=autoencoder.config))
-        model.first_stage_model.load_state_dict(autoencoder.state_dict())
-    model.first_stage_model.requires_grad_(False)
-    data = episodes.load(*(Path(folder) for folder in args.data))
-    train_part, held_out = data.split()
-    out = Path(args.out)
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Train as told and write the data card."""
+    out, folders = Path(args.out), [Path(folder) for folder in args.data]
     out.mkdir(parents=True, exist_ok=True)
-    cache = build_cache(model, train_part)
-    logging.info("cached %d episodes in %.0f s", len(cache), time.perf_counter() - began)
-    history = train(model, cache, held_out, args)
-    facts = cards.card(episodes=len(cache), history=history, seconds=time.perf_counter() - began)
-    cards.write_json(out / "card.json", facts)
+    data = dataset.load(*folders)
+    model = make_model(args, views=data.frames.shape[1]).to(ranks.device)
+    check_fits(model.config, data)
+    latents = cached_latents(
+        Path(args.cache or out / "cache"),
+        folders,
+        model.first_stage_model,
+        model.config,
+        processes=args.encode_processes,
+        ranks=ranks,
+    )
+    camera = camera_of(data, ranks.device)
+    rays = model.rays(camera.intrinsic, camera.along(model.config.frames))
+    train_part, held_out = (Corpus(part, latents, rays) for part in data.split())
+    mean_weight = mean_moving_weight(
+        train_part, model.config, args.moving_weight, MEAN_WEIGHT_WINDOWS
+    )
+    validation = Validation(
+        held_out,
+        model,
+        windows=args.validation_windows,
+        episodes=args.rollouts,
+        chunks=args.rollout_chunks,
+        steps=args.ddim_steps,
+        eta=args.eta,
+        moving=args.moving_weight,
+        mean_weight=mean_weight,
+    )
+    facts = {
+        "data": [cards.sha256(folder / "card.json") for folder in folders],
+        "autoencoder": autoencoder_digest(model.first_stage_model),
+        "batch": args.batch * args.accumulate * ranks.world,
+        **_start_of(args),
+    }
+    setup = {name: getattr(args, name) for name in SETUP}
+    setup |= facts | {"config": model.config.to_dict()}
+    trainer = Trainer(model, train_part, validation, mean_weight, args, ranks, setup)
+    trainer.run()
+    if ranks.first:
+        _write_card(out, trainer, train_part, facts, ranks)
+
+
+def _start_of(args: argparse.Namespace) -> dict[str, str]:
+    """SHA-256 of the weights that a fine-tuning began with."""
+    if not args.start:
+        return {}
+    description = json.loads((Path(args.start) / checkpoint.CONFIG_FILE).read_text())
+    weights = Path(args.start) / description.get("weights", checkpoint.WEIGHTS_FILE)
+    return {"start": cards.sha256(weights)}
+
+
+def _write_card(out: Path, trainer: Trainer, part: Corpus, facts: dict, ranks: Ranks) -> None:
+    sources = np.bincount(part.data.source, minlength=len(part.data.sources)).tolist()
+    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    device = str(ranks.device.type)
+    if device == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+    values = cards.card(
+        **facts,
+        episodes=dict(zip(part.data.sources, sources, strict=True)),
+        trained_parameters=parameters,
+        best={"step": trainer.best.step, "held_out_loss": trainer.best.loss},
+        history=trainer.history,
+        seconds=round(trainer.seconds, 1),
+        device=f"{ranks.world} x {device}",
+        sha256={checkpoint.WEIGHTS_FILE: cards.sha256(out / checkpoint.WEIGHTS_FILE)},
+    )
+    cards.write_json(out / "card.json", values)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    ranks = Ranks.join(args.device)
+    logging.set_verbosity(logging.INFO if ranks.first else logging.ERROR)
+    try:
+        run(args, ranks)
+    finally:
+        ranks.leave()
 
 
 if __name__ == "__main__":

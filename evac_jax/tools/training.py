@@ -1,4 +1,4 @@
-"""What every PyTorch training tool shares: schedule, moving average, resumable state."""
+"""What the PyTorch training tools share: schedule, optimizers, moving average, progress."""
 
 import math
 import os
@@ -7,6 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from evac_jax.errors import CheckpointError, ConfigError
+
+MUON_SMALLEST = 16  # a narrower matrix has no spectrum worth orthogonalising
+OPTIMIZERS = ("adamw", "muon")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def cosine_lr(step: int, total: int, peak: float, warmup: int, floor: float = 0.02) -> float:
@@ -23,12 +29,59 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def make_optimizers(
+    module: nn.Module, kind: str, *, weight_decay: float = 0.01, beta2: float = 0.99
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a module's trainable parameters; `set_lr` before every step.
+
+    Args:
+        module: what is trained, on its device already.
+        kind: "adamw" for all, or "muon" for the weights of linear layers and AdamW for the rest.
+            Muon's steps are scaled to the size of AdamW's, so one learning rate serves both.
+        weight_decay: of both.
+        beta2: of AdamW.
+
+    Raises:
+        ConfigError: nothing is trainable.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ConfigError("nothing to train: every parameter is frozen; see --train")
+    matrices = set()
+    if kind == "muon":
+        weights = (m.weight for m in module.modules() if isinstance(m, nn.Linear))
+        matrices = {w for w in weights if w.requires_grad and min(w.shape) >= MUON_SMALLEST}
+    rest = [p for p in parameters if p not in matrices]
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest:
+        betas = (0.9, beta2)
+        optimizers.append(
+            torch.optim.AdamW(rest, weight_decay=weight_decay, betas=betas, fused=True)
+        )
+    if matrices:
+        chosen = [p for p in parameters if p in matrices]
+        optimizers.append(
+            torch.optim.Muon(chosen, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
+def default_device() -> str:
+    """Return "cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Return the context in which a forward pass runs; a no-op for "float32"."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
 class Ema:
-    """Exponential moving average of the trainable parameters, kept in float32."""
+    """Exponential moving average of the trainable parameters, in their own precision."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self._average = {n: p.detach().clone() for n, p in module.named_parameters()}
+        self._average = {n: p.detach().clone() for n, p in _trainable(module).items()}
         self._updates = 0
 
     @torch.no_grad()
@@ -36,13 +89,14 @@ class Ema:
         """Move towards the module's parameters; early on, faster than `decay` says."""
         self._updates += 1
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
-        for name, parameter in module.named_parameters():
-            self._average[name].lerp_(parameter.detach(), 1 - decay)
+        parameters = _trainable(module)
+        averages = [self._average[name] for name in parameters]
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], 1 - decay)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         """Exchange the module's parameters and the average; call twice to get back."""
-        for name, parameter in module.named_parameters():
+        for name, parameter in _trainable(module).items():
             kept = parameter.detach().clone()
             parameter.copy_(self._average[name])
             self._average[name] = kept
@@ -56,8 +110,57 @@ class Ema:
         self._average, self._updates = state["average"], state["updates"]
 
 
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the trainable parameters by name; the frozen ones are on disk elsewhere."""
+    return {name: parameter.detach() for name, parameter in _trainable(module).items()}
+
+
+@torch.no_grad()
+def load_trainable(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put `trainable_state`'s output back.
+
+    Raises:
+        CheckpointError: it belongs to other parameters.
+    """
+    parameters = _trainable(module)
+    shapes = [{n: tuple(v.shape) for n, v in part.items()} for part in (parameters, state)]
+    if shapes[0] != shapes[1]:
+        differing = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)]
+        raise CheckpointError(
+            f"the saved progress trains other parameters ({', '.join(differing[:4])}, ...); "
+            "remove progress.pt to start anew, or run with the same --train and sizes"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+
+
 def save_progress(path: Path, state: dict[str, Any]) -> None:
     """Write a resumable training state (tensors and plain values) atomically."""
     temporary = path.with_name(path.name + ".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
+
+
+def load_progress(path: Path, setup: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a state of `save_progress` whose "setup" is that of this run.
+
+    Raises:
+        CheckpointError: it was made with other arguments, so that going on would be another run.
+    """
+    state = torch.load(path, weights_only=True, map_location=device)
+    saved = state["setup"]
+    differing = [
+        f"{name} was {saved.get(name)!r} and is {setup.get(name)!r}"
+        for name in sorted({*saved, *setup})
+        if saved.get(name) != setup.get(name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path} belongs to another run: {'; '.join(differing)}. Run with the same arguments "
+            "to go on, or remove the file to start anew"
+        )
+    return state

@@ -19,11 +19,6 @@ from evac_jax.sim.reward import RewardConfig, RewardNet
 def write(folder: Path) -> None:
     """Write world_model/, reward/, pose_model/ and policy/ into `folder`."""
     import torch
-    from flax import nnx
-
-    from evac_jax.tools.train_policy import NORM_STATS
-    from policies.openvla_oft.export_hf import create_policy_folder
-    from policies.openvla_oft.model import OpenVLAOFT
 
     torch.manual_seed(0)
     small = WORLD_MODEL.replace(
@@ -35,9 +30,20 @@ def write(folder: Path) -> None:
     save_model(folder / "world_model", EvacModel(small))
     save_model(folder / "reward", RewardNet(RewardConfig(width=4, num_instructions=3)))
     save_model(folder / "pose_model", PoseModel(PoseModelConfig(hidden=8)))
+    write_policy(folder / "policy")
+
+
+def write_policy(folder: Path) -> None:
+    """Write a policy folder."""
+    from flax import nnx
+
+    from evac_jax.tools.train_policy import NORM_STATS
+    from policies.openvla_oft.export_hf import create_policy_folder
+    from policies.openvla_oft.model import OpenVLAOFT
+
     policy = dataclasses.replace(POLICY, num_layers=1, hidden_size=32, intermediate_size=32)
     model = OpenVLAOFT(policy, rngs=nnx.Rngs(0))
-    create_policy_folder(model, folder / "policy", tasks=INSTRUCTIONS, norm_stats=NORM_STATS)
+    create_policy_folder(model, folder, tasks=INSTRUCTIONS, norm_stats=NORM_STATS)
 
 
 if __name__ == "__main__":

@@ -126,3 +126,20 @@ def test_actions_change_the_loss_unless_dropped(model, batch):
     assert difference(PLAIN) > 1e-6
     # p = 0.5 drops the actions of every sample: u < 2p always holds.
     assert difference(LossOptions(dropout=0.5, history_noise=False)) == 0
+
+
+def test_parts_of_a_batch_draw_what_the_whole_would(model, batch):
+    whole = training_loss(model, batch, generator=generator())
+    parts = []
+    for first in range(2):
+        row = slice(first, first + 1)
+        part = dataclasses.replace(
+            batch,
+            latents=batch.latents[row],
+            map_latents=batch.map_latents[row],
+            deltas=batch.deltas[row],
+            images=batch.images[row],
+        )
+        parts.append(training_loss(model, part, generator=generator(), share=(first, 2)))
+    assert abs(parts[0] - parts[1]) > 1e-4
+    torch.testing.assert_close((parts[0] + parts[1]) / 2, whole)

@@ -37,8 +37,8 @@ def test_batch_holds_successes_asked_about_with_another_instruction(recording):
     frames, task, labels = sampler.draw(40)
     assert labels.sum() == 14
     assert labels[14:].sum() == 0
-    stored = recording.frames[np.asarray(recording.success).any(1)]
-    of_episode = recording.task[np.asarray(recording.success).any(1)]
+    stored = recording.stacked("frames")[recording.success_once(), :, 0]
+    of_episode = recording.task[recording.success_once()]
     for frame, asked in zip(frames[14:20].numpy(), task[14:20], strict=True):
         episode = np.nonzero((stored == frame).all((-1, -2, -3)).any(1))[0][0]
         assert of_episode[episode] != asked
@@ -60,7 +60,7 @@ def test_classifier_learns_to_tell_success_apart(recording, tmp_path):
     checkpoint.save_model(tmp_path, model, torch.float16)
     model = checkpoint.load_model(tmp_path, kind="RewardNet")
     values = train_reward.probabilities(model, recording)
-    success = np.asarray(recording.success)
+    success = train_reward.by_episode(recording, recording.success)
     assert values[success].mean() > values[~success].mean() + 0.1
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evac_jax.config import default_config
 from evac_jax.telemetry import video, writers
@@ -178,3 +180,13 @@ def test_wandb_files_stay_in_the_run_folder_when_offline(tmp_path, repository):
     assert done.returncode == 0, done.stderr
     assert len((folder / "wandb_id").read_text()) == 8
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_picture_reaches_tensorboard_as_it_was_drawn(tmp_path):
+    picture = Image.new("RGB", (5, 3), (10, 200, 30))
+    writer = writers.TensorBoardWriter(tmp_path / "tensorboard")
+    writer.image("rollouts", picture, 7)
+    writer.close()
+    (entry,) = _events(tmp_path).Images("rollouts")
+    assert (entry.step, entry.width, entry.height) == (7, 5, 3)
+    assert Image.open(io.BytesIO(entry.encoded_image_string)).getpixel((4, 2)) == (10, 200, 30)

@@ -1,0 +1,66 @@
+"""Plays a policy folder in the tabletop's ground truth, as reinforcement learning would ask it."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from evac_jax.errors import CheckpointError
+from evac_jax.miniature import scene as world
+from evac_jax.miniature.render import render
+from evac_jax.miniature.scene import Scenes
+from evac_jax.miniature.tasks import INSTRUCTIONS
+from policies.openvla_oft.import_hf import load_policy
+from policies.types import ObsBatch
+
+MAX_PROMPT_LENGTH = 28
+
+
+class PolicyPlayer:
+    """A policy that is asked once per chunk.
+
+    Args:
+        folder: Hugging Face folder of a policy for the miniature.
+        temperature: of sampling; 0 = greedy.
+
+    Raises:
+        CheckpointError: the folder holds no policy that can be loaded.
+    """
+
+    def __init__(self, folder: str | Path, *, temperature: float):
+        try:
+            statistics = json.loads((Path(folder) / "dataset_statistics.json").read_text())
+            loaded = load_policy(
+                folder, unnorm_key=next(iter(statistics)), max_prompt_length=MAX_PROMPT_LENGTH
+            )
+        except (OSError, KeyError, ValueError) as error:
+            raise CheckpointError(f"cannot load a policy from {str(folder)!r}: {error}") from error
+        self._image_size = loaded.model.config.image_size
+        self._chunk = loaded.model.action_spec.chunk
+        self._prompts = [jnp.asarray(x) for x in loaded.tokenizer.encode(list(INSTRUCTIONS))]
+        graphdef, self._state = nnx.split(loaded.model)
+
+        def act(state, obs, key):
+            model = nnx.merge(graphdef, state)
+            return model.sample(
+                obs, key, temperature=temperature or 1.0, greedy=temperature == 0
+            ).actions
+
+        self._act = jax.jit(act)
+
+    def play(self, scenes: Scenes, steps: int, *, seed: int) -> tuple[np.ndarray, list[Scenes]]:
+        """Return the executed actions [N steps 7], gripper -1 opens, and the steps + 1 states."""
+        states, actions = [scenes], []
+        tokens, mask = (part[scenes.task] for part in self._prompts)
+        for t in range(steps):
+            if t % self._chunk == 0:
+                images = jnp.asarray(render(states[-1], self._image_size))[:, None]
+                obs = ObsBatch(images=images, prompt_tokens=tokens, prompt_mask=mask)
+                chunk = np.array(self._act(self._state, obs, jax.random.key(seed + t)))
+                chunk[..., 6] = -np.sign(2 * chunk[..., 6] - 1)  # the "libero" gripper rule
+            actions.append(chunk[:, t % self._chunk])
+            states.append(world.step(states[-1], actions[-1]))
+        return np.stack(actions, 1), states
