@@ -5,6 +5,7 @@ python launch.py --config=configs/ppo.py --config.train.iterations=2
 python launch.py --config=configs/grpo.py --mode=eval --config.checkpoint.restore=latest
 """
 
+import importlib
 import os
 import sys
 
@@ -21,7 +22,7 @@ from evac_jax.errors import EvacJaxError
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/grpo.py", "Preset file, with a preset after a colon.", lock_config=True
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "collect"], "What to do.")
 
 
 def main(argv: list[str]) -> None:
@@ -30,9 +31,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.INFO)
     config = from_config_dict(_CONFIG.value.to_dict())
-    from evac_jax import train  # imports JAX: only after the configuration is known to be good
-
-    {"train": train.run, "eval": train.evaluate_only}[_MODE.value](config)
+    # Imported only after the configuration is known to be good: it takes seconds.
+    module, function = {
+        "train": ("evac_jax.train", "run"),
+        "eval": ("evac_jax.train", "evaluate_only"),
+        "collect": ("evac_jax.tools.collect", "run"),
+    }[_MODE.value]
+    getattr(importlib.import_module(module), function)(config)
 
 
 def cli() -> None:

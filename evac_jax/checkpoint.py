@@ -42,7 +42,7 @@ SHAPE_FIELDS = (
 class Checkpoints:
     """The checkpoints of one run, named by the number of finished iterations."""
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, keep: int | None):
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -59,6 +59,20 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Return the iteration of the newest whole checkpoint, None when there is none."""
         return self._manager.latest_step()
+
+    def existing(self, iteration: int) -> int:
+        """Return `iteration`, or that of the newest checkpoint for -1.
+
+        Raises:
+            CheckpointError: there is no such checkpoint; names those that there are.
+        """
+        stored = sorted(self._manager.all_steps())
+        if not stored or (iteration != -1 and iteration not in stored):
+            raise CheckpointError(
+                f"config.checkpoint.step: {self.directory} has no checkpoint of iteration "
+                f"{iteration}; there are {stored}. config.checkpoint.keep says how many a run keeps"
+            )
+        return stored[-1] if iteration == -1 else iteration
 
     def save(self, iteration: int, state: Any, meta: dict[str, Any]) -> None:
         """Write a checkpoint: `state` is a tree of arrays, `meta` plain JSON values."""
@@ -91,6 +105,29 @@ class Checkpoints:
         )
         leaves = [restored["state"][name] for name in _flat(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["meta"]
+
+    def restore_part(self, iteration: int, name: str, like: Any) -> Any:
+        """Return the part "<name>/..." of an iteration's state, on one device, shaped as `like`.
+
+        Raises:
+            CheckpointError: the stored arrays of that part are not those of `like`.
+        """
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        stored = dict(self._manager.item_metadata(iteration)["state"])
+        wanted = {f"{name}/{path}": leaf for path, leaf in _flat(like).items()}
+        part = {path: array for path, array in stored.items() if path.startswith(f"{name}/")}
+        if problems := _differences(part, wanted):
+            raise CheckpointError(
+                f"checkpoint {self.directory}/{iteration} does not fit:\n  " + "\n  ".join(problems)
+            )
+        template = {
+            path: jax.ShapeDtypeStruct(tuple(array.shape), array.dtype, sharding=device)
+            for path, array in stored.items()
+        }
+        restored = self._manager.restore(
+            iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
+        )["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in wanted])
 
     def close(self) -> None:
         """Wait for writes under way."""

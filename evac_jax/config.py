@@ -103,6 +103,8 @@ class EnvConfig:
     """The episodes that the policy learns from.
 
     Attributes:
+        simulator: what the policy learns in: "world_model", or "ground_truth", the environment
+            that eval.ground_truth names: what learning gains where nothing is imagined.
         initial_states: "miniature" (built-in scenes) or "npy" (a folder of start frames).
         initial_states_path: that folder; unused by the miniature.
         train_starts: [low, high) range of start ids for training; high -1 = all there are.
@@ -114,6 +116,7 @@ class EnvConfig:
         pose_model: folder of the network that turns (action, pose) into the next pose.
     """
 
+    simulator: str = "world_model"
     initial_states: str = "miniature"
     initial_states_path: str = ""
     train_starts: tuple[int, int] = (0, -1)
@@ -172,6 +175,12 @@ class EvalConfig:
         ground_truth: environment to evaluate in for real: "miniature" or "none".
         ground_truth_episodes: episodes per evaluation in the ground truth.
         ground_truth_envs: ground-truth environments stepped side by side.
+        twin_fraction: share of every iteration's imagined episodes whose actions are replayed in
+            the ground truth, 0..1; 0 = none, else at least one episode.
+        twin_window: last replays that the alarm looks at, >= 1.
+        twin_alarm: success that imagination may show beyond the real one, 0..1; the alarm is
+            raised when the excess is larger by a one-sided test at 95 %.
+        twin_action: what follows the alarm: "warn", or "stop" after a checkpoint.
     """
 
     interval: int = 4
@@ -180,6 +189,26 @@ class EvalConfig:
     ground_truth: str = "none"
     ground_truth_episodes: int = 256
     ground_truth_envs: int = 64
+    twin_fraction: float = 0.0
+    twin_window: int = 256
+    twin_alarm: float = 0.1
+    twin_action: str = "warn"
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Episodes recorded in the ground truth by `--mode=collect`; seeded by `seed`.
+
+    Attributes:
+        out: new folder for them (docs/episodes.md is the format).
+        episodes: of all players together, >= 1.
+        mix: "player=share,..."; a player is a script of the ground truth, "policy" (the configured
+            policy at its training temperature) or "policy:FOLDER@TEMPERATURE".
+    """
+
+    out: str = ""
+    episodes: int = 256
+    mix: str = "policy=1"
 
 
 @dataclass(frozen=True)
@@ -215,12 +244,15 @@ class CheckpointConfig:
     Attributes:
         restore: "" = start anew; "latest" = newest run of this algorithm under log.dir (or the
             run log.run); or the path of a run or of its checkpoint folder.
+        step: iteration to restore when only evaluating; -1 = the newest. Training goes on from
+            the newest.
         interval: iterations between checkpoints, >= 1; the last iteration is always saved.
         keep: newest checkpoints to keep.
         dir: where; "" = <run folder>/checkpoints.
     """
 
     restore: str = ""
+    step: int = -1
     interval: int = 10
     keep: int = 3
     dir: str = ""
@@ -279,6 +311,7 @@ class TrainConfig:
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: RunConfig = field(default_factory=RunConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -44,10 +44,12 @@ def validate(config: "TrainConfig") -> list[str]:
         "policy.value_head", c.policy.value_head, ("none", "chunk_level", "action_level")
     )
     problems += _one_of("simulator.dtype", c.simulator.dtype, (*dtypes, "float16"))
+    problems += _one_of("env.simulator", c.env.simulator, ("world_model", "ground_truth"))
     problems += _one_of("env.initial_states", c.env.initial_states, ("miniature", "npy"))
     problems += _one_of("env.start_order", c.env.start_order, ("random", "ordered", "fixed"))
     problems += _one_of("env.gripper", c.env.gripper, ("libero", "binary", "none"))
     problems += _one_of("eval.ground_truth", c.eval.ground_truth, ("miniature", "none"))
+    problems += _one_of("eval.twin_action", c.eval.twin_action, ("warn", "stop"))
     problems += _one_of("log.wandb", c.log.wandb, ("disabled", "offline", "online"))
     problems += _at_least(
         1,
@@ -59,6 +61,7 @@ def validate(config: "TrainConfig") -> list[str]:
         simulator__threads=c.simulator.threads,
         rollout__epochs=c.rollout.epochs,
         eval__ground_truth_envs=c.eval.ground_truth_envs,
+        eval__twin_window=c.eval.twin_window,
         train__iterations=c.train.iterations,
         checkpoint__interval=c.checkpoint.interval,
         checkpoint__keep=c.checkpoint.keep,
@@ -79,6 +82,9 @@ def validate(config: "TrainConfig") -> list[str]:
         problems.append(f"config.world_model.eta: expected 0..1, got {c.world_model.eta}")
     if not 0.0 <= c.reward.threshold <= 1.0:
         problems.append(f"config.reward.threshold: expected 0..1, got {c.reward.threshold}")
+    for name, value in (("fraction", c.eval.twin_fraction), ("alarm", c.eval.twin_alarm)):
+        if not 0.0 <= value <= 1.0:
+            problems.append(f"config.eval.twin_{name}: expected 0..1, got {value}")
     if not problems:
         problems += _combinations(c)
     return problems
@@ -86,12 +92,13 @@ def validate(config: "TrainConfig") -> list[str]:
 
 def _missing_paths(c: "TrainConfig") -> list[str]:
     """Every path that the run needs: named together, so that one look tells what to fetch."""
-    needed = {
-        "policy.checkpoint": (c.policy.checkpoint, "Hugging Face folder of the start policy"),
-        "world_model.checkpoint": (c.world_model.checkpoint, "folder of the EVAC weights"),
-        "reward.checkpoint": (c.reward.checkpoint, "folder of the success classifier"),
-        "env.pose_model": (c.env.pose_model, "folder of the action-to-pose network"),
-    }
+    needed = {"policy.checkpoint": (c.policy.checkpoint, "Hugging Face folder of the start policy")}
+    if c.env.simulator == "world_model":
+        needed |= {
+            "world_model.checkpoint": (c.world_model.checkpoint, "folder of the EVAC weights"),
+            "reward.checkpoint": (c.reward.checkpoint, "folder of the success classifier"),
+            "env.pose_model": (c.env.pose_model, "folder of the action-to-pose network"),
+        }
     if c.env.initial_states == "npy":
         needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
     if c.policy.lora_adapter:
@@ -107,7 +114,7 @@ def _missing_paths(c: "TrainConfig") -> list[str]:
 
 def _combinations(c: "TrainConfig") -> list[str]:
     """Problems between sections, asked only of values that are valid one by one."""
-    problems = []
+    problems = _twin_problems(c)
     group = getattr(c.algo, "group_size", 1)
     if c.env.num_envs % (group * c.simulator.processes):
         problems.append(
@@ -119,6 +126,16 @@ def _combinations(c: "TrainConfig") -> list[str]:
             f"config.simulator.devices: expected 1 entry or {c.simulator.processes} "
             f"(simulator.processes), got {len(c.simulator.devices)}"
         )
+    if c.env.simulator == "ground_truth" and c.eval.ground_truth == "none":
+        problems.append(
+            'config.eval.ground_truth: names the environment that env.simulator = "ground_truth" '
+            'learns in; got "none"'
+        )
+    if c.env.simulator == "ground_truth" and c.eval.episodes:
+        problems.append(
+            'config.eval.episodes: nothing is imagined with env.simulator = "ground_truth"; '
+            f"expected 0, got {c.eval.episodes}"
+        )
     if c.algorithm == "ppo" and c.policy.value_head != c.algo.reward_type:
         problems.append(
             f"config.policy.value_head: PPO needs the level of algo.reward_type "
@@ -129,4 +146,27 @@ def _combinations(c: "TrainConfig") -> list[str]:
         low, high = getattr(getattr(c, section), key)
         if low < 0 or (high != -1 and high <= low):
             problems.append(f"config.{name}: expected 0 <= low < high (or -1), got ({low}, {high})")
+    return problems
+
+
+def _twin_problems(c: "TrainConfig") -> list[str]:
+    """What keeps imagined episodes from being replayed in the ground truth."""
+    if not c.eval.twin_fraction:
+        return []
+    twin = f"config.eval.twin_fraction = {c.eval.twin_fraction}"
+    problems = []
+    if c.eval.ground_truth == "none":
+        problems.append(f"config.eval.ground_truth: {twin} needs one to replay in, got 'none'")
+    elif c.env.initial_states != c.eval.ground_truth:
+        problems.append(
+            f"config.env.initial_states: {twin} needs starts that the ground truth "
+            f"({c.eval.ground_truth!r}) can be put into, got {c.env.initial_states!r}"
+        )
+    if c.env.simulator != "world_model":
+        problems.append(f"config.env.simulator: {twin}, but nothing is imagined; set it to 0")
+    if c.algo.auto_reset:
+        problems.append(
+            f"config.algo.auto_reset: {twin} replays whole episodes from their own starts; "
+            "expected False"
+        )
     return problems

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evac_jax.errors import DataError
 from evac_jax.telemetry.files import replacing
 
 SUMMARY_FILE = "summary.json"
+EVALUATION_FILE = "evaluation.json"
+METRICS_FILE = "metrics.jsonl"
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 # {place: (successes, episodes)}; places are "imagined" and "ground_truth".
@@ -153,6 +156,37 @@ def finish(
             before=before, after=after, seconds=seconds, wall_seconds=wall_seconds, places=places
         )
     )
+
+
+def finish_evaluation(
+    folder: Path, *, iteration: int, outcome: Outcome, settings: Mapping[str, Any]
+) -> None:
+    """Write evaluation.json into the folder and show the success rates.
+
+    Args:
+        iteration: of the policy, 0 for the imported one.
+        settings: what else the figures depend on, plain values.
+    """
+    values = {"iteration": iteration, **settings, "success": _as_json(outcome)}
+    with replacing(folder / EVALUATION_FILE) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    show(table({"success": outcome}))
+
+
+def best_iteration(folder: Path) -> int:
+    """Return the iteration of a run with the best ground-truth success, the earliest among equals.
+
+    0 is the start policy, before the run.
+
+    Raises:
+        DataError: the run was never evaluated in the ground truth.
+    """
+    name = "eval/ground_truth/success_rate"
+    lines = map(json.loads, (folder / METRICS_FILE).read_text().splitlines())
+    found = {line["iteration"]: line[name] for line in lines if line.get(name) is not None}
+    if not found:
+        raise DataError(f"{folder / METRICS_FILE} has no {name!r}; set --config.eval.ground_truth")
+    return min(found, key=lambda iteration: (-found[iteration], iteration))
 
 
 def show(text: str) -> None:

@@ -34,6 +34,21 @@ class Chunk:
     step: BatchStep
 
 
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """What n episodes were, so that they can be played again elsewhere.
+
+    Attributes:
+        starts: start ids, int64 [n].
+        actions: as the policy gave them, float32 [n T K A]; those after an episode's end as well.
+        success: whether the simulator saw a success, bool [n].
+    """
+
+    starts: np.ndarray
+    actions: np.ndarray
+    success: np.ndarray
+
+
 class Stopwatch:
     """Seconds spent per phase, summed until `take`."""
 
@@ -96,13 +111,13 @@ def collect(
     seed: int,
     key: jax.Array,
     watch: Stopwatch,
-) -> tuple[RolloutBatch, dict[str, float]]:
-    """Play training episodes; return them as a batch, with the environment's own figures.
+) -> tuple[RolloutBatch, dict[str, float], Played]:
+    """Play training episodes; return them as a batch, the environment's figures, and a record.
 
     Args:
         starts: int64 [E, B], one row per rollout epoch, groups contiguous within a row.
     """
-    epochs, figures = [], []
+    epochs, figures, actions = [], [], []
     for epoch, row in enumerate(starts):
         chunks: list[Chunk] = []
         results = []
@@ -120,10 +135,13 @@ def collect(
             last = learner.observe(chunk.step) if learner.has_value_head else None
         epochs.append(_stack(learner, chunks, results, last))
         figures.append(_episode_figures(results))
+        actions.append(np.stack([np.asarray(chunk.out.actions) for chunk in chunks], axis=1))
     batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *epochs)
     _check(batch)
     merged = {name: np.concatenate([f[name] for f in figures]) for name in figures[0]}
-    return learner.put(batch), env_metrics(merged)
+    success = merged["success_once"].astype(bool)
+    played = Played(starts.reshape(-1), np.concatenate(actions), success)
+    return learner.put(batch), env_metrics(merged), played
 
 
 def _stack(learner: Learner, chunks: list[Chunk], results: list, last: ObsBatch | None):

@@ -187,13 +187,28 @@ GROUND_TRUTHS = {"miniature": "evac_jax.miniature.env:make"}
 
 
 def ground_truth_specs(config: TrainConfig) -> list[dict]:
-    """Return the worker spec of the ground-truth process."""
-    settings = {
-        "num_envs": config.eval.ground_truth_envs,
+    """Return the worker spec of the ground-truth process for evaluation."""
+    return [_ground_truth_spec(config, config.eval.ground_truth_envs)]
+
+
+def training_specs(config: TrainConfig) -> list[dict]:
+    """Return the worker specs of the processes that the policy learns in, see `env.simulator`."""
+    if config.env.simulator == "world_model":
+        return world_model_specs(config)
+    processes = config.simulator.processes
+    share = config.env.num_envs // processes
+    algo = config.algo
+    ends = {"auto_reset": algo.auto_reset, "ignore_terminations": algo.ignore_terminations}
+    return [_ground_truth_spec(config, share, **ends) for _ in range(processes)]
+
+
+def _ground_truth_spec(config: TrainConfig, num_envs: int, **settings) -> dict:
+    settings |= {
+        "num_envs": num_envs,
         "max_episode_steps": config.env.max_episode_steps,
         "reward_coef": config.reward.coefficient,
         "use_rel_reward": config.reward.relative,
         "gripper_rule": config.env.gripper,
     }
     environment = GROUND_TRUTHS[config.eval.ground_truth]
-    return [{"environment": environment, "config": settings, "device": "cpu", "threads": 1}]
+    return {"environment": environment, "config": settings, "device": "cpu", "threads": 1}

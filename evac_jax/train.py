@@ -21,9 +21,10 @@ from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
 from evac_jax.evaluate import Evaluation, evaluate, save_films
 from evac_jax.learner import Learner
 from evac_jax.rollout import Stopwatch, collect
-from evac_jax.simulators import Simulators, ground_truth_specs, world_model_specs
+from evac_jax.simulators import Simulators, ground_truth_specs, training_specs
 from evac_jax.starts import StartSampler
 from evac_jax.telemetry import progress, writers
+from evac_jax.twin import Twin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _rates(outcome: dict[str, Evaluation]) -> dict[str, list[int]]:
 def _simulators(config: TrainConfig, mesh):
     """Start all simulator processes; end them whatever happens."""
     with contextlib.ExitStack() as stack:
-        imagined = Simulators(world_model_specs(config), mesh, config)
+        imagined = Simulators(training_specs(config), mesh, config)
         stack.callback(imagined.close)
         real = None
         if config.eval.ground_truth != "none":
@@ -175,9 +176,11 @@ def run(config: TrainConfig) -> None:
 
         # Restore, or begin: 1. checkpoint.restore, 2. the imported weights in the learner.
         finished, before, seconds = 0, None, {}
+        twin = Twin(config, real)
         if folder.resumed and (newest := checkpoints.latest()) is not None:
             learner.state, meta = checkpoints.restore(newest, learner.state)
             starts.load_state_dict(meta["starts"])
+            twin.load_state_dict(meta.get("twin", ()))  # older checkpoints have none
             finished, before, seconds = newest, meta["before"], meta["seconds"]
             logging.info("restored %s at iteration %d", folder.path, finished)
 
@@ -199,9 +202,12 @@ def run(config: TrainConfig) -> None:
                 key = jax.random.fold_in(jax.random.key(config.seed), iteration)
 
                 drawn = starts.next(config.rollout.epochs, imagined.num_envs)
-                batch, env_figures = collect(
+                batch, env_figures, played = collect(
                     learner, imagined, drawn, seed=starts.seed(iteration), key=key, watch=watch
                 )
+                twin_began = time.perf_counter()
+                env_figures |= twin.check(iteration, played)
+                watch.add("twin", time.perf_counter() - twin_began)
                 update_began = time.perf_counter()
                 metrics = learner.update(batch, key)
                 watch.add("actor", time.perf_counter() - update_began)
@@ -216,11 +222,12 @@ def run(config: TrainConfig) -> None:
 
                 skipped_in_a_row = skipped_in_a_row + 1 if metrics["actor/skipped_updates"] else 0
                 stuck = skipped_in_a_row >= config.train.max_skipped_updates
-                last = done == config.train.iterations or stuck
+                last = done == config.train.iterations or stuck or twin.must_stop
                 if last or (config.eval.interval and done % config.eval.interval == 0):
                     after = after | _rates(evaluators.run(done))
                 if last or done % config.checkpoint.interval == 0:
                     meta = {"starts": starts.state_dict(), "before": before, "seconds": seconds}
+                    meta["twin"] = twin.state_dict()
                     checkpoints.save(done, learner.state, meta)
                 bar.update(done, success=report.rates(after))
                 if stuck:
@@ -229,6 +236,14 @@ def run(config: TrainConfig) -> None:
                         f"gradient; the run stopped at iteration {done} and was saved in "
                         f"{folder.checkpoints}. Lower --config.optim.lr, or look at the rewards"
                     )
+                if twin.must_stop:
+                    logging.warning(
+                        "stopped at iteration %d for the alarm (config.eval.twin_action); the "
+                        "policy is saved in %s",
+                        done,
+                        folder.checkpoints,
+                    )
+                    break
         checkpoints.close()
         writer.close()
     report.finish(
@@ -246,20 +261,32 @@ def run(config: TrainConfig) -> None:
 
 
 def evaluate_only(config: TrainConfig) -> None:
-    """Evaluate the imported policy, or a restored run's, and print the success rates."""
+    """Evaluate the imported policy, or a restored run's, and print the success rates.
+
+    What it finds goes to <log.dir>/<log.run or "eval">/evaluation.json; the run that is restored
+    stays as it is.
+
+    Raises:
+        CheckpointError: there is no such run, or it lacks the iteration `checkpoint.step`.
+    """
+    path = Path(config.log.dir) / (config.log.run or "eval")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with _simulators(config, mesh) as (imagined, real):
         learner = Learner(config, mesh, imagined.spec)
-        folder = RunFolder(Path(config.log.dir) / "eval", Path(), Path(config.log.dir), False)
         iteration = 0
         if config.checkpoint.restore:
-            folder = open_folder(config)
-            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
-            newest = checkpoints.latest()
-            if newest is None:
-                raise CheckpointError(f"no checkpoint in {folder.checkpoints}")
-            learner.state, _ = checkpoints.restore(newest, learner.state)
-            iteration = newest
+            run = checkpoint.find_run(config)
+            saved = json.loads((run / checkpoint.CONFIG_FILE).read_text())
+            checkpoint.check_resumable(saved, to_dict(config))
+            checkpoints = Checkpoints(Path(config.checkpoint.dir or run / "checkpoints"), keep=None)
+            iteration = checkpoints.existing(config.checkpoint.step)
+            learner.state, _ = checkpoints.restore(iteration, learner.state)
+        folder = RunFolder(path, Path(), Path(config.video.dir or path / "videos"), False)
         evaluators = Evaluators(config, learner, imagined, real, folder, writers.NullWriter())
         outcome = _rates(evaluators.run(iteration))
-    report.show(report.table({"success": outcome}))
+    settings = {
+        "temperature": config.policy.eval_temperature,
+        "starts": config.eval.starts,
+        "seed": config.seed,
+    }
+    report.finish_evaluation(path, iteration=iteration, outcome=outcome, settings=settings)

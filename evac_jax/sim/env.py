@@ -348,8 +348,10 @@ class WorldModelEnv:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - begin
 
 
-def make(config: dict) -> WorldModelEnv:
+def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     """Build the environment from plain values, the fields of `WorldModelEnvConfig`.
+
+    `source` replaces the initial states that the values name.
 
     Raises:
         ConfigError: for settings that cannot work, missing files among them.
@@ -357,7 +359,7 @@ def make(config: dict) -> WorldModelEnv:
         DataError: if the initial states cannot be read.
     """
     settings = WorldModelEnvConfig.from_dict(config)
-    source = make_initial_states(settings.initial_states)
+    source = source or make_initial_states(settings.initial_states)
     device = settings.device
     world_model = load_model(settings.world_model, kind="EvacModel", device=device)
     return WorldModelEnv(

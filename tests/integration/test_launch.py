@@ -55,6 +55,7 @@ class Launcher:
             "eval.episodes": 4,
             "eval.ground_truth_episodes": 8,
             "eval.ground_truth_envs": 8,
+            "eval.twin_fraction": 0.5,
             "eval.interval": 0,
             "video.episodes": 1,
             "log.dir": self.runs,
@@ -146,3 +147,22 @@ def test_mistakes_end_with_one_message_and_no_run(launcher):
     )
     assert "no grpo run under" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_run_stops_with_a_checkpoint_when_a_bad_classifier_raises_the_alarm(launcher):
+    output = launcher.run(
+        "--config.log.run=fooled",
+        "--config.reward.threshold=0.01",  # every imagined episode succeeds
+        "--config.eval.twin_fraction=1.0",
+        "--config.eval.twin_action=stop",
+        "--config.train.iterations=3",
+        "--config.eval.episodes=0",
+    )
+    metrics = launcher.metrics("fooled")
+    assert list(metrics) == [0, 1]
+    assert metrics[1]["eval/twin_alarm"] == 1
+    assert metrics[1]["eval/imagined_success"] == 1
+    assert metrics[1]["eval/false_success"] == 1 - metrics[1]["eval/real_success"]
+    assert "the policy may be exploiting its simulator" in output
+    assert (launcher.runs / "fooled" / "checkpoints" / "1").is_dir()

@@ -56,3 +56,17 @@ def test_groups_must_stay_whole():
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'libero_spatial'"):
         grpo.get_config("libero_spacial")
+
+
+def test_learning_in_the_ground_truth_needs_one_and_no_weights_of_simulators():
+    values = grpo.get_config().to_dict()
+    values["env"]["simulator"] = "ground_truth"
+    values["world_model"]["checkpoint"] = values["reward"]["checkpoint"] = ""
+    values["eval"] |= {"episodes": 0, "ground_truth": "none"}
+    with pytest.raises(ConfigError, match=r"config\.eval\.ground_truth: names the environment"):
+        from_config_dict(values)
+    values["eval"] |= {"episodes": 4, "ground_truth": "miniature"}
+    with pytest.raises(ConfigError, match=r"config\.eval\.episodes: nothing is imagined"):
+        from_config_dict(values)
+    values["eval"]["episodes"] = 0
+    assert from_config_dict(values).env.simulator == "ground_truth"

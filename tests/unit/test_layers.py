@@ -29,14 +29,15 @@ REQUIRED = {
     "policies": "spec types base openvla_oft/model openvla_oft/import_hf openvla_oft/export_hf",
     "algos": "types advantages losses metrics grpo ppo update optim",
     "configs": "common grpo ppo",
-    "evac_jax": "config sharding train rollout learner evaluate checkpoint report errors",
+    "evac_jax": "config sharding train rollout learner evaluate checkpoint report twin errors",
     "evac_jax/telemetry": "writers progress video",
     "evac_jax/bridge": "slots protocol client server",
     "evac_jax/evac": "unet attention conditioning resampler image_tower autoencoder schedule "
     "sampler model checkpoint",
     "evac_jax/sim": "env initial_states actions reward worker base",
     "evac_jax/miniature": "scene render tasks expert env",
-    "evac_jax/tools": "collect train_world_model train_reward train_action_model train_policy",
+    "evac_jax/tools": "collect train_world_model train_reward train_action_model train_policy "
+    "validate_world_model",
 }
 TRAINER = ("jax", "flax", "optax", "numpy", "absl")
 

@@ -1,6 +1,7 @@
 """docs/metrics.md names exactly what the code emits."""
 
 import ast
+import dataclasses
 import re
 
 import jax
@@ -11,9 +12,12 @@ import pytest
 from algos import grpo, losses, metrics, ppo
 from algos.optim import OptimizerConfig, make_optimizer
 from algos.types import RolloutBatch, TrainState
-from evac_jax.rollout import env_metrics
+from evac_jax.config import default_config
+from evac_jax.rollout import Played, env_metrics
 from evac_jax.telemetry.writers import NON_FINITE
+from evac_jax.twin import Twin
 from policies.types import PolicyEvaluation
+from tests.unit.fakes import FakeGroundTruth
 
 B, T, K, A, BINS = 4, 2, 2, 3, 5
 
@@ -65,6 +69,14 @@ def _decoupled_metrics() -> set[str]:
     return set(metrics.decoupled_metrics(surrogate, log_weight, None, left))
 
 
+def _twin_metrics() -> set[str]:
+    played = Played(np.arange(2), np.zeros((2, T, K, A), np.float32), np.array([True, False]))
+    config = default_config("grpo")
+    options = dataclasses.replace(config.eval, twin_fraction=1.0)
+    twin = Twin(dataclasses.replace(config, eval=options), FakeGroundTruth(chunk=K, dim=A))
+    return set(twin.check(0, played))
+
+
 def _first_arguments(path, method: str) -> set[str]:
     """Literal first arguments of all calls of `<something>.method(...)` in a file."""
     return {
@@ -94,6 +106,7 @@ def emitted(repository) -> set[str]:
         | _update_metrics(ppo, kl_beta=0.1, entropy_bonus=0.1)
         | _decoupled_metrics()
         | set(env_metrics(figures))
+        | _twin_metrics()
         | {f"time/{phase}" for phase in _phases(repository / "evac_jax")}
         | {NON_FINITE}
     )

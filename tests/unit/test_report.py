@@ -3,6 +3,7 @@ import json
 import pytest
 
 from evac_jax import report
+from evac_jax.errors import DataError
 
 
 def test_wilson_interval_reaches_the_end_when_all_or_none_succeed():
@@ -55,3 +56,14 @@ def test_summary_is_complete_when_nothing_was_evaluated_or_trained(tmp_path):
     assert "not evaluated" in text
     assert report.rates({"imagined": (0, 0)}) == {}
     assert report.rates({"imagined": (1, 4)}) == {"imagined": 0.25}
+
+
+def test_best_iteration_is_the_earliest_among_equals(tmp_path):
+    name = "eval/ground_truth/success_rate"
+    lines = [{"iteration": 1, "env/return": 1.0}]
+    (tmp_path / report.METRICS_FILE).write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match="ground_truth"):
+        report.best_iteration(tmp_path)
+    lines += [{"iteration": i, name: rate} for i, rate in ((0, 0.4), (4, 0.6), (8, 0.6))]
+    (tmp_path / report.METRICS_FILE).write_text("\n".join(map(json.dumps, lines)))
+    assert report.best_iteration(tmp_path) == 4

@@ -1,0 +1,93 @@
+"""Learning and evaluating in the ground truth: no world model, classifier or pose model at all."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from flax import nnx
+
+from evac_jax import checkpoint
+from evac_jax.miniature.sizes import POLICY
+from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.tools.train_policy import NORM_STATS
+from policies.openvla_oft.export_hf import create_policy_folder
+from policies.openvla_oft.model import OpenVLAOFT
+
+
+@pytest.fixture(scope="module")
+def launch(repository, tmp_path_factory):
+    """Start launch.py with small settings and a policy of random weights."""
+    folder = tmp_path_factory.mktemp("ground_truth")
+    small = dataclasses.replace(POLICY, num_layers=1, hidden_size=32, intermediate_size=32)
+    model = OpenVLAOFT(small, rngs=nnx.Rngs(0))
+    create_policy_folder(model, folder / "policy", tasks=INSTRUCTIONS, norm_stats=NORM_STATS)
+    settings = {
+        "policy.checkpoint": folder / "policy",
+        "world_model.checkpoint": "",
+        "reward.checkpoint": "",
+        "env.pose_model": "",
+        "env.simulator": "ground_truth",
+        "env.num_envs": 8,
+        "env.max_episode_steps": 16,
+        "algo.group_size": 4,
+        "algo.global_batch": 8,
+        "algo.micro_batch": 8,
+        "checkpoint.interval": 1,
+        "eval.episodes": 0,
+        "eval.ground_truth_episodes": 8,
+        "eval.ground_truth_envs": 8,
+        "log.dir": folder / "runs",
+        "log.tensorboard": False,
+    }
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+
+    def run(mode="train", **changes):
+        changes = {name.replace("__", "."): value for name, value in changes.items()}
+        flags = [f"--config.{name}={value}" for name, value in (settings | changes).items()]
+        done = subprocess.run(
+            [sys.executable, "launch.py", "--config=configs/grpo.py", f"--mode={mode}", *flags],
+            cwd=repository,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run.runs = folder / "runs"
+    return run
+
+
+@pytest.mark.slow
+def test_evaluation_takes_the_named_iteration_scenes_and_temperature(launch):
+    launch(train__iterations=2, log__run="trained")
+    trained = launch.runs / "trained"
+    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in metrics] == [0, 1, 2]
+    assert metrics[1]["env/num_trajectories"] == 8
+
+    config = (trained / checkpoint.CONFIG_FILE).read_text()
+    launch(
+        mode="eval",
+        checkpoint__restore=trained,
+        checkpoint__step=1,
+        eval__starts=(2_000_000, 3_000_000),
+        eval__ground_truth_episodes=5,
+        policy__eval_temperature=0.5,
+        log__run="one",
+    )
+    found = json.loads((launch.runs / "one" / "evaluation.json").read_text())
+    assert found["iteration"] == 1
+    assert found["temperature"] == 0.5
+    assert found["starts"] == [2_000_000, 3_000_000]
+    assert found["success"]["ground_truth"]["episodes"] == 5
+    assert (trained / checkpoint.CONFIG_FILE).read_text() == config  # looked at, not changed
