@@ -1,10 +1,12 @@
 """Trains the success classifier on recorded frames and chooses its threshold.
 
-    python -m evac_jax.tools.train_reward --data DIR --out DIR --steps 2000
+    python -m evac_jax.tools.train_reward --data DIR --imagined DIR2 --out DIR3 --steps 2000
 
 It will judge imagined frames, which are blurred and slightly off in colour, so it is trained on
-disturbed ones; with --autoencoder also on frames that went through the world model's codec. No
-flips: they would show scenes that the camera cannot see.
+disturbed ones, with --autoencoder also on frames that went through the world model's codec, and
+with --imagined on imagined episodes (evac_jax.tools.imagine_dataset) labelled with what really
+happened; the threshold is then chosen on held-out ones of these. No flips: they would show scenes
+that the camera cannot see.
 """
 
 import argparse
@@ -155,6 +157,9 @@ def by_episode(data: Episodes, flat: np.ndarray) -> np.ndarray:
 def judge(values: np.ndarray, success: np.ndarray, threshold: float, frames: int) -> dict:
     """Return the quality of the verdicts at one threshold.
 
+    "false_success" is the share of claimed successes that are none, "missed_success" the share of
+    true ones that are not claimed.
+
     Args:
         values: probabilities [N T].
         success: truth [N T].
@@ -171,7 +176,8 @@ def judge(values: np.ndarray, success: np.ndarray, threshold: float, frames: int
         "frame_precision": float(right / max(hit.sum(), 1)),
         "frame_recall": float(right / max(success.sum(), 1)),
         "frame_accuracy": float((hit == success).mean()),
-        "false_success": float(claimed[~true].mean()) if (~true).any() else 0.0,
+        "false_success": float((claimed & ~true).sum() / max(claimed.sum(), 1)),
+        "agreement": float((claimed == true).mean()),
         "missed_success": float((~claimed)[true].mean()) if true.any() else 0.0,
     }
 
@@ -179,9 +185,9 @@ def judge(values: np.ndarray, success: np.ndarray, threshold: float, frames: int
 def choose_threshold(values: np.ndarray, success: np.ndarray, frames: int, allowed: float) -> dict:
     """Return the verdicts at the threshold that misses least among those that are strict enough.
 
-    Strict enough: at most the share `allowed` of the failed episodes counts as a success. Among
-    equals the middle one is taken, which leaves room on both sides. The strictest of all is
-    taken where none suffices.
+    Strict enough: at most the share `allowed` of the claimed successes is false. Among equals
+    the middle one is taken, which leaves room on both sides. The strictest of all is taken where
+    none suffices.
     """
     verdicts = [judge(values, success, threshold, frames) for threshold in THRESHOLDS]
     strict = [verdict for verdict in verdicts if verdict["false_success"] <= allowed]
@@ -200,16 +206,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--width", type=int, default=12)
     parser.add_argument("--autoencoder", help="folder of the world model's codec")
-    parser.add_argument("--success-frames", type=int, default=2)
+    parser.add_argument("--success_frames", type=int, default=2)
     parser.add_argument(
-        "--false-success", type=float, default=0.02, help="largest share of failures to miss"
+        "--false_success", type=float, default=0.1, help="largest share of claims to be false"
     )
+    parser.add_argument("--imagined", nargs="+", default=[], help="folders of imagined episodes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
-    train_part, held_out = dataset.load(*args.data).split()
+    train_part, held_out = dataset.load(*args.data, *args.imagined).split()
+    if args.imagined:  # what it will judge
+        _, held_out = dataset.load(*args.imagined).split()
     began = time.process_time()
     codec = None
     if args.autoencoder:

@@ -20,7 +20,8 @@ def test_verdicts_count_runs_of_frames_and_whole_episodes():
     verdict = train_reward.judge(values, success, 0.8, 2)
     assert verdict["frame_recall"] == 1.0
     assert verdict["frame_precision"] == 3 / 6
-    assert verdict["false_success"] == 1.0  # the third episode, the only failure
+    assert verdict["false_success"] == 0.5  # of two claims the third episode's is wrong
+    assert verdict["agreement"] == pytest.approx(1 / 3)
     assert verdict["missed_success"] == 0.5  # the second one has no two frames in a row
 
 
