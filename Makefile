@@ -5,17 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REQUIREMENTS := requirements.txt requirements-dev.txt
 
-# More for pytest, e.g. make test ARGS='tests/unit/test_config.py -x'
+# More for pytest or the build, e.g. make test ARGS='tests/unit/test_config.py -x'
 ARGS ?=
 # Folders of golden vectors for `make parity`, each with a manifest.json.
 GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format type parity bench clean
+.PHONY: help demo test lint format type parity bench miniature clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
-		| awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+		| awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 # One pip command for everything, so that no later one can replace the pinned torch or jax.
 # The stamp is younger than both lists when the environment is complete and up to date.
@@ -47,8 +47,12 @@ type: $(STAMP)  ## Check types.
 parity: $(STAMP)  ## Compare with golden vectors; GOLDENS='DIR ...' names other folders.
 	$(BIN)/python -m tests.parity $(GOLDENS)
 
-bench: $(STAMP)  ## Measure the frame exchange between simulator and trainer.
+bench: $(STAMP)  ## Measure the frame exchange; names the benchmarks that take hours.
+	@echo "What learning in imagination gains (hours): $(BIN)/python -m benchmarks.learning"
 	$(BIN)/python -m benchmarks.bridge
+
+miniature: $(STAMP)  ## Make every shipped weight from nothing (hours). ARGS='--ship' installs them.
+	$(BIN)/python -m evac_jax.tools.build_miniature $(ARGS)
 
 clean:  ## Remove .venv and caches, but no runs.
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,276 @@
+"""Does learning in imagination help where it counts? Success in the ground truth, before and after.
+
+Three arms, each with every seed: GRPO in imagination; the same number of iterations of GRPO in the
+ground truth itself, the ceiling that a perfect world model would reach; PPO in imagination.
+
+    python -m benchmarks.learning --seeds 0 1 2
+
+When to stop is chosen on some scenes (the best of the evaluations during training, the start
+included), what is reported is measured on others. Finished runs are kept under --work and found
+again by their settings and by the hashes of their weights, so an interrupted benchmark goes on.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from evac_jax import overrides, report
+from evac_jax.tools.recipes import REPORT, SELECTION
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ("policy.checkpoint", "world_model.checkpoint", "reward.checkpoint", "env.pose_model")
+GROUND_TRUTH = {"env.simulator": "ground_truth", "eval.episodes": 0, "eval.twin_fraction": 0.0}
+# Arm -> preset and what it changes. Nothing is filmed or evaluated in imagination: no figure here
+# needs it.
+ARMS = {
+    "grpo": ("configs/grpo.py", {}),
+    "ceiling": ("configs/grpo.py", GROUND_TRUTH),
+    "ppo": ("configs/ppo.py", {}),
+}
+MODES = ("greedy", "sampled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run: success rates in the ground truth, 0..1, by mode of acting.
+
+    Attributes:
+        start, after: {"greedy": rate, "sampled": rate} of the start policy and of the chosen one.
+        iteration: the chosen one; 0 = the start policy was never beaten.
+        training_minutes: of all iterations, without start-up and evaluations.
+        minutes: of the whole command.
+    """
+
+    start: Mapping[str, float]
+    after: Mapping[str, float]
+    iteration: int
+    training_minutes: float
+    minutes: float
+
+    def gain(self, mode: str) -> float:
+        """Return what training gained, in percentage points."""
+        return 100 * (self.after[mode] - self.start[mode])
+
+
+def mean_gain(results: Mapping[int, Result], mode: str) -> float:
+    """Return the mean gain over seeds in points, nan without a run."""
+    return statistics.fmean(r.gain(mode) for r in results.values()) if results else math.nan
+
+
+def figures(arms: Mapping[str, Mapping[int, Result]]) -> dict[str, float]:
+    """Return the figures of the last line: gains in points, the share 0..1, minutes.
+
+    The ceiling's share is the smaller one of greedy and sampled; nan where the ceiling gains
+    nothing. PPO's gain is the smaller one of the two as well.
+    """
+    grpo, ceiling, ppo = (arms.get(name, {}) for name in ("grpo", "ceiling", "ppo"))
+    shares = [
+        mean_gain(grpo, mode) / gain if (gain := mean_gain(ceiling, mode)) > 0 else math.nan
+        for mode in MODES
+    ]
+    return {
+        "greedy_gain_mean": mean_gain(grpo, "greedy"),
+        "greedy_gain_min": min((r.gain("greedy") for r in grpo.values()), default=math.nan),
+        "sampled_gain_mean": mean_gain(grpo, "sampled"),
+        "ppo_gain_mean": min(mean_gain(ppo, mode) for mode in MODES),
+        "ceiling_share": math.nan if any(map(math.isnan, shares)) else min(shares),
+        "minutes_max": max((r.minutes for r in grpo.values()), default=math.nan),
+    }
+
+
+def table(arms: Mapping[str, Mapping[int, Result]]) -> str:
+    """Return one line per run, and the mean of each arm."""
+    lines = [
+        f"{'':8}{'seed':>5}{'stop at':>9}{'start':>15}{'after':>15}{'gain (points)':>17}"
+        f"{'minutes':>9}{'training':>10}",
+        f"{'':22}" + f"{'greedy sampled':>15}" * 2 + f"{'greedy sampled':>17}",
+    ]
+    for arm, results in arms.items():
+        for seed, r in results.items():
+            rates = "".join(
+                f"{100 * rate['greedy']:7.1f}{100 * rate['sampled']:8.1f}"
+                for rate in (r.start, r.after)
+            )
+            lines.append(
+                f"{arm:8}{seed:5d}{r.iteration:9d}{rates}{r.gain('greedy'):+9.1f}"
+                f"{r.gain('sampled'):+8.1f}{r.minutes:9.1f}{r.training_minutes:10.1f}"
+            )
+        greedy, sampled = (mean_gain(results, mode) for mode in MODES)
+        lines.append(f"{arm:8}{'mean':>5}{'':39}{greedy:+9.1f}{sampled:+8.1f}")
+    return "\n".join(lines)
+
+
+class Bench:
+    """Runs launch.py and keeps what came out.
+
+    Args:
+        work: folder of runs and evaluations.
+        settings: {"section.field": value}, for every command.
+        iterations: of every run; None = the preset's.
+        scenes, selection_scenes: per evaluation, reported and during training.
+        interval: iterations between the evaluations among which the best is chosen.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        settings: Mapping[str, object],
+        *,
+        iterations: int | None,
+        scenes: int,
+        selection_scenes: int,
+        interval: int,
+    ):
+        self._work = work.absolute()
+        self._work.mkdir(parents=True, exist_ok=True)
+        self._settings = {"eval.episodes": 0, "video.save": False, "log.tensorboard": False}
+        self._settings |= settings
+        self._training = {
+            "eval.starts": SELECTION,
+            "eval.ground_truth_episodes": selection_scenes,
+            "eval.interval": interval,
+            "checkpoint.interval": interval,
+            "checkpoint.keep": 1_000_000,
+        }
+        if iterations is not None:
+            self._training["train.iterations"] = iterations
+        self._scenes = scenes
+
+    def _key(self, preset: str, settings: Mapping[str, object], extra: object = None) -> str:
+        """Return a short hash of all that the outcome depends on, except for the code."""
+        config = overrides.load(str(ROOT / preset)).to_dict()
+        folders = {}
+        for name in WEIGHTS:
+            section, field = name.split(".")
+            folder = Path(str(settings.get(name, config[section][field])))
+            folders[name] = [
+                (file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+                for file in sorted(folder.glob("*"))
+                if file.is_file() and file.name != "card.json"
+            ]
+        facts = json.dumps([preset, config, dict(settings), folders, extra], default=str)
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+    def _launch(self, preset: str, settings: Mapping[str, object], name: str, *flags: str) -> float:
+        """Run launch.py; return its seconds."""
+        settings = dict(settings) | {"log.dir": self._work, "log.run": name}
+        command = [sys.executable, "launch.py", f"--config={preset}", *flags]
+        command += [f"--config.{field}={value}" for field, value in settings.items()]
+        log, began = self._work / f"{name}.log", time.perf_counter()
+        with log.open("w") as stream:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, check=False
+            )
+        if done.returncode:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+            sys.exit(f"{' '.join(command)}\nended with status {done.returncode}:\n{tail}")
+        return time.perf_counter() - began
+
+    def train(self, arm: str, seed: int) -> Path:
+        """Return the folder of a finished run; one that was interrupted starts anew.
+
+        Its minutes would not be comparable otherwise.
+        """
+        preset, changes = ARMS[arm]
+        settings = self._settings | self._training | changes | {"seed": seed}
+        name = f"{arm}-seed{seed}-{self._key(preset, settings)}"
+        folder = self._work / name
+        if not (folder / "minutes.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            seconds = self._launch(preset, settings, name)
+            temporary = folder / "minutes.json.tmp"
+            temporary.write_text(json.dumps({"minutes": seconds / 60}))
+            os.replace(temporary, folder / "minutes.json")
+        return folder
+
+    def success(self, arm: str, run: Path | None, iteration: int, temperature: float) -> float:
+        """Return the success rate on the report's scenes of one policy, 0 = the start policy."""
+        preset, _ = ARMS[arm]
+        settings = self._settings | GROUND_TRUTH
+        settings |= {
+            "eval.starts": REPORT,
+            "eval.ground_truth_episodes": self._scenes,
+            "policy.eval_temperature": temperature,
+        }
+        key = self._key(preset, settings, [run.name, iteration] if iteration else None)
+        if iteration:
+            settings |= {"checkpoint.restore": run, "checkpoint.step": iteration}
+        found = self._work / f"eval-{key}" / "evaluation.json"
+        if not found.is_file():
+            self._launch(preset, settings, f"eval-{key}", "--mode=eval")
+        return json.loads(found.read_text())["success"]["ground_truth"]["rate"]
+
+    def result(self, arm: str, seed: int) -> Result:
+        """Train and evaluate, or find what earlier calls left."""
+        run = self.train(arm, seed)
+        iteration = report.best_iteration(run)
+        trained_at = json.loads((run / "config.json").read_text())["policy"]["temperature"]
+        temperatures = {"greedy": 0.0, "sampled": trained_at}
+        summary = json.loads((run / "summary.json").read_text())
+        return Result(
+            start={m: self.success(arm, None, 0, t) for m, t in temperatures.items()},
+            after={m: self.success(arm, run, iteration, t) for m, t in temperatures.items()},
+            iteration=iteration,
+            training_minutes=summary["seconds"]["step"] / 60,
+            minutes=json.loads((run / "minutes.json").read_text())["minutes"],
+        )
+
+
+def main() -> None:
+    """Print the table; the last line is for programs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, help="of every run; default: the preset's")
+    parser.add_argument("--interval", type=int, default=4, help="iterations between evaluations")
+    parser.add_argument("--scenes", type=int, default=512, help="of every reported figure")
+    parser.add_argument("--selection_scenes", type=int, default=256)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--work", type=Path, default=Path("runs/learning"))
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="for every command"
+    )
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    args = parser.parse_args()
+    if wrong := [entry for entry in args.set if "=" not in entry]:
+        parser.error(f"--set: expected SECTION.FIELD=VALUE, got {wrong}")
+    bench = Bench(
+        args.work,
+        dict(entry.split("=", 1) for entry in args.set),
+        iterations=args.iterations,
+        scenes=args.scenes,
+        selection_scenes=args.selection_scenes,
+        interval=args.interval,
+    )
+    arms: dict[str, dict[int, Result]] = {}
+    for arm in args.arms:
+        arms[arm] = {}
+        for seed in args.seeds:
+            arms[arm][seed] = bench.result(arm, seed)
+            print(f"{arm} seed {seed}: {arms[arm][seed]}", flush=True)
+    print(f"\nGround-truth success in %, {args.scenes} scenes that no choice was made on;")
+    error = 196 * math.sqrt(0.25 / args.scenes)
+    print(f"one rate is known to {error:.1f} points or better (95 %).\n")
+    print(table(arms))
+    numbers = figures(arms)
+    if args.json:
+        runs = {
+            arm: {seed: dataclasses.asdict(result) for seed, result in results.items()}
+            for arm, results in arms.items()
+        }
+        args.json.write_text(json.dumps({"figures": numbers, "runs": runs}, indent=2) + "\n")
+    print("\nGains in points, share of the ceiling 0..1, minutes of a whole run:")
+    print(" ".join(f"{name}={value:.2f}" for name, value in numbers.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Makes every shipped weight of the miniature from nothing, with public commands only.
+
+    python -m evac_jax.tools.build_miniature            # all stages, weights in data/miniature
+    python -m evac_jax.tools.build_miniature --ship     # the same, then replace the shipped ones
+    python -m evac_jax.tools.build_miniature --verify   # are the shipped files those of the card?
+
+The table below is the recipe. Two stages run at a time, one core each; what is done is not done
+again (see `stages`), so an interrupted build goes on. docs/miniature.md tells why each stage is
+there and what it costs.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import logging
+
+from evac_jax import report
+from evac_jax.config import MINIATURE_WEIGHTS
+from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
+from evac_jax.tools import cards, recipes
+from evac_jax.tools.stages import WORK, Stage, Workshop
+
+# What a build costs and how good it gets. `--scale` multiplies every count.
+COUNTS = {
+    # recordings, episodes
+    "base": 3000,
+    "start": 800,  # of the start policy, half of them greedy
+    "trained": 800,  # likewise of the trained policy
+    # offline training, optimiser steps
+    "autoencoder": 3000,
+    "pose_model": 8000,
+    "vision": 1200,
+    "expert": 9000,
+    "sloppy": 1500,
+    "world_model": 9000,
+    "world_model_start": 2500,
+    "world_model_trained": 1500,
+    "reward": 3000,
+    # reinforcement learning, iterations
+    "rl": 12,
+}
+# Least of a scaled count (others 4); vision pretraining warms up for 100 steps.
+FLOORS = {"rl": 1, "base": 48, "start": 16, "trained": 16, "vision": 110}
+MIX = "expert=0.12,noisy=0.18,near_miss=0.30,random_midway=0.14,random=0.06,sloppy=0.20"
+CONFIG = "configs/grpo.py"
+# Every world-model stage has the same autoencoder, so they share the latents of the recordings.
+LATENTS = {"cache": f"{WORK}/latents"}
+# Per second of one core, steps of 6 windows lower the held-out loss far more than steps of 16.
+SMALL_BATCHES = {"batch": 6, "save_every": 1500}
+
+# Folder of the shipped weights -> folder under `{work}` that it is a copy of.
+SHIPPED = {
+    "world_model": "world_model_trained",
+    "reward": "reward_trained",
+    "pose_model": "pose_model",
+    "policy": "policy",
+    "policy_trained": "policy_trained",
+}
+KEPT = (".json", ".safetensors")  # files of such a folder that belong to it; the rest is progress
+MAX_BYTES = 12_000_000
+CARD = "card.json"
+
+
+def scaled(scale: float) -> dict[str, int]:
+    """Return `COUNTS` times `scale`, none below its floor.
+
+    Raises:
+        ConfigError: a scale that is not in (0, 1].
+    """
+    if not 0 < scale <= 1:
+        raise ConfigError(f"--scale: expected above 0 and at most 1, got {scale}")
+    return {name: max(round(n * scale), FLOORS.get(name, 4)) for name, n in COUNTS.items()}
+
+
+def make_stages(scale: float = 1.0) -> list[Stage]:
+    """Return the recipe: stages in an order in which every input comes before its use.
+
+    A stage is named after the folder under `{work}` that it makes, and reads those of its inputs.
+    """
+    n = scaled(scale)
+    stages: list[Stage] = []
+
+    def add(name: str, command: tuple[str, ...], *inputs: str, cores=1, resumes=False) -> None:
+        stages.append(Stage(name, command, inputs, name, cores, resumes))
+
+    add("base", recipes.record(at("base"), MIX, n["base"], seed=0))
+    # On the other core meanwhile: supervised training draws its own scenes.
+    supervised = {"batch": 16, "sd_bins": 6, "score_every": 1500}
+    add(
+        "policy_expert",
+        recipes.tool("train_policy", out=at("policy_expert"), labels="expert", lr=1e-3)
+        + recipes.options(vision_steps=n["vision"], steps=n["expert"], **supervised),
+    )
+    add(
+        "policy_sloppy",
+        recipes.tool("train_policy", out=at("policy_sloppy"), start=at("policy_expert"))
+        + recipes.options(labels="sloppy", steps=n["sloppy"], lr=3e-4, seed=1, **supervised),
+        "policy_expert",
+    )
+    # Half the bytes; from here on everything meets the weights that are shipped.
+    add("policy", recipes.store(at("policy_sloppy"), at("policy"), "bfloat16"), "policy_sloppy")
+    add(
+        "autoencoder",
+        recipes.tool("train_autoencoder", data=[at("base")], out=at("autoencoder"))
+        + recipes.options(steps=n["autoencoder"], batch=12, lr=1.5e-3),
+        "base",
+        resumes=True,
+    )
+    add(
+        "world_model_base",
+        recipes.tool("train_world_model", data=[at("base")], out=at("world_model_base"))
+        + recipes.options(autoencoder=at("autoencoder"), steps=n["world_model"], lr=1e-3)
+        + recipes.options(**SMALL_BATCHES, **LATENTS),
+        *("base", "autoencoder"),
+        resumes=True,
+    )
+    add(
+        "pose_model",
+        recipes.tool("train_action_model", data=[at("base")], out=at("pose_model"))
+        + recipes.options(steps=n["pose_model"]),
+        "base",
+    )
+    # Twice: rollouts of a policy, then simulator parts that have seen them.
+    add_rollouts(add, n, "start", "policy", seed=1)
+    add_simulator(add, n, "start", "world_model_base", ["base"])
+    add_trained_policy(add, n)
+    add_rollouts(add, n, "trained", "policy_trained", seed=2)
+    add_simulator(add, n, "trained", "tuned_start", ["base", "rollouts_start"])
+    recordings = ("base", "rollouts_start", "rollouts_trained")
+    add(
+        "trust",
+        recipes.validate(
+            CONFIG,
+            simulator("trained"),
+            [at(name) for name in recordings],
+            at("trust"),
+        ),
+        *("world_model_trained", "reward_trained", "pose_model", *recordings),
+    )
+    return stages
+
+
+def at(name: str) -> str:
+    """Return the folder of a stage's output as command lines name it."""
+    return f"{WORK}/{name}"
+
+
+def simulator(who: str) -> dict[str, str]:
+    """Return the fields of the configuration that name the weights of a simulator."""
+    return {
+        "world_model.checkpoint": at(f"world_model_{who}"),
+        "reward.checkpoint": at(f"reward_{who}"),
+        "env.pose_model": at("pose_model"),
+    }
+
+
+def add_rollouts(add, n, who: str, policy: str, seed: int) -> None:
+    """Record a policy in the ground truth."""
+    name = f"rollouts_{who}"
+    command = recipes.record_policy(CONFIG, {}, at(policy), at(name), n[who], seed)
+    add(name, command, policy)
+
+
+def add_simulator(add, n, who: str, start: str, old: list[str]) -> None:
+    """World model and classifier that have seen the policy's rollouts beside the old recordings."""
+    tuned, world_model = f"tuned_{who}", f"world_model_{who}"
+    imagined, new = f"imagined_{who}", f"rollouts_{who}"
+    folders = [at(name) for name in (*old, new)]
+    add(
+        tuned,
+        recipes.fine_tune_world_model(at(start), at(tuned), folders, n[world_model])
+        + recipes.options(lr=5e-4, **SMALL_BATCHES, **LATENTS),
+        *(start, *old, new),
+        resumes=True,
+    )
+    add(world_model, recipes.store(at(tuned), at(world_model), "float16"), tuned)
+    add(
+        imagined,
+        recipes.imagine(CONFIG, simulator(who), [at(new)], at(imagined)),
+        *(world_model, new),
+    )
+    add(
+        f"reward_{who}",
+        recipes.train_reward(at(f"reward_{who}"), folders, [at(imagined)], n["reward"]),
+        *(imagined, *old, new),
+    )
+
+
+def add_trained_policy(add, n) -> None:
+    """Reinforcement learning in imagination; its best evaluation becomes a policy folder."""
+    settings = simulator("start") | {
+        "policy.checkpoint": at("policy"),
+        "train.iterations": n["rl"],
+        "eval.episodes": 0,
+    }
+    inputs = ("policy", "world_model_start", "reward_start", "pose_model")
+    add("rl", recipes.train(CONFIG, WORK, "rl", settings, interval=4), *inputs, cores=2)
+    export = recipes.export(at("rl"), at("policy_trained"), dtype="bfloat16")
+    add("policy_trained", export, "rl")
+
+
+def machine() -> dict[str, object]:
+    """Return what the build ran on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+    }
+
+
+def digests(weights: Path) -> dict[str, str]:
+    """Return {path: sha256} of every file of a weight folder, except for its card."""
+    files = sorted(path for path in weights.rglob("*") if path.is_file())
+    names = {str(path.relative_to(weights)): path for path in files}
+    return {name: cards.sha256(path) for name, path in names.items() if name != CARD}
+
+
+def verify(weights: Path) -> list[str]:
+    """Return what differs between the files and their card, [] if nothing does.
+
+    Raises:
+        CheckpointError: there is no card.
+    """
+    card = cards.read(weights)
+    if "files" not in card:
+        raise CheckpointError(f"{weights / CARD}: missing, or not a card of build_miniature")
+    stated, found = card["files"], digests(weights)
+    problems = [f"{name}: missing" for name in stated if name not in found]
+    problems += [f"{name}: not in the card" for name in found if name not in stated]
+    return problems + [
+        f"{name}: changed" for name in stated if name in found and stated[name] != found[name]
+    ]
+
+
+def assemble(workshop: Workshop, stages: list[Stage], out: Path) -> dict:
+    """Copy the shipped folders into the new folder `out` with their card; return the card.
+
+    Raises:
+        ConfigError: together they are too large to be shipped.
+    """
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, source in SHIPPED.items():
+        (partial / name).mkdir(parents=True)
+        for file in sorted((workshop.work / source).iterdir()):
+            if file.is_file() and file.suffix in KEPT:
+                shutil.copy2(file, partial / name)
+    sizes = {
+        name: sum(file.stat().st_size for file in (partial / name).iterdir()) for name in SHIPPED
+    }
+    if sum(sizes.values()) > MAX_BYTES:
+        raise ConfigError(
+            f"the weights take {sum(sizes.values())} bytes, at most {MAX_BYTES} may be shipped: "
+            f"{sizes}; see SHIPPED here and miniature/sizes.py"
+        )
+    facts = cards.card(
+        machine=machine(),
+        hours=round(workshop.clock() / 3600, 3),
+        stages=[stage_facts(workshop, stage) for stage in stages],
+        bytes=sizes,
+        scores={name: scores(cards.read(partial / name)) for name in SHIPPED},
+        trust=recipes.trust_figures(workshop.work / "trust"),
+        files=digests(partial),
+    )
+    cards.write_json(partial / CARD, facts)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
+    return facts
+
+
+def stage_facts(workshop: Workshop, stage: Stage) -> dict:
+    """Return a stage's line of the card."""
+    return {
+        "name": stage.name,
+        "seconds": round(workshop.record(stage.name)["seconds"], 1),
+        "command": stage.shown,
+    }
+
+
+def scores(card: Mapping) -> object:
+    """Return what a tool's own card says of quality: its scores, or the end of its history."""
+    return card.get("scores") or (card.get("history") or [None])[-1]
+
+
+def ship(built: Path, target: Path) -> None:
+    """Put `built` in the place of `target`; a killed copy leaves the old weights whole."""
+    new, old = (target.with_name(f"{target.name}.{end}") for end in ("new", "old"))
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(built, new)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("data/miniature"), help="all stages")
+    parser.add_argument("--out", type=Path, help="weights; default: the folder weights in --work")
+    parser.add_argument("--ship", action="store_true", help="replace the shipped weights by them")
+    parser.add_argument("--scale", type=float, default=1.0, help="0.01 for a smoke test")
+    parser.add_argument("--cores", type=int, help="default: up to 2")
+    parser.add_argument("--list", action="store_true", help="show the stages and do nothing")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the shipped files with their card instead"
+    )
+    parser.add_argument("--weights", type=Path, default=Path(MINIATURE_WEIGHTS), help="of --verify")
+    args = parser.parse_args(argv)
+    if args.ship and args.scale != 1:
+        parser.error("--ship: weights of a scaled-down build are no good; leave --scale out")
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse(sys.argv[1:])
+    logging.set_verbosity(logging.INFO)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running stages as well
+    try:
+        if args.verify:
+            if problems := verify(args.weights):
+                sys.exit("\n".join([f"{args.weights} differs from its card:", *problems]))
+            report.show(f"{args.weights}: every file is the one in its card")
+            return
+        stages = make_stages(args.scale)
+        if args.list:
+            report.show("\n".join(f"{stage.name}: {stage.shown}" for stage in stages))
+            return
+        workshop = Workshop(args.work, args.cores)
+        workshop.run(stages)
+        out = (args.out or workshop.work / "weights").absolute()
+        facts = assemble(workshop, stages, out)
+        if args.ship:
+            ship(out, Path(MINIATURE_WEIGHTS))
+    except EvacJaxError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    slowest = sorted(facts["stages"], key=lambda stage: -stage["seconds"])
+    report.show("\n".join(f"{s['seconds'] / 60:8.1f} min  {s['name']}" for s in slowest))
+    report.show(f"hours={facts['hours']:.2f} bytes={sum(facts['bytes'].values())} weights={out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Stores a folder of weights in half precision: half the bytes, loaded as before.
+
+    python -m evac_jax.tools.store_as --source DIR --out DIR2 --dtype float16
+
+What is scored afterwards should be this copy, for it is the one that others get.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from evac_jax.errors import CheckpointError
+from evac_jax.tools import cards
+
+DTYPES = ("float16", "bfloat16")
+
+
+def store(source: Path, out: Path, dtype: str) -> None:
+    """Write the new folder `out`: float32 tensors of `source` as `dtype`, JSON files as they are.
+
+    Of a policy folder, config.json names the new precision; the card gets `stored_as`.
+
+    Raises:
+        CheckpointError: `out` exists, there are no weights, or a value does not fit.
+    """
+    if out.exists():
+        raise CheckpointError(f"--out: {out} exists; choose another folder or remove it")
+    weights = sorted(source.glob("*.safetensors"))
+    if not weights:
+        raise CheckpointError(f"--source: {source} has no *.safetensors")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in weights:
+        with safe_open(file, "numpy") as stream:
+            names = stream.keys()
+            tensors = {name: _cast(name, stream.get_tensor(name), dtype) for name in names}
+            save_file(tensors, partial / file.name, metadata=stream.metadata())
+    for file in sorted(source.glob("*.json")):
+        shutil.copyfile(file, partial / file.name)
+    _name_precision(partial / "config.json", dtype)
+    card = cards.read(source) | {"stored_as": dtype}
+    if len(weights) == 1:
+        card["sha256"] = cards.sha256(partial / weights[0].name)
+    cards.write_json(partial / "card.json", card)
+    os.replace(partial, out)
+
+
+def _name_precision(file: Path, dtype: str) -> None:
+    """Say the precision where a Hugging Face configuration says it; others do not."""
+    config = json.loads(file.read_text())
+    if "torch_dtype" in config:
+        config["torch_dtype"] = config.setdefault("text_config", {})["torch_dtype"] = dtype
+        cards.write_json(file, config)
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    if tensor.dtype != np.float32:
+        return tensor
+    with np.errstate(over="ignore"):
+        cast = tensor.astype(jnp.dtype(dtype))
+    if not np.isfinite(cast.astype(np.float32)).all():
+        raise CheckpointError(f"{name}: a value is not finite as {dtype}; take bfloat16")
+    return cast
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", required=True, type=Path, help="folder of float32 weights")
+    parser.add_argument("--out", required=True, type=Path, help="new folder")
+    parser.add_argument("--dtype", required=True, choices=DTYPES)
+    args = parser.parse_args()
+    store(args.source, args.out, args.dtype)
+
+
+if __name__ == "__main__":
+    main()

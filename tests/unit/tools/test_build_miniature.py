@@ -1,0 +1,138 @@
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from evac_jax import overrides
+from evac_jax.errors import CheckpointError, ConfigError
+from evac_jax.tools import build_miniature as build
+from evac_jax.tools.stages import Stage, Workshop, check, stamps
+
+
+def test_recipe_names_every_recording_and_weight_that_a_command_reads():
+    stages = build.make_stages()
+    check(stages)
+    names = {stage.name for stage in stages}
+    for stage in stages:
+        used = set(re.findall(r"\{work\}/(\w+)", " ".join(stage.command))) & names
+        assert used - {stage.name} == set(stage.inputs), stage.name
+
+
+def _options(tool: str) -> set[str]:
+    """Options in the source of a tool and of the modules beside it that it takes them from."""
+    folder = Path(build.__file__).parent
+    source = (folder / f"{tool}.py").read_text()
+    for name in re.findall(r"\b\w*options\b", source):
+        path = folder / f"{name}.py"
+        source += path.read_text() if path.is_file() else ""
+    return set(re.findall(r"\"--([\w-]+)\"", source))
+
+
+def test_every_flag_of_the_recipe_exists():
+    for stage in build.make_stages():
+        if stage.command[0] == "launch.py":
+            overrides.check(stage.command[1:], default_file="")
+        else:
+            used = {part.split("=")[0][2:] for part in stage.command if part.startswith("--")}
+            tool = stage.command[1].rsplit(".", 1)[-1]
+            assert used <= _options(tool), stage.name
+
+
+def test_recipe_makes_what_is_shipped():
+    stages = build.make_stages()
+    assert set(build.SHIPPED.values()) <= {stage.output for stage in stages}
+    assert stages[-1].name == "trust"
+
+
+def test_scale_divides_every_count_but_keeps_floors():
+    assert build.scaled(1.0) == build.COUNTS
+    assert build.scaled(0.1)["base"] == round(0.1 * build.COUNTS["base"])
+    assert build.scaled(0.01)["base"] == build.FLOORS["base"]
+    assert build.scaled(0.01)["rl"] == 1
+    for wrong in (0, 1.5):
+        with pytest.raises(ConfigError, match="--scale"):
+            build.scaled(wrong)
+
+
+def test_changed_count_runs_only_what_rests_on_it(monkeypatch):
+    before = stamps(build.make_stages())
+    monkeypatch.setitem(build.COUNTS, "sloppy", 601)
+    after = stamps(build.make_stages())
+    changed = {name for name in before if before[name] != after[name]}
+    assert {"policy", "rollouts_start", "world_model_start", "rl", "trust"} <= changed
+    assert not changed & {"base", "autoencoder", "world_model_base", "pose_model", "policy_expert"}
+
+
+def _made(tmp_path, monkeypatch, size=10):
+    """A build of one fake stage per shipped folder."""
+    script = (
+        "import json, pathlib, sys; out = pathlib.Path(sys.argv[1]); out.mkdir(); "
+        "(out / 'model.safetensors').write_bytes(bytes(int(sys.argv[2]))); "
+        "(out / 'progress.pt').write_text('not shipped'); "
+        "(out / 'card.json').write_text(json.dumps({'scores': {'psnr': 26.5}}))"
+    )
+    stages = [
+        Stage(source, ("-c", script, f"{{work}}/{source}", str(size)), output=source)
+        for source in build.SHIPPED.values()
+    ]
+    monkeypatch.setattr(build, "make_stages", lambda scale: stages)
+    monkeypatch.setattr(build.recipes, "trust_figures", lambda folder: {"agreement": 0.9})
+    return stages
+
+
+def _main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["build_miniature", *map(str, arguments)])
+    build.main()
+
+
+def test_build_ships_weights_with_a_card_that_verifies(tmp_path, monkeypatch, capsys):
+    stages = _made(tmp_path, monkeypatch)
+    target = tmp_path / "shipped"
+    shutil.copytree(tmp_path, target, ignore=lambda *_: [])  # an older version is in the way
+    monkeypatch.setattr(build, "MINIATURE_WEIGHTS", str(target))
+    _main(monkeypatch, "--work", tmp_path / "work", "--ship", "--cores", 1)
+    assert "bytes=" in capsys.readouterr().out.splitlines()[-1]
+
+    card = json.loads((target / "card.json").read_text())
+    assert [stage["name"] for stage in card["stages"]] == [stage.name for stage in stages]
+    assert all(stage["seconds"] > 0 for stage in card["stages"])
+    assert card["scores"]["reward"] == {"psnr": 26.5}
+    assert card["trust"] == {"agreement": 0.9}
+    assert card["machine"]["cores"] >= 1
+    assert str(tmp_path) not in json.dumps(card)  # of no use to anybody else
+    assert sorted(p.name for p in (target / "reward").iterdir()) == [
+        "card.json",
+        "model.safetensors",
+    ]
+    _main(monkeypatch, "--verify", "--weights", target)
+
+    (target / "policy" / "model.safetensors").write_bytes(b"other")
+    (target / "reward" / "model.safetensors").unlink()
+    (target / "new.json").write_text("{}")
+    with pytest.raises(SystemExit) as error:
+        _main(monkeypatch, "--verify", "--weights", target)
+    assert "policy/model.safetensors: changed" in str(error.value)
+    assert "reward/model.safetensors: missing" in str(error.value)
+    assert "new.json: not in the card" in str(error.value)
+
+
+def test_weights_that_are_too_large_are_not_assembled(tmp_path, monkeypatch):
+    stages = _made(tmp_path, monkeypatch, size=build.MAX_BYTES // len(build.SHIPPED) + 1)
+    workshop = Workshop(tmp_path / "work", cores=1)
+    workshop.run(stages)
+    with pytest.raises(ConfigError, match="at most 12000000 may be shipped"):
+        build.assemble(workshop, stages, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_without_a_card_cannot_be_verified(tmp_path):
+    with pytest.raises(CheckpointError, match="not a card of build_miniature"):
+        build.verify(tmp_path)
+
+
+def test_scaled_weights_are_never_shipped():
+    with pytest.raises(SystemExit):
+        build.parse(["--ship", "--scale", "0.5"])
