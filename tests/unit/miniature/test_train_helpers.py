@@ -14,25 +14,6 @@ def recording(tmp_path_factory):
     return collect.collect(folder, 24, {"expert": 0.5, "random": 0.5}, image_size=32)
 
 
-def test_verdicts_count_runs_of_frames_and_whole_episodes():
-    values = np.array([[0.1, 0.9, 0.9, 0.2], [0.9, 0.1, 0.9, 0.1], [0.9, 0.9, 0.1, 0.1]])
-    success = np.array([[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
-    verdict = train_reward.judge(values, success, 0.8, 2)
-    assert verdict["frame_recall"] == 1.0
-    assert verdict["frame_precision"] == 3 / 6
-    assert verdict["false_success"] == 0.5  # of two claims the third episode's is wrong
-    assert verdict["agreement"] == pytest.approx(1 / 3)
-    assert verdict["missed_success"] == 0.5  # the second one has no two frames in a row
-
-
-def test_threshold_is_the_middle_of_those_strict_enough_that_miss_least():
-    values = np.array([[0.95, 0.95], [0.405, 0.405]])
-    success = np.array([[True, True], [False, False]])
-    verdict = train_reward.choose_threshold(values, success, 2, allowed=0.0)
-    assert verdict["threshold"] == pytest.approx((0.41 + 0.95) / 2, abs=0.01)
-    assert verdict["false_success"] == verdict["missed_success"] == 0
-
-
 def test_batch_holds_successes_asked_about_with_another_instruction(recording):
     sampler = train_reward.FrameSampler(recording, 3, np.random.default_rng(0))
     frames, task, labels = sampler.draw(40)
@@ -60,9 +41,9 @@ def test_classifier_learns_to_tell_success_apart(recording, tmp_path):
     )
     checkpoint.save_model(tmp_path, model, torch.float16)
     model = checkpoint.load_model(tmp_path, kind="RewardNet")
-    values = train_reward.probabilities(model, recording)
+    values = train_reward.scores(model, recording)
     success = train_reward.by_episode(recording, recording.success)
-    assert values[success].mean() > values[~success].mean() + 0.1
+    assert values[success].mean() > values[~success].mean() + 0.5
 
 
 def test_pose_model_follows_recorded_transitions(recording):
