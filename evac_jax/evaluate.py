@@ -9,6 +9,7 @@ import numpy as np
 from evac_jax.learner import Learner
 from evac_jax.rollout import Stopwatch, env_metrics, padded, play
 from evac_jax.simulators import Simulators
+from evac_jax.starts import noise_seed
 from evac_jax.telemetry import video
 
 
@@ -61,8 +62,8 @@ def evaluate(
             learner,
             simulators,
             row,
-            seed=seed + index,
-            key=jax.random.key(seed + index),
+            seed=noise_seed(seed, index),
+            key=jax.random.fold_in(jax.random.key(seed), index),
             evaluation=True,
             watch=watch,
         ):

@@ -16,6 +16,7 @@ from evac_jax.bridge.types import IDLE
 from evac_jax.errors import SimulatorError
 from evac_jax.learner import Learner
 from evac_jax.simulators import BatchStep, Simulators
+from evac_jax.starts import noise_seed
 from policies.types import ObsBatch, PolicyOutput
 
 
@@ -125,7 +126,7 @@ def collect(
             learner,
             simulators,
             row,
-            seed=seed + epoch,
+            seed=noise_seed(seed, epoch),
             key=jax.random.fold_in(key, epoch),
             evaluation=False,
             watch=watch,

@@ -16,6 +16,7 @@ from evac_jax.bridge.client import Exchange, SimulatorClient
 from evac_jax.bridge.types import StepResult
 from evac_jax.config import TrainConfig
 from evac_jax.errors import SimulatorError
+from evac_jax.starts import noise_seed
 
 
 @dataclasses.dataclass
@@ -110,7 +111,7 @@ class Simulators:
             raise ValueError(f"starts must have shape ({self.num_envs},), got {starts.shape}")
         blocks = np.split(starts, len(self._clients))
         for rank, (client, block) in enumerate(zip(self._clients, blocks, strict=True)):
-            client.send_reset(block, seed + rank)
+            client.send_reset(block, noise_seed(seed, rank))
         return self._receive()
 
     def step(self, actions: np.ndarray) -> BatchStep:

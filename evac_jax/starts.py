@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 ORDERS = ("fixed", "ordered", "random")
 
 
+def noise_seed(*numbers: int) -> int:
+    """Return one seed in [0, 2**32) for (seed, iteration), (seed, epoch), (seed, rank) ..
+
+    Sums would meet: epoch 1 of rank 0 would repeat the noise of epoch 0 of rank 1.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 class StartSampler:
     """Draws start ids from the half-open range [low, high), in groups.
 
@@ -104,7 +112,7 @@ class StartSampler:
 
     def seed(self, iteration: int) -> int:
         """Return the seed of the simulators' noise in an iteration, 0 <= seed < 2**32."""
-        return int(np.random.SeedSequence([self._seed, iteration]).generate_state(1)[0])
+        return noise_seed(self._seed, iteration)
 
     def state_dict(self) -> dict:
         """Return everything a resumed run needs, as plain integers and strings."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evac_jax.errors import ConfigError
-from evac_jax.starts import StartSampler
+from evac_jax.starts import StartSampler, noise_seed
 
 
 def test_members_share_their_start_when_drawn_in_groups():
@@ -84,3 +84,9 @@ def test_the_range_ends_with_the_source_when_left_open():
 def test_a_range_beyond_the_source_is_refused():
     with pytest.raises(ConfigError, match="only 4"):
         StartSampler.from_config(config(5), 4)
+
+
+def test_noise_seeds_of_neighbouring_epochs_and_ranks_never_meet():
+    seeds = {noise_seed(noise_seed(7, epoch), rank) for epoch in range(8) for rank in range(8)}
+    assert len(seeds) == 64
+    assert all(0 <= seed < 2**32 for seed in seeds)
