@@ -1,6 +1,7 @@
 """Trains the pose model: where an action takes the gripper.
 
 Fitted on recorded transitions, several steps in a row, because a rollout feeds it its own output.
+Its metric is the drift at the end of whole episodes, in mm.
 
     python -m evac_jax.tools.train_action_model --data DIR --out DIR --steps 6000
 """
@@ -118,6 +119,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for weights, config and card")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument(
+        "--plain", action="store_true", help="the published network, without the linear skip"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -125,7 +129,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     train_part, held_out = dataset.load(*args.data).split()
     began = time.process_time()
-    config = PoseModelConfig(hidden=args.hidden, linear_skip=True)
+    config = PoseModelConfig(hidden=args.hidden, linear_skip=not args.plain)
     model = train(train_part, config, steps=args.steps, seed=args.seed)
     scores = score(model, held_out)
     out = Path(args.out)
