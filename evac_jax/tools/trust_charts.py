@@ -1,21 +1,29 @@
-"""The trust report's picture: bars with intervals, curves over time, film strips. Pillow only."""
+"""The trust report's picture: bars with intervals, curves over time, film strips."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 
 from evac_jax.telemetry.files import replacing
 from evac_jax.tools.filmstrip import compare
 from evac_jax.tools.trust_replay import FALSE, MISSED, NOTHING, RIGHT, Film
 
-PANEL = (500, 280)  # pixels
-MARGIN = (52, 12, 30, 40)  # left, right, top, bottom of a panel's axes
-FINER = 2  # drawn this much larger, then averaged: smooth lines without a plotting library
-WHITE, INK, GREY, PALE = (255, 255, 255), (30, 30, 34), (120, 120, 126), (224, 224, 228)
-COLORS = ((38, 98, 178), (222, 132, 38), (56, 148, 84), (178, 52, 64), (118, 88, 168))
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "font.size": 8,
+    "legend.frameon": False,
+    "savefig.dpi": 120,
+}
+PANEL = (4.2, 2.4)  # inches
 STRIP_SCALE = 64  # pixels that a frame's shorter side is enlarged to at least
 FILMS_PER_VERDICT = 2
 TITLES = {
@@ -26,181 +34,66 @@ TITLES = {
 }
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return round numbers from `low` to `high`, at most `most`, 1, 2 or 5 x 10^n apart."""
-    span = max(high - low, 1e-9)
-    step = 10.0 ** math.floor(math.log10(span / most))
-    while span / step > most - 1:
-        # 1 -> 2 -> 5 -> 10
-        step *= 2.5 if f"{step:e}".startswith("2") else 2
-    first = math.ceil(low / step - 1e-9)
-    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+def bars(axes: Axes, title: str, kinds: Mapping[str, Mapping], names: Mapping[str, str]) -> None:
+    """Draw grouped bars with intervals: for every kind its shares `names` {figure: shown as}, %.
 
-
-@dataclass
-class Panel:
-    """One small chart.
-
-    Attributes:
-        title: says what is shown and in which unit.
-        x: range of the horizontal axis.
-        y: range of the vertical axis.
-        x_label: below the axis; "" for none.
+    A share of nothing, such as that of no imagined success, is written as "none".
     """
-
-    title: str
-    x: tuple[float, float]
-    y: tuple[float, float]
-    x_label: str = ""
-    image: Image.Image = field(init=False)
-
-    def __post_init__(self):
-        self.image = Image.new("RGB", (PANEL[0] * FINER, PANEL[1] * FINER), WHITE)
-        self._draw = ImageDraw.Draw(self.image)
-        left, right, top, bottom = (FINER * m for m in MARGIN)
-        self._box = (left, top, self.image.width - right, self.image.height - bottom)
-        self._text((left, top // 2), self.title, "lm", 15, INK)
-        for value in ticks(*self.y):
-            at = self._at(self.x[0], value)[1]
-            self._draw.line((self._box[0], at, self._box[2], at), PALE, FINER)
-            self._text((left - 5 * FINER, at), f"{value:g}", "rm")
-        if self.x_label:
-            for value in ticks(*self.x):
-                self._text((self._at(value, 0)[0], self._box[3] + 7 * FINER), f"{value:g}", "mt")
-            middle = (self._box[0] + self._box[2]) / 2
-            self._text((middle, self.image.height - 4 * FINER), self.x_label, "mb")
-
-    def _at(self, x: float, y: float) -> tuple[float, float]:
-        left, top, right, bottom = self._box
-        y = min(max(y, self.y[0]), self.y[1])
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return left + across * (right - left), bottom - up * (bottom - top)
-
-    def _text(self, at, text: str, anchor: str, size: int = 12, color=GREY) -> None:
-        font = ImageFont.load_default(size * FINER)
-        self._draw.text(at, text, font=font, fill=color, anchor=anchor)
-
-    def line(self, values: Sequence[float | None], color) -> None:
-        """Draw values at x = 1, 2, ..; a None leaves a gap."""
-        before = None
-        for x, value in enumerate(values, start=1):
-            here = None if value is None else self._at(x, value)
-            if before and here:
-                self._draw.line((*before, *here), color, 2 * FINER)
-            before = here
-
-    def bar(self, x: float, width: float, share: Mapping, color) -> None:
-        """Draw a share with its interval (see `trust_scores.share`), in per cent, at `x`."""
-        if share["rate"] is None:
-            self._text(self._at(x, self.y[0]), "none", "mb", 10)
-            return
-        low, high = (100 * end for end in share["interval_95"])
-        left, top = self._at(x - width / 2, 100 * share["rate"])
-        right, bottom = self._at(x + width / 2, self.y[0])
-        self._draw.rectangle((left, top, right, bottom), color)
-        for value in (low, high):
-            self._draw.line(
-                (*self._at(x - width / 5, value), *self._at(x + width / 5, value)), INK, FINER
-            )
-        self._draw.line((*self._at(x, low), *self._at(x, high)), INK, FINER)
-
-    def name(self, x: float, text: str) -> None:
-        """Write a bar's name below the axis."""
-        self._text((self._at(x, self.y[0])[0], self._box[3] + 4 * FINER), text, "mt", 11)
-
-    def level(self, y: float, color) -> None:
-        """Draw a thin line across, for a value to compare with."""
-        ends = (*self._at(self.x[0], y), *self._at(self.x[1], y))
-        self._draw.line(ends, color, FINER)
-
-    def upright(self, x: float, color) -> None:
-        """Draw a thin line upwards."""
-        ends = (*self._at(x, self.y[0]), *self._at(x, self.y[1]))
-        self._draw.line(ends, color, FINER)
-
-    def legend(self, names: Sequence[str], colors: Sequence[tuple]) -> None:
-        """Write names with a square of their colour, from the right, above the axes."""
-        x, y = self._box[2], self._box[1] - 7 * FINER
-        for name, color in reversed(list(zip(names, colors, strict=True))):
-            self._text((x, y), name, "rm", 11)
-            x -= ImageFont.load_default(11 * FINER).getlength(name) + 5 * FINER
-            self._draw.rectangle((x - 9 * FINER, y - 5 * FINER, x, y + 5 * FINER), color)
-            x -= 18 * FINER
-
-    def finished(self) -> Image.Image:
-        """Return the chart at its size."""
-        return self.image.resize(PANEL, Image.LANCZOS)
-
-
-def bars(title: str, kinds: Mapping[str, Mapping], names: Mapping[str, str], level=()) -> Panel:
-    """Return grouped bars: for every kind its shares `names` {figure: shown as}, per cent.
-
-    Args:
-        title: of the chart.
-        kinds: {kind: figures}.
-        names: which figures.
-        level: values to draw a line at, one per figure at most.
-    """
-    panel = Panel(title, (0, len(kinds)), (0, 100))
-    for value, color in zip(level, COLORS, strict=False):
-        panel.level(value, color)
     width = 0.8 / len(names)
-    for place, (kind, figures) in enumerate(kinds.items()):
-        for number, figure in enumerate(names):
-            x = place + 0.1 + (number + 0.5) * width
-            panel.bar(x, 0.9 * width, figures[figure], COLORS[number])
-        panel.name(place + 0.5, kind)
-    panel.legend(list(names.values()), COLORS[: len(names)])
-    return panel
+    for number, (figure, shown) in enumerate(names.items()):
+        shares = [figures[figure] for figures in kinds.values()]
+        x = np.arange(len(kinds)) + (number - (len(names) - 1) / 2) * width
+        rates = np.array([100 * (share["rate"] or 0.0) for share in shares])
+        ends = 100 * np.array([share["interval_95"] or (0.0, 0.0) for share in shares])
+        known = [share["rate"] is not None for share in shares]
+        away = np.abs(ends - rates[:, None]).T * known
+        axes.bar(x, rates, 0.9 * width, yerr=away, capsize=2, error_kw={"lw": 0.8}, label=shown)
+        for place in np.flatnonzero(~np.array(known)):
+            axes.text(x[place], 1, "none", ha="center", va="bottom", rotation=90)
+    axes.set(title=title, ylim=(0, 118), yticks=range(0, 101, 20), xticks=range(len(kinds)))
+    axes.set_xticklabels([kind.replace(":", ":\n") for kind in kinds])
+    axes.grid(visible=False, axis="x")
+    axes.legend(ncols=len(names), fontsize=7, loc="upper left")
 
 
 def lines(
-    title: str, curves: Mapping[str, Sequence], chunk: int, *, from_zero: bool = True, factor=1.0
-) -> Panel:
-    """Return curves over the steps of an episode, with a mark at the end of every chunk."""
-    curves = {
-        name: [None if value is None else factor * value for value in values]
-        for name, values in curves.items()
-    }
-    known = [value for values in curves.values() for value in values if value is not None] or [0]
-    low = 0.0 if from_zero else math.floor(min(known))
+    axes: Axes, title: str, curves: Mapping[str, Sequence], chunk: int, *, from_zero: bool = True
+) -> None:
+    """Draw curves over the steps 1, 2 .. of an episode; a None leaves a gap.
+
+    The ticks are the ends of the chunks.
+    """
     steps = max(map(len, curves.values()))
-    panel = Panel(title, (0, steps), (low, max(known) * 1.05 or 1.0), "step")
-    for step in range(chunk, steps + 1, chunk):
-        panel.upright(step, PALE)
-    for values, color in zip(curves.values(), COLORS, strict=False):
-        panel.line(values, color)
+    for name, values in curves.items():
+        heights = np.array([np.nan if value is None else value for value in values], float)
+        axes.plot(np.arange(1, len(values) + 1), heights, label=name)
+    axes.set(title=title, xlabel="step", xticks=range(0, steps + 1, chunk))
+    if from_zero:
+        axes.set_ylim(bottom=0)
     if len(curves) > 1:
-        panel.legend(list(curves), COLORS[: len(curves)])
-    return panel
+        axes.legend()
 
 
-def charts(report: Mapping) -> list[Image.Image]:
-    """Return the panels of a report (see `validate_world_model`)."""
+def charts(report: Mapping, path: Path) -> None:
+    """Write the panels of a report (see `validate_world_model`) as a PNG file."""
     everyone = report["kinds"] | {"all": report["overall"]}
     drift, chunk = report["drift"], report["settings"]["chunk"]
-    panels = [
-        bars(
-            "Success, %",
-            everyone,
-            {"imagined_success": "imagined", "real_success": "real"},
-        ),
-        bars(
-            "Verdicts, %",
-            everyone,
-            {"agreement": "agree", "false_success": "false", "missed_success": "missed"},
-        ),
-        lines("PSNR, dB", {"": drift["psnr"]}, chunk, from_zero=False),
-        lines("End effector off by, mm", {"": drift["end_effector_mm"]}, chunk),
-    ]
-    if "block_px" in drift:
-        found = {"blocks": drift["block_px"], "gripper": drift["gripper_px"]}
-        panels += [
-            lines("Seen off by, pixels", found, chunk),
-            lines("Blocks lost, %", {"": drift["blocks_lost"]}, chunk, factor=100),
-        ]
-    return [panel.finished() for panel in panels]
+    objects = "block_px" in drift
+    with mpl.rc_context(STYLE):
+        rows = 3 if objects else 2
+        figure = Figure((2 * PANEL[0], rows * PANEL[1]), layout="constrained")
+        panels = figure.subplots(rows, 2).flat
+        success = {"imagined_success": "imagined", "real_success": "real"}
+        bars(next(panels), "Success, %", everyone, success)
+        verdicts = {"agreement": "agree", "false_success": "false", "missed_success": "missed"}
+        bars(next(panels), "Verdicts, %", everyone, verdicts)
+        lines(next(panels), "PSNR, dB", {"": drift["psnr"]}, chunk, from_zero=False)
+        lines(next(panels), "End effector off by, mm", {"": drift["end_effector_mm"]}, chunk)
+        if objects:
+            seen = {"blocks": drift["block_px"], "gripper": drift["gripper_px"]}
+            lines(next(panels), "Seen off by, pixels", seen, chunk)
+            lines(next(panels), "Blocks lost, share", {"": drift["blocks_lost"]}, chunk)
+        figure.savefig(path, format="png")
 
 
 def strips(films: Sequence[Film]) -> list[tuple[str, Image.Image]]:
@@ -219,26 +112,27 @@ def strips(films: Sequence[Film]) -> list[tuple[str, Image.Image]]:
     return pages
 
 
-def draw(path: Path, report: Mapping, films: Sequence[Film]) -> None:
-    """Write the picture of a report: the charts two by two, then the film strips."""
-    panels, pages = charts(report), strips(films)
-    gap, caption = 10, 22
-    film_height = sum(caption + page.height + gap for _, page in pages)
-    rows = -(-len(panels) // 2)
-    width = max([2 * PANEL[0] + gap, *(page.width + 2 * gap for _, page in pages)])
-    heading = 28 if pages else 0
-    height = rows * (PANEL[1] + gap) + heading + film_height + gap
-    canvas = Image.new("RGB", (width, height), WHITE)
-    for index, panel in enumerate(panels):
-        canvas.paste(panel, ((index % 2) * (PANEL[0] + gap), (index // 2) * (PANEL[1] + gap)))
-    draw_on, top = ImageDraw.Draw(canvas), rows * (PANEL[1] + gap)
-    if pages:
-        text = "Episodes: imagined above, what really happened below"
-        draw_on.text((gap, top + 4), text, font=ImageFont.load_default(15), fill=INK)
-    top += heading
-    for title, page in pages:
-        draw_on.text((gap, top + 2), title, font=ImageFont.load_default(13), fill=GREY)
-        canvas.paste(page, (gap, top + caption))
-        top += caption + page.height + gap
-    with replacing(path) as temporary:
-        canvas.save(temporary)
+def draw_films(films: Sequence[Film], path: Path) -> None:
+    """Write the film strips below one another as a PNG file."""
+    pages = strips(films)
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
+        inches = [page.height / page.width * 2 * PANEL[0] + 0.25 for _, page in pages]
+        figure = Figure((2 * PANEL[0], sum(inches)), layout="constrained")
+        rows = figure.subplots(len(pages), 1, height_ratios=inches, squeeze=False)[:, 0]
+        for axes, (title, page) in zip(rows, pages, strict=True):
+            axes.imshow(page, interpolation="nearest")
+            axes.set_title(title, loc="left")
+            axes.axis("off")
+        figure.savefig(path, format="png")
+
+
+def draw(folder: Path, report: Mapping, films: Sequence[Film]) -> list[Path]:
+    """Write report.png, and films.png if there are films; return their paths."""
+    paths = [folder / "report.png"]
+    with replacing(paths[0]) as temporary:
+        charts(report, temporary)
+    if films:
+        paths.append(folder / "films.png")
+        with replacing(paths[1]) as temporary:
+            draw_films(films, temporary)
+    return paths

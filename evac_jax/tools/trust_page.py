@@ -163,10 +163,11 @@ def _chunk_table(report: Mapping) -> str:
     return _table(["", *(f"chunk {n + 1}" for n in range(chunks))], rows)
 
 
-def write(path: Path, report: Mapping, picture: Path) -> None:
+def write(path: Path, report: Mapping, pictures: Sequence[Path]) -> None:
     """Write the report as one HTML file that needs no other."""
     color, sentence = judge(report["overall"])
-    encoded = base64.b64encode(picture.read_bytes()).decode()
+    encoded = [base64.b64encode(picture.read_bytes()).decode() for picture in pictures]
+    shown = "".join(f'<img alt="" src="data:image/png;base64,{data}">' for data in encoded)
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in report["notes"])
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
     body = f"""<!doctype html><html lang="en"><meta charset="utf-8">
@@ -183,7 +184,7 @@ and compared with what the same actions really led to. In brackets: 95 % Wilson 
 {report["overall"]["episodes"]} episodes, verdicts of all. PSNR of all pixels of a chunk together;
 SSIM of the first view's luminance. Blocks and gripper are found in both frames by
 their colour and darkness.</p>
-<img alt="charts and film strips" src="data:image/png;base64,{encoded}">
+{shown}
 <p class="small">{html.escape(report["command"])}<br>{html.escape(settings)}</p></html>
 """
     with replacing(path) as temporary:

@@ -7,7 +7,7 @@
 The actions of recorded episodes are played in imagination, from the first frame on, the way
 training does it; the recording tells what they really led to. Recordings are yours; with a preset
 and no --data they are made in its ground truth, from scenes that nothing else uses. Writes
-report.json, report.png and report.html (self-contained); the last line is for programs.
+report.json, report.png, films.png and report.html (self-contained); the last line is for programs.
 """
 
 import argparse
@@ -237,8 +237,8 @@ def run(args: argparse.Namespace) -> dict:
     result |= cards.card(cpu_seconds=round(time.process_time() - began), data=_provenance(data))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    trust_charts.draw(out / "report.png", result, films)
-    trust_page.write(out / "report.html", result, out / "report.png")
+    pictures = trust_charts.draw(out, result, films)
+    trust_page.write(out / "report.html", result, pictures)
     cards.write_json(out / "report.json", result)
     return result
 
