@@ -21,10 +21,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from evac_jax import overrides, report
+from evac_jax.telemetry.files import replacing
 from evac_jax.tools.recipes import REPORT, SELECTION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +41,11 @@ ARMS = {
     "ppo": ("configs/ppo.py", {}),
 }
 MODES = ("greedy", "sampled")
+LABELS = {
+    "grpo": "GRPO in imagination",
+    "ceiling": "GRPO in the ground truth (ceiling)",
+    "ppo": "PPO in imagination",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +116,28 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> str:
         greedy, sampled = (mean_gain(results, mode) for mode in MODES)
         lines.append(f"{arm:8}{'mean':>5}{'':39}{greedy:+9.1f}{sampled:+8.1f}")
     return "\n".join(lines)
+
+
+def draw(path: Path, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> None:
+    """Write a chart: success during training, a thin line per seed and a thick one for the mean.
+
+    Args:
+        path: PNG file.
+        curves: for every arm {iteration: rate in the ground truth} of each run.
+    """
+    figure = Figure((6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (arm, runs) in enumerate(curves.items()):
+        color, shared = f"C{number}", sorted(set.intersection(*(set(run) for run in runs)))
+        for run in runs:
+            axes.plot(list(run), [100 * rate for rate in run.values()], color, lw=0.7, alpha=0.5)
+        means = [100 * statistics.fmean(run[at] for run in runs) for at in shared]
+        axes.plot(shared, means, color, lw=2.2, marker="o", label=LABELS[arm])
+    axes.set(xlabel="iteration", ylabel="success in the ground truth, %", ylim=(0, 100))
+    axes.grid(color="0.9")
+    axes.legend(frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 class Bench:
@@ -239,6 +269,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="for every command"
     )
+    parser.add_argument("--png", type=Path, help="also draw success over iterations")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
     if wrong := [entry for entry in args.set if "=" not in entry]:
@@ -261,6 +292,11 @@ def main() -> None:
     error = 196 * math.sqrt(0.25 / args.scenes)
     print(f"one rate is known to {error:.1f} points or better (95 %).\n")
     print(table(arms))
+    if args.png:
+        folders = {arm: [bench.train(arm, seed) for seed in args.seeds] for arm in args.arms}
+        draw(
+            args.png, {arm: list(map(report.success_curve, runs)) for arm, runs in folders.items()}
+        )
     numbers = figures(arms)
     if args.json:
         runs = {

@@ -173,10 +173,8 @@ def finish_evaluation(
     show(table({"success": outcome}))
 
 
-def best_iteration(folder: Path) -> int:
-    """Return the iteration of a run with the best ground-truth success, the earliest among equals.
-
-    0 is the start policy, before the run.
+def success_curve(folder: Path) -> dict[int, float]:
+    """Return {iteration: success rate in the ground truth} of a run; 0 is its start policy.
 
     Raises:
         DataError: the run was never evaluated in the ground truth.
@@ -186,6 +184,16 @@ def best_iteration(folder: Path) -> int:
     found = {line["iteration"]: line[name] for line in lines if line.get(name) is not None}
     if not found:
         raise DataError(f"{folder / METRICS_FILE} has no {name!r}; set --config.eval.ground_truth")
+    return found
+
+
+def best_iteration(folder: Path) -> int:
+    """Return the iteration of a run with the best ground-truth success, the earliest among equals.
+
+    Raises:
+        DataError: see `success_curve`.
+    """
+    found = success_curve(folder)
     return min(found, key=lambda iteration: (-found[iteration], iteration))
 
 

@@ -39,9 +39,10 @@ COUNTS = {
     "expert": 9000,
     "sloppy": 1500,
     "world_model": 9000,
-    "world_model_start": 2500,
+    "world_model_start": 2000,
     "world_model_trained": 1500,
-    "reward": 3000,
+    "imagined": 800,  # episodes for the classifier, twice
+    "reward": 2500,
     # reinforcement learning, iterations
     "rl": 12,
 }
@@ -169,26 +170,30 @@ def add_rollouts(add, n, who: str, policy: str, seed: int) -> None:
 
 def add_simulator(add, n, who: str, start: str, old: list[str]) -> None:
     """World model and classifier that have seen the policy's rollouts beside the old recordings."""
-    tuned, world_model = f"tuned_{who}", f"world_model_{who}"
-    imagined, new = f"imagined_{who}", f"rollouts_{who}"
+    tuned, world_model, new = f"tuned_{who}", f"world_model_{who}", f"rollouts_{who}"
     folders = [at(name) for name in (*old, new)]
     add(
         tuned,
-        recipes.fine_tune_world_model(at(start), at(tuned), folders, n[world_model])
-        + recipes.options(lr=5e-4, **SMALL_BATCHES, **LATENTS),
+        recipes.fine_tune_world_model(
+            *(at(start), at(tuned), folders, n[world_model]), lr=5e-4, **SMALL_BATCHES, **LATENTS
+        ),
         *(start, *old, new),
         resumes=True,
     )
     add(world_model, recipes.store(at(tuned), at(world_model), "float16"), tuned)
-    add(
-        imagined,
-        recipes.imagine(CONFIG, simulator(who), [at(new)], at(imagined)),
-        *(world_model, new),
-    )
+    # Side by side: the policy's own episodes, and some of all others.
+    imagined = {f"imagined_{who}": [new], f"imagined_others_{who}": old}
+    for name, data in imagined.items():
+        sources = [at(source) for source in data]
+        command = recipes.imagine(CONFIG, simulator(who), sources, at(name), n["imagined"])
+        add(name, command, world_model, *data)
     add(
         f"reward_{who}",
-        recipes.train_reward(at(f"reward_{who}"), folders, [at(imagined)], n["reward"]),
-        *(imagined, *old, new),
+        recipes.train_reward(
+            *(CONFIG, {}, at(f"reward_{who}"), folders, [at(name) for name in imagined]),
+            n["reward"],
+        ),
+        *(*imagined, *old, new),
     )
 
 

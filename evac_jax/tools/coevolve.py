@@ -63,8 +63,11 @@ class Options:
     interval: int = 4
     real_episodes: int = 200
     real_data: tuple[str, ...] = ()
-    world_model_steps: int = 600
-    reward_steps: int = 600
+    world_model_steps: int = 1500
+    world_model_lr: float = 5e-4
+    world_model_batch: int = 6
+    imagined_episodes: int = 800
+    reward_steps: int = 2000
     scenes: int = 512
     seed: int = 0
     ground_truth: bool = True
@@ -144,18 +147,35 @@ def learning_stages(number: int, models: Models, options: Options) -> tuple[list
     world_model = add(
         "world_model",
         recipes.fine_tune_world_model(
-            models.world_model, following.world_model, following.data, options.world_model_steps
+            models.world_model,
+            following.world_model,
+            following.data,
+            options.world_model_steps,
+            lr=options.world_model_lr,
+            batch=options.world_model_batch,
+            cache=f"{WORK}/latents",
         ),
         *(made, *[f"world_model_{number - 1}"] * (number > 1)),
         resumes=True,
     )
     settings = dict(options.settings) | following.settings()
     seen = add(
-        "imagined", recipes.imagine(options.config, settings, [new], imagined), world_model, made
+        "imagined",
+        recipes.imagine(
+            options.config, settings, following.data, imagined, options.imagined_episodes
+        ),
+        *(world_model, made),
     )
     reward = add(
         "reward",
-        recipes.train_reward(following.reward, following.data, [imagined], options.reward_steps),
+        recipes.train_reward(
+            options.config,
+            settings,
+            following.reward,
+            following.data,
+            [imagined],
+            options.reward_steps,
+        ),
         seen,
     )
     trust = recipes.validate(options.config, settings, following.data, f"{WORK}/{folder}/trust")
@@ -310,8 +330,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--real_data", nargs="+", default=[], help="use these recordings instead, one per round"
     )
-    parser.add_argument("--world_model_steps", type=int, default=600, help="fine-tuning per round")
-    parser.add_argument("--reward_steps", type=int, default=600, help="of the classifier per round")
+    add = parser.add_argument
+    add("--world_model_steps", type=int, default=1500, help="fine-tuning per round")
+    add("--world_model_lr", type=float, default=5e-4)
+    add("--world_model_batch", type=int, default=6)
+    add("--imagined_episodes", type=int, default=800, help="for the classifier, per round")
+    add("--reward_steps", type=int, default=2000, help="of the classifier per round")
     parser.add_argument("--scenes", type=int, default=512, help="per ground-truth evaluation")
     parser.add_argument("--cores", type=int, help="default: up to 2")
     parser.add_argument("--seed", type=int, default=0)
@@ -348,6 +372,9 @@ def options_of(args: argparse.Namespace) -> tuple[Models, Options]:
         real_episodes=args.real_episodes,
         real_data=tuple(str(Path(folder).absolute()) for folder in args.real_data),
         world_model_steps=args.world_model_steps,
+        world_model_lr=args.world_model_lr,
+        world_model_batch=args.world_model_batch,
+        imagined_episodes=args.imagined_episodes,
         reward_steps=args.reward_steps,
         scenes=args.scenes,
         seed=args.seed,
@@ -373,7 +400,8 @@ def main() -> None:
     report.show(table(outcome, options.scenes))
     first = math.nan if told[0] is None else told[0]
     report.show(
-        f"real_success_start={first:.3f} real_success_best={told[best]:.3f} round_best={best}"
+        f"real_success_start={first:.3f} real_success_round_1={told.get(1, math.nan):.3f} "
+        f"real_success_best={told[best]:.3f} round_best={best}"
     )
 
 

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--world_model", required=True)
     parser.add_argument("--data", required=True, nargs="+", help="folders of real episodes")
     parser.add_argument("--out", required=True, help="new folder")
+    parser.add_argument("--episodes", type=int, default=0, help="random ones; 0 = all")
     parser.add_argument("--steps", type=int, default=3, help="denoising steps")
     parser.add_argument("--eta", type=float, default=0.0)
     parser.add_argument("--device", default="cpu")
@@ -88,6 +89,9 @@ def main() -> None:
     weights = Path(args.world_model) / checkpoint.WEIGHTS_FILE
     facts = cards.card(world_model=cards.sha256(weights))
     source = dataset.load(*args.data)
+    if args.episodes:
+        order = np.random.default_rng(args.seed).permutation(source.num_episodes)
+        source = source.select(np.sort(order[: args.episodes]))
     data = write(
         model.float(), source, args.out, steps=args.steps, eta=args.eta, seed=args.seed, **facts
     )

@@ -94,25 +94,35 @@ def record_policy(
     return record(out, mix, episodes, seed)
 
 
-def fine_tune_world_model(start: str, out: str, data: Sequence[str], steps: int) -> tuple[str, ...]:
+def fine_tune_world_model(
+    start: str, out: str, data: Sequence[str], steps: int, **settings: object
+) -> tuple[str, ...]:
     """The world model `start` after more steps on `data`."""
-    return tool("train_world_model", data=data, start=start, out=out, steps=steps)
+    return tool("train_world_model", data=data, start=start, out=out, steps=steps, **settings)
 
 
 def imagine(
-    config: str, settings: Mapping[str, object], data: Sequence[str], out: str
+    config: str, settings: Mapping[str, object], data: Sequence[str], out: str, episodes: int = 0
 ) -> tuple[str, ...]:
-    """What a world model imagines from the first frames and the poses of recordings."""
+    """What a world model imagines from the first frames and the poses of recordings; 0 = all."""
     names = ("world_model", "steps", "eta")
     values = {name: value_of(config, settings, IMAGINATION[name]) for name in names}
-    return tool("imagine_dataset", data=data, out=out, **values)
+    return tool("imagine_dataset", data=data, out=out, episodes=episodes, **values)
 
 
 def train_reward(
-    out: str, data: Sequence[str], imagined: Sequence[str], steps: int
+    config: str,
+    settings: Mapping[str, object],
+    out: str,
+    data: Sequence[str],
+    imagined: Sequence[str],
+    steps: int,
 ) -> tuple[str, ...]:
-    """A classifier of real and imagined frames, calibrated on the imagined ones."""
-    return tool("train_reward", data=data, out=out, steps=steps) + ("--imagined", *imagined)
+    """A classifier of real and imagined frames, calibrated on imagined ones as runs judge them."""
+    names = ("success_frames", "judged_frames")
+    values = {name: value_of(config, settings, IMAGINATION[name]) for name in names}
+    command = tool("train_reward", data=data, out=out, steps=steps, **values)
+    return (*command, "--imagined", *imagined)
 
 
 def validate(

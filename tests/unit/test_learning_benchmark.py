@@ -51,6 +51,12 @@ def test_table_has_a_line_per_run_and_a_mean_per_arm():
     assert " ".join(lines[4].split()) == "grpo mean +25.0 +20.0"
 
 
+def test_chart_is_drawn_when_runs_were_evaluated_at_different_iterations(tmp_path):
+    runs = [{0: 0.2, 4: 0.3, 8: 0.5}, {0: 0.2, 4: 0.4}]
+    learning.draw(tmp_path / "curve.png", {"grpo": runs, "ppo": runs[:1]})
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 class _Launches:
     """Stands for launch.py: counts, and leaves the files that it would leave."""
 
