@@ -35,8 +35,8 @@ COUNTS = {
     # offline training, optimiser steps
     "autoencoder": 3000,
     "pose_model": 8000,
-    "vision": 1200,
-    "expert": 9000,
+    "pretraining": 4000,
+    "expert": 4000,
     "sloppy": 1500,
     "world_model": 9000,
     "world_model_start": 2000,
@@ -46,8 +46,8 @@ COUNTS = {
     # reinforcement learning, iterations
     "rl": 12,
 }
-# Least of a scaled count (others 4); vision pretraining warms up for 100 steps.
-FLOORS = {"rl": 1, "base": 48, "start": 16, "trained": 16, "vision": 110}
+# Least of a scaled count (others 4); pretraining warms up for 100 steps.
+FLOORS = {"rl": 1, "base": 48, "start": 16, "trained": 16, "pretraining": 110}
 MIX = "expert=0.12,noisy=0.18,near_miss=0.30,random_midway=0.14,random=0.06,sloppy=0.20"
 CONFIG = "configs/grpo.py"
 # Every world-model stage has the same autoencoder, so they share the latents of the recordings.
@@ -96,7 +96,7 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
     add(
         "policy_expert",
         recipes.tool("train_policy", out=at("policy_expert"), labels="expert", lr=1e-3)
-        + recipes.options(vision_steps=n["vision"], steps=n["expert"], **supervised),
+        + recipes.options(pretrain_steps=n["pretraining"], steps=n["expert"], **supervised),
     )
     add(
         "policy_sloppy",
