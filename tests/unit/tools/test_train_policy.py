@@ -62,7 +62,7 @@ def test_pretraining_teaches_patches_what_they_show(monkeypatch):
         siglip=dataclasses.replace(train_policy.POLICY.siglip, width=32, mlp_width=64),
         hidden_size=32,
         intermediate_size=64,
-        num_layers=2,
+        num_layers=1,
     )
     monkeypatch.setattr(train_policy, "POLICY", config)
     lines = []
