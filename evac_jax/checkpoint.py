@@ -32,6 +32,8 @@ logging.get_absl_logger().addFilter(
 SHAPE_FIELDS = (
     "algorithm",
     "policy.checkpoint",
+    "policy.lora_rank",
+    "policy.lora_alpha",
     "policy.lora_adapter",
     "policy.value_head",
     "policy.scan_layers",

@@ -28,7 +28,11 @@ class PolicyConfig:
     Attributes:
         checkpoint: Hugging Face folder of the start policy (config.json, *.safetensors,
             tokenizer.json, dataset_statistics.json). Imported once; a restored run overrides it.
-        lora_adapter: PEFT adapter folder, merged into the weights on import; "" = none.
+        lora_rank: rank of the LoRA adapters that train while all other weights but the value
+            head stay as they are; 0 = no adapters, everything trains.
+        lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = a scale of 1.
+        lora_adapter: PEFT adapter folder, "" = none. Merged into the weights on import; with
+            `lora_rank` > 0 the run goes on from it instead.
         unnorm_key: key of the action statistics; "<key>_no_noops" is tried too.
         value_head: "none", "chunk_level" (one value a chunk) or "action_level" (one an action).
         max_prompt_length: tokens that every prompt is padded to; a longer prompt is an error.
@@ -44,6 +48,8 @@ class PolicyConfig:
     """
 
     checkpoint: str = ""
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
     lora_adapter: str = ""
     unnorm_key: str = ""
     value_head: str = "none"

@@ -80,6 +80,9 @@ def validate(config: "TrainConfig") -> list[str]:
         problems.append(f"config.policy.temperature: expected > 0, got {c.policy.temperature}")
     if not 0.0 <= c.world_model.eta <= 1.0:
         problems.append(f"config.world_model.eta: expected 0..1, got {c.world_model.eta}")
+    for name in ("lora_rank", "lora_alpha"):
+        if (value := getattr(c.policy, name)) < 0:
+            problems.append(f"config.policy.{name}: expected 0 (none) or more, got {value}")
     if not 0.0 <= c.reward.threshold <= 1.0:
         problems.append(f"config.reward.threshold: expected 0..1, got {c.reward.threshold}")
     for name, value in (("fraction", c.eval.twin_fraction), ("alarm", c.eval.twin_alarm)):

@@ -77,6 +77,8 @@ class Learner:
                 max_prompt_length=policy.max_prompt_length,
                 chunk=env.action.chunk,
                 num_images=views,
+                lora_rank=policy.lora_rank,
+                lora_alpha=policy.lora_alpha,
                 lora_adapter=policy.lora_adapter,
                 keep_stop_token=policy.keep_stop_token,
                 remat="full" if policy.remat else "none",
@@ -117,13 +119,15 @@ class Learner:
         policy = self._config.policy
         model = partial(nnx.merge, self._graphdef)
 
-        def sample(params, obs, key, temperature, greedy):
-            return model(params, self._rest).sample(
+        # `rest` is what does not train, under LoRA nearly everything: an argument, because what a
+        # jitted function closes over is copied into its program.
+        def sample(params, rest, obs, key, temperature, greedy):
+            return model(params, rest).sample(
                 obs, key, temperature=temperature, top_k=policy.top_k, greedy=greedy
             )
 
-        def evaluate(params, obs, tokens):
-            return model(params, self._rest).evaluate(
+        def evaluate(rest, params, obs, tokens):
+            return model(params, rest).evaluate(
                 obs, tokens, temperature=policy.temperature, top_k=policy.top_k
             )
 
@@ -131,7 +135,13 @@ class Learner:
             return jax.lax.with_sharding_constraint(tree, self._batch_sharding)
 
         module = importlib.import_module(ALGORITHMS[self._config.algorithm])
-        update = module.make_update(evaluate, optimizer, self._config.algo, constrain=on_batch)
+
+        def update(state, rest, batch, key):
+            step = module.make_update(
+                partial(evaluate, rest), optimizer, self._config.algo, constrain=on_batch
+            )
+            return step(state, batch, key)
+
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         # Static greedy: argmax and sampling are two programs, each compiled once.
         self._sample = jax.jit(sample, static_argnames="greedy")
@@ -155,7 +165,7 @@ class Learner:
         policy = self._config.policy
         temperature = policy.eval_temperature if evaluation else policy.temperature
         return self._sample(
-            self.state.params, obs, key, temperature or 1.0, greedy=temperature == 0
+            self.state.params, self._rest, obs, key, temperature or 1.0, greedy=temperature == 0
         )
 
     def values(self, obs: ObsBatch) -> jax.Array:
@@ -168,5 +178,5 @@ class Learner:
 
     def update(self, batch: RolloutBatch, key: jax.Array) -> dict[str, float]:
         """Learn from one iteration's batch; return its metrics, fetched in one go."""
-        self.state, metrics = self._update(self.state, batch, key)
+        self.state, metrics = self._update(self.state, self._rest, batch, key)
         return {name: float(m.mean()) for name, m in jax.device_get(metrics).items()}

@@ -2,7 +2,8 @@
 
     python -m evac_jax.tools.export_policy --run runs/NAME --out DIR
 
-No simulator is started: only the parameters are read from the run's checkpoint.
+No simulator is started: only the parameters are read from the run's checkpoint. LoRA adapters are
+merged; --adapter writes them alone, in PEFT's layout.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from evac_jax.tools import cards
 from policies.openvla_oft.export_hf import export_policy
 from policies.openvla_oft.import_hf import load_policy
 from policies.openvla_oft.model import OpenVLAOFT
+from policies.openvla_oft.peft import save_adapter
 
 
 def run_config(run: Path) -> TrainConfig:
@@ -49,6 +51,8 @@ def trained_model(run: Path, step: int = -1) -> tuple[OpenVLAOFT, int]:
         param_dtype=policy.param_dtype,
         compute_dtype=policy.compute_dtype,
         max_prompt_length=policy.max_prompt_length,
+        lora_rank=policy.lora_rank,
+        lora_alpha=policy.lora_alpha,
         lora_adapter=policy.lora_adapter,
         keep_stop_token=policy.keep_stop_token,
         scan_layers=policy.scan_layers,
@@ -73,13 +77,17 @@ def main() -> None:
         "--best", action="store_true", help="the iteration with the best ground-truth success"
     )
     parser.add_argument("--out", required=True, type=Path, help="new folder")
+    parser.add_argument("--adapter", action="store_true", help="LoRA adapters alone, as PEFT does")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     config = run_config(args.run)
     step = report.best_iteration(args.run) if args.best else args.step
     model, iteration = trained_model(args.run, step)
-    export_policy(model, args.out, source=config.policy.checkpoint, dtype=args.dtype)
+    if args.adapter:
+        save_adapter(model, args.out, base=config.policy.checkpoint)
+    else:
+        export_policy(model, args.out, source=config.policy.checkpoint, dtype=args.dtype)
     facts = cards.card(
         iteration=iteration,
         algorithm=config.algorithm,

@@ -10,6 +10,12 @@ from typing import Any, Literal
 VALUE_TYPES = ("none", "chunk_level", "action_level")
 REMAT_POLICIES = ("none", "full", "dots")
 RESIZE_RULES = ("float", "fixed_point")
+# Last part of the names of checkpoint modules that RLinf adapts: every linear layer of towers,
+# projector and Llama, both patch embeddings and the output head.
+LORA_TARGETS = (
+    *("proj", "qkv", "fc1", "fc2", "q", "kv", "fc3", "out_proj"),
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"),
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,10 @@ class OpenVLAOFTConfig:
         scan_layers: loop over stacked layers with one compiled body; False unrolls them. The
             parameters lie the same way in both.
         attention: implementation of jax.nn.dot_product_attention: "auto", "xla" or "cudnn".
+        lora_rank: rank of the adapters that train while the base is frozen; 0 = no adapters, all
+            weights train.
+        lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = lora_rank, a scale of 1.
+        lora_targets: modules that get an adapter, by the last part of their checkpoint name.
     """
 
     dinov2: VisionTowerConfig = DINOV2_LARGE
@@ -135,6 +145,9 @@ class OpenVLAOFTConfig:
     remat: str = "none"
     scan_layers: bool = True
     attention: Literal["auto", "xla", "cudnn"] = "auto"
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
 
     def __post_init__(self):
         problems = []
@@ -159,6 +172,12 @@ class OpenVLAOFTConfig:
         ):
             if width % heads:
                 problems.append(f"{name}: width {width} is not a multiple of {heads} heads")
+        if self.lora_rank < 0 or self.lora_alpha < 0:
+            problems.append(
+                f"lora_rank {self.lora_rank} and lora_alpha {self.lora_alpha} must be >= 0"
+            )
+        if unknown := sorted(set(self.lora_targets) - set(LORA_TARGETS)):
+            problems.append(f"lora_targets: {unknown} are no modules; known are {LORA_TARGETS}")
         if min(self.dinov2.depth, self.siglip.depth) < 2:
             problems.append("a tower needs a depth of 2 at least: its last block is not computed")
         if self.num_heads % self.num_kv_heads:
@@ -185,6 +204,11 @@ class OpenVLAOFTConfig:
     def num_action_tokens(self) -> int:
         """Action slots of one decision, K * A."""
         return self.chunk * self.action_dim
+
+    @property
+    def lora_scale(self) -> float:
+        """What adapters are multiplied with, alpha / r; 0 without adapters."""
+        return (self.lora_alpha or self.lora_rank) / self.lora_rank if self.lora_rank else 0.0
 
     @property
     def num_values(self) -> int:

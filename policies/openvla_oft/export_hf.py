@@ -10,12 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from policies.openvla_oft import hf_keys
+from policies.openvla_oft import hf_keys, lora
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.import_hf import INDEX, SINGLE, read_json
 from policies.openvla_oft.model import OpenVLAOFT
@@ -41,17 +40,19 @@ def export_policy(
     *,
     source: str | Path,
     dtype: str | None = None,
+    norm_stats: dict[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Path:
     """Write a policy as the folder that it could have been imported from; return the folder.
 
     The folder appears complete or not at all. `import(export(x))` has the same bits when `dtype`
-    is the parameters' own.
+    is the parameters' own. LoRA adapters are merged.
 
     Args:
         model: parameters fully addressable from this process.
         source: folder whose config.json, tokenizer and statistics go along.
         dtype: "float32" or "bfloat16" on disk; None = as the parameters are.
+        norm_stats: statistics of further datasets, added to the source's or in their place.
         max_shard_bytes: size from which a new safetensors file starts.
 
     Raises:
@@ -67,6 +68,9 @@ def export_policy(
     config.setdefault("text_config", {})["torch_dtype"] = dtype
     files = {name: (source / name).read_bytes() for name in COPIED if (source / name).is_file()}
     files["config.json"] = _json_bytes(config)
+    if norm_stats:
+        statistics = read_json(source / "dataset_statistics.json") or {}
+        files["dataset_statistics.json"] = _json_bytes(statistics | norm_stats)
     return _write_folder(model, Path(folder), files, dtype, max_shard_bytes)
 
 
@@ -218,9 +222,9 @@ def _write_folder(
 
 def _tensors(model: OpenVLAOFT, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (checkpoint key, tensor), holding one stacked parameter on the host at a time."""
-    for path, variable in hf_keys.parameters(nnx.state(model)):
+    for path, parameter in lora.merged_parameters(model):
         source = hf_keys.source_of(path, model.config)
-        array = np.asarray(variable[...]).astype(jnp.dtype(dtype))
+        array = parameter.astype(jnp.dtype(dtype))
         for index, key in enumerate(source.keys):
             layer = array[index] if source.stacked else array
             yield key, np.ascontiguousarray(source.to_hf(layer))

@@ -1,5 +1,6 @@
 """Which checkpoint tensors each of our parameters consists of, for import and export alike."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ MODULES = (
     (r"^value_head/fc2/", "value_head.mlp.2."),
     (r"^value_head/fc3/", "value_head.mlp.4."),
 )
+LM_HEAD = "llama/lm_head"
+PEFT_PREFIX = "base_model.model."
+# Ours: "<module>/lora/a", of the output head "llama/lm_head_lora/a".
+ADAPTER = re.compile(r"(.+)[/_]lora/([ab])")
 LLAMA_GROUPS: dict[str, tuple[str, ...]] = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -59,8 +64,30 @@ def path_name(path: tuple) -> str:
     return "/".join(map(str, path))
 
 
+def is_adapter(path: str) -> bool:
+    """Whether `path` is a factor of a LoRA adapter."""
+    return ADAPTER.fullmatch(path) is not None
+
+
+def adapter_path(path: str, factor: str) -> str:
+    """Return the path of factor "a" or "b" of the adapter beside the weight at `path`."""
+    if path == LM_HEAD:
+        return f"{path}_lora/{factor}"
+    return f"{path.removesuffix('/kernel')}/lora/{factor}"
+
+
+def _adapter_source(module: str, factor: str, config: OpenVLAOFTConfig) -> Source:
+    """Tensors of an adapter in PEFT's file; its factors are transposed as the weight is."""
+    base = source_of(module if module == LM_HEAD else f"{module}/kernel", config)
+    tail = f".lora_{factor.upper()}.weight"
+    keys = tuple(PEFT_PREFIX + key.removesuffix(".weight") + tail for key in base.keys)
+    return dataclasses.replace(base, keys=keys, axes=base.axes or (1, 0))
+
+
 def source_of(path: str, config: OpenVLAOFTConfig) -> Source:
     """Return the checkpoint tensors of the parameter at `path`."""
+    if match := ADAPTER.fullmatch(path):
+        return _adapter_source(*match.groups(), config)
     leaf = path.rsplit("/", 1)[-1]
     axes = None
     if leaf == "kernel":

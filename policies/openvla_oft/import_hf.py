@@ -16,8 +16,8 @@ from policies.openvla_oft import hf_keys
 from policies.openvla_oft.action_tokens import ActionStatistics
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.layers import Maker
-from policies.openvla_oft.lora import LoraAdapter
 from policies.openvla_oft.model import OpenVLAOFT, ValueHead
+from policies.openvla_oft.peft import LoraAdapter
 from policies.openvla_oft.prompt import PromptTokenizer
 
 # Buffers that old exports hold and nobody reads.
@@ -126,12 +126,14 @@ def load_policy(
         unnorm_key: dataset whose statistics un-normalise actions; "" leaves them in -1..1.
         value_type: see `OpenVLAOFTConfig`. A value head that the folder lacks is initialised from
             `seed`; one that it has and nobody asked for is skipped. Both are noted.
-        lora_adapter: PEFT folder, merged in float32 while reading; "" = none.
+        lora_adapter: PEFT folder, "" = none. Merged in float32 while reading; with `lora_rank` > 0
+            (an override) its pairs become the policy's adapters instead, which train on.
         normalization: see `ActionStatistics.from_norm_stats`.
         put: (path such as "llama/layers/q_proj/kernel", host array in `param_dtype`) -> device
             array; the trainer places each parameter on its shards here. Host memory peaks at one
             stacked parameter (all layers of one weight). Default: the default device.
-        overrides: further fields of `OpenVLAOFTConfig` (remat, scan_layers, keep_stop_token ..).
+        overrides: further fields of `OpenVLAOFTConfig` (remat, scan_layers, lora_rank ..). New
+            adapters start from `seed`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -180,6 +182,10 @@ def _read_model(files, folder, config, statistics, adapter, put, seed):
     if config.num_values and not has_value_head:
         notes.append(f"the folder has no value head: a {config.value_type} one starts fresh")
         fresh = _fresh_value_head(config, seed)
+    adapters = {path: source for path, source in sources.items() if hf_keys.is_adapter(path)}
+    if adapters and not adapter:
+        notes.append(f"{len(adapters) // 2} LoRA adapters of rank {config.lora_rank} start fresh")
+        fresh |= _fresh_adapters({path: variables[path] for path in adapters}, config, seed)
     skipped = {key for key in files.keys if key.endswith(IGNORED_SUFFIXES)}
     if has_value_head and not config.num_values:
         notes.append('the folder has a value head and value_type is "none": skipped')
@@ -190,14 +196,19 @@ def _read_model(files, folder, config, statistics, adapter, put, seed):
         if path not in fresh
         for key in source.keys
     }
-    _report(files, folder, expected, skipped, adapter)
+    # Pairs of an adapter that goes on training are read as they are, all others are merged.
+    pairs = {key: shape for key, shape in expected.items() if key.startswith(hf_keys.PEFT_PREFIX)}
+    _report(files, folder, _without(expected, pairs), skipped, None if adapters else adapter)
+    if pairs:
+        adapter.check_continues(pairs, config)
 
-    dtype = jnp.dtype(config.param_dtype)
     place = put or (lambda path, array: jnp.asarray(array))
 
     def tensor(source: hf_keys.Source, key: str) -> np.ndarray:
+        if key in pairs:
+            return source.from_hf(adapter.read(key))
         weight = files.read(key)
-        return source.from_hf(adapter.merge(key, weight) if adapter else weight)
+        return source.from_hf(adapter.merge(key, weight) if adapter and not pairs else weight)
 
     values = {}
     for path, variable in variables.items():
@@ -205,7 +216,7 @@ def _read_model(files, folder, config, statistics, adapter, put, seed):
         if path in fresh:
             array = np.asarray(fresh[path][...])
         else:
-            array = np.empty(variable.shape, dtype)
+            array = np.empty(variable.shape, variable.dtype)
             for index, key in enumerate(source.keys):
                 array[index if source.stacked else ...] = tensor(source, key)
         values[path] = place(path, array)
@@ -222,6 +233,23 @@ def _fresh_value_head(config, seed) -> dict[str, nnx.Variable]:
     """Parameters of a value head as a fresh model has them; only the head is computed."""
     head = ValueHead(config, Maker.create(config, nnx.Rngs(seed)))
     return {f"value_head/{path}": variable for path, variable in hf_keys.parameters(head)}
+
+
+def _fresh_adapters(variables, config, seed) -> dict[str, nnx.Variable]:
+    """New adapters: A as `lora.Adapter` draws it, B zero."""
+    make = Maker(jnp.dtype("float32"), np.random.default_rng(seed))
+    return {
+        path: (
+            make.normal(variable.shape, 1 / config.lora_rank)
+            if path.endswith("/a")
+            else make.constant(variable.shape, 0.0)
+        )
+        for path, variable in variables.items()
+    }
+
+
+def _without(entries: dict, others: dict) -> dict:
+    return {key: value for key, value in entries.items() if key not in others}
 
 
 def _report(files, folder, expected, skipped, adapter) -> None:

@@ -5,6 +5,7 @@ Parameters of equal layers lie stacked, [depth ...], whether the loop is compile
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class Maker:
         generator: source of fresh values; None makes zeros, for shapes without memory inside
             `nnx.eval_shape`.
         stack: leading axes of every parameter, (depth,) for layers in a loop.
-        variable: `nnx.Param`, or `UnusedParam`.
+        variable: `nnx.Param`, `UnusedParam`, or `lora.FrozenParam` for a base under adapters.
     """
 
     dtype: jnp.dtype
@@ -79,22 +80,32 @@ class Maker:
 
 
 class Linear(nnx.Module):
-    """x W + b, kernel [in out]. Fresh kernels are N(0, 1/in) unless `std` says otherwise."""
+    """x W + b, kernel [in.. out]. Fresh kernels are N(0, 1/in) unless `std` says otherwise.
+
+    Attributes:
+        lora: what an adapter adds to x W; None without one. Set by `lora.attach`.
+    """
 
     def __init__(
         self,
         make: Maker,
-        width_in: int,
+        shape_in: int | tuple[int, ...],
         width_out: int,
         *,
         use_bias: bool = True,
         std: float | None = None,
     ):
-        self.kernel = make.normal((width_in, width_out), std or width_in**-0.5)
+        self.shape_in = (shape_in,) if isinstance(shape_in, int) else shape_in
+        self.width_out = width_out
+        std = std or math.prod(self.shape_in) ** -0.5
+        self.kernel = make.normal((*self.shape_in, width_out), std)
         self.bias = make.constant((width_out,), 0.0) if use_bias else None
+        self.lora: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ self.kernel[...].reshape(-1, self.width_out).astype(x.dtype)
+        if self.lora is not None:
+            y = y + self.lora(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -76,6 +76,7 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
         # One row per token, as on disk: the action tokens are then one contiguous block.
         self.lm_head = make.normal((config.vocab_size, config.hidden_size), 0.02)
+        self.lm_head_lora: nnx.Module | None = nnx.data(None)
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Return token embeddings in the compute dtype."""
@@ -103,8 +104,11 @@ class Llama(nnx.Module):
         Difference from the reference: products accumulate and stay in float32 instead of passing
         through bfloat16 in bfloat16 runs.
         """
-        rows = self.lm_head[...]
-        rows = jax.lax.slice_in_dim(rows, first, rows.shape[0] if count is None else first + count)
-        return jnp.einsum(
+        stop = self.config.vocab_size if count is None else first + count
+        rows = jax.lax.slice_in_dim(self.lm_head[...], first, stop)
+        logits = jnp.einsum(
             "...d,td->...t", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
         )
+        if self.lm_head_lora is not None:
+            logits = logits + self.lm_head_lora(hidden, slice(first, stop))
+        return logits

@@ -1,82 +1,96 @@
-"""LoRA adapters in PEFT's folder layout, merged into the weights while these are read."""
+"""Low-rank adapters that train while the base stays frozen: y = x W + (alpha / r) (x A) B.
 
-import json
-import math
-from pathlib import Path
+A model with `config.lora_rank` > 0 holds its base as `FrozenParam`s, its adapters as `LoraParam`s.
+A `LoraParam` is an `nnx.Param`, a `FrozenParam` is not: whoever trains, copies or saves the
+`nnx.Param`s of a policy does so with adapters and value head alone.
 
+Source: Hu et al. 2021, "LoRA" (arXiv:2106.09685); initial values and module names as PEFT's.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from flax import nnx
+from jaxtyping import Array, Float
 
-PREFIX = "base_model.model."
-BASE_LAYER = ".base_layer.weight"
+from policies.openvla_oft import hf_keys
+from policies.openvla_oft.layers import Linear, Maker, UnusedParam
 
 
-class LoraAdapter:
-    """An adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
+class LoraParam(nnx.Param):
+    """A factor of an adapter."""
 
-    The file may also hold base weights of adapted modules (`*.base_layer.weight`, which PEFT saves
-    for the output head); they are skipped, because the merge starts from the checkpoint's.
 
-    Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: a PEFT feature that merging here does not cover, or unknown tensors.
+class FrozenParam(nnx.Variable):
+    """A weight of the base under adapters: read by every pass, never differentiated or written."""
+
+
+class Adapter(nnx.Module):
+    """(alpha / r) (x A) B beside a kernel [.. in.. out]: A [.. in.. r], B [.. 1.. r out].
+
+    A is drawn from N(0, 1/r) and B is 0, as PEFT's "gaussian" initialisation has it. Both are
+    float32 whatever the base is kept in: bfloat16 would swallow small steps.
     """
 
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        self._path = folder / "adapter_model.safetensors"
-        for path in (folder / "adapter_config.json", self._path):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: a LoRA adapter folder must hold this file")
-        config = json.loads((folder / "adapter_config.json").read_text())
-        unsupported = [
-            name
-            for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
-            if config.get(name)
-        ]
-        if config.get("bias", "none") != "none":
-            unsupported.append("bias")
-        if unsupported:
-            raise ValueError(f"{folder}: adapter_config.json sets unsupported {unsupported}")
-        rank = config["r"]
-        self.scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        self.modules: set[str] = set()
-        unknown = []
-        with safe_open(self._path, "numpy") as file:
-            names = set(file.keys())
-        for name in names:
-            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            if name == f"{PREFIX}{module}.lora_A.weight" and (
-                f"{PREFIX}{module}.lora_B.weight" in names
-            ):
-                self.modules.add(module)
-            elif not (
-                name.endswith(BASE_LAYER) or name.replace(".lora_B.", ".lora_A.") in names - {name}
-            ):
-                unknown.append(name)
-        if unknown:
-            raise ValueError(f"{self._path}: tensors that are no LoRA pair: {sorted(unknown)[:8]}")
+    def __init__(self, make: Maker, kernel_shape: tuple[int, ...], rank: int, scale: float):
+        *shape_in, width_out = kernel_shape
+        self.scale = scale
+        self.a = make.normal((*shape_in, rank), 1 / rank)
+        self.b = make.constant((*(1,) * (len(shape_in) - 1), rank, width_out), 0.0)
 
-    def merge(self, key: str, weight: np.ndarray) -> np.ndarray:
-        """Return W + scale * B A in float32 if the adapter has a pair for `key`, else `weight`.
+    def __call__(self, x: Float[Array, "... i"], columns: slice | None = None) -> Array:
+        """Return what is added to x W [... o], or to some columns of it."""
+        a, b = (p[...].reshape(-1, p.shape[-1]).astype(x.dtype) for p in (self.a, self.b))
+        return (x @ a) @ (b if columns is None else b[:, columns]) * self.scale
 
-        Args:
-            key: checkpoint key of the weight, such as "projector.fc1.weight".
-            weight: [out in], or [out in h w] of a convolution.
 
-        Raises:
-            ValueError: the pair's shapes do not fit the weight's.
-        """
-        module = key.removesuffix(".weight")
-        if module not in self.modules or not key.endswith(".weight"):
-            return weight
-        with safe_open(self._path, "numpy") as file:
-            a = file.get_tensor(f"{PREFIX}{module}.lora_A.weight").astype(np.float32)
-            b = file.get_tensor(f"{PREFIX}{module}.lora_B.weight").astype(np.float32)
-        rank = a.shape[0]
-        if b.size != weight.shape[0] * rank or a.size != rank * weight[0].size:
-            raise ValueError(
-                f"LoRA pair of {module}: A {a.shape} and B {b.shape} do not fit {weight.shape}"
-            )
-        delta = b.reshape(-1, rank) @ a.reshape(rank, -1)
-        return weight.astype(np.float32) + self.scale * delta.reshape(weight.shape)
+def attach(model: nnx.Module, make: Maker) -> None:
+    """Put an adapter beside every layer whose checkpoint module is named in `lora_targets`.
+
+    Layers that no forward pass reads get theirs too, as PEFT's do, but as `UnusedParam`s.
+
+    Args:
+        model: an `OpenVLAOFT` under construction.
+    """
+    config = model.config
+
+    def adapter(module: str, kernel: nnx.Variable, shape: tuple[int, ...]) -> Adapter | None:
+        key = hf_keys.source_of(module, config).keys[0].removesuffix(".weight")
+        if key.rsplit(".", 1)[-1] not in config.lora_targets:
+            return None
+        own = dataclasses.replace(
+            make,
+            dtype=jnp.dtype("float32"),
+            stack=tuple(kernel.shape[: -len(shape)]),
+            variable=UnusedParam if isinstance(kernel, UnusedParam) else LoraParam,
+        )
+        return Adapter(own, shape, config.lora_rank, config.lora_scale)
+
+    linears = [(p, m) for p, m in nnx.iter_graph(model) if isinstance(m, Linear)]
+    for path, layer in linears:
+        name = hf_keys.path_name((*path, "kernel"))
+        layer.lora = nnx.data(adapter(name, layer.kernel, (*layer.shape_in, layer.width_out)))
+    head = model.llama.lm_head
+    model.llama.lm_head_lora = nnx.data(adapter(hf_keys.LM_HEAD, head, head.shape[::-1]))
+
+
+def merged_parameters(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (path, array) of the same policy without adapters: W + (alpha / r) A B in float32.
+
+    Arrays come in the parameters' own dtype, one stacked parameter at a time on the host.
+    """
+    variables = dict(hf_keys.parameters(model))
+    for path, variable in variables.items():
+        if hf_keys.is_adapter(path):
+            continue
+        array = np.asarray(variable[...])
+        factors = [hf_keys.adapter_path(path, factor) for factor in "ab"]
+        if factors[0] in variables:
+            a, b = (np.asarray(variables[factor][...]) for factor in factors)
+            change = model.config.lora_scale * (a @ b)
+            # The output head lies as on disk, one row per token.
+            change = change.T if path == hf_keys.LM_HEAD else change
+            array = (array.astype(np.float32) + change).astype(array.dtype)
+        yield path, array

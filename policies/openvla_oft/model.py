@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from policies.openvla_oft import action_tokens, preprocess
+from policies.openvla_oft import action_tokens, lora, preprocess
 from policies.openvla_oft.action_tokens import ActionStatistics
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.layers import Linear, Maker, gelu
@@ -87,10 +87,13 @@ class OpenVLAOFT(nnx.Module):
             )
         self.config, self.statistics = config, statistics
         make = Maker.create(config, rngs)
-        self.vision = VisionBackbone(config, make)
-        self.projector = Projector(config, make)
-        self.llama = Llama(config, make)
+        base = dataclasses.replace(make, variable=lora.FrozenParam) if config.lora_rank else make
+        self.vision = VisionBackbone(config, base)
+        self.projector = Projector(config, base)
+        self.llama = Llama(config, base)
         self.value_head = ValueHead(config, make) if config.num_values else None
+        if config.lora_rank:
+            lora.attach(self, make)
 
     @property
     def action_spec(self) -> ActionSpec:

@@ -20,20 +20,18 @@ from policies.openvla_oft.layers import LayerNorm, Linear, Maker, attend, gelu, 
 LAYER_SCALE_INIT = 0.1
 
 
-class PatchEmbed(nnx.Module):
+class PatchEmbed(Linear):
     """Non-overlapping patches to vectors; rows of patches first, then columns."""
 
     def __init__(self, make: Maker, patch: int, width: int):
-        self.kernel = make.normal((patch, patch, 3, width), (3 * patch**2) ** -0.5)
-        self.bias = make.constant((width,), 0.0)
+        super().__init__(make, (patch, patch, 3), width)
 
     def __call__(self, pixels: Float[Array, "N H W 3"]) -> Float[Array, "N P D"]:
         n, height, width, channels = pixels.shape
-        p = self.kernel.shape[0]
+        p = self.shape_in[0]
         patches = pixels.reshape(n, height // p, p, width // p, p, channels)
-        embedded = jnp.einsum("nhpwqc,pqcd->nhwd", patches, self.kernel[...].astype(pixels.dtype))
-        embedded = embedded + self.bias[...].astype(pixels.dtype)
-        return embedded.reshape(n, -1, embedded.shape[-1])
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, p * p * channels)
+        return super().__call__(patches)
 
 
 class Attention(nnx.Module):

@@ -1,0 +1,191 @@
+"""LoRA adapters in PEFT's folder layout: read, merged while a checkpoint is read, written."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from policies.openvla_oft import hf_keys
+from policies.openvla_oft.config import OpenVLAOFTConfig
+from policies.openvla_oft.hf_keys import PEFT_PREFIX
+
+BASE_LAYER = ".base_layer.weight"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class LoraAdapter:
+    """An adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+    The file may also hold base weights of adapted modules (`*.base_layer.weight`, which PEFT saves
+    for the output head); they are skipped, because the checkpoint's are used.
+
+    Attributes:
+        rank, scale: r, and what B A is multiplied with.
+        modules: checkpoint modules that have a pair.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a PEFT feature that is not covered here, or unknown tensors.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._path = self.folder / WEIGHTS
+        for path in (self.folder / CONFIG, self._path):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: a LoRA adapter folder must hold this file")
+        config = json.loads((self.folder / CONFIG).read_text())
+        unsupported = [
+            name
+            for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+            if config.get(name)
+        ]
+        if config.get("bias", "none") != "none":
+            unsupported.append("bias")
+        if unsupported:
+            raise ValueError(f"{self.folder}: {CONFIG} sets unsupported {unsupported}")
+        self.rank = config["r"]
+        root = math.sqrt(self.rank) if config.get("use_rslora") else self.rank
+        self.scale = config["lora_alpha"] / root
+        self.modules: set[str] = set()
+        unknown = []
+        with safe_open(self._path, "numpy") as file:
+            names = set(file.keys())
+        for name in names:
+            module = name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+            if name == f"{PEFT_PREFIX}{module}.lora_A.weight" and (
+                f"{PEFT_PREFIX}{module}.lora_B.weight" in names
+            ):
+                self.modules.add(module)
+            elif not (
+                name.endswith(BASE_LAYER) or name.replace(".lora_B.", ".lora_A.") in names - {name}
+            ):
+                unknown.append(name)
+        if unknown:
+            raise ValueError(f"{self._path}: tensors that are no LoRA pair: {sorted(unknown)[:8]}")
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one tensor in float32."""
+        with safe_open(self._path, "numpy") as file:
+            return file.get_tensor(name).astype(np.float32)
+
+    def merge(self, key: str, weight: np.ndarray) -> np.ndarray:
+        """Return W + scale * B A in float32 if the adapter has a pair for `key`, else `weight`.
+
+        Args:
+            key: checkpoint key of the weight, such as "projector.fc1.weight".
+            weight: [out in], or [out in h w] of a convolution.
+
+        Raises:
+            ValueError: the pair's shapes do not fit the weight's.
+        """
+        module = key.removesuffix(".weight")
+        if module not in self.modules or not key.endswith(".weight"):
+            return weight
+        a, b = (self.read(f"{PEFT_PREFIX}{module}.lora_{factor}.weight") for factor in "AB")
+        rank = a.shape[0]
+        if b.size != weight.shape[0] * rank or a.size != rank * weight[0].size:
+            raise ValueError(
+                f"LoRA pair of {module}: A {a.shape} and B {b.shape} do not fit {weight.shape}"
+            )
+        delta = b.reshape(-1, rank) @ a.reshape(rank, -1)
+        return weight.astype(np.float32) + self.scale * delta.reshape(weight.shape)
+
+    def check_continues(self, shapes: dict[str, tuple[int, ...]], config: OpenVLAOFTConfig) -> None:
+        """Refuse an adapter that training with this configuration cannot go on from.
+
+        Args:
+            shapes: what the policy's adapters are in PEFT's file, name -> shape.
+
+        Raises:
+            ValueError: rank, scale, modules or sizes differ; all are listed at once.
+        """
+        lines = []
+        if self.rank != config.lora_rank:
+            lines.append(f"lora_rank is {config.lora_rank}, the adapter's rank {self.rank}")
+        elif not math.isclose(self.scale, config.lora_scale, rel_tol=1e-6):
+            lines.append(
+                f"lora_alpha gives a scale of {config.lora_scale:g}, the adapter's is "
+                f"{self.scale:g}; set lora_alpha to {self.scale * self.rank:g}"
+            )
+        wanted = {n.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for n in shapes}
+        for title, modules in (
+            ("modules that the adapter lacks (see lora_targets)", wanted - self.modules),
+            ("modules of the adapter that the policy does not adapt", self.modules - wanted),
+        ):
+            if modules:
+                lines.append(f"{len(modules)} {title}: {', '.join(sorted(modules)[:8])}")
+        if not lines:
+            with safe_open(self._path, "numpy") as file:
+                held = {name: tuple(file.get_slice(name).get_shape()) for name in shapes}
+            wrong = [f"{n}: expected {s}, got {held[n]}" for n, s in shapes.items() if held[n] != s]
+            lines += wrong[:8]
+        if lines:
+            listed = "\n  ".join(lines)
+            raise ValueError(f"{self.folder}: training cannot go on from this adapter:\n  {listed}")
+
+
+def save_adapter(model: nnx.Module, folder: str | Path, *, base: str | Path) -> Path:
+    """Write a policy's adapters as PEFT does; return the folder, which appears complete or not.
+
+    The value head is not in it: an export of the policy holds it, and so does a run's checkpoint.
+
+    Args:
+        model: an `OpenVLAOFT` with `lora_rank` > 0.
+        base: checkpoint folder that the adapters belong to; its name is told.
+
+    Raises:
+        FileExistsError: `folder` exists already.
+        ValueError: the policy has no adapters.
+    """
+    folder, config = Path(folder), model.config
+    if not config.lora_rank:
+        raise ValueError("the policy has no LoRA adapters: its lora_rank is 0")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; remove it or choose another folder")
+    tensors = {}
+    for path, variable in hf_keys.parameters(model):
+        if hf_keys.is_adapter(path):
+            source, array = hf_keys.source_of(path, config), np.asarray(variable[...])
+            for index, key in enumerate(source.keys):
+                layer = array[index] if source.stacked else array
+                tensors[key] = np.ascontiguousarray(source.to_hf(layer))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        (temporary / CONFIG).write_text(json.dumps(_adapter_config(config, base), indent=2))
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        temporary.chmod(0o755)
+        (temporary / WEIGHTS).chmod(0o644)
+        os.replace(temporary, folder)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return folder
+
+
+def _adapter_config(config: OpenVLAOFTConfig, base: str | Path) -> dict[str, Any]:
+    alpha = config.lora_scale * config.lora_rank
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": Path(base).name,
+        "inference_mode": True,
+        "r": config.lora_rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "init_lora_weights": "gaussian",
+        "target_modules": list(config.lora_targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "use_rslora": False,
+    }
