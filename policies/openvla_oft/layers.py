@@ -97,8 +97,8 @@ class Linear(nnx.Module):
     ):
         self.shape_in = (shape_in,) if isinstance(shape_in, int) else shape_in
         self.width_out = width_out
-        std = std or math.prod(self.shape_in) ** -0.5
-        self.kernel = make.normal((*self.shape_in, width_out), std)
+        own = math.prod(self.shape_in) ** -0.5 if std is None else std
+        self.kernel = make.normal((*self.shape_in, width_out), own)
         self.bias = make.constant((width_out,), 0.0) if use_bias else None
         self.lora: nnx.Module | None = nnx.data(None)
 
