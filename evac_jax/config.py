@@ -87,7 +87,10 @@ class RewardConfig:
     """The success classifier and what its verdict is worth.
 
     Attributes:
-        checkpoint: folder of the classifier.
+        checkpoint: folder of the classifier, or of several, joined by commas: the mean of their
+            probabilities counts.
+        veto: with several, a frame on which they are further apart than this is no success,
+            (0, 1]; 0 = no veto.
         threshold: probability from which a frame counts as success, 0..1.
         success_frames: consecutive frames that must count before the episode does, >= 1.
         judged_frames: last frames of every chunk that are decoded and judged; 0 = all. Success
@@ -97,6 +100,7 @@ class RewardConfig:
     """
 
     checkpoint: str = ""
+    veto: float = 0.0
     threshold: float = 0.5
     success_frames: int = 1
     judged_frames: int = 0

@@ -83,8 +83,14 @@ def validate(config: "TrainConfig") -> list[str]:
     for name in ("lora_rank", "lora_alpha"):
         if (value := getattr(c.policy, name)) < 0:
             problems.append(f"config.policy.{name}: expected 0 (none) or more, got {value}")
-    if not 0.0 <= c.reward.threshold <= 1.0:
-        problems.append(f"config.reward.threshold: expected 0..1, got {c.reward.threshold}")
+    for name in ("threshold", "veto"):
+        if not 0.0 <= (value := getattr(c.reward, name)) <= 1.0:
+            problems.append(f"config.reward.{name}: expected 0..1, got {value}")
+    if c.reward.veto and "," not in c.reward.checkpoint:
+        problems.append(
+            "config.reward.veto: needs two classifiers at least; join their folders by commas in "
+            "config.reward.checkpoint, or set it to 0"
+        )
     for name, value in (("fraction", c.eval.twin_fraction), ("alarm", c.eval.twin_alarm)):
         if not 0.0 <= value <= 1.0:
             problems.append(f"config.eval.twin_{name}: expected 0..1, got {value}")
@@ -99,9 +105,11 @@ def _missing_paths(c: "TrainConfig") -> list[str]:
     if c.env.simulator == "world_model":
         needed |= {
             "world_model.checkpoint": (c.world_model.checkpoint, "folder of the EVAC weights"),
-            "reward.checkpoint": (c.reward.checkpoint, "folder of the success classifier"),
             "env.pose_model": (c.env.pose_model, "folder of the action-to-pose network"),
         }
+        for number, folder in enumerate(c.reward.checkpoint.split(",")):
+            name = "reward.checkpoint" + f"[{number}]" * (number > 0)
+            needed[name] = (folder, "folder of the success classifier")
     if c.env.initial_states == "npy":
         needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
     if c.policy.lora_adapter:

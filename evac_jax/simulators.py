@@ -155,6 +155,7 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
     settings = {
         "world_model": config.world_model.checkpoint,
         "reward": config.reward.checkpoint,
+        "reward_veto": config.reward.veto,
         "pose_model": env.pose_model,
         "initial_states": starts,
         "num_envs": share,

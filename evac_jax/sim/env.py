@@ -38,7 +38,7 @@ from evac_jax.sim.episodes import ChunkOutcome, Episodes
 from evac_jax.sim.initial_states import InitialStates, StartCycle, make_initial_states
 from evac_jax.sim.noise import ChunkNoise
 from evac_jax.sim.pose_model import PoseModel
-from evac_jax.sim.reward import RewardNet
+from evac_jax.sim.reward import RewardEnsemble
 from policies.spec import ActionSpec
 
 CLASSIFIER_BATCH = 256  # frames per call; bounds its activations to about 1.5 GB at 256 pixels
@@ -85,7 +85,7 @@ class WorldModelEnv:
     def __init__(
         self,
         world_model: EvacModel,
-        reward_model: RewardNet,
+        reward_model: RewardEnsemble,
         pose_model: PoseModel,
         source: InitialStates,
         config: WorldModelEnvConfig,
@@ -364,7 +364,13 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     world_model = load_model(settings.world_model, kind="EvacModel", device=device)
     return WorldModelEnv(
         world_model.to(getattr(torch, settings.dtype)),
-        load_model(settings.reward, kind="RewardNet", device=device),
+        RewardEnsemble(
+            [
+                load_model(folder, kind="RewardNet", device=device)
+                for folder in settings.reward.split(",")
+            ],
+            settings.reward_veto,
+        ),
         load_model(settings.pose_model, kind="PoseModel", device=device),
         source,
         settings,

@@ -18,7 +18,8 @@ class WorldModelEnvConfig:
 
     Attributes:
         world_model: folder of an EVAC world model (weights and config.json).
-        reward: folder of a success classifier.
+        reward: folder of a success classifier, or of several, joined by commas.
+        reward_veto: see `RewardEnsemble`; 0 = none.
         pose_model: folder of an action predictor.
         initial_states: source of start frames, {"kind": one of INITIAL_STATES, its arguments}.
         num_envs: environments imagined as one batch, B.
@@ -52,6 +53,7 @@ class WorldModelEnvConfig:
 
     world_model: str = ""
     reward: str = ""
+    reward_veto: float = 0.0
     pose_model: str = ""
     initial_states: dict = field(default_factory=dict)
     num_envs: int = 1
@@ -93,6 +95,8 @@ class WorldModelEnvConfig:
                 f"judged_frames: {self.judged_frames} frames can never show success_frames = "
                 f"{self.success_frames} in a row"
             )
+        if not 0 <= self.reward_veto <= 1:
+            problems.append(f"reward_veto: expected 0..1, got {self.reward_veto}")
         if self.max_batch < 0:
             problems.append(f"max_batch: expected 0 (all) or more, got {self.max_batch}")
         if self.gripper_rule not in GRIPPER_RULES:
@@ -133,7 +137,8 @@ class WorldModelEnvConfig:
                 f"valid keys are {', '.join(valid)}"
             )
         config = cls(**values)
-        needed = {name: getattr(config, name) for name in ("world_model", "reward", "pose_model")}
+        needed = {name: getattr(config, name) for name in ("world_model", "pose_model")}
+        needed |= {"reward" + f"[{i}]" * (i > 0): f for i, f in enumerate(config.reward.split(","))}
         starts = config.initial_states
         needed |= {
             f"initial_states.{name}": starts[name] for name in ("folder", "file") if name in starts

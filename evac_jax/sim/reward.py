@@ -1,10 +1,13 @@
 """Success classifier: one frame in, the probability that the task is done in it out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evac_jax.errors import ConfigError
 from evac_jax.evac.config import JsonConfig
 
 
@@ -106,3 +109,46 @@ class RewardNet(nn.Module):
     ) -> Tensor:
         """Rewards [N] float, 1 where the probability lies above the threshold, else 0."""
         return (self.probability(frames, instruction) > threshold).float()
+
+
+class RewardEnsemble(nn.Module):
+    """Several classifiers that judge together: the mean probability, and a veto.
+
+    What an optimised policy finds out about one classifier's errors rarely holds for another one,
+    so where they disagree the frame is no success.
+
+    Args:
+        members: classifiers that know the same number of instructions.
+        veto: a frame whose members' probabilities lie further apart than this counts as certain
+            failure, (0, 1]; 0 = never.
+
+    Raises:
+        ConfigError: the members do not fit together, or a veto without anybody to disagree.
+
+    Source: after Coste et al. 2023, "Reward model ensembles help mitigate overoptimization"
+    (arXiv:2310.02743); their penalty by variance is a veto here, because rewards are 0 or 1.
+    """
+
+    def __init__(self, members: Sequence[RewardNet], veto: float = 0.0):
+        super().__init__()
+        known = {member.config.num_instructions for member in members}
+        if len(known) != 1:
+            raise ConfigError(
+                f"reward: all classifiers must know the same instructions, got {sorted(known)} "
+                "of them; train them on the same recordings"
+            )
+        if veto and len(members) < 2:
+            raise ConfigError(
+                f"reward.veto={veto} needs two classifiers at least, got {len(members)}; join "
+                "their folders by commas in reward.checkpoint, or set reward.veto=0"
+            )
+        self.members, self.veto = nn.ModuleList(members), veto
+        self.config = members[0].config
+
+    def probability(self, frames: Tensor, instruction: Tensor | None = None) -> Tensor:
+        """Probability [N] of success of frames [N, 3, H, W], see `RewardNet`."""
+        each = torch.stack([member.probability(frames, instruction) for member in self.members])
+        mean = each.mean(0)
+        if not self.veto:
+            return mean
+        return mean.masked_fill(each.amax(0) - each.amin(0) > self.veto, 0.0)

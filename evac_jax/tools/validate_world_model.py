@@ -45,6 +45,7 @@ CPU_BATCH = 8  # of which the networks see so many at once: more do not fit into
 FIELDS = {
     "world_model": "world_model",
     "reward": "reward",
+    "veto": "reward_veto",
     "pose_model": "pose_model",
     "threshold": "success_threshold",
     "success_frames": "success_frames",
@@ -127,7 +128,8 @@ def choose(data: Episodes, part: str, per_kind: int, seed: int) -> Episodes:
 
 def known_instructions(reward: str, data: Episodes) -> tuple[str, ...]:
     """Return the instructions in the classifier's order; the recording's, if it has no card."""
-    return tuple(cards.read(Path(reward)).get("instructions", data.instructions))
+    first = Path(reward.split(",")[0])
+    return tuple(cards.read(first).get("instructions", data.instructions))
 
 
 def validate(
@@ -194,7 +196,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--trained", type=Path, help="policy after training, a Hugging Face folder")
     parser.add_argument("--world_model", help="folder of weights; default: the preset's")
-    parser.add_argument("--reward", help="likewise of the success classifier")
+    parser.add_argument("--reward", help="likewise of the success classifier, or several: A,B")
+    parser.add_argument("--veto", type=float, help="of several classifiers that disagree; 0 = none")
     parser.add_argument("--pose_model", help="likewise of the pose network")
     parser.add_argument("--threshold", type=float, help="probability that counts as success")
     parser.add_argument("--success_frames", type=int, help="frames in a row that must show it")

@@ -1,0 +1,49 @@
+import pytest
+import torch
+from torch import nn
+
+from evac_jax.errors import ConfigError
+from evac_jax.sim.reward import RewardConfig, RewardEnsemble, RewardNet
+
+
+class Sure(nn.Module):
+    """A classifier that always says the same."""
+
+    def __init__(self, *chances, instructions=3):
+        super().__init__()
+        self.config = RewardConfig(width=4, num_instructions=instructions)
+        self._chances = torch.tensor(chances)
+
+    def probability(self, frames, instruction=None):
+        return self._chances
+
+
+FRAMES = torch.zeros(3, 3, 8, 8)
+
+
+def test_ensemble_of_one_is_that_one():
+    torch.manual_seed(0)
+    member = RewardNet(RewardConfig(width=4)).eval()
+    frames = torch.rand(5, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            RewardEnsemble([member]).probability(frames), member.probability(frames)
+        )
+
+
+def test_mean_counts_and_disagreement_beyond_the_veto_is_failure():
+    members = [Sure(0.9, 0.9, 0.2), Sure(0.8, 0.3, 0.1)]
+    plain = RewardEnsemble(members).probability(FRAMES)
+    torch.testing.assert_close(plain, torch.tensor([0.85, 0.6, 0.15]))
+    vetoed = RewardEnsemble(members, veto=0.5).probability(FRAMES)
+    torch.testing.assert_close(vetoed, torch.tensor([0.85, 0.0, 0.15]))
+
+
+def test_members_must_know_the_same_instructions():
+    with pytest.raises(ConfigError, match=r"got \[0, 3\]"):
+        RewardEnsemble([Sure(0.5), Sure(0.5, instructions=0)])
+
+
+def test_nobody_to_disagree_is_refused():
+    with pytest.raises(ConfigError, match="at least, got 1"):
+        RewardEnsemble([Sure(0.5)], veto=0.3)
