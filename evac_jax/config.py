@@ -115,12 +115,16 @@ class EnvConfig:
     Attributes:
         simulator: what the policy learns in: "world_model", or "ground_truth", the environment
             that eval.ground_truth names: what learning gains where nothing is imagined.
-        initial_states: "miniature" (built-in scenes) or "npy" (a folder of start frames).
+        initial_states: "miniature" (built-in scenes), "npy" (a folder of start frames) or
+            "recording" (first frames of a recording's training part, docs/episodes.md).
         initial_states_path: that folder; unused by the miniature.
         train_starts: [low, high) range of start ids for training; high -1 = all there are.
         start_order: "random", "ordered" (one after another) or "fixed" (the same ones always).
         num_envs: episodes imagined side by side, over all simulator processes.
         max_episode_steps: actions after which an episode is truncated; a multiple of the chunk.
+        keyframes: share of the groups that begin in the middle of a recorded episode, 0..1: a
+            long task whose end is never reached gives no reward.
+        keyframe_data: that recording (docs/episodes.md); its training part is used.
         gripper: how the policy's gripper entry becomes the simulator's: "libero" (-sign(2g-1)),
             "binary" or "none".
         pose_model: folder of the network that turns (action, pose) into the next pose.
@@ -133,6 +137,8 @@ class EnvConfig:
     start_order: str = "random"
     num_envs: int = 16
     max_episode_steps: int = 256
+    keyframes: float = 0.0
+    keyframe_data: str = ""
     gripper: str = "libero"
     pose_model: str = ""
 

@@ -45,7 +45,9 @@ def validate(config: "TrainConfig") -> list[str]:
     )
     problems += _one_of("simulator.dtype", c.simulator.dtype, (*dtypes, "float16"))
     problems += _one_of("env.simulator", c.env.simulator, ("world_model", "ground_truth"))
-    problems += _one_of("env.initial_states", c.env.initial_states, ("miniature", "npy"))
+    problems += _one_of(
+        "env.initial_states", c.env.initial_states, ("miniature", "npy", "recording")
+    )
     problems += _one_of("env.start_order", c.env.start_order, ("random", "ordered", "fixed"))
     problems += _one_of("env.gripper", c.env.gripper, ("libero", "binary", "none"))
     problems += _one_of("eval.ground_truth", c.eval.ground_truth, ("miniature", "none"))
@@ -91,6 +93,8 @@ def validate(config: "TrainConfig") -> list[str]:
             "config.reward.veto: needs two classifiers at least; join their folders by commas in "
             "config.reward.checkpoint, or set it to 0"
         )
+    if not 0.0 <= c.env.keyframes <= 1.0:
+        problems.append(f"config.env.keyframes: expected a share 0..1, got {c.env.keyframes}")
     for name, value in (("fraction", c.eval.twin_fraction), ("alarm", c.eval.twin_alarm)):
         if not 0.0 <= value <= 1.0:
             problems.append(f"config.eval.twin_{name}: expected 0..1, got {value}")
@@ -110,8 +114,10 @@ def _missing_paths(c: "TrainConfig") -> list[str]:
         for number, folder in enumerate(c.reward.checkpoint.split(",")):
             name = "reward.checkpoint" + f"[{number}]" * (number > 0)
             needed[name] = (folder, "folder of the success classifier")
-    if c.env.initial_states == "npy":
+    if c.env.initial_states in ("npy", "recording"):
         needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
+    if c.env.keyframes:
+        needed["env.keyframe_data"] = (c.env.keyframe_data, "recording to begin episodes in")
     if c.policy.lora_adapter:
         needed["policy.lora_adapter"] = (c.policy.lora_adapter, "PEFT adapter folder")
     problems = []

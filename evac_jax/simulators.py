@@ -158,6 +158,7 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
         "reward_veto": config.reward.veto,
         "pose_model": env.pose_model,
         "initial_states": starts,
+        "keyframes": env.keyframe_data if env.keyframes else "",
         "num_envs": share,
         "steps": config.world_model.steps,
         "eta": config.world_model.eta,
@@ -207,6 +208,7 @@ def training_specs(config: TrainConfig) -> list[dict]:
 def _ground_truth_spec(config: TrainConfig, num_envs: int, **settings) -> dict:
     settings |= {
         "num_envs": num_envs,
+        "keyframes": config.env.keyframe_data if config.env.keyframes else "",
         "max_episode_steps": config.env.max_episode_steps,
         "reward_coef": config.reward.coefficient,
         "use_rel_reward": config.reward.relative,

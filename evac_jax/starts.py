@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ class StartSampler:
             more groups than there are starts. Call n depends on (seed, n) only, so a resumed run
             draws what an uninterrupted one would have drawn.
 
+    Keyframes (frames in the middle of recorded episodes) take the place of a share of the groups,
+    at random whatever the order.
+
+    Args:
+        keyframes: (share of the groups 0..1, how many there are).
+
     Raises:
         ConfigError: for an unknown order or an empty range.
 
@@ -47,7 +54,14 @@ class StartSampler:
     """
 
     def __init__(
-        self, low: int, high: int, *, order: str = "random", seed: int = 0, group_size: int = 1
+        self,
+        low: int,
+        high: int,
+        *,
+        order: str = "random",
+        seed: int = 0,
+        group_size: int = 1,
+        keyframes: tuple[float, int] = (0.0, 0),
     ):
         if order not in ORDERS:
             raise ConfigError(f"start order: expected one of {ORDERS}, got {order!r}")
@@ -57,19 +71,24 @@ class StartSampler:
             raise ConfigError(f"start seed: expected a non-negative integer, got {seed}")
         if group_size < 1:
             raise ConfigError(f"group size: expected at least 1, got {group_size}")
-        self.group_size = int(group_size)
+        if keyframes[0] and not keyframes[1]:
+            raise ConfigError("config.env.keyframes: the simulators offer no keyframes")
+        self.group_size, self.keyframes = int(group_size), tuple(keyframes)
         self.low, self.high, self.order, self._seed = int(low), int(high), order, int(seed)
         self._calls = 0
         self._cursor = 0
 
     @classmethod
-    def from_config(cls, config: "TrainConfig", num_starts: int) -> "StartSampler":
+    def from_config(
+        cls, config: "TrainConfig", num_starts: int, num_keyframes: int = 0
+    ) -> "StartSampler":
         """Build the sampler of a run's training starts.
 
         Args:
-            config: reads `env.train_starts`, `env.start_order`, `seed` and `algo.group_size` (1
-                for algorithms without groups).
+            config: reads `env.train_starts`, `env.start_order`, `env.keyframes`, `seed` and
+                `algo.group_size` (1 for algorithms without groups).
             num_starts: initial states that the simulators offer.
+            num_keyframes: keyframes that they offer.
 
         Raises:
             ConfigError: if the range reaches beyond them.
@@ -82,7 +101,14 @@ class StartSampler:
                 "initial states"
             )
         group_size = getattr(config.algo, "group_size", 1)
-        return cls(low, high, order=config.env.start_order, seed=config.seed, group_size=group_size)
+        return cls(
+            low,
+            high,
+            order=config.env.start_order,
+            seed=config.seed,
+            group_size=group_size,
+            keyframes=(config.env.keyframes, num_keyframes),
+        )
 
     def next(self, rows: int, num_envs: int) -> np.ndarray:
         """Return ids, int64 [rows, num_envs], members of a group side by side within a row.
@@ -106,8 +132,14 @@ class StartSampler:
             first = self._cursor if self.order == "ordered" else 0
             groups = (first + np.arange(num_groups)) % count
             self._cursor = int(first + num_groups) % count
+        groups = self.low + groups.astype(np.int64)
+        share, available = self.keyframes
+        if share:
+            rng = np.random.default_rng([self._seed, self._calls, KEYFRAMES])
+            late = rng.random(num_groups) < share
+            groups = np.where(late, KEYFRAMES + rng.integers(available, size=num_groups), groups)
         self._calls += 1
-        ids = np.repeat(self.low + groups.astype(np.int64), self.group_size)
+        ids = np.repeat(groups, self.group_size)
         return ids.reshape(rows, num_envs)
 
     def seed(self, iteration: int) -> int:
@@ -122,6 +154,7 @@ class StartSampler:
             "low": self.low,
             "high": self.high,
             "group_size": self.group_size,
+            "keyframes": list(self.keyframes),
             "calls": self._calls,
             "cursor": self._cursor,
         }
@@ -138,7 +171,7 @@ class StartSampler:
             raise ConfigError(f"saved start sampler lacks {', '.join(missing)}")
         changed = [
             f"{name}: saved {state[name]!r}, configured {own[name]!r}"
-            for name in ("order", "seed", "low", "high", "group_size")
+            for name in ("order", "seed", "low", "high", "group_size", "keyframes")
             if state[name] != own[name]
         ]
         if changed:

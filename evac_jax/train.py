@@ -172,7 +172,9 @@ def run(config: TrainConfig) -> None:
         check_sizes(config, mesh, imagined.spec)
         learner = Learner(config, mesh, imagined.spec)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
-        starts = StartSampler.from_config(config, imagined.spec.num_starts)
+        starts = StartSampler.from_config(
+            config, imagined.spec.num_starts, imagined.spec.num_keyframes
+        )
 
         # Restore, or begin: 1. checkpoint.restore, 2. the imported weights in the learner.
         finished, before, seconds = 0, None, {}

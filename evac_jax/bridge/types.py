@@ -10,6 +10,7 @@ import numpy as np
 from policies.spec import ActionSpec
 
 IDLE = -1  # start id of an environment that has nothing to do until the next reset
+KEYFRAMES = 2**40  # start ids from here on name frames in the middle of recorded episodes
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class EnvSpec:
             IDLE asks for no episode at all.
         max_episode_steps: actions after which an episode is truncated.
         clip_envs: environments (the first ones) whose whole chunk of frames is sent for videos.
+        num_keyframes: further starts, KEYFRAMES .. KEYFRAMES + num_keyframes - 1.
     """
 
     num_envs: int
@@ -36,6 +38,7 @@ class EnvSpec:
     num_starts: int
     max_episode_steps: int
     clip_envs: int = 0
+    num_keyframes: int = 0
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
+from evac_jax.bridge.types import IDLE, KEYFRAMES, EnvSpec, StepResult
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.render import render
@@ -21,6 +21,7 @@ from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.actions import GRIPPER_RULES, apply_gripper_rule
 from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
 from evac_jax.sim.initial_states import StartCycle
+from evac_jax.sim.recorded_starts import Keyframes
 from policies.spec import ActionSpec
 
 
@@ -40,6 +41,8 @@ class GroundTruthConfig:
             `GRIPPER_RULES`. "libero": the policy says 0 = close .. 1 = open (0.5 = neither), as
             OpenVLA's data do, and the scene gets +1 = close, -1 = open.
         clip_envs: environments (the first ones) that send whole chunks of frames, for videos.
+        keyframes: folder of a recording of this tabletop whose episodes may be begun in their
+            middle; their scenes are reached by the recorded actions. "" = none.
         start_seed_base: added to a start id to get the seed of its scene.
         num_starts: starts to choose from; any number costs nothing.
         device: accepted for the sake of the worker; the tabletop is computed on the CPU.
@@ -55,6 +58,7 @@ class GroundTruthConfig:
     ignore_terminations: bool = False
     gripper_rule: str = "libero"
     clip_envs: int = 0
+    keyframes: str = ""
     start_seed_base: int = 0
     num_starts: int = 3_000_000
     device: str = "cpu"
@@ -104,6 +108,12 @@ class GroundTruthEnv:
 
     def __init__(self, config: GroundTruthConfig, table: Tabletop = TABLETOP):
         self._config, self._table = config, table
+        self._keyframes = Keyframes(config.keyframes) if config.keyframes else None
+        if self._keyframes and (self._keyframes.data.start < 0).any():
+            raise ConfigError(
+                f"env.keyframe_data: {config.keyframes} has episodes without a start id, which the "
+                "ground truth cannot repeat; use a recording made by --mode=collect"
+            )
         self.spec = EnvSpec(
             num_envs=config.num_envs,
             image_shape=(1, config.image_size, config.image_size, 3),
@@ -113,6 +123,7 @@ class GroundTruthEnv:
             num_starts=config.num_starts,
             max_episode_steps=config.max_episode_steps,
             clip_envs=config.clip_envs,
+            num_keyframes=self._keyframes.count if self._keyframes else 0,
         )
         self._episodes = Episodes(
             config.num_envs,
@@ -137,7 +148,8 @@ class GroundTruthEnv:
         idle = starts == IDLE
         if starts.shape != (config.num_envs,):
             raise DataError(f"expected {config.num_envs} start ids, got shape {starts.shape}")
-        if ((starts[~idle] < 0) | (starts[~idle] >= config.num_starts)).any():
+        plain = starts[~idle & ~self._is_keyframe(starts)]
+        if ((plain < 0) | (plain >= config.num_starts)).any():
             raise DataError(f"start ids: expected 0..{config.num_starts - 1} or IDLE, got {starts}")
         self._cycle = StartCycle(starts[~idle], (seed,))
         # An idle environment holds some scene, so that all arrays keep their shape.
@@ -211,8 +223,23 @@ class GroundTruthEnv:
         mask[torch.from_numpy(rows)] = True
         self._episodes.restart(mask)
 
+    def _is_keyframe(self, starts: np.ndarray) -> np.ndarray:
+        return (starts >= KEYFRAMES) & (self._keyframes is not None)
+
     def _sample(self, starts: np.ndarray) -> world.Scenes:
-        return world.sample_scenes(starts + self._config.start_seed_base, self._table)
+        late = self._is_keyframe(starts)
+        seeds = np.where(late, 0, starts + self._config.start_seed_base)
+        if not late.any():
+            return world.sample_scenes(seeds, self._table)
+        data = self._keyframes.data
+        episodes, steps = (np.zeros(len(starts), np.int64) for _ in range(2))
+        episodes[late], steps[late] = self._keyframes.find(starts[late])
+        scenes = world.sample_scenes(np.where(late, data.start[episodes], seeds), self._table)
+        for step in range(int(steps.max())):
+            rows = data.rows(episodes, np.minimum(step, steps))
+            after = world.step(scenes, data.actions[rows], self._table)
+            scenes = world.where(step < steps, after, scenes)
+        return scenes
 
     def _render(self, rows: np.ndarray) -> np.ndarray:
         return render(self._scenes[rows], self._config.image_size, self._table)[:, None]

@@ -38,6 +38,7 @@ from evac_jax.sim.episodes import ChunkOutcome, Episodes
 from evac_jax.sim.initial_states import InitialStates, StartCycle, make_initial_states
 from evac_jax.sim.noise import ChunkNoise
 from evac_jax.sim.pose_model import PoseModel
+from evac_jax.sim.recorded_starts import Keyframes, WithKeyframes
 from evac_jax.sim.reward import RewardEnsemble
 from policies.spec import ActionSpec
 
@@ -119,6 +120,7 @@ class WorldModelEnv:
             num_starts=source.num_starts,
             max_episode_steps=config.max_episode_steps,
             clip_envs=config.clip_envs,
+            num_keyframes=getattr(source, "num_keyframes", 0),
         )
         known, size = source.camera, source.camera_size
         if config.camera is None and size is not None and tuple(size) != tuple(self._size):
@@ -360,6 +362,8 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     """
     settings = WorldModelEnvConfig.from_dict(config)
     source = source or make_initial_states(settings.initial_states)
+    if settings.keyframes:
+        source = WithKeyframes(source, Keyframes(settings.keyframes))
     device = settings.device
     world_model = load_model(settings.world_model, kind="EvacModel", device=device)
     return WorldModelEnv(

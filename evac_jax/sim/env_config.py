@@ -22,6 +22,7 @@ class WorldModelEnvConfig:
         reward_veto: see `RewardEnsemble`; 0 = none.
         pose_model: folder of an action predictor.
         initial_states: source of start frames, {"kind": one of INITIAL_STATES, its arguments}.
+        keyframes: folder of a recording whose episodes may be begun in their middle; "" = none.
         num_envs: environments imagined as one batch, B.
         steps: denoising steps of one chunk.
         eta: DDIM noise, 0 (deterministic given the start noise) to 1.
@@ -56,6 +57,7 @@ class WorldModelEnvConfig:
     reward_veto: float = 0.0
     pose_model: str = ""
     initial_states: dict = field(default_factory=dict)
+    keyframes: str = ""
     num_envs: int = 1
     steps: int = 50
     eta: float = 1.0
@@ -139,6 +141,7 @@ class WorldModelEnvConfig:
         config = cls(**values)
         needed = {name: getattr(config, name) for name in ("world_model", "pose_model")}
         needed |= {"reward" + f"[{i}]" * (i > 0): f for i, f in enumerate(config.reward.split(","))}
+        needed |= {"keyframes": config.keyframes} if config.keyframes else {}
         starts = config.initial_states
         needed |= {
             f"initial_states.{name}": starts[name] for name in ("folder", "file") if name in starts

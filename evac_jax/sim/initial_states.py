@@ -18,6 +18,7 @@ from evac_jax.sim.restricted_npy import load_objects
 
 INITIAL_STATES = {
     "npy": "evac_jax.sim.initial_states:NpyStarts",
+    "recording": "evac_jax.sim.recorded_starts:FolderStarts",
     "npz": "evac_jax.sim.initial_states:NpzStarts",
     "miniature": "evac_jax.sim.initial_states:MiniatureStarts",
 }

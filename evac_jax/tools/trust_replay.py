@@ -6,17 +6,15 @@ of the recording but its first frame, its instruction and its actions is used; t
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from absl import logging
 
 from evac_jax.dataset import Episodes
-from evac_jax.errors import ConfigError
 from evac_jax.sim import env as sim_env
 from evac_jax.sim.base import IDLE
-from evac_jax.sim.initial_states import Starts
+from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.tools.trust_scores import Records, compare
 
 FILM_FRAMES = 9  # frames kept of an episode that may be shown
@@ -31,37 +29,6 @@ class Film:
     source: str
     imagined: np.ndarray
     real: np.ndarray
-
-
-class RecordedStarts:
-    """The first frames of recorded episodes as initial states; start n is episode n.
-
-    Args:
-        data: the recording.
-        instructions: in the order in which the classifier knows them.
-
-    Raises:
-        ConfigError: the classifier does not know an instruction of the recording.
-    """
-
-    def __init__(self, data: Episodes, instructions: Sequence[str]):
-        self.num_starts, self.instructions = data.num_episodes, tuple(instructions)
-        self.camera = np.array(data.intrinsic), np.array(data.c2w)
-        self.camera_size = tuple(data.frames.shape[2:4])
-        self._data = data
-        texts = [data.instructions[task] for task in data.task]
-        if unknown := sorted(set(texts) - set(instructions)):
-            raise ConfigError(
-                f"reward: the classifier was trained for {list(instructions)}, the recording also "
-                f"has {unknown}; train it on such episodes, or leave them out"
-            )
-        self._task = np.array([self.instructions.index(text) for text in texts], np.int32)
-
-    def load(self, ids: np.ndarray) -> Starts:
-        """Return the first frames and poses of episodes `ids`, int64 [B]."""
-        rows = self._data.first[ids]
-        images, poses = np.array(self._data.frames[rows]), np.array(self._data.poses[rows])
-        return Starts(images, poses, self._task[ids])
 
 
 def make_environment(

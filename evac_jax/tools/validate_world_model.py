@@ -30,9 +30,10 @@ from evac_jax.dataset import Episodes
 from evac_jax.errors import ConfigError, DataError, EvacJaxError
 from evac_jax.miniature.render import BLOCK_COLORS
 from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.simulators import world_model_specs
 from evac_jax.tools import cards, collect, training, trust_charts, trust_page
-from evac_jax.tools.trust_replay import Film, RecordedStarts, make_environment, replay
+from evac_jax.tools.trust_replay import Film, make_environment, replay
 from evac_jax.tools.trust_scores import summarise
 
 ROOT = Path(__file__).parents[2]

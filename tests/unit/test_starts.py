@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError
 from evac_jax.starts import StartSampler, noise_seed
 
@@ -72,7 +73,7 @@ def test_unknown_order_is_refused():
 
 
 def config(high):
-    env = SimpleNamespace(train_starts=(2, high), start_order="ordered")
+    env = SimpleNamespace(train_starts=(2, high), start_order="ordered", keyframes=0.0)
     return SimpleNamespace(env=env, seed=0, algo=SimpleNamespace(group_size=2))
 
 
@@ -84,6 +85,26 @@ def test_the_range_ends_with_the_source_when_left_open():
 def test_a_range_beyond_the_source_is_refused():
     with pytest.raises(ConfigError, match="only 4"):
         StartSampler.from_config(config(5), 4)
+
+
+def test_share_of_the_groups_begins_at_keyframes_and_repeats_itself():
+    def draw():
+        sampler = StartSampler(0, 1000, group_size=4, keyframes=(0.25, 7))
+        return np.concatenate([sampler.next(1, 400)[0] for _ in range(4)])
+
+    ids = draw()
+    np.testing.assert_array_equal(ids, draw())
+    groups = ids.reshape(-1, 4)
+    assert (groups == groups[:, :1]).all()
+    late = groups[:, 0] >= KEYFRAMES
+    assert 0.15 < late.mean() < 0.35
+    assert set(groups[late, 0] - KEYFRAMES) == set(range(7))
+    assert groups[~late].max() < 1000
+
+
+def test_keyframes_that_nobody_offers_are_refused():
+    with pytest.raises(ConfigError, match="offer no keyframes"):
+        StartSampler(0, 10, keyframes=(0.5, 0))
 
 
 def test_noise_seeds_of_neighbouring_epochs_and_ranks_never_meet():

@@ -15,13 +15,13 @@ from evac_jax.miniature import scene
 from evac_jax.miniature.expert import Expert, demonstrate
 from evac_jax.miniature.render import BLOCK_COLORS, FINGER_HALF, PALM_HALF, camera, project, render
 from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.tools import trust_charts, trust_page, trust_scores, validate_world_model
 from evac_jax.tools.trust_replay import (
     FALSE,
     MISSED,
     RIGHT,
     Film,
-    RecordedStarts,
     make_environment,
     replay,
 )

@@ -1,0 +1,142 @@
+"""Episodes that begin at frames of recorded ones: at their first frames, or in their middle.
+
+A keyframe is a frame in the middle of a recorded episode. A long task whose end a policy never
+reaches gives no reward to learn from; begun near its end it does. Keyframes are named by ids from
+`KEYFRAMES` on, so they can be mixed with the ordinary starts of any source.
+
+Source: the idea after Salimans and Chen 2018, "Learning Montezuma's Revenge from a single
+demonstration" (arXiv:1812.03381).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evac_jax import dataset
+from evac_jax.bridge.types import KEYFRAMES
+from evac_jax.dataset import Episodes
+from evac_jax.errors import ConfigError, DataError
+from evac_jax.sim.initial_states import InitialStates, Starts
+
+
+class RecordedStarts:
+    """The first frames of recorded episodes as initial states; start n is episode n.
+
+    Args:
+        data: the recording.
+        instructions: all that may occur, in the order in which a classifier knows them; None =
+            the recording's own.
+
+    Raises:
+        ConfigError: the recording has an instruction that is not among them.
+    """
+
+    def __init__(self, data: Episodes, instructions: Sequence[str] | None = None):
+        self.instructions = tuple(data.instructions if instructions is None else instructions)
+        self.num_starts = data.num_episodes
+        self.camera = np.array(data.intrinsic), np.array(data.c2w)
+        self.camera_size = tuple(data.frames.shape[2:4])
+        self._data = data
+        texts = [data.instructions[task] for task in data.task]
+        if unknown := sorted(set(texts) - set(self.instructions)):
+            raise ConfigError(
+                f"reward: the classifier was trained for {list(self.instructions)}, the recording "
+                f"also has {unknown}; train it on such episodes, or leave them out"
+            )
+        self._task = np.array([self.instructions.index(text) for text in texts], np.int32)
+
+    def load(self, ids: np.ndarray) -> Starts:
+        """Return the first frames and poses of episodes `ids`, int64 [B]."""
+        return self.frames(ids, np.zeros_like(ids))
+
+    def frames(self, episodes: np.ndarray, steps: np.ndarray) -> Starts:
+        """Return frames and poses at `steps` of `episodes`, both int64 [B]."""
+        rows = self._data.rows(episodes, steps)
+        images, poses = np.array(self._data.frames[rows]), np.array(self._data.poses[rows])
+        return Starts(images, poses, self._task[episodes])
+
+
+class FolderStarts(RecordedStarts):
+    """`RecordedStarts` of the training part of a recording's folder."""
+
+    def __init__(self, folder: str):
+        super().__init__(dataset.load(folder).split()[0])
+
+
+class Keyframes:
+    """Frames between the first and the first successful (or last) one of training episodes.
+
+    Args:
+        folder: a recording, see docs/episodes.md.
+
+    Attributes:
+        count: keyframes; they are named KEYFRAMES .. KEYFRAMES + count - 1.
+        data: the episodes.
+
+    Raises:
+        DataError: no episode has a frame in its middle.
+    """
+
+    def __init__(self, folder: str):
+        self.data = data = dataset.load(folder).split()[0]
+        ends = [int(data.length[n]) for n in range(data.num_episodes)]
+        for n, length in enumerate(ends):
+            success = np.asarray(data.success[data.rows(n, np.arange(length + 1))])
+            ends[n] = int(success.argmax()) if success.any() else length
+        self._episode = np.repeat(np.arange(data.num_episodes), np.maximum(np.array(ends) - 1, 0))
+        self._step = np.concatenate([np.arange(1, end) for end in ends] or [np.zeros(0, np.int64)])
+        self.count = len(self._step)
+        if not self.count:
+            raise DataError(
+                f"env.keyframe_data: {folder} has no training episode with a frame between its "
+                "first and its first successful one; record longer episodes"
+            )
+
+    def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the episodes [B] and their steps [B] of keyframes `ids`, int64 [B].
+
+        Raises:
+            DataError: an id that names none.
+        """
+        places = np.asarray(ids, np.int64) - KEYFRAMES
+        if len(places) and not (places.min() >= 0 and places.max() < self.count):
+            raise DataError(
+                f"keyframes: expected ids within {KEYFRAMES}..{KEYFRAMES + self.count - 1}, "
+                f"got {ids}"
+            )
+        return self._episode[places], self._step[places]
+
+
+class WithKeyframes:
+    """Another source's starts, and keyframes behind them.
+
+    Raises:
+        ConfigError: the recording's pictures or instructions are not those of the source.
+    """
+
+    def __init__(self, source: InitialStates, keyframes: Keyframes):
+        self._source, self._keyframes = source, keyframes
+        self._recorded = RecordedStarts(keyframes.data, source.instructions)
+        self.num_starts, self.num_keyframes = source.num_starts, keyframes.count
+        self.instructions = source.instructions
+        self.camera, self.camera_size = source.camera, source.camera_size
+        shapes = [part.images.shape[1:] for part in (self.load([0]), self.load([KEYFRAMES]))]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"env.keyframe_data: pictures of shape {shapes[1]} (views, height, width, RGB), "
+                f"the other initial states have {shapes[0]}; record them alike"
+            )
+
+    def load(self, ids: np.ndarray) -> Starts:
+        """Return the starts named by `ids`, int64 [B]."""
+        ids = np.asarray(ids, np.int64)
+        late = ids >= KEYFRAMES
+        early_part = self._source.load(ids[~late])
+        late_part = self._recorded.frames(*self._keyframes.find(ids[late]))
+        if not late.any():
+            return early_part
+        if late.all():
+            return late_part
+        order = np.argsort(np.concatenate((np.flatnonzero(~late), np.flatnonzero(late))))
+        pairs = zip(vars(early_part).values(), vars(late_part).values(), strict=True)
+        return Starts(*(np.concatenate(pair)[order] for pair in pairs))

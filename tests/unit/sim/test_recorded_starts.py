@@ -1,0 +1,100 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from evac_jax import dataset
+from evac_jax.bridge.types import KEYFRAMES
+from evac_jax.errors import ConfigError, DataError
+from evac_jax.miniature.env import GroundTruthConfig, GroundTruthEnv
+from evac_jax.sim.initial_states import MiniatureStarts, make_initial_states
+from evac_jax.sim.recorded_starts import Keyframes, RecordedStarts, WithKeyframes
+from evac_jax.tools import collect
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("recording") / "data"
+    collect.collect(out, 24, {"expert": 0.5, "random": 0.5})
+    return out
+
+
+def test_starts_of_a_recording_are_the_first_frames_of_its_training_part(folder):
+    training = dataset.load(folder).split()[0]
+    source = make_initial_states({"kind": "recording", "folder": str(folder)})
+    assert source.num_starts == training.num_episodes
+    starts = source.load(np.array([3, 0]))
+    np.testing.assert_array_equal(starts.images, training.frames[training.first[[3, 0]]])
+    texts = [source.instructions[task] for task in starts.task]
+    assert texts == [training.instructions[task] for task in training.task[[3, 0]]]
+
+
+def test_instruction_that_a_classifier_does_not_know_is_named(folder):
+    with pytest.raises(ConfigError, match="the recording also has"):
+        RecordedStarts(dataset.load(folder), ["open the drawer"])
+
+
+def test_keyframes_lie_behind_the_first_frame_and_before_success(folder):
+    keyframes = Keyframes(str(folder))
+    episodes, steps = keyframes.find(KEYFRAMES + np.arange(keyframes.count))
+    data = keyframes.data
+    assert not data.held_out.any()
+    assert steps.min() == 1
+    assert (steps < data.length[episodes]).all()
+    assert not data.success[data.rows(episodes, steps)].any()
+    ends = {n: steps[episodes == n].max() for n in set(episodes)}
+    for n, end in ends.items():
+        success = data.success[data.rows(n, np.arange(data.length[n] + 1))]
+        assert end + 1 == (success.argmax() if success.any() else data.length[n])
+    with pytest.raises(DataError, match="expected ids within"):
+        keyframes.find(np.array([KEYFRAMES + keyframes.count]))
+
+
+def test_keyframes_and_plain_starts_come_in_the_order_of_their_ids(folder):
+    keyframes, plain = Keyframes(str(folder)), MiniatureStarts()
+    source = WithKeyframes(plain, keyframes)
+    assert (source.num_starts, source.num_keyframes) == (plain.num_starts, keyframes.count)
+    ids = np.array([5, KEYFRAMES + 9, KEYFRAMES, 7])
+    starts = source.load(ids)
+    expected = plain.load(np.array([5, 7]))
+    episodes, steps = keyframes.find(ids[1:3])
+    recorded = keyframes.data.rows(episodes, steps)
+    np.testing.assert_array_equal(starts.images[[0, 3]], expected.images)
+    np.testing.assert_array_equal(starts.images[1:3], keyframes.data.frames[recorded])
+    np.testing.assert_array_equal(starts.poses[1:3], keyframes.data.poses[recorded])
+
+
+def test_pictures_of_another_size_are_refused(folder):
+    with pytest.raises(ConfigError, match="record them alike"):
+        WithKeyframes(MiniatureStarts(image_size=32), Keyframes(str(folder)))
+
+
+def test_ground_truth_begins_exactly_where_the_recording_was(folder):
+    keyframes = Keyframes(str(folder))
+    ids = KEYFRAMES + np.linspace(0, keyframes.count - 1, 6).astype(np.int64)
+    starts = np.concatenate((ids, [11]))
+    env = GroundTruthEnv(GroundTruthConfig(num_envs=7, keyframes=str(folder)))
+    assert env.spec.num_keyframes == keyframes.count
+    frames = torch.zeros(7, *env.spec.image_shape, dtype=torch.uint8)
+    result = env.reset(starts, 0, frames, torch.zeros(0, 8, *env.spec.image_shape))
+    rows = keyframes.data.rows(*keyframes.find(ids))
+    np.testing.assert_array_equal(frames[:6].numpy(), keyframes.data.frames[rows])
+    np.testing.assert_array_equal(result.proprio[:6], keyframes.data.poses[rows])
+    plain = MiniatureStarts().load(np.array([11]))
+    np.testing.assert_array_equal(frames[6:].numpy(), plain.images)
+
+
+def test_keyframe_ids_mean_nothing_to_a_ground_truth_without_them():
+    env = GroundTruthEnv(GroundTruthConfig(num_envs=1))
+    frames = torch.zeros(1, *env.spec.image_shape, dtype=torch.uint8)
+    with pytest.raises(DataError, match="start ids"):
+        env.reset(np.array([KEYFRAMES]), 0, frames, torch.zeros(0, 8, *env.spec.image_shape))
+
+
+def test_recording_without_start_ids_cannot_be_repeated_in_the_ground_truth(folder, monkeypatch):
+    data = dataset.load(folder)
+    unknown = dataclasses.replace(data, start=np.full_like(data.start, -1))
+    monkeypatch.setattr(dataset, "load", lambda *folders: unknown)
+    with pytest.raises(ConfigError, match="without a start id"):
+        GroundTruthEnv(GroundTruthConfig(num_envs=1, keyframes=str(folder)))
