@@ -175,9 +175,12 @@ class RolloutConfig:
     Attributes:
         epochs: times that all environments play an episode, one after another, per iteration;
             episodes per iteration = env.num_envs x epochs.
+        refill: times that an iteration may collect as many episodes again, to replace groups whose
+            members all succeed or all fail (dynamic sampling); 0 = never. For groups only.
     """
 
     epochs: int = 1
+    refill: int = 0
 
 
 @dataclass(frozen=True)

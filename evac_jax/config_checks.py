@@ -71,6 +71,7 @@ def validate(config: "TrainConfig") -> list[str]:
     )
     problems += _at_least(
         0,
+        rollout__refill=c.rollout.refill,
         eval__interval=c.eval.interval,
         eval__episodes=c.eval.episodes,
         simulator__restarts=c.simulator.restarts,
@@ -133,6 +134,10 @@ def _combinations(c: "TrainConfig") -> list[str]:
     """Problems between sections, asked only of values that are valid one by one."""
     problems = _twin_problems(c)
     group = getattr(c.algo, "group_size", 1)
+    if c.rollout.refill and group == 1:
+        problems.append(
+            "config.rollout.refill: an algorithm without groups has none to replace; set it to 0"
+        )
     if c.env.num_envs % (group * c.simulator.processes):
         problems.append(
             f"config.env.num_envs: must be a multiple of algo.group_size x simulator.processes = "

@@ -142,9 +142,13 @@ class StartSampler:
         ids = np.repeat(groups, self.group_size)
         return ids.reshape(rows, num_envs)
 
-    def seed(self, iteration: int) -> int:
-        """Return the seed of the simulators' noise in an iteration, 0 <= seed < 2**32."""
-        return noise_seed(self._seed, iteration)
+    def seed(self, iteration: int, number: int = 0) -> int:
+        """Return the seed of the simulators' noise in an iteration, 0 <= seed < 2**32.
+
+        Args:
+            number: of the collection within the iteration.
+        """
+        return noise_seed(self._seed, iteration, *[number] * (number > 0))
 
     def state_dict(self) -> dict:
         """Return everything a resumed run needs, as plain integers and strings."""

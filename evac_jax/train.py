@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from evac_jax.config import TrainConfig, to_dict
 from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
 from evac_jax.evaluate import Evaluation, evaluate, save_films
 from evac_jax.learner import Learner
+from evac_jax.refill import collect_informative
 from evac_jax.rollout import Stopwatch, collect
 from evac_jax.simulators import Simulators, ground_truth_specs, training_specs
 from evac_jax.starts import StartSampler
@@ -196,6 +198,13 @@ def run(config: TrainConfig) -> None:
             outcome = {}
         after = dict(before)
 
+        def play(iteration: int, key: jax.Array, number: int):
+            """Collect an iteration's episodes; again and others with `number` 1, 2 .."""
+            drawn = starts.next(config.rollout.epochs, imagined.num_envs)
+            seed = starts.seed(iteration, number)
+            key = jax.random.fold_in(key, 2**30 + number) if number else key
+            return collect(learner, imagined, drawn, seed=seed, key=key, watch=watch)
+
         skipped_in_a_row = 0
         with progress.Progress(config.train.iterations, finished) as bar:
             bar.update(finished, success=report.rates(after))
@@ -203,9 +212,8 @@ def run(config: TrainConfig) -> None:
                 iteration_began = time.perf_counter()
                 key = jax.random.fold_in(jax.random.key(config.seed), iteration)
 
-                drawn = starts.next(config.rollout.epochs, imagined.num_envs)
-                batch, env_figures, played = collect(
-                    learner, imagined, drawn, seed=starts.seed(iteration), key=key, watch=watch
+                batch, env_figures, played = collect_informative(
+                    partial(play, iteration, key), starts.group_size, config.rollout.refill
                 )
                 twin_began = time.perf_counter()
                 env_figures |= twin.check(iteration, played)

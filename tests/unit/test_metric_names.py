@@ -13,6 +13,7 @@ from algos import grpo, losses, metrics, ppo
 from algos.optim import OptimizerConfig, make_optimizer
 from algos.types import RolloutBatch, TrainState
 from evac_jax.config import default_config
+from evac_jax.refill import collect_informative
 from evac_jax.rollout import Played, env_metrics
 from evac_jax.telemetry.writers import NON_FINITE
 from evac_jax.twin import Twin
@@ -69,6 +70,11 @@ def _decoupled_metrics() -> set[str]:
     return set(metrics.decoupled_metrics(surrogate, log_weight, None, left))
 
 
+def _refill_metrics() -> set[str]:
+    played = Played(np.zeros(2, np.int64), np.zeros((2, 1, 1, 1)), np.array([True, False]))
+    return set(collect_informative(lambda number: (None, {}, played), 2, tries=1)[1])
+
+
 def _twin_metrics() -> set[str]:
     played = Played(np.arange(2), np.zeros((2, T, K, A), np.float32), np.array([True, False]))
     config = default_config("grpo")
@@ -107,6 +113,7 @@ def emitted(repository) -> set[str]:
         | _decoupled_metrics()
         | set(env_metrics(figures))
         | _twin_metrics()
+        | _refill_metrics()
         | {f"time/{phase}" for phase in _phases(repository / "evac_jax")}
         | {NON_FINITE}
     )
