@@ -1,0 +1,200 @@
+"""What each guard against reward hacking is worth, on a deliberately bad classifier.
+
+GRPO in imagination with a classifier that believes nearly everything (threshold 0.1, one frame),
+bare and with each guard alone and with all of them; beside it the classifier as it is shipped.
+
+    python -m benchmarks.guards --seeds 0
+
+Real success is measured in the ground truth, greedy, on scenes that nothing else uses, before and
+after the LAST iteration: no evaluation saves a run here. Finished runs are kept under --work.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.learning import ROOT, Bench
+from evac_jax import report
+from evac_jax.config import MINIATURE_WEIGHTS
+
+BAD = {"reward.threshold": 0.1, "reward.success_frames": 1}
+RECORDING = "{work}/demonstrations"
+ENSEMBLE = f"{MINIATURE_WEIGHTS}/reward,{MINIATURE_WEIGHTS}/reward_second"
+GUARDS = {
+    "success holds for 2 frames": {"reward.success_frames": 2},
+    "two classifiers, veto 0.4": {"reward.checkpoint": ENSEMBLE, "reward.veto": 0.4},
+    "KL to the start policy 0.05": {"algo.kl_beta": 0.05},
+    "3 chunks instead of 4": {"env.max_episode_steps": 24},
+    "30 % keyframe starts": {"env.keyframes": 0.3, "env.keyframe_data": RECORDING},
+    "refill once": {"rollout.refill": 1},
+}
+# The ground truth is judged over whole episodes, whatever the imagined ones are cut to.
+TOGETHER = (
+    "success holds for 2 frames",
+    "two classifiers, veto 0.4",
+    "KL to the start policy 0.05",
+)
+VARIANTS = {
+    "shipped classifier": {},
+    "bad classifier": BAD,
+    **{f"bad, {name}": BAD | guard for name, guard in GUARDS.items()},
+    "bad, the first three together": BAD | {k: v for g in TOGETHER for k, v in GUARDS[g].items()},
+}
+DEMONSTRATIONS = ("--episodes", "300", "--mix", "expert=0.5,noisy=0.5", "--seed", "77")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One run; rates 0..1.
+
+    Attributes:
+        before, after: real success, greedy, of start and last policy.
+        imagined: imagined success of the last iterations' twin episodes.
+        replayed: real success of the same episodes.
+        false_success: share of their imagined successes that are none; None if there were none.
+        alarm: first iteration whose twin replay raised the alarm; None if none did.
+    """
+
+    before: float
+    after: float
+    imagined: float
+    replayed: float
+    false_success: float | None
+    alarm: int | None
+
+
+def twin_figures(lines: Sequence[Mapping], last: int) -> dict:
+    """Return the twin's part of an `Outcome` from a run's metrics, means over the last iterations.
+
+    False successes are counted over the episodes, which every iteration has equally many of.
+    """
+    replays = [line for line in lines if line.get("eval/real_success") is not None]
+    late = replays[-last:]
+    imagined = statistics.fmean(line["eval/imagined_success"] for line in late)
+    false = [line["eval/imagined_success"] * (line.get("eval/false_success") or 0) for line in late]
+    alarms = [line["iteration"] for line in replays if line.get("eval/twin_alarm")]
+    return {
+        "imagined": imagined,
+        "replayed": statistics.fmean(line["eval/real_success"] for line in late),
+        "false_success": statistics.fmean(false) / imagined if imagined else None,
+        "alarm": min(alarms, default=None),
+    }
+
+
+def table(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+    """Return one line per variant, means over its seeds."""
+
+    def mean(values) -> str:
+        known = [value for value in values if value is not None]
+        return f"{100 * statistics.fmean(known):9.1f}" if known else f"{'-':>9}"
+
+    head = f"{'':34}{'imagined':>9}{'same,':>9}{'false':>9}{'real':>9}{'real':>9}{'alarm':>11}"
+    lines = [head, f"{'':43}{'real':>9}{'share':>9}{'before':>9}{'after':>9}{'iteration':>11}"]
+    for name, runs in outcomes.items():
+        columns = ("imagined", "replayed", "false_success", "before", "after")
+        cells = "".join(mean(getattr(run, column) for run in runs) for column in columns)
+        alarms = ",".join("-" if run.alarm is None else str(run.alarm) for run in runs)
+        lines.append(f"{name:34}{cells}{alarms:>11}")
+    return "\n".join(lines)
+
+
+def figures(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
+    """Return the figures of the last line, in points; nan for what was not run."""
+
+    def gap(name: str) -> float:
+        runs = outcomes.get(name)
+        return 100 * statistics.fmean(r.imagined - r.replayed for r in runs) if runs else math.nan
+
+    def gain(name: str) -> float:
+        runs = outcomes.get(name)
+        return 100 * statistics.fmean(r.after - r.before for r in runs) if runs else math.nan
+
+    bad, guarded = "bad classifier", "bad, the first three together"
+    alarms = [run.alarm is not None for run in outcomes.get(bad, ())]
+    return {
+        "gap_bad": gap(bad),
+        "gap_guarded": gap(guarded),
+        "gain_bad": gain(bad),
+        "gain_guarded": gain(guarded),
+        "gain_shipped": gain("shipped classifier"),
+        "alarms_bad": statistics.fmean(alarms) if alarms else math.nan,
+    }
+
+
+def run(variant: str, seed: int, args: argparse.Namespace) -> Outcome:
+    """Train one variant, or find what an earlier call left, and evaluate it."""
+    settings = {
+        name: value.replace("{work}", str(args.work.absolute()))
+        if isinstance(value, str)
+        else value
+        for name, value in VARIANTS[variant].items()
+    }
+    twin = {"eval.twin_fraction": args.twin_fraction}
+    bench = Bench(
+        args.work,
+        twin | settings,
+        iterations=args.iterations,
+        scenes=args.scenes,
+        selection_scenes=64,
+        interval=args.iterations,
+    )
+    folder = bench.train("grpo", seed)
+    lines = [json.loads(x) for x in (folder / report.METRICS_FILE).read_text().splitlines()]
+    # Evaluated without the variant: episodes of full length, from ordinary starts.
+    plain = Bench(
+        args.work, {}, iterations=None, scenes=args.scenes, selection_scenes=64, interval=1
+    )
+    return Outcome(
+        before=plain.success("grpo", None, 0, 0.0),
+        after=plain.success("grpo", folder, args.iterations, 0.0),
+        **twin_figures(lines, args.last),
+    )
+
+
+def main() -> None:
+    """Print the table; the last line is for programs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--iterations", type=int, default=8)
+    parser.add_argument("--scenes", type=int, default=512, help="of every real success")
+    parser.add_argument("--twin_fraction", type=float, default=0.5)
+    parser.add_argument(
+        "--last", type=int, default=3, help="iterations that the twin's means cover"
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--work", type=Path, default=Path("runs/guards"))
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    args = parser.parse_args()
+    recording = args.work / "demonstrations"
+    if not recording.is_dir():
+        command = [
+            sys.executable,
+            "-m",
+            "evac_jax.tools.collect",
+            "--out",
+            str(recording.absolute()),
+        ]
+        subprocess.run([*command, *DEMONSTRATIONS], cwd=ROOT, check=True)
+    outcomes: dict[str, list[Outcome]] = {}
+    for variant in args.variants:
+        for seed in args.seeds:
+            outcomes.setdefault(variant, []).append(run(variant, seed, args))
+            print(f"{variant}, seed {seed}: {outcomes[variant][-1]}", flush=True)
+    print(f"\nPer cent; {args.iterations} iterations, {len(args.seeds)} seed(s).\n")
+    print(table(outcomes))
+    numbers = figures(outcomes)
+    if args.json:
+        runs = {name: [dataclasses.asdict(r) for r in runs] for name, runs in outcomes.items()}
+        args.json.write_text(json.dumps({"figures": numbers, "runs": runs}, indent=2) + "\n")
+    print("\nPoints; alarms as a share of the runs with the bad classifier:")
+    print(" ".join(f"{name}={value:.2f}" for name, value in numbers.items()))
+
+
+if __name__ == "__main__":
+    main()
