@@ -4,9 +4,11 @@ GRPO in imagination with a classifier that believes nearly everything (threshold
 bare and with each guard alone and with all of them; beside it the classifier as it is shipped.
 
     python -m benchmarks.guards --seeds 0
+    python -m benchmarks.guards --list    # what every variant changes; nothing is run
 
 Real success is measured in the ground truth, greedy, on scenes that nothing else uses, before and
-after the LAST iteration: no evaluation saves a run here. Finished runs are kept under --work.
+after the LAST iteration: no evaluation saves a run here. Finished runs are kept under --work and
+found again, so an interrupted benchmark goes on.
 """
 
 import argparse
@@ -19,9 +21,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.learning import ROOT, Bench
-from evac_jax import report
-from evac_jax.config import MINIATURE_WEIGHTS
+from benchmarks.learning import ARMS, ROOT, Bench
+from evac_jax import overrides, report
+from evac_jax.config import MINIATURE_WEIGHTS, TrainConfig, from_config_dict
+from evac_jax.errors import ConfigError
 
 BAD = {"reward.threshold": 0.1, "reward.success_frames": 1}
 RECORDING = "{work}/demonstrations"
@@ -30,21 +33,18 @@ GUARDS = {
     "success holds for 2 frames": {"reward.success_frames": 2},
     "two classifiers, veto 0.4": {"reward.checkpoint": ENSEMBLE, "reward.veto": 0.4},
     "KL to the start policy 0.05": {"algo.kl_beta": 0.05},
-    "3 chunks instead of 4": {"env.max_episode_steps": 24},
+    # Two optimiser steps per iteration, as with 4 chunks. The ground truth is judged over whole
+    # episodes, whatever the imagined ones are cut to.
+    "3 chunks instead of 4": {"env.max_episode_steps": 24, "algo.global_batch": 192},
     "30 % keyframe starts": {"env.keyframes": 0.3, "env.keyframe_data": RECORDING},
     "refill once": {"rollout.refill": 1},
 }
-# The ground truth is judged over whole episodes, whatever the imagined ones are cut to.
-TOGETHER = (
-    "success holds for 2 frames",
-    "two classifiers, veto 0.4",
-    "KL to the start policy 0.05",
-)
+ALL = {field: value for guard in GUARDS.values() for field, value in guard.items()}
 VARIANTS = {
     "shipped classifier": {},
     "bad classifier": BAD,
     **{f"bad, {name}": BAD | guard for name, guard in GUARDS.items()},
-    "bad, the first three together": BAD | {k: v for g in TOGETHER for k, v in GUARDS[g].items()},
+    "bad, all guards": BAD | ALL,
 }
 DEMONSTRATIONS = ("--episodes", "300", "--mix", "expert=0.5,noisy=0.5", "--seed", "77")
 
@@ -115,7 +115,7 @@ def figures(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
         runs = outcomes.get(name)
         return 100 * statistics.fmean(r.after - r.before for r in runs) if runs else math.nan
 
-    bad, guarded = "bad classifier", "bad, the first three together"
+    bad, guarded = "bad classifier", "bad, all guards"
     alarms = [run.alarm is not None for run in outcomes.get(bad, ())]
     return {
         "gap_bad": gap(bad),
@@ -127,34 +127,91 @@ def figures(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
     }
 
 
-def run(variant: str, seed: int, args: argparse.Namespace) -> Outcome:
-    """Train one variant, or find what an earlier call left, and evaluate it."""
-    settings = {
-        name: value.replace("{work}", str(args.work.absolute()))
-        if isinstance(value, str)
-        else value
+def settings_of(variant: str, work: Path) -> dict[str, object]:
+    """Return {"section.field": value} of a variant whose files lie under `work`."""
+    return {
+        name: value.replace("{work}", str(work.absolute())) if isinstance(value, str) else value
         for name, value in VARIANTS[variant].items()
     }
-    twin = {"eval.twin_fraction": args.twin_fraction}
-    bench = Bench(
-        args.work,
-        twin | settings,
-        iterations=args.iterations,
-        scenes=args.scenes,
-        selection_scenes=64,
-        interval=args.iterations,
-    )
-    folder = bench.train("grpo", seed)
+
+
+def config_of(settings: Mapping[str, object]) -> TrainConfig:
+    """Return the checked configuration of a run with `settings`.
+
+    Raises:
+        ConfigError: weights or recordings are missing, or fields do not fit together.
+    """
+    config = overrides.load(str(ROOT / ARMS["grpo"][0]))
+    for name, value in settings.items():
+        section, field = name.split(".")
+        config[section][field] = value
+    return from_config_dict(config.to_dict())
+
+
+def evaluation_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return what an evaluation keeps of a variant: nothing but what shapes its checkpoints.
+
+    Episodes are of full length and from ordinary starts, so that variants compare. With a KL
+    penalty a checkpoint holds the start policy as well.
+    """
+    return {name: settings[name] for name in ("algo.kl_beta",) if name in settings}
+
+
+def run(variant: str, seed: int, args: argparse.Namespace) -> Outcome:
+    """Train one variant, or find what an earlier call left, and evaluate it."""
+
+    def bench(settings: Mapping[str, object]) -> Bench:
+        return Bench(
+            args.work,
+            settings,
+            iterations=args.iterations,
+            scenes=args.scenes,
+            selection_scenes=64,
+            interval=args.iterations,
+        )
+
+    settings = settings_of(variant, args.work)
+    folder = bench({"eval.twin_fraction": args.twin_fraction} | settings).train("grpo", seed)
     lines = [json.loads(x) for x in (folder / report.METRICS_FILE).read_text().splitlines()]
-    # Evaluated without the variant: episodes of full length, from ordinary starts.
-    plain = Bench(
-        args.work, {}, iterations=None, scenes=args.scenes, selection_scenes=64, interval=1
-    )
+    evaluation = bench(evaluation_settings(settings))
     return Outcome(
-        before=plain.success("grpo", None, 0, 0.0),
-        after=plain.success("grpo", folder, args.iterations, 0.0),
+        before=bench({}).success("grpo", None, 0, 0.0),
+        after=evaluation.success("grpo", folder, args.iterations, 0.0),
         **twin_figures(lines, args.last),
     )
+
+
+def listing(variants: Sequence[str], work: Path) -> str:
+    """Return the flags that every variant adds to launch.py."""
+    lines = []
+    for variant in variants:
+        lines += [f"{variant}:"]
+        lines += [f"  --config.{name}={v}" for name, v in settings_of(variant, work).items()]
+    return "\n".join(lines)
+
+
+def prepare(variants: Sequence[str], work: Path) -> None:
+    """Record demonstrations where a variant needs them; see that every variant can run.
+
+    Before the first run rather than after an hour.
+
+    Raises:
+        ConfigError: names each variant that cannot.
+    """
+    settings = {variant: settings_of(variant, work) for variant in variants}
+    recordings = {s["env.keyframe_data"] for s in settings.values() if "env.keyframe_data" in s}
+    for folder in recordings:
+        if not Path(folder).is_dir():
+            command = [sys.executable, "-m", "evac_jax.tools.collect", "--out", folder]
+            subprocess.run([*command, *DEMONSTRATIONS], cwd=ROOT, check=True)
+    problems = []
+    for variant, values in settings.items():
+        try:
+            config_of(values)
+        except ConfigError as error:
+            problems.append(f"{variant}: {error}")
+    if problems:
+        raise ConfigError("\n".join([*problems, "leave such variants out with --variants"]))
 
 
 def main() -> None:
@@ -170,17 +227,15 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--work", type=Path, default=Path("runs/guards"))
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--list", action="store_true", help="show the variants and do nothing")
     args = parser.parse_args()
-    recording = args.work / "demonstrations"
-    if not recording.is_dir():
-        command = [
-            sys.executable,
-            "-m",
-            "evac_jax.tools.collect",
-            "--out",
-            str(recording.absolute()),
-        ]
-        subprocess.run([*command, *DEMONSTRATIONS], cwd=ROOT, check=True)
+    if args.list:
+        print(listing(args.variants, args.work))
+        return
+    try:
+        prepare(args.variants, args.work)
+    except ConfigError as error:
+        sys.exit(str(error))
     outcomes: dict[str, list[Outcome]] = {}
     for variant in args.variants:
         for seed in args.seeds:

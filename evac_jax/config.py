@@ -176,7 +176,8 @@ class RolloutConfig:
         epochs: times that all environments play an episode, one after another, per iteration;
             episodes per iteration = env.num_envs x epochs.
         refill: times that an iteration may collect as many episodes again, to replace groups whose
-            members all succeed or all fail (dynamic sampling); 0 = never. For groups only.
+            members all succeed or all fail, or that algo.filter_rewards drops (dynamic sampling);
+            0 = never. For groups only.
     """
 
     epochs: int = 1

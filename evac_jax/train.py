@@ -213,7 +213,7 @@ def run(config: TrainConfig) -> None:
                 key = jax.random.fold_in(jax.random.key(config.seed), iteration)
 
                 batch, env_figures, played = collect_informative(
-                    partial(play, iteration, key), starts.group_size, config.rollout.refill
+                    partial(play, iteration, key), config.algo, config.rollout.refill
                 )
                 twin_began = time.perf_counter()
                 env_figures |= twin.check(iteration, played)

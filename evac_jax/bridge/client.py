@@ -22,7 +22,7 @@ from evac_jax.bridge import protocol
 from evac_jax.bridge.exchange import Exchange, SlotOwnershipError, shard_frames
 from evac_jax.bridge.process import WorkerProcess
 from evac_jax.bridge.slots import CudaSlots, SharedSlots, SlotLayout
-from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
+from evac_jax.bridge.types import IDLE, KEYFRAMES, EnvSpec, StepResult
 from evac_jax.errors import BridgeTimeoutError, ConfigError, SimulatorError
 
 __all__ = ["Exchange", "SimulatorClient", "SlotOwnershipError", "shard_frames"]
@@ -223,10 +223,10 @@ class SimulatorClient:
         starts = np.asarray(starts, np.int64)
         if starts.shape != (env.num_envs,):
             raise ValueError(f"starts: expected shape ({env.num_envs},), got {starts.shape}")
-        if starts.min() < IDLE or starts.max() >= env.num_starts:
+        if len(unknown := starts[~env.offers(starts)]):
             raise ValueError(
-                f"starts: expected {IDLE} (idle) to {env.num_starts - 1}, "
-                f"got {starts.min()} to {starts.max()}"
+                f"starts: expected {IDLE} (idle) to {env.num_starts - 1}, or one of "
+                f"{env.num_keyframes} keyframes from {KEYFRAMES} on, got {unknown}"
             )
         self._send("reset", lambda request, slot: protocol.Reset(request, slot, starts, int(seed)))
         self._was_reset = True

@@ -40,6 +40,12 @@ class EnvSpec:
     clip_envs: int = 0
     num_keyframes: int = 0
 
+    def offers(self, starts: np.ndarray) -> np.ndarray:
+        """Return which ids, int64 [n], name a start, a keyframe or IDLE, bool [n]."""
+        late = starts - KEYFRAMES
+        plain = (starts >= 0) & (starts < self.num_starts)
+        return (starts == IDLE) | plain | ((late >= 0) & (late < self.num_keyframes))
+
 
 @dataclass
 class StepResult:

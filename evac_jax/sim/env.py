@@ -368,13 +368,7 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     world_model = load_model(settings.world_model, kind="EvacModel", device=device)
     return WorldModelEnv(
         world_model.to(getattr(torch, settings.dtype)),
-        RewardEnsemble(
-            [
-                load_model(folder, kind="RewardNet", device=device)
-                for folder in settings.reward.split(",")
-            ],
-            settings.reward_veto,
-        ),
+        RewardEnsemble.load(settings.reward, settings.reward_veto, device),
         load_model(settings.pose_model, kind="PoseModel", device=device),
         source,
         settings,

@@ -40,8 +40,8 @@ class RecordedStarts:
         texts = [data.instructions[task] for task in data.task]
         if unknown := sorted(set(texts) - set(self.instructions)):
             raise ConfigError(
-                f"reward: the classifier was trained for {list(self.instructions)}, the recording "
-                f"also has {unknown}; train it on such episodes, or leave them out"
+                f"the classifier, or the other initial states, know {list(self.instructions)}; the "
+                f"recording also has {unknown}: leave such episodes out, or train with them"
             )
         self._task = np.array([self.instructions.index(text) for text in texts], np.int32)
 

@@ -1,13 +1,16 @@
 """Success classifier: one frame in, the probability that the task is done in it out."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evac_jax.errors import ConfigError
+from evac_jax.evac.checkpoint import load_model
 from evac_jax.evac.config import JsonConfig
 
 
@@ -145,6 +148,25 @@ class RewardEnsemble(nn.Module):
         self.members, self.veto = nn.ModuleList(members), veto
         self.config = members[0].config
 
+    @classmethod
+    def load(cls, folders: str, veto: float = 0.0, device: str = "cpu") -> "RewardEnsemble":
+        """Load the classifiers of `folders`, one or several joined by commas.
+
+        Raises:
+            CheckpointError: weights are missing or do not fit.
+            ConfigError: see the class; or their data cards list other instructions, or the same
+                ones in another order, so that one index would mean two tasks.
+        """
+        names = folders.split(",")
+        lists = {name: known for name in names if (known := _instructions(Path(name)))}
+        if len(set(lists.values())) > 1:
+            told = "\n".join(f"  {name}: {list(known)}" for name, known in lists.items())
+            raise ConfigError(
+                "reward.checkpoint: all classifiers must list the same instructions in the same "
+                f"order, their cards say\n{told}\ntrain them on the same recordings"
+            )
+        return cls([load_model(name, kind="RewardNet", device=device) for name in names], veto)
+
     def probability(self, frames: Tensor, instruction: Tensor | None = None) -> Tensor:
         """Probability [N] of success of frames [N, 3, H, W], see `RewardNet`."""
         each = torch.stack([member.probability(frames, instruction) for member in self.members])
@@ -152,3 +174,9 @@ class RewardEnsemble(nn.Module):
         if not self.veto:
             return mean
         return mean.masked_fill(each.amax(0) - each.amin(0) > self.veto, 0.0)
+
+
+def _instructions(folder: Path) -> tuple[str, ...]:
+    """Instructions in a classifier's order; () if it is told none, or has no card to tell."""
+    path = folder / "card.json"
+    return tuple(json.loads(path.read_text()).get("instructions", ())) if path.is_file() else ()

@@ -42,6 +42,7 @@ class FakeEnv:
             num_starts=10,
             max_episode_steps=8,
             clip_envs=config.get("clip_envs", 1),
+            num_keyframes=2,
         )
 
     def reset(self, starts, seed, frames, clip):

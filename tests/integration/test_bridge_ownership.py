@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from evac_jax.bridge.client import SimulatorClient, SlotOwnershipError
+from evac_jax.bridge.types import IDLE, KEYFRAMES
 from tests.integration.fake_env import frame_value
 
 SPEC = {"environment": "tests.integration.fake_env:make", "config": {"num_envs": 4}}
@@ -113,12 +114,22 @@ def test_send_names_the_holders_when_no_slot_is_free(client):
 def test_send_raises_when_arguments_do_not_fit(client):
     with pytest.raises(ValueError, match=r"starts: expected shape \(4,\)"):
         client.send_reset(np.zeros(3), 0)
-    with pytest.raises(ValueError, match="-1 .idle. to 9, got 0 to 10"):
+    with pytest.raises(ValueError, match=r"-1 .idle. to 9, .* got \[10\]"):
         client.send_reset(np.array([0, 1, 2, 10]), 0)
+    with pytest.raises(ValueError, match=rf"2 keyframes .* got \[{KEYFRAMES + 2}\]"):
+        client.send_reset(np.array([0, IDLE, KEYFRAMES + 1, KEYFRAMES + 2]), 0)
     with pytest.raises(ValueError, match=r"actions: expected shape \(4, 2, 7\)"):
         client.send_step(np.zeros((4, 3, 7)))
     with pytest.raises(ValueError, match="finite"):
         client.send_step(np.full((4, 2, 7), np.nan))
+
+
+def test_keyframes_cross_the_bridge_like_other_starts(client):
+    starts = np.array([9, KEYFRAMES, KEYFRAMES + 1, 0])
+    exchange = client.reset(starts, seed=3)
+    grey = [frame_value(env, int(start), 3, 0) for env, start in enumerate(starts)]
+    np.testing.assert_array_equal(np.asarray(exchange.frames)[:, 0, 0, 0, 0], grey)
+    exchange.release()
 
 
 def test_nothing_is_left_when_clients_come_and_go(client):

@@ -1,11 +1,15 @@
+import dataclasses
 import math
 
+import jax
 import pytest
 
 from benchmarks import guards
 from benchmarks.guards import Outcome
-from evac_jax import overrides
-from evac_jax.config import from_config_dict
+from evac_jax.bridge.types import EnvSpec
+from evac_jax.errors import ConfigError
+from evac_jax.train import check_sizes
+from policies.spec import ActionSpec
 
 
 def _line(iteration, imagined, real, false=None, alarm=0.0):
@@ -46,14 +50,63 @@ def test_table_and_figures_tell_the_gap_and_what_was_gained():
     assert lines[3].split()[-6:] == ["90.0", "30.0", "70.0", "30.0", "20.0", "4,4"]
 
 
+def _present(settings, tmp_path):
+    """The settings with a folder that exists in the place of every other one."""
+    folders = {
+        name: ",".join(str(tmp_path) for _ in settings[name].split(","))
+        for name in ("reward.checkpoint", "env.keyframe_data")
+        if name in settings
+    }
+    return settings | folders
+
+
 @pytest.mark.parametrize("variant", guards.VARIANTS)
-def test_settings_of_every_variant_are_fields_of_the_configuration(variant, tmp_path):
-    config = overrides.load(str(guards.ROOT / "configs/grpo.py"))
-    for name, value in guards.VARIANTS[variant].items():
-        section, field = name.split(".")
-        assert field in config[section]
-        config[section][field] = value
-    for name in ("reward.checkpoint", "env.keyframe_data"):
-        section, field = name.split(".")
-        config[section][field] = ",".join(str(tmp_path) for _ in config[section][field].split(","))
-    from_config_dict(config.to_dict())
+def test_run_of_every_variant_passes_the_checks_before_training(variant, tmp_path):
+    settings = guards.settings_of(variant, tmp_path)
+    config = guards.config_of(_present(settings, tmp_path))
+    env = EnvSpec(
+        num_envs=1,
+        image_shape=(1, 64, 64, 3),
+        proprio_dim=8,
+        action=ActionSpec(dim=7, chunk=8),
+        instructions=(),
+        num_starts=1,
+        max_episode_steps=config.env.max_episode_steps,
+    )
+    check_sizes(config, jax.make_mesh((1,), ("data",)), env)
+
+
+def test_every_guard_is_on_in_the_last_variant():
+    for guard in guards.GUARDS.values():
+        assert guard.items() <= guards.VARIANTS["bad, all guards"].items()
+
+
+@pytest.mark.parametrize("variant", guards.VARIANTS)
+def test_checkpoint_of_every_variant_can_be_evaluated(variant, tmp_path):
+    """The reference policy is in a checkpoint exactly when the evaluation expects it."""
+    settings = _present(guards.settings_of(variant, tmp_path), tmp_path)
+    trained = guards.config_of(settings)
+    evaluated = guards.config_of(guards.evaluation_settings(settings))
+    assert (trained.algo.kl_beta > 0) == (evaluated.algo.kl_beta > 0)
+    plain = guards.config_of({})
+    algo = dataclasses.replace(evaluated.algo, kl_beta=plain.algo.kl_beta)
+    assert dataclasses.replace(evaluated, algo=algo) == plain
+
+
+def test_listing_shows_the_flags_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+    monkeypatch.setattr("sys.argv", ["guards", "--list", "--work", str(work)])
+    guards.main()
+    shown = capsys.readouterr().out
+    assert f"  --config.env.keyframe_data={work}/demonstrations" in shown.splitlines()
+    assert all(f"{variant}:" in shown.splitlines() for variant in guards.VARIANTS)
+    assert not work.exists()
+
+
+def test_variant_that_cannot_run_is_named_before_anything_runs(tmp_path, monkeypatch):
+    missing = {"reward.checkpoint": f"{tmp_path}/none"}
+    monkeypatch.setitem(guards.VARIANTS, "bad classifier", missing)
+    with pytest.raises(ConfigError, match="bad classifier: .*(?s:.*)none' does not exist"):
+        guards.prepare(["shipped classifier", "bad classifier"], tmp_path)
+    guards.prepare(["shipped classifier"], tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -32,6 +32,20 @@ def _apply(params, obs, tokens):
     )
 
 
+def _batch(with_values: bool) -> RolloutBatch:
+    return RolloutBatch(
+        images=jnp.zeros((B, T, 1, 4, 4, 3), jnp.uint8),
+        prompt_tokens=jnp.zeros((B, 3), jnp.int32),
+        prompt_mask=jnp.ones((B, 3), bool),
+        tokens=jnp.zeros((B, T, K, A), jnp.int32),
+        log_probs=jnp.zeros((B, T, K, A)),
+        values=jnp.zeros((B, T + 1, K)) if with_values else None,
+        rewards=jnp.zeros((B, T, K)),
+        terminated=jnp.zeros((B, T, K), bool),
+        truncated=jnp.zeros((B, T, K), bool),
+    )
+
+
 def _update_metrics(algorithm, **options) -> set[str]:
     """Names of one update's metrics; shapes only, nothing is compiled or computed."""
     cfg = algorithm.Config(group_size=2, global_batch=4, **options)
@@ -46,18 +60,8 @@ def _update_metrics(algorithm, **options) -> set[str]:
         skipped=zero,
         ref_params=params,
     )
-    batch = RolloutBatch(
-        images=jnp.zeros((B, T, 1, 4, 4, 3), jnp.uint8),
-        prompt_tokens=jnp.zeros((B, 3), jnp.int32),
-        prompt_mask=jnp.ones((B, 3), bool),
-        tokens=jnp.zeros((B, T, K, A), jnp.int32),
-        log_probs=jnp.zeros((B, T, K, A)),
-        values=jnp.zeros((B, T + 1, K)) if algorithm is ppo else None,
-        rewards=jnp.zeros((B, T, K)),
-        terminated=jnp.zeros((B, T, K), bool),
-        truncated=jnp.zeros((B, T, K), bool),
-    )
     update = algorithm.make_update(_apply, optimizer, cfg)
+    batch = _batch(with_values=algorithm is ppo)
     _, figures = jax.eval_shape(update, state, batch, jax.random.key(0))
     return set(figures)
 
@@ -72,7 +76,8 @@ def _decoupled_metrics() -> set[str]:
 
 def _refill_metrics() -> set[str]:
     played = Played(np.zeros(2, np.int64), np.zeros((2, 1, 1, 1)), np.array([True, False]))
-    return set(collect_informative(lambda number: (None, {}, played), 2, tries=1)[1])
+    batch, algo = _batch(with_values=False), grpo.Config(group_size=2)
+    return set(collect_informative(lambda number: (batch, {}, played), algo, tries=1)[1])
 
 
 def _twin_metrics() -> set[str]:

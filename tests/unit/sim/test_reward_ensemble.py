@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from evac_jax.errors import ConfigError
+from evac_jax.evac.checkpoint import save_model
 from evac_jax.sim.reward import RewardConfig, RewardEnsemble, RewardNet
 
 
@@ -47,3 +50,35 @@ def test_members_must_know_the_same_instructions():
 def test_nobody_to_disagree_is_refused():
     with pytest.raises(ConfigError, match="at least, got 1"):
         RewardEnsemble([Sure(0.5)], veto=0.3)
+
+
+def _saved(folder, instructions, seed=0):
+    torch.manual_seed(seed)
+    save_model(folder, RewardNet(RewardConfig(width=4, num_instructions=len(instructions))))
+    (folder / "card.json").write_text(json.dumps({"instructions": instructions}))
+    return str(folder)
+
+
+def test_folders_joined_by_commas_become_members(tmp_path):
+    folders = [_saved(tmp_path / str(seed), ["red", "blue"], seed) for seed in range(2)]
+    ensemble = RewardEnsemble.load(",".join(folders), veto=1.0)
+    frames, task = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+    with torch.no_grad():
+        alone = [RewardEnsemble.load(f).probability(frames, task) for f in folders]
+        torch.testing.assert_close(ensemble.probability(frames, task), sum(alone) / 2)
+    assert not torch.equal(*alone)
+
+
+def test_same_instructions_in_another_order_are_refused(tmp_path):
+    a = _saved(tmp_path / "a", ["red", "blue"])
+    b = _saved(tmp_path / "b", ["blue", "red"])
+    with pytest.raises(ConfigError, match=r"(?s)same order.*\['blue', 'red'\]") as error:
+        RewardEnsemble.load(f"{a},{b}")
+    assert a in str(error.value)
+
+
+def test_classifier_without_a_card_is_taken_as_it_is(tmp_path):
+    a = _saved(tmp_path / "a", ["red", "blue"])
+    b = _saved(tmp_path / "b", ["red", "blue"])
+    (tmp_path / "b" / "card.json").unlink()
+    assert len(RewardEnsemble.load(f"{a},{b}").members) == 2
