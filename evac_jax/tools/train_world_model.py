@@ -24,8 +24,9 @@ from absl import logging
 from evac_jax import dataset
 from evac_jax.errors import TrainingError
 from evac_jax.evac import checkpoint
+from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import EvacModel
-from evac_jax.evac.schedule import Schedule
+from evac_jax.evac.schedule import Schedule, ddim_table
 from evac_jax.evac.training import LossOptions, training_loss
 from evac_jax.telemetry.tensorboard import TensorBoardWriter
 from evac_jax.tools import cards, training
@@ -47,7 +48,7 @@ PROGRESS = "progress.pt"
 # Arguments that a resumed run must share with the one that it continues.
 SETUP = (
     *("steps", "seed", "lr", "warmup", "optimizer", "weight_decay", "clip", "ema", "dtype"),
-    *("train", "dropout", "moving_weight", "weight"),
+    *("train", "dropout", "moving_weight", "weight", "few_steps"),
 )
 
 
@@ -84,6 +85,7 @@ class Trainer:
         self._ema = training.Ema(model, args.ema)
         self._sampler = WindowSampler(corpus.data, model.config, args.weight)
         self._schedule = Schedule.create(model.config, ranks.device)
+        self._timesteps = few_timesteps(model.config, args)
         self.best = BestSoFar(args.patience)
         self.step, self.seconds, self.history = 0, 0.0, []
         self._saved = 0  # step of the progress on disk
@@ -153,6 +155,11 @@ class Trainer:
         args, config = self._args, self.model.config
         batch = self._corpus.batch(windows[first : first + args.batch], config)
         seed = args.seed * 1_000_003 + self.step
+        timesteps = None
+        if self._timesteps is not None:
+            rng = np.random.default_rng((args.seed, self.step, 1))
+            drawn = rng.choice(self._timesteps, len(windows))[first : first + args.batch]
+            timesteps = torch.from_numpy(drawn).to(self._ranks.device)
         torch.manual_seed(seed * len(windows) + first)  # dropout inside the networks
         with training.autocast(self._ranks.device, args.dtype):
             return training_loss(
@@ -161,6 +168,7 @@ class Trainer:
                 options=LossOptions(dropout=args.dropout),
                 generator=torch.Generator().manual_seed(seed),
                 weight=moving_weight(batch, config, args.moving_weight) / self._mean_weight,
+                timesteps=timesteps,
                 schedule=self._schedule,
                 share=(first, len(windows)),
             )
@@ -253,6 +261,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         eta=args.eta,
         moving=args.moving_weight,
         mean_weight=mean_weight,
+        timesteps=few_timesteps(model.config, args),
     )
     facts = {
         "data": [cards.sha256(folder / "card.json") for folder in folders],
@@ -266,6 +275,11 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     trainer.run()
     if ranks.first:
         _write_card(out, trainer, train_part, facts, ranks)
+
+
+def few_timesteps(config: EvacConfig, args: argparse.Namespace) -> np.ndarray | None:
+    """Timesteps that --few_steps trains on, int64; None for all."""
+    return ddim_table(config, args.ddim_steps, args.eta).timesteps if args.few_steps else None
 
 
 def _start_of(args: argparse.Namespace) -> dict[str, str]:

@@ -49,6 +49,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema", type=float, default=0.997, help="decay of the moving average of the weights")
     add("--dtype", choices=tuple(training.DTYPES), default="float32", help="of the passes")
     add("--dropout", type=float, default=0.05, help="p of the condition dropout, 0 to 0.25")
+    add(
+        "--few_steps",
+        action="store_true",
+        help="train on the timesteps of --ddim_steps alone: for a model that is always sampled so",
+    )
     add("--moving_weight", type=float, default=5.0, help="of latent cells that move; 1 is none")
     add("--patience", type=int, default=0, help="validations without a better one; 0: no stop")
     add("--validation_windows", type=int, default=96, help="of the held-out loss")

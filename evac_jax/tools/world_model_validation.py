@@ -36,6 +36,7 @@ class Validation:
         eta: of the roll-outs.
         moving: weight of moving cells in the loss.
         mean_weight: what weights are divided by.
+        timesteps: of the loss, int64, in turn; None = the whole range.
 
     Raises:
         DataError: there is no held-out episode of at least a chunk.
@@ -53,6 +54,7 @@ class Validation:
         eta: float,
         moving: float,
         mean_weight: float,
+        timesteps: np.ndarray | None = None,
     ):
         config, data = model.config, corpus.data
         most = int(data.length.max(initial=0)) // config.chunk
@@ -62,6 +64,7 @@ class Validation:
                 f"on, of {data.num_episodes}; record more episodes"
             )
         self._corpus, self._moving, self._mean_weight = corpus, moving, mean_weight
+        self._timesteps = timesteps
         self._schedule = Schedule.create(config, model.device)
         sampler = WindowSampler(data, config)
         self._windows = sampler.draw(windows, np.random.default_rng(1))
@@ -86,6 +89,8 @@ class Validation:
             batch = self._corpus.batch(windows, config)
             last = config.num_timesteps - 1
             timesteps = torch.linspace(0.02 * last, 0.99 * last, len(windows)).long()
+            if self._timesteps is not None:
+                timesteps = torch.from_numpy(np.resize(self._timesteps, len(windows)))
             with context:
                 loss = training_loss(
                     model,

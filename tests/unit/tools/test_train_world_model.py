@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evac_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from evac_jax.evac.schedule import ddim_table
+from evac_jax.miniature.sizes import WORLD_MODEL
 from evac_jax.tools import train_world_model, training
 from evac_jax.tools.world_model_options import freeze
 from evac_jax.tools.world_model_validation import BestSoFar, Validation
@@ -111,6 +113,26 @@ def test_accumulation_is_a_bigger_batch(inputs, tmp_path):
     smaller = _train(inputs, tmp_path / "smaller", batch=1, steps=1)
     with pytest.raises(AssertionError):
         _assert_same_gradient(one, smaller)
+
+
+def _timesteps(inputs, out, monkeypatch, **options):
+    """Timesteps of every window of a --few_steps run, in order."""
+    seen, loss = [], train_world_model.training_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train_world_model,
+            "training_loss",
+            lambda *a, timesteps, **k: seen.extend(timesteps.tolist()) or loss(*a, **k),
+        )
+        train_world_model.main([*_arguments(inputs, out, ddim_steps=3, **options), "--few_steps"])
+    return seen
+
+
+def test_few_step_training_sees_the_timesteps_of_its_sampler_alone(inputs, tmp_path, monkeypatch):
+    one = _timesteps(inputs, tmp_path / "one", monkeypatch, steps=8)
+    assert set(one) == set(ddim_table(WORLD_MODEL, 3, 0.0).timesteps)
+    parts = _timesteps(inputs, tmp_path / "two", monkeypatch, steps=8, batch=2, accumulate=2)
+    assert parts == one
 
 
 @pytest.mark.slow
