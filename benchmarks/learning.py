@@ -182,10 +182,11 @@ class Bench:
         folders = {}
         for name in WEIGHTS:
             section, field = name.split(".")
-            folder = Path(str(settings.get(name, config[section][field])))
+            named = str(settings.get(name, config[section][field])).split(",")
             folders[name] = [
                 (file.name, hashlib.sha256(file.read_bytes()).hexdigest())
-                for file in sorted(folder.glob("*"))
+                for folder in named
+                for file in sorted(Path(folder).glob("*"))
                 if file.is_file() and file.name != "card.json"
             ]
         facts = json.dumps([preset, config, dict(settings), folders, extra], default=str)

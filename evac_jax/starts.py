@@ -171,6 +171,7 @@ class StartSampler:
                 continue the sequence it claims to continue.
         """
         own = self.state_dict()
+        state = {"keyframes": [0.0, 0]} | state  # older checkpoints have none
         if missing := sorted(own.keys() - state.keys()):
             raise ConfigError(f"saved start sampler lacks {', '.join(missing)}")
         changed = [
