@@ -1,12 +1,17 @@
-"""Supervised fine-tuning of OpenVLA-OFT's token head on demonstrations of the tabletop, in JAX.
+"""Supervised fine-tuning of OpenVLA-OFT's token head, on the tabletop or on recordings, in JAX.
 
-Every sample is a fresh scene, so nothing can be memorised: the picture at a moment when the policy
-would be asked, and the demonstrator's next actions. The tokens' targets are Gaussians over
-neighbouring bins; their width becomes the exploration noise that reinforcement learning starts
-with.
+On the tabletop every sample is a fresh scene, so nothing can be memorised: the picture at a moment
+when the policy would be asked, and the demonstrator's next actions. The tokens' targets are
+Gaussians over neighbouring bins; their width becomes the exploration noise that reinforcement
+learning starts with.
 
     python -m evac_jax.tools.train_policy --out DIR --labels expert --steps 6000
     python -m evac_jax.tools.train_policy --start DIR --out DIR2 --labels sloppy --steps 800
+    python -m evac_jax.tools.train_policy --start DIR --out DIR2 --lora_rank 8 --lr 3e-3
+    python -m evac_jax.tools.train_policy --start DIR --out DIR2 --data RECORDING --unnorm_key robot
+
+--data takes recorded episodes of any robot instead (docs/episodes.md, docs/lora.md), --lora_rank
+trains adapters alone.
 """
 
 import argparse
@@ -28,10 +33,13 @@ from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.tools import cards
-from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
+from evac_jax.tools.finetune_policy import finetune, make_optimizer, soft_targets
+from evac_jax.tools.policy_data import GRIPPER_RULES
+from policies.openvla_oft.action_tokens import ActionStatistics
 from policies.openvla_oft.export_hf import create_policy_folder
 from policies.openvla_oft.import_hf import load_policy
 from policies.openvla_oft.model import OpenVLAOFT
+from policies.openvla_oft.peft import save_adapter
 from policies.openvla_oft.prompt import PromptTokenizer
 from policies.types import ObsBatch
 
@@ -166,24 +174,16 @@ def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, s
     return nnx.merge(graphdef, trained[0], rest)
 
 
-def soft_targets(actions: jax.Array, statistics: ActionStatistics, sd_bins: float) -> jax.Array:
-    """Return probabilities [B K A 256], lowest token id first, around actions [B K A]."""
-    low, high, mask = (jnp.asarray(x) for x in (statistics.low, statistics.high, statistics.mask))
-    normalised = jnp.where(mask, 2 * (actions - low) / (high - low) - 1, actions)
-    centres = jnp.asarray(bin_centres(POLICY.num_bins), jnp.float32)
-    sd = sd_bins * 2 / (POLICY.num_bins - 1)
-    return jax.nn.softmax(-0.5 * ((centres - normalised[..., None]) / sd) ** 2)
+def make_step(graphdef, optimizer, statistics, sd_bins, goal_weight):
+    """Return the jitted step: (trained, opt_state, rest, batch..) -> trained, opt_state, losses.
 
-
-def make_step(graphdef, rest, optimizer, statistics, sd_bins, goal_weight):
-    """Return the jitted step (trained, opt_state, obs, actions, goals) -> the first two, losses.
-
+    A batch is obs, actions, goals; `rest` is what does not train, under LoRA nearly everything.
     Beside its token every action slot must tell the goals, through a linear read-out that is
     thrown away afterwards: a small trunk that was never a language model finds out what the
     instruction's colour has to do with the picture several times sooner.
     """
 
-    def loss_fn(trained, obs, actions, goals):
+    def loss_fn(trained, rest, obs, actions, goals):
         params, readout = trained
         model = nnx.merge(graphdef, params, rest)
         pixels = model.pixel_values(obs.images)
@@ -222,11 +222,19 @@ def play(model: OpenVLAOFT, prompts, starts: np.ndarray, *, greedy: bool, seed: 
     return float(done.mean())
 
 
-def main() -> None:
-    """Command line."""
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="policy folder to write; must not exist")
     parser.add_argument("--start", help="policy folder to go on from; default: fresh weights")
+    parser.add_argument(
+        "--lora_rank",
+        type=int,
+        default=0,
+        help="train adapters of this rank alone; 0 = all weights",
+    )
+    parser.add_argument(
+        "--lora_alpha", type=float, default=0.0, help="adapters' scale x rank; 0 = a scale of 1"
+    )
     parser.add_argument("--labels", default="expert", help="demonstrator: expert, sloppy ..")
     parser.add_argument(
         "--pretrain_steps", type=int, default=0, help="of seeing and reading, first"
@@ -239,13 +247,52 @@ def main() -> None:
     parser.add_argument("--score_scenes", type=int, default=512)
     parser.add_argument("--score_every", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    data = parser.add_argument_group("recorded episodes instead of the tabletop")
+    data.add_argument("--data", nargs="+", metavar="RECORDING", help="folders of episodes")
+    data.add_argument("--unnorm_key", help="name of the recording's action statistics")
+    data.add_argument("--chunk", type=int, default=8, help="actions per decision")
+    data.add_argument("--successful", action="store_true", help="leave failed episodes out")
+    data.add_argument("--gripper", choices=GRIPPER_RULES, default="libero", help="as env.gripper")
+    data.add_argument("--keep_stop_token", action="store_true", help="as the policy's own field")
+    data.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
+    data.add_argument("--remat", action="store_true", help="recompute activations: less memory")
+    data.add_argument("--save_every", type=int, default=500, help="steps between saves")
+    args = parser.parse_args(argv)
+    if (args.lora_rank or args.data) and not args.start:
+        parser.error("--lora_rank and --data need --start, the policy folder to begin with")
+    if args.lora_rank < 0 or args.lora_alpha < 0 or args.lora_alpha > 0 == args.lora_rank:
+        parser.error("--lora_rank must be 0 or more, and above 0 for --lora_alpha (0 or more)")
+    if args.data and not args.unnorm_key:
+        parser.error("--data needs --unnorm_key, a name for the action statistics")
+    own = ("labels", "pretrain_steps", "goal_weight", "score_scenes")
+    foreign = own if args.data else [a.dest for a in data._group_actions]
+    if changed := [n for n in foreign if getattr(args, n) != parser.get_default(n)]:
+        parser.error(f"{', '.join(changed)}: not {'for' if args.data else 'without'} --data")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    args = _arguments(argv)
     logging.set_verbosity(logging.INFO)
+    if args.data:
+        finetune(args)
+    else:
+        _train_on_tabletop(args)
+
+
+def _train_on_tabletop(args: argparse.Namespace) -> None:
+    """Train on fresh scenes, write the policy folder."""
     statistics = ActionStatistics.from_norm_stats(NORM_STATS, UNNORM_KEY)
     out = Path(args.out)
     if args.start:
         loaded = load_policy(
-            args.start, unnorm_key=UNNORM_KEY, max_prompt_length=POLICY.max_prompt_length
+            args.start,
+            unnorm_key=UNNORM_KEY,
+            max_prompt_length=POLICY.max_prompt_length,
+            lora_rank=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            seed=args.seed,
         )
         model, tokenizer_file = loaded.model, Path(args.start) / "tokenizer.json"
         prompts = loaded.tokenizer.encode(list(INSTRUCTIONS))
@@ -267,16 +314,12 @@ def main() -> None:
             seed=args.seed,
         )
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    warmup = min(200, args.steps // 5)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, args.lr, warmup, args.steps, 0.01 * args.lr)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
-    )
+    optimizer = make_optimizer(args.lr, args.steps)
     rng = np.random.default_rng(args.seed)
     readout = jnp.asarray(0.05 * rng.normal(size=(POLICY.hidden_size, 8)), jnp.float32)
     trained = params, readout
     opt_state = optimizer.init(trained)
-    step = make_step(graphdef, rest, optimizer, statistics, args.sd_bins, args.goal_weight)
+    step = make_step(graphdef, optimizer, statistics, args.sd_bins, args.goal_weight)
     scenes_per_draw = 4 * args.batch  # 4 moments each: 16 batches a draw
     began, losses, history, pool = time.perf_counter(), [], [], []
     for i in range(args.steps):
@@ -292,7 +335,7 @@ def main() -> None:
             prompt_mask=prompts[1][tasks],
         )
         trained, opt_state, loss = step(
-            trained, opt_state, obs, jnp.asarray(actions, jnp.float32), jnp.asarray(goals)
+            trained, opt_state, rest, obs, jnp.asarray(actions, jnp.float32), jnp.asarray(goals)
         )
         losses.append(loss)
         if (i + 1) % 100 == 0:
@@ -313,6 +356,8 @@ def main() -> None:
             history.append(score)
             logging.info("ground-truth success on fresh scenes: %s", score)
     create_policy_folder(policy, out, tokenizer=tokenizer_file, norm_stats=NORM_STATS)
+    if args.lora_rank:
+        save_adapter(policy, out / "adapter", base=args.start)
     facts = cards.card(history=history, seconds=time.perf_counter() - began)
     cards.write_json(out / "card.json", facts)
 
