@@ -30,36 +30,40 @@ from evac_jax.tools.stages import WORK, Stage, Workshop
 COUNTS = {
     # recordings, episodes
     "base": 3000,
-    "start": 800,  # of the start policy, half of them greedy
-    "trained": 800,  # likewise of the trained policy
+    "rollouts": 800,  # of either policy, half of them greedy
     # offline training, optimiser steps
-    "autoencoder": 3000,
+    "autoencoder": 2600,
     "pose_model": 8000,
     "pretraining": 4000,
     "expert": 4000,
-    "sloppy": 1500,
-    "world_model": 9000,
-    "world_model_start": 2000,
-    "world_model_trained": 1500,
-    "imagined": 600,  # episodes for the classifier, twice
+    "sloppy": 1000,
+    "world_model": 13000,
+    "tuned": 3000,
+    "imagined": 600,  # episodes for the classifiers, twice
     "reward": 1800,
     # reinforcement learning, iterations
     "rl": 12,
 }
 # Least of a scaled count (others 4); pretraining warms up for 100 steps.
-FLOORS = {"rl": 1, "base": 48, "start": 16, "trained": 16, "pretraining": 110}
+FLOORS = {"rl": 1, "base": 48, "rollouts": 16, "pretraining": 110}
 MIX = "expert=0.12,noisy=0.18,near_miss=0.30,random_midway=0.14,random=0.06,sloppy=0.20"
 CONFIG = "configs/grpo.py"
 # Every world-model stage has the same autoencoder, so they share the latents of the recordings.
-LATENTS = {"cache": f"{WORK}/latents"}
 # Per second of one core, steps of 6 windows lower the held-out loss far more than steps of 16.
-SMALL_BATCHES = {"batch": 6, "save_every": 1500}
+# It is only ever sampled in two steps, without dropped conditions: nothing else is trained.
+WORLD_MODEL = {
+    "batch": 6,
+    "dropout": 0,
+    "ddim_steps": 2,
+    "save_every": 1500,
+    "cache": f"{WORK}/latents",
+}
 
 # Folder of the shipped weights -> folder under `{work}` that it is a copy of.
 SHIPPED = {
-    "world_model": "world_model_trained",
-    "reward": "reward_trained",
-    "reward_second": "reward_second_trained",
+    "world_model": "world_model",
+    "reward": "reward",
+    "reward_second": "reward_second",
     "pose_model": "pose_model",
     "policy": "policy",
     "policy_trained": "policy_trained",
@@ -67,6 +71,7 @@ SHIPPED = {
 KEPT = (".json", ".safetensors")  # files of such a folder that belong to it; the rest is progress
 MAX_BYTES = 12_000_000
 CARD = "card.json"
+RECORDINGS = ("base", "rollouts_expert", "rollouts_start")
 
 
 def scaled(scale: float) -> dict[str, int]:
@@ -118,7 +123,7 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
         "world_model_base",
         recipes.tool("train_world_model", data=[at("base")], out=at("world_model_base"))
         + recipes.options(autoencoder=at("autoencoder"), steps=n["world_model"], lr=1e-3)
-        + recipes.options(**SMALL_BATCHES, **LATENTS),
+        + (*recipes.options(**WORLD_MODEL), "--few_steps"),
         *("base", "autoencoder"),
         resumes=True,
     )
@@ -128,23 +133,21 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
         + recipes.options(steps=n["pose_model"]),
         "base",
     )
-    # Twice: rollouts of a policy, then simulator parts that have seen them.
-    add_rollouts(add, n, "start", "policy", seed=1)
-    add_simulator(add, n, "start", "world_model_base", ["base"])
-    add_trained_policy(add, n)
-    add_rollouts(add, n, "trained", "policy_trained", seed=2)
-    add_simulator(add, n, "trained", "tuned_start", ["base", "rollouts_start"])
-    recordings = ("base", "rollouts_start", "rollouts_trained")
-    add(
-        "trust",
-        recipes.validate(
-            CONFIG,
-            simulator("trained"),
-            [at(name) for name in recordings],
-            at("trust"),
-        ),
-        *("world_model_trained", "reward_trained", "pose_model", *recordings),
+    # A world model that never saw a policy's mistakes believes in them.
+    for seed, (name, policy) in enumerate((("expert", "policy_expert"), ("start", "policy")), 1):
+        out = f"rollouts_{name}"
+        command = recipes.record_policy(CONFIG, {}, at(policy), at(out), n["rollouts"], seed)
+        add(out, command, policy)
+    recordings = [at(name) for name in RECORDINGS]
+    tuned = recipes.fine_tune_world_model(
+        *(at("world_model_base"), at("tuned"), recordings, n["tuned"]), lr=5e-4, **WORLD_MODEL
     )
+    add("tuned", (*tuned, "--few_steps"), "world_model_base", *RECORDINGS, resumes=True)
+    add("world_model", recipes.store(at("tuned"), at("world_model"), "float16"), "tuned")
+    add_classifiers(add, n)
+    add_trained_policy(add, n)
+    command = recipes.validate(CONFIG, SIMULATOR, recordings, at("trust"))
+    add("trust", command, "world_model", "reward", "pose_model", *RECORDINGS)
     return stages
 
 
@@ -153,58 +156,35 @@ def at(name: str) -> str:
     return f"{WORK}/{name}"
 
 
-def simulator(who: str) -> dict[str, str]:
-    """Return the fields of the configuration that name the weights of a simulator."""
-    return {
-        "world_model.checkpoint": at(f"world_model_{who}"),
-        "reward.checkpoint": at(f"reward_{who}"),
-        "env.pose_model": at("pose_model"),
-    }
+# Fields of the configuration that name the weights of the simulator.
+SIMULATOR = {
+    "world_model.checkpoint": f"{WORK}/world_model",
+    "reward.checkpoint": f"{WORK}/reward",
+    "env.pose_model": f"{WORK}/pose_model",
+}
 
 
-def add_rollouts(add, n, who: str, policy: str, seed: int) -> None:
-    """Record a policy in the ground truth."""
-    name = f"rollouts_{who}"
-    command = recipes.record_policy(CONFIG, {}, at(policy), at(name), n[who], seed)
-    add(name, command, policy)
-
-
-def add_simulator(add, n, who: str, start: str, old: list[str]) -> None:
-    """World model and classifier that have seen the policy's rollouts beside the old recordings."""
-    tuned, world_model, new = f"tuned_{who}", f"world_model_{who}", f"rollouts_{who}"
-    folders = [at(name) for name in (*old, new)]
-    add(
-        tuned,
-        recipes.fine_tune_world_model(
-            *(at(start), at(tuned), folders, n[world_model]), lr=5e-4, **SMALL_BATCHES, **LATENTS
-        ),
-        *(start, *old, new),
-        resumes=True,
-    )
-    add(world_model, recipes.store(at(tuned), at(world_model), "float16"), tuned)
-    # Side by side: the policy's own episodes, and some of all others.
-    imagined = {f"imagined_{who}": [new], f"imagined_others_{who}": old}
+def add_classifiers(add, n) -> None:
+    """Two classifiers of different seeds, on real and imagined episodes; two stages at a time."""
+    imagined = {"imagined_base": RECORDINGS[:1], "imagined_rollouts": RECORDINGS[1:]}
     for name, data in imagined.items():
         sources = [at(source) for source in data]
-        command = recipes.imagine(CONFIG, simulator(who), sources, at(name), n["imagined"])
-        add(name, command, world_model, *data)
-    # The second one, of another seed, is shipped too; it costs a core that would idle meanwhile.
-    names = [f"reward_{who}", *["reward_second_trained"] * (who == "trained")]
-    for seed, name in enumerate(names):
-        command = recipes.train_reward(
-            *(CONFIG, {}, at(name), folders, [at(name) for name in imagined]), n["reward"]
-        )
-        add(name, (*command, *recipes.options(seed=seed)), *(*imagined, *old, new))
+        command = recipes.imagine(CONFIG, SIMULATOR, sources, at(name), n["imagined"])
+        add(name, command, "world_model", *data)
+    recordings, dreams = [at(name) for name in RECORDINGS], [at(name) for name in imagined]
+    for seed, name in enumerate(("reward", "reward_second")):
+        command = recipes.train_reward(CONFIG, {}, at(name), recordings, dreams, n["reward"])
+        add(name, (*command, *recipes.options(seed=seed)), *imagined, *RECORDINGS)
 
 
 def add_trained_policy(add, n) -> None:
     """Reinforcement learning in imagination; its best evaluation becomes a policy folder."""
-    settings = simulator("start") | {
+    settings = SIMULATOR | {
         "policy.checkpoint": at("policy"),
         "train.iterations": n["rl"],
         "eval.episodes": 0,
     }
-    inputs = ("policy", "world_model_start", "reward_start", "pose_model")
+    inputs = ("policy", "world_model", "reward", "pose_model")
     add("rl", recipes.train(CONFIG, WORK, "rl", settings, interval=4), *inputs, cores=2)
     export = recipes.export(at("rl"), at("policy_trained"), dtype="bfloat16")
     add("policy_trained", export, "rl")

@@ -62,7 +62,7 @@ def test_changed_count_runs_only_what_rests_on_it(monkeypatch):
     monkeypatch.setitem(build.COUNTS, "sloppy", 601)
     after = stamps(build.make_stages())
     changed = {name for name in before if before[name] != after[name]}
-    assert {"policy", "rollouts_start", "world_model_start", "rl", "trust"} <= changed
+    assert {"policy", "rollouts_start", "world_model", "reward", "rl", "trust"} <= changed
     assert not changed & {"base", "autoencoder", "world_model_base", "pose_model", "policy_expert"}
 
 
