@@ -66,6 +66,8 @@ class Options:
     world_model_steps: int = 1500
     world_model_lr: float = 5e-4
     world_model_batch: int = 6
+    world_model_dropout: float = 0.0
+    few_steps: bool = False
     imagined_episodes: int = 800
     reward_steps: int = 2000
     scenes: int = 512
@@ -144,6 +146,7 @@ def learning_stages(number: int, models: Models, options: Options) -> tuple[list
             RECORDINGS + options.seed + number,
         )
         made = add("episodes", record, made)
+    steps = recipes.value_of(options.config, options.settings, "world_model.steps")
     world_model = add(
         "world_model",
         recipes.fine_tune_world_model(
@@ -153,8 +156,11 @@ def learning_stages(number: int, models: Models, options: Options) -> tuple[list
             options.world_model_steps,
             lr=options.world_model_lr,
             batch=options.world_model_batch,
+            ddim_steps=steps,
+            dropout=options.world_model_dropout,
             cache=f"{WORK}/latents",
-        ),
+        )
+        + ("--few_steps",) * options.few_steps,
         *(made, *[f"world_model_{number - 1}"] * (number > 1)),
         resumes=True,
     )
@@ -334,6 +340,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--world_model_steps", type=int, default=1500, help="fine-tuning per round")
     add("--world_model_lr", type=float, default=5e-4)
     add("--world_model_batch", type=int, default=6)
+    add("--world_model_dropout", type=float, default=0.0, help="of its conditions")
+    add(
+        "--few_steps",
+        action="store_true",
+        help="fine-tune on the timesteps of world_model.steps alone, for one that was made so",
+    )
     add("--imagined_episodes", type=int, default=800, help="for the classifier, per round")
     add("--reward_steps", type=int, default=2000, help="of the classifier per round")
     parser.add_argument("--scenes", type=int, default=512, help="per ground-truth evaluation")
@@ -374,6 +386,8 @@ def options_of(args: argparse.Namespace) -> tuple[Models, Options]:
         world_model_steps=args.world_model_steps,
         world_model_lr=args.world_model_lr,
         world_model_batch=args.world_model_batch,
+        world_model_dropout=args.world_model_dropout,
+        few_steps=args.few_steps,
         imagined_episodes=args.imagined_episodes,
         reward_steps=args.reward_steps,
         scenes=args.scenes,
