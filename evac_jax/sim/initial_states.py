@@ -135,7 +135,7 @@ class NpyStarts(_StoredStarts):
         starts, problems = [], []
         for path in paths:
             try:
-                starts.append(_first_frame(path))
+                starts.append(first_frame(path))
             except DataError as error:
                 problems.append(str(error))
         if not problems and len(shapes := {image.shape for image, _, _ in starts}) > 1:
@@ -237,7 +237,7 @@ class StartCycle:
         return taken
 
 
-def _first_frame(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+def first_frame(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """Return image uint8 [V H W 3], pose float32 [8] and instruction of an episode's frame 0."""
     episode = load_objects(path)
     if episode.ndim != 1 or not len(episode) or not isinstance(episode[0], dict):

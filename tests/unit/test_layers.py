@@ -71,7 +71,15 @@ LAYERS = {
         *("evac_jax.bridge", "evac_jax.errors", "evac_jax.sim.base", "policies.spec"),
     ),
     # Tools serve either side; see the test below.
-    "evac_jax/tools/*": (*TORCH_SIDE, *TRAINER, "PIL", "matplotlib", "evac_jax", "policies"),
+    "evac_jax/tools/*": (
+        *TORCH_SIDE,
+        *TRAINER,
+        "PIL",
+        "matplotlib",
+        "pyarrow",
+        "evac_jax",
+        "policies",
+    ),
     "evac_jax/telemetry/*": (
         *("jax", "numpy", "jaxtyping", "absl", "rich", "av", "PIL", "tensorboard", "wandb"),
         *("evac_jax.telemetry", "evac_jax.config", "evac_jax.errors"),

@@ -1,0 +1,97 @@
+"""Makes a recording out of RLinf's `.npy` episodes, one file per episode.
+
+    python -m evac_jax.tools.import_rlinf --source DIR --out DIR2 --camera libero --image_size 256
+
+A file is an object array of one dict per frame: `image` (uint8 [H W 3] or [V H W 3]), a pose
+(`state` or `abs_action`, at the first frame also `init_ee_pose`: xyz, quaternion xyzw, gripper),
+`delta_action` (7 numbers) and, at the first frame, `instruction` or `task`. Files are read without
+running what may hide in their pickles.
+
+Source: data layout of RLinf `EvacEnv` (revision c9f1d8471), which reads the first frame only; the
+action of a frame is taken to lead to the next one, and the last frame's to be without effect.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evac_jax.dataset import EpisodeWriter
+from evac_jax.errors import DataError
+from evac_jax.sim.initial_states import first_frame
+from evac_jax.sim.restricted_npy import load_objects
+from evac_jax.tools import cards, importing
+
+POSES = ("state", "abs_action")
+
+
+def read_episode(path: Path, success: str, gripper: str) -> dict:
+    """Return frames [T+1 V H W 3], actions [T 7], poses [T+1 8] and success [T+1] of a file.
+
+    Raises:
+        DataError: names the file and the frame that lacks something.
+    """
+    image, pose, _ = first_frame(path)
+    frames = load_objects(path)
+    if len(frames) < 2:
+        raise DataError(f"{path}: {len(frames)} frame(s); an episode needs two at least")
+    key = next((k for k in POSES if k in frames[1]), None)
+    if key is None:
+        raise DataError(f"{path}: frame 1 has no pose; expected one of {POSES}")
+
+    def column(name: str, shape: tuple[int, ...], rows) -> np.ndarray:
+        values = [np.asarray(frame.get(name)) for frame in rows]
+        for n, value in enumerate(values):
+            if value.size != np.prod(shape) or value.dtype.kind not in "fiub":
+                raise DataError(f"{path}: frame {n} needs {name!r} of {shape}, got {value.shape}")
+        return np.stack([value.reshape(shape) for value in values])
+
+    poses = column(key, (8,), frames[1:])
+    marks = None
+    if all(success in frame for frame in frames):
+        marks = [np.asarray(frame[success]).item() for frame in frames]
+    return {
+        "frames": column("image", image.shape, frames).astype(np.uint8),
+        "actions": importing.check_actions(
+            column("delta_action", (7,), frames[:-1]), gripper, str(path)
+        ),
+        "poses": np.concatenate((pose[None], poses)).astype(np.float32),
+        "success": importing.success_of(success, marks, len(frames), str(path)),
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import as told; return the number of episodes."""
+    paths = sorted(args.source.glob("*.npy"))
+    if not paths:
+        raise DataError(f"--source={args.source}: expected *.npy episodes, found none")
+    texts = [first_frame(path)[2] for path in paths]
+    instructions = list(dict.fromkeys(texts))
+    image = first_frame(paths[0])[0]
+    views, stored = len(image), image.shape[1:3]
+    intrinsic, c2w = importing.read_camera(args.camera, views, stored, args.image_size)
+    size = (args.image_size, args.image_size) if args.image_size else stored
+    with EpisodeWriter(
+        args.out,
+        image_shape=(views, *size, 3),
+        instructions=instructions,
+        sources=[args.name],
+        intrinsic=intrinsic,
+        c2w=c2w,
+        facts=cards.card(files=len(paths)),
+    ) as writer:
+        for path, text in zip(paths, texts, strict=True):
+            episode = read_episode(path, args.success, args.gripper)
+            episode["frames"] = importing.resize(episode["frames"], args.image_size)
+            writer.add(**episode, task=instructions.index(text), source=0)
+    return len(paths)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    importing.finish(run, importing.parser_of(__doc__.splitlines()[0]).parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
