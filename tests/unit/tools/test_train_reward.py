@@ -89,7 +89,7 @@ def test_after_calibration_half_is_the_threshold_of_the_stated_false_share():
 def folders(tmp_path_factory):
     """A recording, and the same once more as if a perfect world model had imagined it."""
     folder = tmp_path_factory.mktemp("reward")
-    real = collect.collect(folder / "real", 60, {"expert": 0.5, "random": 0.5}, image_size=32)
+    real = collect.collect(folder / "real", 160, {"expert": 0.5, "random": 0.5}, image_size=32)
     with dataset.EpisodeWriter(
         folder / "imagined",
         image_shape=real.frames.shape[1:],
