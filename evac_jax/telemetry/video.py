@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +154,13 @@ def read_mp4(path: Path) -> tuple[Frames, float]:
         fps = float(file.streams.video[0].average_rate)
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
     return np.stack(frames), fps
+
+
+def decode_mp4(path: Path) -> Iterator[np.ndarray]:
+    """Yield the frames of a video, uint8 [H W 3], one at a time: a long one fits no memory."""
+    with av.open(str(path)) as file:
+        for frame in file.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
 
 
 def encode_gif(frames: Frames, *, fps: float) -> bytes:

@@ -15,7 +15,6 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from PIL import Image
 
 from evac_jax.dataset import EpisodeWriter
 from evac_jax.errors import DataError
-from evac_jax.telemetry.video import read_mp4
+from evac_jax.telemetry.video import decode_mp4
 from evac_jax.tools import cards, importing
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -59,17 +58,22 @@ class LeRobotDataset:
 
     def __init__(self, folder: Path, views: Sequence[str]):
         self._folder = folder
-        self._info = json.loads(self._text("meta/info.json"))
+        self._info = self._json("meta/info.json", self._text("meta/info.json"))
+        needed = {"features", "data_path"}
         version = str(self._info.get("codebase_version"))
         if version not in VERSIONS:
             raise DataError(f"{folder}: LeRobot version {version}; known are {VERSIONS}")
         self._grouped = version.startswith("v3")
+        needed |= {"fps"} if self._grouped else {"chunks_size", "total_episodes"}
+        if missing := sorted(needed - self._info.keys()):
+            raise DataError(f"{folder}/meta/info.json lacks {missing}")
         features = self._info["features"]
         pictures = [n for n, f in features.items() if f["dtype"] in ("image", "video")]
         if unknown := [view for view in views if view not in pictures]:
             raise DataError(f"--images: the dataset has no {unknown}; there are {pictures}")
         self.views = tuple(views)
         self._is_video = {view: features[view]["dtype"] == "video" for view in views}
+        self._films: dict[str, _Film] = {}
         self.tasks = self._tasks()
 
     def _text(self, name: str) -> str:
@@ -78,6 +82,12 @@ class LeRobotDataset:
         except OSError as error:
             raise DataError(f"{self._folder / name}: cannot be read ({error.strerror})") from error
 
+    def _json(self, name: str, text: str) -> dict:
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self._folder / name}: not a JSON object ({error})") from error
+
     def _table(self, name: str) -> pa.Table:
         try:
             return pq.read_table(self._folder / name)
@@ -85,14 +95,20 @@ class LeRobotDataset:
             raise DataError(f"{self._folder / name}: no readable parquet file ({error})") from error
 
     def _tasks(self) -> list[str]:
-        if not self._grouped:
-            lines = [json.loads(line) for line in self._text("meta/tasks.jsonl").splitlines()]
-            found = {line["task_index"]: line["task"] for line in lines}
-        else:
-            columns = self._table("meta/tasks.parquet").to_pydict()
+        name = "meta/tasks.parquet" if self._grouped else "meta/tasks.jsonl"
+        if self._grouped:
+            columns = self._table(name).to_pydict()
             # pandas keeps the texts as its index.
-            text = columns.get("task", columns.get("__index_level_0__"))
-            found = dict(zip(columns["task_index"], text, strict=True))
+            text = columns.get("task", columns.get("__index_level_0__", ()))
+            found = dict(zip(columns.get("task_index", ()), text, strict=False))
+        else:
+            lines = [self._json(name, line) for line in self._text(name).splitlines()]
+            found = {line.get("task_index"): line.get("task") for line in lines}
+        if not found or set(found) != set(range(len(found))):
+            raise DataError(
+                f"{self._folder / name}: expected task_index 0..N-1, each with a text, "
+                f"got {list(found)}"
+            )
         return [found[n] for n in range(len(found))]
 
     def episodes(self) -> Iterator[Episode]:
@@ -123,7 +139,13 @@ class LeRobotDataset:
                         where = {name: line[f"videos/{view}/{name}"] for name in names}
                         begin = round(line[f"videos/{view}/from_timestamp"] * fps)
                         videos[view] = where, begin
-                yield Episode(table.filter(mine), line["episode_index"], place, videos)
+                rows = table.filter(mine)
+                if len(rows) != line.get("length", len(rows)):
+                    raise DataError(
+                        f"{path}: episode {line['episode_index']} has {len(rows)} rows, "
+                        f"{file.name} of meta/episodes says {line['length']}"
+                    )
+                yield Episode(rows, line["episode_index"], place, videos)
 
     def frames(self, episode: Episode) -> np.ndarray:
         """Return an episode's pictures, uint8 [T V H W 3].
@@ -136,14 +158,22 @@ class LeRobotDataset:
             if self._is_video[view]:
                 place, begin = episode.videos[view]
                 path = self._info["video_path"].format(video_key=view, **place)
-                film = _film(self._folder / path)[begin : begin + count]
-                if len(film) < count:
+                if view not in self._films or not self._films[view].can_give(path, begin):
+                    self._films[view] = _Film(self._folder, path)
+                film = self._films[view].take(begin, count)
+                ended = self._grouped or self._films[view].ended()
+                if len(film) < count or not ended:
                     raise DataError(
-                        f"{path}: episode {episode.index} needs {count} frames from {begin} on, "
-                        f"there are {len(film)}"
+                        f"{path}: episode {episode.index} has {count} rows from frame {begin} on, "
+                        f"the video {'more' if not ended else len(film)} frames"
                     )
             else:
-                stored = (entry["bytes"] for entry in episode.rows[view].to_pylist())
+                stored = [entry["bytes"] for entry in episode.rows[view].to_pylist()]
+                if not all(stored):
+                    raise DataError(
+                        f"episode {episode.index}: {view} names picture files; only pictures "
+                        "inside of the parquet file, or videos, are read"
+                    )
                 film = np.stack(
                     [np.asarray(Image.open(io.BytesIO(b)).convert("RGB")) for b in stored]
                 )
@@ -156,11 +186,28 @@ class LeRobotDataset:
         return np.stack(views, 1)
 
 
-@lru_cache(maxsize=4)
-def _film(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise DataError(f"{path}: the video is missing")
-    return read_mp4(path)[0]
+class _Film:
+    """One video, decoded forwards: files of version 3 hold many episodes and fit no memory."""
+
+    def __init__(self, folder: Path, path: str):
+        if not (folder / path).is_file():
+            raise DataError(f"{folder / path}: the video is missing")
+        self._path, self._next, self._frames = path, 0, decode_mp4(folder / path)
+
+    def can_give(self, path: str, begin: int) -> bool:
+        """Whether frame `begin` of the video `path` still lies ahead."""
+        return path == self._path and begin >= self._next
+
+    def take(self, begin: int, count: int) -> np.ndarray:
+        """Return up to `count` frames from `begin` on, uint8 [T H W 3]."""
+        taken = list(itertools.islice(self._frames, begin - self._next, begin - self._next + count))
+        self._next = begin + len(taken)
+        return np.stack(taken) if taken else np.zeros((0, 0, 0, 3), np.uint8)
+
+    def ended(self) -> bool:
+        """Whether no frame is left; takes one if there is."""
+        self._next += 1
+        return next(self._frames, None) is None
 
 
 def poses_of(state: np.ndarray, kind: str) -> np.ndarray:
@@ -175,6 +222,11 @@ def poses_of(state: np.ndarray, kind: str) -> np.ndarray:
     if state.ndim != 2 or state.shape[1] != 8 or not np.isfinite(state).all():
         raise DataError(f"--state={kind}: expected 8 finite numbers per frame, got {state.shape}")
     if kind == "quaternion":
+        if (state[:, 7] < -0.001).any() or (state[:, 7] > 1.001).any():
+            raise DataError(
+                f"--state=quaternion: expected a gripper opening of 0..1, got "
+                f"{state[:, 7].min():.3f}..{state[:, 7].max():.3f}"
+            )
         return state
     vector, fingers = state[:, 3:6], state[:, 6:]
     angle = np.linalg.norm(vector, axis=1, keepdims=True)
@@ -205,16 +257,21 @@ def run(args: argparse.Namespace) -> int:
     ) as writer:
         for episode in itertools.chain([first], episodes):
             where, rows = f"episode {episode.index}", episode.rows
-            if missing := {args.state_key, args.action_key} - set(rows.column_names):
+            needed = {args.state_key, args.action_key, "task_index", "frame_index"}
+            if missing := needed - set(rows.column_names):
                 raise DataError(f"{where}: no {sorted(missing)}; there are {rows.column_names}")
+            if rows["frame_index"].to_pylist() != list(range(len(rows))):
+                raise DataError(f"{where}: frame_index does not count 0..{len(rows) - 1}")
             actions = np.array(rows[args.action_key].to_pylist(), np.float32)
             marks = None
             if args.success in rows.column_names:
-                marks = np.array(rows[args.success].to_pylist(), float).reshape(-1)
+                marks = rows[args.success].to_pylist()
             writer.add(
                 frames=importing.resize(data.frames(episode), args.image_size),
                 actions=importing.check_actions(actions, args.gripper, where)[:-1],
-                poses=poses_of(rows[args.state_key].to_pylist(), args.state),
+                poses=importing.check_poses(
+                    poses_of(rows[args.state_key].to_pylist(), args.state), where
+                ),
                 success=importing.success_of(args.success, marks, len(rows), where),
                 task=int(rows["task_index"][0].as_py()),
                 source=0,

@@ -36,27 +36,37 @@ def read_episode(path: Path, success: str, gripper: str) -> dict:
     frames = load_objects(path)
     if len(frames) < 2:
         raise DataError(f"{path}: {len(frames)} frame(s); an episode needs two at least")
+    if wrong := [n for n, frame in enumerate(frames) if not isinstance(frame, dict)]:
+        raise DataError(f"{path}: frame {wrong[0]} is no dict")
     key = next((k for k in POSES if k in frames[1]), None)
     if key is None:
         raise DataError(f"{path}: frame 1 has no pose; expected one of {POSES}")
 
-    def column(name: str, shape: tuple[int, ...], rows) -> np.ndarray:
-        values = [np.asarray(frame.get(name)) for frame in rows]
-        for n, value in enumerate(values):
-            if value.size != np.prod(shape) or value.dtype.kind not in "fiub":
-                raise DataError(f"{path}: frame {n} needs {name!r} of {shape}, got {value.shape}")
+    def column(name: str, shape: tuple[int, ...], rows: range, kinds: str = "fiu") -> np.ndarray:
+        values = [np.asarray(frames[n].get(name)) for n in rows]
+        for n, value in zip(rows, values, strict=True):
+            # The first axis is the view's, and may be left out when there is one.
+            fits = value.shape == shape or (1, *value.shape) == shape
+            if not fits or value.dtype.kind not in kinds:
+                raise DataError(
+                    f"{path}: frame {n} needs {name!r} of {shape}, got {value.dtype} {value.shape}"
+                )
         return np.stack([value.reshape(shape) for value in values])
 
-    poses = column(key, (8,), frames[1:])
+    last = len(frames) - 1
+    images = column("image", image.shape, range(last + 1), "u")
+    if images.dtype != np.uint8:
+        raise DataError(f"{path}: expected images of 0..255 as uint8, got {images.dtype}")
+    poses = np.concatenate((pose[None], column(key, (8,), range(1, last + 1))))
     marks = None
     if all(success in frame for frame in frames):
-        marks = [np.asarray(frame[success]).item() for frame in frames]
+        marks = [frame[success] for frame in frames]
     return {
-        "frames": column("image", image.shape, frames).astype(np.uint8),
+        "frames": images,
         "actions": importing.check_actions(
-            column("delta_action", (7,), frames[:-1]), gripper, str(path)
+            column("delta_action", (7,), range(last)), gripper, str(path)
         ),
-        "poses": np.concatenate((pose[None], poses)).astype(np.float32),
+        "poses": importing.check_poses(poses, str(path)),
         "success": importing.success_of(success, marks, len(frames), str(path)),
     }
 
@@ -83,6 +93,11 @@ def run(args: argparse.Namespace) -> int:
     ) as writer:
         for path, text in zip(paths, texts, strict=True):
             episode = read_episode(path, args.success, args.gripper)
+            if episode["frames"].shape[1:] != image.shape:
+                raise DataError(
+                    f"{path}: images {episode['frames'].shape[1:]}, the first file's are "
+                    f"{image.shape}; one camera cannot fit both: import them apart"
+                )
             episode["frames"] = importing.resize(episode["frames"], args.image_size)
             writer.add(**episode, task=instructions.index(text), source=0)
     return len(paths)

@@ -103,6 +103,24 @@ def check_actions(actions: np.ndarray, gripper: str, where: str) -> np.ndarray:
     return actions.clip(-1, 1)
 
 
+def check_poses(poses: np.ndarray, where: str) -> np.ndarray:
+    """Return poses float32 [T 8]; their gripper is not looked at.
+
+    Raises:
+        DataError: not 8 finite numbers each, or quaternions that are none.
+    """
+    poses = np.asarray(poses, np.float32)
+    if poses.ndim != 2 or poses.shape[1] != 8 or not np.isfinite(poses).all():
+        raise DataError(f"{where}: expected poses of 8 finite numbers, got {poses.shape}")
+    norms = np.linalg.norm(poses[:, 3:7], axis=1)
+    if len(wrong := np.flatnonzero(np.abs(norms - 1) > 0.01)):
+        raise DataError(
+            f"{where}: frame {wrong[0]}: expected xyz, quaternion xyzw of length 1, gripper; the "
+            f"quaternion's length is {norms[wrong[0]]:.3f}; choose another field for the state"
+        )
+    return poses
+
+
 def success_of(rule: str, values: Sequence | None, length: int, where: str) -> np.ndarray:
     """Return bool [length] by the rule of --success.
 
@@ -117,7 +135,12 @@ def success_of(rule: str, values: Sequence | None, length: int, where: str) -> n
             raise DataError(
                 f"{where}: no field {rule!r}; --success takes a field's name, {LAST} or {NEVER}"
             )
-        success = np.asarray(values, float).reshape(length) > 0
+        try:
+            success = np.asarray(values, float).reshape(length) > 0
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{where}: {rule!r}: expected one number or flag per frame ({error})"
+            ) from error
     return success
 
 
@@ -125,6 +148,8 @@ def finish(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -
     """Call an importer, and say what came of it."""
     logging.set_verbosity(logging.INFO)
     try:
+        if args.image_size < 0:
+            raise ConfigError(f"--image_size: expected 0 or more pixels, got {args.image_size}")
         count = run(args)
     except EvacJaxError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from evac_jax import dataset
+from evac_jax.sim.restricted_npy import load_objects
 from evac_jax.telemetry.video import write_mp4
 from evac_jax.tools import import_lerobot, import_rlinf, importing
 
@@ -191,3 +192,69 @@ def test_frames_are_resized_and_intrinsics_with_them(camera):
     assert importing.resize(frames, 8).shape == (2, 1, 8, 8, 3)
     intrinsic, _ = importing.read_camera(str(camera), 1, (16, 24), 8)
     np.testing.assert_allclose(intrinsic[0, :2], [[8, 0, 4], [0, 8, 4]])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image", np.full((16, 16, 3), 0.9), "frame 2 needs 'image' .* got float64"),
+        ("image", np.zeros((3, 16, 16), np.uint8), r"frame 2 needs 'image' .* \(3, 16, 16\)"),
+        ("state", np.zeros(8), "frame 2: expected .* quaternion's length is 0.000"),
+    ],
+)
+def test_a_later_rlinf_frame_that_is_unlike_the_first_is_refused(
+    rlinf, tmp_path, camera, field, value, message
+):
+    episode = load_objects(rlinf / "1.npy")
+    episode[2][field] = value
+    np.save(rlinf / "1.npy", episode, allow_pickle=True)
+    with pytest.raises(SystemExit, match=message):
+        _main(import_rlinf, rlinf, tmp_path / "out", camera, "--gripper", "zero_closes")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_rlinf_files_of_two_picture_sizes_are_refused(rlinf, tmp_path, camera):
+    episode = load_objects(rlinf / "1.npy")
+    for t, frame in enumerate(episode):
+        frame["image"] = _frames(len(episode), 24)[t]
+    np.save(rlinf / "1.npy", episode, allow_pickle=True)
+    with pytest.raises(SystemExit, match="one camera cannot fit both"):
+        _main(import_rlinf, rlinf, tmp_path / "out", camera, "--image_size", 16)
+
+
+def test_only_the_wanted_part_of_a_long_video_is_held(tmp_path, camera, monkeypatch):
+    source, flags = _lerobot(tmp_path / "lerobot", "v3.0", video=True)
+    decoded, decode = [], import_lerobot.decode_mp4
+    monkeypatch.setattr(
+        import_lerobot,
+        "decode_mp4",
+        lambda path: (decoded.append(len(decoded)) or frame for frame in decode(path)),
+    )
+    data = import_lerobot.LeRobotDataset(source, [flags[1]])
+    episodes = data.episodes()
+    assert data.frames(next(episodes)).shape[0] == len(decoded) == LENGTHS[0]
+    assert data.frames(next(episodes)).shape[0] == LENGTHS[1]
+    assert len(decoded) == sum(LENGTHS)  # forwards, no frame twice
+
+
+def test_lerobot_videos_and_rows_of_two_lengths_are_refused(tmp_path, camera):
+    source, flags = _lerobot(tmp_path / "lerobot", "v2.1", video=True)
+    write_mp4(next(source.rglob("episode_000001.mp4")), _frames(LENGTHS[1] + 1), fps=10)
+    with pytest.raises(SystemExit, match="episode 1 has 7 rows .* more frames"):
+        _main(import_lerobot, source, tmp_path / "out", camera, *flags)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("info.json", "{", "not a JSON object"),
+        ("info.json", '{"codebase_version": "v2.1"}', "lacks .*features"),
+        ("tasks.jsonl", '{"task_index": 1, "task": "go"}', "expected task_index 0..N-1"),
+    ],
+)
+def test_damaged_lerobot_metadata_is_named(tmp_path, camera, name, text, message):
+    source, flags = _lerobot(tmp_path / "lerobot", "v2.1", video=False)
+    (source / "meta" / name).write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        _main(import_lerobot, source, tmp_path / "out", camera, *flags)
