@@ -3,6 +3,7 @@
 python launch.py --config=configs/grpo.py
 python launch.py --config=configs/ppo.py --config.train.iterations=2
 python launch.py --config=configs/grpo.py --mode=eval --config.checkpoint.restore=latest
+python launch.py --mode=export --config.policy.checkpoint=RUN --export_dir=NEW_FOLDER
 """
 
 import importlib
@@ -17,12 +18,15 @@ from ml_collections import config_flags
 
 from evac_jax import overrides
 from evac_jax.config import from_config_dict
-from evac_jax.errors import EvacJaxError
+from evac_jax.errors import ConfigError, EvacJaxError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/grpo.py", "Preset file, with a preset after a colon.", lock_config=True
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "collect"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "collect", "export"], "What to do.")
+_EXPORT_DIR = flags.DEFINE_string(
+    "export_dir", "", "New folder for --mode=export of the run or policy in policy.checkpoint."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -31,13 +35,17 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.INFO)
     config = from_config_dict(_CONFIG.value.to_dict())
+    if (_MODE.value == "export") != bool(_EXPORT_DIR.value):
+        raise ConfigError("--export_dir: --mode=export needs a new folder, other modes take none")
     # Imported only after the configuration is known to be good: it takes seconds.
     module, function = {
         "train": ("evac_jax.train", "run"),
         "eval": ("evac_jax.train", "evaluate_only"),
         "collect": ("evac_jax.tools.collect", "run"),
+        "export": ("evac_jax.tools.export_policy", "run"),
     }[_MODE.value]
-    getattr(importlib.import_module(module), function)(config)
+    more = {"export_dir": _EXPORT_DIR.value} if _EXPORT_DIR.value else {}
+    getattr(importlib.import_module(module), function)(config, **more)
 
 
 def cli() -> None:

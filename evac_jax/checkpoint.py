@@ -114,22 +114,33 @@ class Checkpoints:
         Raises:
             CheckpointError: the stored arrays of that part are not those of `like`.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        stored = dict(self._manager.item_metadata(iteration)["state"])
+        stored = self.shapes(iteration)
         wanted = {f"{name}/{path}": leaf for path, leaf in _flat(like).items()}
         part = {path: array for path, array in stored.items() if path.startswith(f"{name}/")}
         if problems := _differences(part, wanted):
             raise CheckpointError(
                 f"checkpoint {self.directory}/{iteration} does not fit:\n  " + "\n  ".join(problems)
             )
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         template = {
             path: jax.ShapeDtypeStruct(tuple(array.shape), array.dtype, sharding=device)
-            for path, array in stored.items()
+            for path, array in part.items()
         }
-        restored = self._manager.restore(
-            iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
-        )["state"]
+        # The manager's own handler reads whole states; the optimiser's is larger than the policy.
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(
+                self.directory / str(iteration) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=template,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(template),
+                    partial_restore=True,
+                ),
+            )
         return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in wanted])
+
+    def shapes(self, iteration: int) -> dict[str, Any]:
+        """Return what an iteration's state holds: path -> something with shape and dtype."""
+        return dict(self._manager.item_metadata(iteration)["state"])
 
     def close(self) -> None:
         """Wait for writes under way."""

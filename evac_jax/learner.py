@@ -18,9 +18,9 @@ from algos.types import RolloutBatch, TrainState
 from evac_jax import sharding
 from evac_jax.bridge.types import EnvSpec
 from evac_jax.config import TrainConfig
-from evac_jax.errors import CheckpointError, ConfigError
+from evac_jax.errors import ConfigError
+from evac_jax.policy_import import import_policy
 from evac_jax.simulators import BatchStep
-from policies import POLICIES
 from policies.types import ObsBatch, PolicyOutput
 
 
@@ -43,57 +43,26 @@ class Learner:
     def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh, env: EnvSpec):
         self._config, self._mesh = config, mesh
         self._batch_sharding = sharding.batch_sharding(mesh)
-        loaded = self._import_policy(env)
-        self._model = loaded.model
-        if self._model.action_spec != env.action:
+        loaded = import_policy(
+            config.policy,
+            seed=config.seed,
+            chunk=env.action.chunk,
+            num_images=env.image_shape[0],
+            shardings=partial(sharding.leaf_sharding, mesh),
+        )
+        if loaded.model.action_spec != env.action:
             raise ConfigError(
-                f"policy and simulator disagree about actions: {self._model.action_spec} against "
+                f"policy and simulator disagree about actions: {loaded.model.action_spec} against "
                 f"{env.action}; use a checkpoint and a world model of the same chunk and dimensions"
             )
         tokens, mask = loaded.tokenizer.encode(list(env.instructions))
         self._prompts = jnp.asarray(tokens), jnp.asarray(mask)
         self.has_value_head = config.policy.value_head != "none"
 
-        self._graphdef, params, self._rest = nnx.split(self._model, nnx.Param, ...)
+        self._graphdef, params, self._rest = nnx.split(loaded.model, nnx.Param, ...)
         optimizer = make_optimizer(config.optim)
         self.state = self._initial_state(params, optimizer)
         self._jit(optimizer)
-
-    def _import_policy(self, env: EnvSpec):
-        policy, views = self._config.policy, env.image_shape[0]
-        module, name = POLICIES["openvla_oft"].split(":")
-        load = getattr(importlib.import_module(module), name)
-
-        def put(path: str, array: np.ndarray) -> jax.Array:
-            return jax.device_put(array, sharding.leaf_sharding(self._mesh, path, array.shape))
-
-        try:
-            loaded = load(
-                policy.checkpoint,
-                unnorm_key=policy.unnorm_key,
-                value_type=policy.value_head,
-                param_dtype=policy.param_dtype,
-                compute_dtype=policy.compute_dtype,
-                max_prompt_length=policy.max_prompt_length,
-                chunk=env.action.chunk,
-                num_images=views,
-                lora_rank=policy.lora_rank,
-                lora_alpha=policy.lora_alpha,
-                lora_adapter=policy.lora_adapter,
-                keep_stop_token=policy.keep_stop_token,
-                remat="full" if policy.remat else "none",
-                scan_layers=policy.scan_layers,
-                put=put,
-                seed=self._config.seed,
-            )
-        except (OSError, KeyError, ValueError) as error:
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            raise CheckpointError(
-                f"config.policy.checkpoint: cannot import {policy.checkpoint!r}: {text}"
-            ) from error
-        for note in loaded.notes:
-            logging.info("policy import: %s", note)
-        return loaded
 
     def _initial_state(self, params, optimizer) -> TrainState:
         """Build the state directly on its shards; nothing is ever whole on one device."""
@@ -113,7 +82,8 @@ class Learner:
         shapes = jax.eval_shape(init, params)
         shardings = sharding.tree_shardings(self._mesh, shapes)
         logging.info("placement:\n%s", sharding.describe(shapes, shardings))
-        return jax.jit(init, out_shardings=shardings)(params)
+        # Donated: without it the imported parameters would stay on the devices a second time.
+        return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
     def _jit(self, optimizer) -> None:
         policy = self._config.policy

@@ -1,37 +1,40 @@
 """Policy -> Hugging Face folder, the inverse of `import_hf`; fresh folders for small policies."""
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from policies.openvla_oft import hf_keys, lora
+from policies.openvla_oft.checkpoint_files import (
+    FLOATS,
+    INDEX,
+    SINGLE,
+    VALUE_HEAD,
+    VALUE_HEAD_FILE,
+    CheckpointFiles,
+    Entry,
+    read_json,
+    write_tensors,
+)
 from policies.openvla_oft.config import OpenVLAOFTConfig
-from policies.openvla_oft.import_hf import INDEX, SINGLE, read_json
 from policies.openvla_oft.model import OpenVLAOFT
 from policies.openvla_oft.prompt import PROMPT, SPACE
 
-COPIED = (
-    "dataset_statistics.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+# Copied from the source folder: tokenizer, processor, statistics, remote code (never run here).
+COPIED = ("*.json", "*.model", "*.py", "*.jinja", "*.txt")
+NOT_COPIED = ("card.json", "adapter_config.json", "*.index.json")
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 def export_policy(
@@ -39,39 +42,61 @@ def export_policy(
     folder: str | Path,
     *,
     source: str | Path,
+    like_source: bool = False,
     dtype: str | None = None,
     norm_stats: dict[str, Any] | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    extra: dict[str, bytes] | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a policy as the folder that it could have been imported from; return the folder.
 
-    The folder appears complete or not at all. `import(export(x))` has the same bits when `dtype`
-    is the parameters' own. LoRA adapters are merged.
+    The folder appears complete or not at all. `import(export(x))` has the same bits when the dtype
+    on disk is the parameters' own. LoRA adapters are merged. The host holds one tensor at a time.
 
     Args:
         model: parameters fully addressable from this process.
-        source: folder whose config.json, tokenizer and statistics go along.
-        dtype: "float32" or "bfloat16" on disk; None = as the parameters are.
+        source: folder whose config.json, tokenizer, statistics and Python files go along.
+        like_source: lay tensors out as in `source`: the same keys in the same files in the same
+            dtypes; what the policy did not import (a value head that nobody asked for) is copied.
+            A value head that the source lacks gets a file of its own, which no index names.
+        dtype: "float32" or "bfloat16" on disk; None = as the parameters are, or as `source` has
+            them with `like_source`.
         norm_stats: statistics of further datasets, added to the source's or in their place.
-        max_shard_bytes: size from which a new safetensors file starts.
+        extra: further files, name -> content.
+        max_shard_bytes: size from which a new safetensors file starts; not with `like_source`.
 
     Raises:
         FileExistsError: `folder` exists already.
-        FileNotFoundError: `source` has no config.json.
+        FileNotFoundError: `source` has no config.json, or no weights with `like_source`.
     """
     source = Path(source)
     config = read_json(source / "config.json")
     if config is None:
         raise FileNotFoundError(f"{source / 'config.json'}: the export takes its facts from there")
-    dtype = dtype or model.config.param_dtype
-    config["torch_dtype"] = dtype
-    config.setdefault("text_config", {})["torch_dtype"] = dtype
-    files = {name: (source / name).read_bytes() for name in COPIED if (source / name).is_file()}
-    files["config.json"] = _json_bytes(config)
+    files = _copied(source)
+    if dtype or not like_source:
+        own = dtype or model.config.param_dtype
+        config["torch_dtype"] = own
+        config.setdefault("text_config", {})["torch_dtype"] = own
+        files["config.json"] = _json_bytes(config)
     if norm_stats:
         statistics = read_json(source / "dataset_statistics.json") or {}
         files["dataset_statistics.json"] = _json_bytes(statistics | norm_stats)
-    return _write_folder(model, Path(folder), files, dtype, max_shard_bytes)
+    tensors = _Tensors(model, dtype or model.config.param_dtype)
+    if like_source:
+        layout = tensors.laid_out_like(CheckpointFiles(source), keep_dtypes=dtype is None)
+    else:
+        layout = tensors.in_shards(max_shard_bytes)
+    return _write_folder(Path(folder), files | (extra or {}), layout, tensors.read)
+
+
+def _copied(source: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for pattern in COPIED
+        for path in sorted(source.glob(pattern))
+        if path.is_file() and not any(path.match(other) for other in NOT_COPIED)
+    }
 
 
 def create_policy_folder(
@@ -82,6 +107,7 @@ def create_policy_folder(
     tokenizer: str | Path | None = None,
     norm_stats: dict[str, Any],
     dtype: str | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a policy that comes from no checkpoint as a Hugging Face folder; return the folder.
 
@@ -91,7 +117,7 @@ def create_policy_folder(
             when `tokenizer` is given.
         tokenizer: an existing tokenizer.json.
         norm_stats: dataset name -> {"action": {"q01": [..], "q99": [..], "mask": [..]}}.
-        dtype: as in `export_policy`.
+        dtype, max_shard_bytes: as in `export_policy`.
 
     Raises:
         FileExistsError: `folder` exists already.
@@ -110,7 +136,8 @@ def create_policy_folder(
         "preprocessor_config.json": _json_bytes(config.preprocessor_to_hf()),
         "tokenizer.json": text.encode(),
     }
-    return _write_folder(model, Path(folder), files, dtype, 5 * 10**9)
+    tensors = _Tensors(model, dtype)
+    return _write_folder(Path(folder), files, tensors.in_shards(max_shard_bytes), tensors.read)
 
 
 def make_tokenizer(tasks: Sequence[str], config: OpenVLAOFTConfig) -> Tokenizer:
@@ -201,8 +228,81 @@ def _json_bytes(content: dict[str, Any]) -> bytes:
     return json.dumps(content, indent=1).encode()
 
 
+# File name -> key -> dtype and shape.
+Layout = dict[str, dict[str, Entry]]
+
+
+class _Tensors:
+    """A policy's tensors by checkpoint key, and how they may lie in files.
+
+    Args:
+        dtype: on disk, unless a layout says otherwise.
+    """
+
+    def __init__(self, model: OpenVLAOFT, dtype: str):
+        self._model, self._dtype = model, DTYPES[dtype]
+        self._variables = dict(hf_keys.parameters(model))
+        self._places: dict[str, tuple[str, int | None, hf_keys.Source]] = {}
+        self._source: CheckpointFiles | None = None
+        for path in self._variables:
+            if not hf_keys.is_adapter(path):
+                source = hf_keys.source_of(path, model.config)
+                for index, key in enumerate(source.keys):
+                    self._places[key] = path, index if source.stacked else None, source
+
+    def read(self, key: str) -> np.ndarray:
+        """Return a tensor in the checkpoint's layout, adapters merged."""
+        if key not in self._places:
+            assert self._source is not None, key
+            return self._source.read(key)
+        path, layer, source = self._places[key]
+        return source.to_hf(lora.merged(self._model, self._variables, path, layer))
+
+    def _entry(self, key: str, file: str) -> Entry:
+        path, _, source = self._places[key]
+        return Entry(file, self._dtype, source.hf_shape(self._variables[path].shape))
+
+    def in_shards(self, max_bytes: int) -> Layout:
+        """Fill one file after another; a single one is called as transformers expects it."""
+        shards: list[dict[str, Entry]] = [{}]
+        size = 0
+        for key in self._places:
+            entry = self._entry(key, "")
+            if shards[-1] and size + entry.nbytes > max_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][key] = entry
+            size += entry.nbytes
+        if len(shards) == 1:
+            return {SINGLE: shards[0]}
+        count = len(shards)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return dict(zip(names, shards, strict=True))
+
+    def laid_out_like(self, source: CheckpointFiles, *, keep_dtypes: bool) -> Layout:
+        """Put every tensor into the file that it has in `source`.
+
+        Raises:
+            ValueError: the policy holds tensors, other than a value head, that the source lacks.
+        """
+        self._source = source
+        layout: Layout = {}
+        for key, entry in source.entries.items():
+            kept = keep_dtypes or entry.dtype not in FLOATS or key not in self._places
+            own = entry if kept else dataclasses.replace(entry, dtype=self._dtype)
+            layout.setdefault(entry.file, {})[key] = own
+        new = [key for key in self._places if key not in source.entries]
+        if foreign := [key for key in new if not key.startswith(VALUE_HEAD)]:
+            raise ValueError(
+                f"{source.folder} is not where this policy comes from: it lacks {foreign}"
+            )
+        for key in new:
+            layout.setdefault(VALUE_HEAD_FILE, {})[key] = self._entry(key, VALUE_HEAD_FILE)
+        return layout
+
+
 def _write_folder(
-    model: OpenVLAOFT, folder: Path, files: dict[str, bytes], dtype: str, max_shard_bytes: int
+    folder: Path, files: dict[str, bytes], layout: Layout, tensor: Callable[[str], np.ndarray]
 ) -> Path:
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; remove it or choose another export folder")
@@ -211,7 +311,10 @@ def _write_folder(
     try:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
-        _write_shards(model, temporary, dtype, max_shard_bytes)
+        for name, wanted in layout.items():
+            write_tensors(temporary / name, wanted, tensor)
+        if index := _index({name: w for name, w in layout.items() if name != VALUE_HEAD_FILE}):
+            (temporary / INDEX).write_bytes(_json_bytes(index))
         temporary.chmod(0o755)
         os.replace(temporary, folder)
     finally:
@@ -220,43 +323,11 @@ def _write_folder(
     return folder
 
 
-def _tensors(model: OpenVLAOFT, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (checkpoint key, tensor), holding one stacked parameter on the host at a time."""
-    for path, parameter in lora.merged_parameters(model):
-        source = hf_keys.source_of(path, model.config)
-        array = parameter.astype(jnp.dtype(dtype))
-        for index, key in enumerate(source.keys):
-            layer = array[index] if source.stacked else array
-            yield key, np.ascontiguousarray(source.to_hf(layer))
-
-
-def _write_shards(model: OpenVLAOFT, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-    names, weight_map, total = [], {}, 0
-    shard: dict[str, np.ndarray] = {}
-
-    def flush() -> None:
-        name = f"part-{len(names)}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, len(names)))
-        names.append(name)
-        shard.clear()
-
-    for key, tensor in _tensors(model, dtype):
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_bytes:
-            flush()
-        shard[key] = tensor
-        total += tensor.nbytes
-    flush()
-    final = [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
-    if len(names) == 1:
-        final = [SINGLE]
-    for old, new in zip(names, final, strict=True):
-        (folder / old).chmod(0o644)
-        os.replace(folder / old, folder / new)
-    if len(names) == 1:
-        return
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {key: final[i] for key, i in sorted(weight_map.items())},
+def _index(layout: Layout) -> dict[str, Any] | None:
+    """Return which file holds which key; None for the one file that needs no index."""
+    if list(layout) == [SINGLE]:
+        return None
+    return {
+        "metadata": {"total_size": sum(e.nbytes for w in layout.values() for e in w.values())},
+        "weight_map": dict(sorted((key, name) for name, w in layout.items() for key in w)),
     }
-    (folder / INDEX).write_bytes(_json_bytes(index))

@@ -1,30 +1,34 @@
 """Hugging Face folder -> policy. Each tensor is read once and handed on as it is read."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
 
 from policies.openvla_oft import hf_keys
-from policies.openvla_oft.action_tokens import ActionStatistics
+from policies.openvla_oft.action_tokens import NORMALIZATIONS, ActionStatistics
+from policies.openvla_oft.checkpoint_files import (
+    FLOATS,
+    VALUE_HEAD,
+    CheckpointFiles,
+    read_json,
+)
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.layers import Maker
 from policies.openvla_oft.model import OpenVLAOFT, ValueHead
 from policies.openvla_oft.peft import LoraAdapter
+from policies.openvla_oft.placement import Shardings, place
 from policies.openvla_oft.prompt import PromptTokenizer
 
 # Buffers that old exports hold and nobody reads.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-VALUE_HEAD = "value_head."
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+NO_NOOPS = "_no_noops"
+# (bytes read so far, bytes to read).
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class LoadedPolicy:
     """What a policy folder gives.
 
     Attributes:
-        model: the policy, parameters placed by `put`.
+        model: the policy, parameters placed by `shardings`.
         tokenizer: prompts in the layout that the model expects.
         notes: what the import did beyond reading (fresh value head, skipped tensors ..).
     """
@@ -42,50 +46,49 @@ class LoadedPolicy:
     notes: tuple[str, ...]
 
 
-class CheckpointFiles:
-    """The safetensors of a folder, by key.
-
-    Raises:
-        FileNotFoundError: no weights, or a shard that the index names is missing.
-    """
-
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        if (folder / INDEX).is_file():
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        elif (folder / SINGLE).is_file():
-            with safe_open(folder / SINGLE, "numpy") as file:
-                weight_map = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise FileNotFoundError(f"{folder}: neither {INDEX} nor {SINGLE} is there")
-        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
-        if missing:
-            raise FileNotFoundError(f"{folder}: {INDEX} names files that are not there: {missing}")
-        self._files = {name: safe_open(folder / name, "numpy") for name in weight_map.values()}
-        self._shard = weight_map
-        held = {key for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
-        self.keys = set(weight_map) & held
-        self.absent = sorted(set(weight_map) - held)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return tuple(self._files[self._shard[key]].get_slice(key).get_shape())
-
-    def read(self, key: str) -> np.ndarray:
-        """One tensor, in its own dtype."""
-        return self._files[self._shard[key]].get_tensor(key)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON file, None if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def read_norm_stats(folder: str | Path) -> dict[str, Any]:
     """Return the folder's statistics: config.json's, dataset_statistics.json's merged over."""
     folder = Path(folder)
     config = read_json(folder / "config.json") or {}
     return config.get("norm_stats", {}) | (read_json(folder / "dataset_statistics.json") or {})
+
+
+def read_statistics(
+    folder: str | Path, unnorm_key: str, normalization: str = "quantiles"
+) -> tuple[ActionStatistics, list[str]]:
+    """Return a dataset's action statistics and what is to be noted about them.
+
+    Args:
+        unnorm_key: dataset; the name with or without "_no_noops" will do where only that is there.
+
+    Raises:
+        KeyError: no such dataset.
+        ValueError: its statistics are not whole.
+    """
+    folder, notes = Path(folder), []
+    stats = read_norm_stats(folder)
+    names = (unnorm_key, f"{unnorm_key}{NO_NOOPS}", unnorm_key.removesuffix(NO_NOOPS))
+    key = next((name for name in names if name in stats), unnorm_key)
+    if key != unnorm_key:
+        notes.append(f"statistics {key!r} stand in for {unnorm_key!r}")
+    in_config = (read_json(folder / "config.json") or {}).get("norm_stats", {})
+    if key in in_config and in_config[key] != stats[key]:
+        notes.append(f"statistics {key!r}: dataset_statistics.json differs from config.json, wins")
+    if key in stats:
+        _check_statistics(folder, key, stats[key], NORMALIZATIONS[normalization])
+    return ActionStatistics.from_norm_stats(stats, key, normalization), notes
+
+
+def _check_statistics(folder: Path, key: str, entry: Any, bounds: tuple[str, str]) -> None:
+    action = entry.get("action") if isinstance(entry, dict) else None
+    if not isinstance(action, dict) or any(name not in action for name in bounds):
+        raise ValueError(f"{folder}: statistics {key!r} lack action.{' or action.'.join(bounds)}")
+    low, high = (np.asarray(action[name], np.float64) for name in bounds)
+    if low.ndim != 1 or low.shape != high.shape or not np.isfinite([low, high]).all():
+        raise ValueError(
+            f"{folder}: statistics {key!r}: action.{bounds[0]} and action.{bounds[1]} must be two "
+            f"lists of finite numbers, one per dimension of the action"
+        )
 
 
 def load_config(folder: str | Path, **overrides) -> OpenVLAOFTConfig:
@@ -115,7 +118,8 @@ def load_policy(
     num_images: int = 1,
     lora_adapter: str | Path = "",
     normalization: str = "quantiles",
-    put: Callable[[str, np.ndarray], jax.Array] | None = None,
+    shardings: Shardings | None = None,
+    progress: Progress | None = None,
     seed: int = 0,
     **overrides,
 ) -> LoadedPolicy:
@@ -129,23 +133,23 @@ def load_policy(
         lora_adapter: PEFT folder, "" = none. Merged in float32 while reading; with `lora_rank` > 0
             (an override) its pairs become the policy's adapters instead, which train on.
         normalization: see `ActionStatistics.from_norm_stats`.
-        put: (path such as "llama/layers/q_proj/kernel", host array in `param_dtype`) -> device
-            array; the trainer places each parameter on its shards here. Host memory peaks at one
-            stacked parameter (all layers of one weight). Default: the default device.
+        shardings: (path such as "llama/layers/q_proj/kernel", shape) -> where that parameter lies.
+            The host holds one tensor and its cast at a time (`placement.place`). Default: the
+            default device.
+        progress: called after every tensor.
         overrides: further fields of `OpenVLAOFTConfig` (remat, scan_layers, lora_rank ..). New
             adapters start from `seed`.
 
     Raises:
         FileNotFoundError: a file is missing.
         KeyError: `unnorm_key` is not among the statistics.
-        ValueError: tensors are missing, unexpected or of another shape; all are listed at once.
+        ValueError: tensors are missing, unexpected, no floats or of another shape, or the adapter
+            does not fit; all are listed at once, before any is read. Or a file is damaged.
     """
     folder = Path(folder)
-    statistics = None
+    statistics, notes = None, []
     if unnorm_key:
-        statistics = ActionStatistics.from_norm_stats(
-            read_norm_stats(folder), unnorm_key, normalization
-        )
+        statistics, notes = read_statistics(folder, unnorm_key, normalization)
         overrides = {"action_dim": len(statistics.low)} | overrides
     config = load_config(
         folder,
@@ -159,10 +163,9 @@ def load_policy(
     )
     tokenizer = PromptTokenizer(folder, max_prompt_length)
     adapter = LoraAdapter(lora_adapter) if lora_adapter else None
-    model, notes = _read_model(
-        CheckpointFiles(folder), folder, config, statistics, adapter, put, seed
-    )
-    return LoadedPolicy(model=model, tokenizer=tokenizer, notes=tuple(notes))
+    reader = _Reader(CheckpointFiles(folder), config, statistics, adapter, seed)
+    model = reader.read(shardings, progress)
+    return LoadedPolicy(model, tokenizer, notes=(*notes, *reader.notes))
 
 
 def abstract_model(
@@ -172,61 +175,97 @@ def abstract_model(
     return nnx.eval_shape(lambda: OpenVLAOFT(config, statistics, rngs=None))
 
 
-def _read_model(files, folder, config, statistics, adapter, put, seed):
-    graphdef, state = nnx.split(abstract_model(config, statistics))
-    variables = dict(hf_keys.parameters(state))
-    sources = {path: hf_keys.source_of(path, config) for path in variables}
-    notes = []
-    fresh: dict[str, nnx.Variable] = {}
-    has_value_head = any(key.startswith(VALUE_HEAD) for key in files.keys)
-    if config.num_values and not has_value_head:
-        notes.append(f"the folder has no value head: a {config.value_type} one starts fresh")
-        fresh = _fresh_value_head(config, seed)
-    adapters = {path: source for path, source in sources.items() if hf_keys.is_adapter(path)}
-    if adapters and not adapter:
-        notes.append(f"{len(adapters) // 2} LoRA adapters of rank {config.lora_rank} start fresh")
-        fresh |= _fresh_adapters({path: variables[path] for path in adapters}, config, seed)
-    skipped = {key for key in files.keys if key.endswith(IGNORED_SUFFIXES)}
-    if has_value_head and not config.num_values:
-        notes.append('the folder has a value head and value_type is "none": skipped')
-        skipped |= {key for key in files.keys if key.startswith(VALUE_HEAD)}
-    expected = {
-        key: source.hf_shape(variables[path].shape)
-        for path, source in sources.items()
-        if path not in fresh
-        for key in source.keys
-    }
-    # Pairs of an adapter that goes on training are read as they are, all others are merged.
-    pairs = {key: shape for key, shape in expected.items() if key.startswith(hf_keys.PEFT_PREFIX)}
-    _report(files, folder, _without(expected, pairs), skipped, None if adapters else adapter)
-    if pairs:
-        adapter.check_continues(pairs, config)
+class _Reader:
+    """Knows what is to be read for a model, and reads it.
 
-    place = put or (lambda path, array: jnp.asarray(array))
+    Raises:
+        ValueError: folder, configuration and adapter do not fit together.
+    """
 
-    def tensor(source: hf_keys.Source, key: str) -> np.ndarray:
-        if key in pairs:
+    def __init__(self, files: CheckpointFiles, config, statistics, adapter, seed):
+        self.files, self.config, self.adapter = files, config, adapter
+        self._graphdef, self._state = nnx.split(abstract_model(config, statistics))
+        self._variables = dict(hf_keys.parameters(self._state))
+        self._sources = {path: hf_keys.source_of(path, config) for path in self._variables}
+        self.notes = list(files.notes)
+        self._fresh, skipped = self._fresh_and_skipped(seed)
+        expected = {
+            key: source.hf_shape(self._variables[path].shape)
+            for path, source in self._sources.items()
+            if path not in self._fresh
+            for key in source.keys
+        }
+        # Pairs of an adapter that goes on training are read as they are, all others are merged.
+        self._pairs = {k: s for k, s in expected.items() if k.startswith(hf_keys.PEFT_PREFIX)}
+        weights = {key: shape for key, shape in expected.items() if key not in self._pairs}
+        _report(files, weights, skipped, None if self._pairs else adapter)
+        if adapter and self._pairs:
+            adapter.check_continues(self._pairs, config)
+        if adapter and (note := adapter.other_base(files.folder)):
+            self.notes.append(note)
+        self._total = sum(files.entries[key].nbytes for key in weights)
+
+    def _fresh_and_skipped(self, seed) -> tuple[dict[str, nnx.Variable], set[str]]:
+        """Return parameters that no file gives, and tensors that no parameter takes."""
+        config, keys = self.config, self.files.keys
+        fresh: dict[str, nnx.Variable] = {}
+        skipped = {key for key in keys if key.endswith(IGNORED_SUFFIXES)}
+        heads = {key for key in keys if key.startswith(VALUE_HEAD)}
+        if config.num_values and not heads:
+            self.notes.append(
+                f"the folder has no value head: a {config.value_type} one starts fresh"
+            )
+            fresh = _fresh_value_head(config, seed)
+        if heads and not config.num_values:
+            self.notes.append('the folder has a value head and value_type is "none": skipped')
+            skipped |= heads
+        adapters = {p: v for p, v in self._variables.items() if hf_keys.is_adapter(p)}
+        if adapters and not self.adapter:
+            count = len(adapters) // 2
+            self.notes.append(f"{count} LoRA adapters of rank {config.lora_rank} start fresh")
+            fresh |= _fresh_adapters(adapters, config, seed)
+        return fresh, skipped
+
+    def read(self, shardings: Shardings | None, progress: Progress | None) -> OpenVLAOFT:
+        """Return the model, its parameters placed one after another."""
+        done = 0
+
+        def tensors(path: str) -> Iterator[np.ndarray]:
+            nonlocal done
+            if path in self._fresh:
+                yield np.asarray(self._fresh[path][...])
+                return
+            for key in self._sources[path].keys:
+                yield self._tensor(self._sources[path], key)
+                if progress and key not in self._pairs:
+                    done += self.files.entries[key].nbytes
+                    progress(done, self._total)
+
+        values = {
+            path: place(
+                tensors(path),
+                variable.shape,
+                variable.dtype,
+                shardings(path, variable.shape) if shardings else None,
+                stacked=self._sources[path].stacked and path not in self._fresh,
+            )
+            for path, variable in self._variables.items()
+        }
+        filled = nnx.from_flat_state(
+            [
+                (path, variable.replace(values[hf_keys.path_name(path)]))
+                for path, variable in nnx.to_flat_state(self._state)
+            ]
+        )
+        return nnx.merge(self._graphdef, filled)
+
+    def _tensor(self, source: hf_keys.Source, key: str) -> np.ndarray:
+        """Return a tensor in our layout, an adapter merged into it where there is one."""
+        adapter = self.adapter
+        if adapter and key in self._pairs:
             return source.from_hf(adapter.read(key))
-        weight = files.read(key)
-        return source.from_hf(adapter.merge(key, weight) if adapter and not pairs else weight)
-
-    values = {}
-    for path, variable in variables.items():
-        source = sources[path]
-        if path in fresh:
-            array = np.asarray(fresh[path][...])
-        else:
-            array = np.empty(variable.shape, variable.dtype)
-            for index, key in enumerate(source.keys):
-                array[index if source.stacked else ...] = tensor(source, key)
-        values[path] = place(path, array)
-    filled = nnx.from_flat_state(
-        [
-            (path, variable.replace(values[hf_keys.path_name(path)]))
-            for path, variable in nnx.to_flat_state(state)
-        ]
-    )
-    return nnx.merge(graphdef, filled), notes
+        weight = self.files.read(key)
+        return source.from_hf(adapter.merge(key, weight) if adapter and not self._pairs else weight)
 
 
 def _fresh_value_head(config, seed) -> dict[str, nnx.Variable]:
@@ -248,32 +287,28 @@ def _fresh_adapters(variables, config, seed) -> dict[str, nnx.Variable]:
     }
 
 
-def _without(entries: dict, others: dict) -> dict:
-    return {key: value for key, value in entries.items() if key not in others}
-
-
-def _report(files, folder, expected, skipped, adapter) -> None:
+def _report(files: CheckpointFiles, expected, skipped: set[str], adapter) -> None:
     """Raise one readable list of everything that does not fit."""
-    lines = []
-    missing = sorted(set(expected) - files.keys)
-    unexpected = sorted(files.keys - set(expected) - skipped)
-    wrong = [
-        f"{key}: expected {shape}, got {files.shape(key)}"
-        for key, shape in sorted(expected.items())
-        if key in files.keys and files.shape(key) != shape
-    ]
-    if adapter:
-        lines += _section(
-            "LoRA modules that the policy does not have",
-            sorted(m for m in adapter.modules if f"{m}.weight" not in expected),
-        )
-    lines += _section("missing tensors", missing)
-    lines += _section("unexpected tensors", unexpected)
-    lines += _section("tensors of another shape", wrong)
-    lines += _section("tensors that the index names and no file holds", files.absent)
+    held = files.entries
+    here = sorted(set(expected) & files.keys)
+    sections = {
+        "missing tensors": sorted(set(expected) - files.keys - set(files.absent)),
+        "unexpected tensors": sorted(files.keys - set(expected) - skipped),
+        "tensors of another shape": [
+            f"{key}: expected {expected[key]}, got {held[key].shape}"
+            for key in here
+            if held[key].shape != expected[key]
+        ],
+        f"tensors of another dtype than {', '.join(FLOATS)}": [
+            f"{key}: {held[key].dtype}" for key in here if held[key].dtype not in FLOATS
+        ],
+        "tensors that the index names and no file holds": files.absent,
+        "LoRA pairs that do not fit": adapter.misfits(expected) if adapter else [],
+    }
+    lines = [line for title, names in sections.items() for line in _section(title, names)]
     if lines:
         raise ValueError(
-            f"{folder}: the weights do not fit config.json and the requested value head:\n"
+            f"{files.folder}: the weights do not fit config.json and what was asked for:\n"
             + "\n".join(lines)
         )
 

@@ -8,7 +8,6 @@ Source: Hu et al. 2021, "LoRA" (arXiv:2106.09685); initial values and module nam
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float
 
 from policies.openvla_oft import hf_keys
 from policies.openvla_oft.layers import Linear, Maker, UnusedParam
+from policies.openvla_oft.placement import fetch
 
 
 class LoraParam(nnx.Param):
@@ -76,21 +76,25 @@ def attach(model: nnx.Module, make: Maker) -> None:
     model.llama.lm_head_lora = nnx.data(adapter(hf_keys.LM_HEAD, head, head.shape[::-1]))
 
 
-def merged_parameters(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (path, array) of the same policy without adapters: W + (alpha / r) A B in float32.
+def merged(
+    model: nnx.Module, variables: dict[str, nnx.Variable], path: str, layer: int | None
+) -> np.ndarray:
+    """Return a weight as the same policy has it without adapters: W + (alpha / r) A B in float32.
 
-    Arrays come in the parameters' own dtype, one stacked parameter at a time on the host.
+    Args:
+        variables: all parameters of the model, by path.
+        path: a parameter that is no adapter.
+        layer: one layer of a stacked parameter; None = the whole parameter.
+
+    Returns:
+        an array on the host, in the parameter's own dtype.
     """
-    variables = dict(hf_keys.parameters(model))
-    for path, variable in variables.items():
-        if hf_keys.is_adapter(path):
-            continue
-        array = np.asarray(variable[...])
-        factors = [hf_keys.adapter_path(path, factor) for factor in "ab"]
-        if factors[0] in variables:
-            a, b = (np.asarray(variables[factor][...]) for factor in factors)
-            change = model.config.lora_scale * (a @ b)
-            # The output head lies as on disk, one row per token.
-            change = change.T if path == hf_keys.LM_HEAD else change
-            array = (array.astype(np.float32) + change).astype(array.dtype)
-        yield path, array
+    weight = fetch(variables[path][...], layer)
+    factors = [hf_keys.adapter_path(path, factor) for factor in "ab"]
+    if factors[0] not in variables:
+        return weight
+    a, b = (fetch(variables[factor][...], layer) for factor in factors)
+    change = model.config.lora_scale * (a @ b)
+    # The output head lies as on disk, one row per token.
+    change = change.T if path == hf_keys.LM_HEAD else change
+    return (weight.astype(np.float32) + change).astype(weight.dtype)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from policies.openvla_oft import hf_keys
+from policies.openvla_oft.checkpoint_files import FLOATS, entries, read_json, read_tensor
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.hf_keys import PEFT_PREFIX
 
@@ -33,7 +33,7 @@ class LoraAdapter:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a PEFT feature that is not covered here, or unknown tensors.
+        ValueError: a PEFT feature that is not covered here, unknown tensors, or a damaged file.
     """
 
     def __init__(self, folder: str | Path):
@@ -42,7 +42,7 @@ class LoraAdapter:
         for path in (self.folder / CONFIG, self._path):
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: a LoRA adapter folder must hold this file")
-        config = json.loads((self.folder / CONFIG).read_text())
+        config = read_json(self.folder / CONFIG) or {}
         unsupported = [
             name
             for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
@@ -52,14 +52,17 @@ class LoraAdapter:
             unsupported.append("bias")
         if unsupported:
             raise ValueError(f"{self.folder}: {CONFIG} sets unsupported {unsupported}")
+        if lacking := [name for name in ("r", "lora_alpha") if not config.get(name)]:
+            raise ValueError(f"{self.folder}: {CONFIG} does not set {lacking}")
+        self._base = Path(config.get("base_model_name_or_path") or "").name
         self.rank = config["r"]
         root = math.sqrt(self.rank) if config.get("use_rslora") else self.rank
         self.scale = config["lora_alpha"] / root
         self.modules: set[str] = set()
         unknown = []
-        with safe_open(self._path, "numpy") as file:
-            names = set(file.keys())
-        for name in names:
+        self._entries = entries(self._path)
+        names = set(self._entries)
+        for name in sorted(names):
             module = name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
             if name == f"{PEFT_PREFIX}{module}.lora_A.weight" and (
                 f"{PEFT_PREFIX}{module}.lora_B.weight" in names
@@ -74,29 +77,50 @@ class LoraAdapter:
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in float32."""
-        with safe_open(self._path, "numpy") as file:
-            return file.get_tensor(name).astype(np.float32)
+        return read_tensor(self._path, name).astype(np.float32)
+
+    def other_base(self, folder: Path) -> str:
+        """Return a remark if the adapter names another base than `folder`, else ""."""
+        if self._base in ("", folder.resolve().name):
+            return ""
+        return f"the adapter {self.folder} names {self._base!r} as its base, here it meets {folder}"
+
+    def misfits(self, weights: dict[str, tuple[int, ...]]) -> list[str]:
+        """Return one line per pair that cannot be merged into these weights.
+
+        Args:
+            weights: checkpoint key -> shape of every weight of the policy.
+        """
+        lines = []
+        for module in sorted(self.modules):
+            if (weight := weights.get(f"{module}.weight")) is None:
+                lines.append(f"{module}: the policy has no such weight")
+                continue
+            a, b = (self._entries[f"{PEFT_PREFIX}{module}.lora_{factor}.weight"] for factor in "AB")
+            width_in = math.prod(weight[1:])
+            if (math.prod(a.shape), math.prod(b.shape)) != (
+                self.rank * width_in,
+                self.rank * weight[0],
+            ):
+                lines.append(
+                    f"{module}: A {a.shape} and B {b.shape} of rank {self.rank} do not fit {weight}"
+                )
+            elif not {a.dtype, b.dtype} <= set(FLOATS):
+                lines.append(f"{module}: expected {', '.join(FLOATS)}, got {a.dtype} and {b.dtype}")
+        return lines
 
     def merge(self, key: str, weight: np.ndarray) -> np.ndarray:
         """Return W + scale * B A in float32 if the adapter has a pair for `key`, else `weight`.
 
         Args:
             key: checkpoint key of the weight, such as "projector.fc1.weight".
-            weight: [out in], or [out in h w] of a convolution.
-
-        Raises:
-            ValueError: the pair's shapes do not fit the weight's.
+            weight: [out in], or [out in h w] of a convolution; `misfits` has checked its shape.
         """
         module = key.removesuffix(".weight")
         if module not in self.modules or not key.endswith(".weight"):
             return weight
         a, b = (self.read(f"{PEFT_PREFIX}{module}.lora_{factor}.weight") for factor in "AB")
-        rank = a.shape[0]
-        if b.size != weight.shape[0] * rank or a.size != rank * weight[0].size:
-            raise ValueError(
-                f"LoRA pair of {module}: A {a.shape} and B {b.shape} do not fit {weight.shape}"
-            )
-        delta = b.reshape(-1, rank) @ a.reshape(rank, -1)
+        delta = b.reshape(-1, self.rank) @ a.reshape(self.rank, -1)
         return weight.astype(np.float32) + self.scale * delta.reshape(weight.shape)
 
     def check_continues(self, shapes: dict[str, tuple[int, ...]], config: OpenVLAOFTConfig) -> None:
@@ -124,8 +148,7 @@ class LoraAdapter:
             if modules:
                 lines.append(f"{len(modules)} {title}: {', '.join(sorted(modules)[:8])}")
         if not lines:
-            with safe_open(self._path, "numpy") as file:
-                held = {name: tuple(file.get_slice(name).get_shape()) for name in shapes}
+            held = {name: self._entries[name].shape for name in shapes}
             wrong = [f"{n}: expected {s}, got {held[n]}" for n, s in shapes.items() if held[n] != s]
             lines += wrong[:8]
         if lines:

@@ -1,17 +1,22 @@
 import json
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from policies.openvla_oft import hf_keys
+from evac_jax import sharding
+from policies.openvla_oft import hf_keys, placement
+from policies.openvla_oft.checkpoint_files import INDEX, SINGLE, VALUE_HEAD_FILE, CheckpointFiles
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.export_hf import create_policy_folder, export_policy
 from policies.openvla_oft.import_hf import abstract_model, load_policy
 from policies.openvla_oft.layers import UnusedParam
 from tests.unit.policies.tiny import CONFIG, NORM_STATS, TASKS, make_model
 
+GOLDENS = Path(__file__).parents[2] / "goldens" / "openvla_oft"
 SETTINGS = {
     "unnorm_key": "tiny",
     "value_type": "action_level",
@@ -62,18 +67,42 @@ def test_import_gives_the_same_bits_when_exported_in_shards(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
 
 
-def test_every_parameter_is_put_once_when_a_placement_is_given(folder):
-    seen = {}
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_parameter_lies_where_it_is_wanted(folder, monkeypatch, streamed):
+    monkeypatch.setattr(placement, "STREAMED_BYTES", 1 if streamed else 2**40)
+    device = jax.devices()[0]
+    asked = {}
 
-    def put(path, array):
-        assert path not in seen
-        seen[path] = array.shape
-        return jnp.asarray(array)
+    def shardings(path, shape):
+        assert path not in asked
+        asked[path] = shape
+        return jax.sharding.SingleDeviceSharding(device)
 
-    model = load_policy(folder, **SETTINGS, put=put, param_dtype="bfloat16").model
-    assert seen == {path: array.shape for path, array in arrays(model).items()}
-    assert seen["llama/layers/q_proj/kernel"] == (3, 32, 32)
-    assert {array.dtype for array in arrays(model).values()} == {jnp.dtype("bfloat16")}
+    seen = []
+    model = load_policy(
+        folder,
+        **SETTINGS,
+        shardings=shardings,
+        param_dtype="bfloat16",
+        progress=lambda done, total: seen.append((done, total)),
+    ).model
+    expected = arrays(make_model())
+    assert asked == {path: array.shape for path, array in expected.items()}
+    assert asked["llama/layers/q_proj/kernel"] == (3, 32, 32)
+    for path, array in arrays(model).items():
+        np.testing.assert_array_equal(array, expected[path].astype(jnp.bfloat16), err_msg=path)
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] == sum(4 * array.size for array in expected.values())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_one_layer_comes_back_when_it_is_fetched(monkeypatch, streamed):
+    monkeypatch.setattr(placement, "STREAMED_BYTES", 1 if streamed else 2**40)
+    stack = np.arange(24, dtype=np.float32).reshape(3, 2, 4)
+    array = placement.place(iter(stack), stack.shape, jnp.float32, None, stacked=True)
+    for layer in range(3):
+        np.testing.assert_array_equal(placement.fetch(array, layer), stack[layer])
+    np.testing.assert_array_equal(placement.fetch(array), stack)
 
 
 def test_one_report_lists_everything_when_tensors_do_not_fit(folder, tmp_path):
@@ -134,13 +163,105 @@ def test_error_is_readable_when_the_folder_is_incomplete(folder, tmp_path):
         load_policy(folder, **SETTINGS | {"unnorm_key": "libero"})
 
 
-def test_shapes_are_the_7b_checkpoint_s_when_sizes_are_the_default():
+def test_keys_and_shapes_are_the_7b_checkpoint_s_when_sizes_are_the_default():
+    golden = json.loads((GOLDENS / "real_7b" / "keys.json").read_text())
     config = OpenVLAOFTConfig.from_hf({"model_type": "openvla"})
-    tensors, parameters, unused = set(), 0, 0
+    tensors, parameters, unused = {}, 0, 0
     for path, variable in hf_keys.parameters(abstract_model(config)):
-        tensors |= set(hf_keys.source_of(path, config).keys)
+        source = hf_keys.source_of(path, config)
+        tensors |= dict.fromkeys(source.keys, source.hf_shape(variable.shape))
         parameters += int(np.prod(variable.shape))
         unused += isinstance(variable, UnusedParam)
-    assert len(tensors) == 982
-    assert parameters == 7_541_237_184
+    assert tensors == {k: tuple(v["shape"]) for k, v in golden["tensors"].items()}
+    assert len(tensors) == golden["n_tensors"] == 982
+    assert parameters == golden["total_parameters"]
     assert unused > 0
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A bfloat16 policy in shards with one float32 tensor, old buffers and remote code."""
+    path = tmp_path / "source"
+    model = make_model(value_type="none", param_dtype="bfloat16")
+    create_policy_folder(model, path, tasks=TASKS, norm_stats=NORM_STATS, max_shard_bytes=50_000)
+    (path / "modeling_prismatic.py").write_text("raise RuntimeError")
+    (path / "pytorch_model.bin").write_bytes(b"left over")
+    index = json.loads((path / INDEX).read_text())
+    shard = path / index["weight_map"]["projector.fc1.bias"]
+    tensors = load_file(shard)
+    tensors["projector.fc1.bias"] = tensors["projector.fc1.bias"].astype(np.float32)
+    tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, shard)
+    return path
+
+
+def contents(folder):
+    """Every tensor of a folder with the file it lies in."""
+    return {
+        key: (entry.file, entry.dtype, load_file(folder / entry.file)[key].tobytes())
+        for key, entry in CheckpointFiles(folder).entries.items()
+    }
+
+
+def test_export_has_keys_files_and_dtypes_of_its_source(source, tmp_path):
+    settings = SETTINGS | {"value_type": "none"}
+    model = load_policy(source, **settings, param_dtype="float32").model
+    out = export_policy(model, tmp_path / "out", source=source, like_source=True)
+    assert contents(out) == contents(source)
+    assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert {path.name for path in source.iterdir()} - {path.name for path in out.iterdir()} == {
+        "pytorch_model.bin"
+    }
+    assert not {path.name for path in out.iterdir()} - {path.name for path in source.iterdir()}
+    weights = json.loads((out / INDEX).read_text())["weight_map"]
+    assert weights == {key: entry.file for key, entry in CheckpointFiles(source).entries.items()}
+    wide = export_policy(model, tmp_path / "wide", source=source, like_source=True, dtype="float32")
+    assert {entry.dtype for entry in CheckpointFiles(wide).entries.values()} == {"F32"}
+
+
+def test_trained_value_head_rides_in_its_own_file_and_comes_back(source, tmp_path):
+    settings = SETTINGS | {"param_dtype": "bfloat16"}
+    model = load_policy(source, **settings).model
+    out = export_policy(model, tmp_path / "out", source=source, like_source=True)
+    weights = json.loads((out / INDEX).read_text())["weight_map"]
+    assert not any(key.startswith("value_head.") for key in weights)
+    assert all(key.startswith("value_head.") for key in load_file(out / VALUE_HEAD_FILE))
+    again = load_policy(out, **settings)
+    assert not any("fresh" in note for note in again.notes)
+    ours, expected = arrays(again.model), arrays(model)
+    assert ours.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(ours[path], array, err_msg=path)
+    # Who does not ask for it hands it on as it is.
+    without = load_policy(out, **settings | {"value_type": "none"}).model
+    handed_on = export_policy(without, tmp_path / "handed_on", source=out, like_source=True)
+    assert contents(handed_on) == contents(out)
+
+
+def test_value_head_among_the_weights_stays_there(folder, tmp_path):
+    model = load_policy(folder, **SETTINGS | {"value_type": "none"}).model
+    out = export_policy(model, tmp_path / "out", source=folder, like_source=True)
+    assert contents(out) == contents(folder)
+    assert {entry.file for entry in CheckpointFiles(out).entries.values()} == {SINGLE}
+
+
+def test_failed_export_leaves_nothing(folder, source, tmp_path):
+    model = make_model(value_type="none", num_layers=4)
+    with pytest.raises(ValueError, match="not where this policy comes from"):
+        export_policy(model, tmp_path / "out", source=source, like_source=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("shape", [(3, 8, 6), (8, 2, 6), (3, 5, 7)])
+def test_stack_is_cut_over_devices_as_its_sharding_says(monkeypatch, streamed, shape):
+    monkeypatch.setattr(placement, "STREAMED_BYTES", 1 if streamed else 2**40)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 1)
+    mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
+    wanted = sharding.leaf_sharding(mesh, "llama/layers/q_proj/kernel", shape)
+    stack = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    array = placement.place(iter(stack), shape, jnp.float32, wanted, stacked=True)
+    assert array.sharding == wanted
+    np.testing.assert_array_equal(np.asarray(array), stack)
+    for layer in range(shape[0]):
+        np.testing.assert_array_equal(placement.fetch(array, layer), stack[layer])

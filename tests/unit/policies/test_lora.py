@@ -149,7 +149,7 @@ def test_adapter_for_another_base_is_refused(base, tmp_path):
     folder = peft.save_adapter(_trained(other), tmp_path / "adapter", base=other)
     with pytest.raises(ValueError, match="training cannot go on from this adapter"):
         _load(base, **RANK, lora_adapter=folder)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="LoRA pairs that do not fit"):
         _load(base, lora_adapter=folder)
 
 

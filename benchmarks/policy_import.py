@@ -1,0 +1,335 @@
+"""What bringing one's own policy costs in memory: import, train, export, import again.
+
+A random checkpoint with the 982 keys of the 7B one at reduced width, bfloat16 in three shards, goes
+through the same code as a real one: two GRPO updates on a made-up batch, with all weights and with
+LoRA, a run's checkpoint, `launch.py --mode=export`, and the import of what that wrote.
+
+    python -m benchmarks.policy_import                        # 0.3 B parameters; minutes, 24 GiB
+    python -m benchmarks.policy_import --parameters 5e6       # the machinery only
+
+Every stage is a process of its own; its peak is what the kernel saw resident (`ru_maxrss`), the
+device's memory included, because on a CPU that is the host's. No file stays mapped while weights
+are read, so none of it is page cache.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHARDS = 3
+TASKS = ("push the red block to the left", "open the drawer")
+UNNORM_KEY = "random"
+MAX_PROMPT = 48
+VARIANTS = {"full": {}, "lora": {"lora_rank": 8, "lora_alpha": 16.0}}
+LIMIT_GIB = 24.0
+
+
+def _gb(num_bytes: float) -> float:
+    return num_bytes / 1e9
+
+
+def peak_gb() -> float:
+    """Largest resident size of this process so far, 1e9 bytes."""
+    import resource
+
+    return _gb(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def config_of(parameters: float):
+    """Return the narrowest policy of the real depths with at least so many parameters."""
+    import dataclasses
+
+    import numpy as np
+
+    from policies.openvla_oft import hf_keys
+    from policies.openvla_oft.config import DINOV2_LARGE, SIGLIP_SO400M, OpenVLAOFTConfig
+    from policies.openvla_oft.import_hf import abstract_model
+
+    for width in range(64, 4097, 64):
+        narrow = {"width": width // 2, "heads": 8, "mlp_width": 2 * width}
+        config = OpenVLAOFTConfig(
+            dinov2=dataclasses.replace(DINOV2_LARGE, **narrow),
+            siglip=dataclasses.replace(SIGLIP_SO400M, **narrow),
+            image_size=56,
+            hidden_size=width,
+            intermediate_size=width * 43 // 16,
+            num_heads=8,
+            num_kv_heads=8,
+            param_dtype="bfloat16",
+        )
+        variables = hf_keys.parameters(abstract_model(config))
+        count = sum(int(np.prod(variable.shape)) for _, variable in variables)
+        if count >= parameters:
+            return config, count
+    raise ValueError(f"--parameters: at most the real model's, got {parameters:g}")
+
+
+def make(work: Path, parameters: float) -> dict:
+    """Write the random checkpoint to WORK/source."""
+    from flax import nnx
+
+    from policies.openvla_oft.checkpoint_files import INDEX, SINGLE, CheckpointFiles, write_tensors
+    from policies.openvla_oft.export_hf import create_policy_folder
+    from policies.openvla_oft.model import OpenVLAOFT
+
+    config, count = config_of(parameters)
+    bounds = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+    folder = create_policy_folder(
+        OpenVLAOFT(config, rngs=nnx.Rngs(0)),
+        work / "source",
+        tasks=TASKS,
+        norm_stats={UNNORM_KEY: {"action": bounds}},
+        max_shard_bytes=2**62,
+    )
+    files = CheckpointFiles(folder)
+    total, done, weight_map = sum(e.nbytes for e in files.entries.values()), 0, {}
+    for key, entry in files.entries.items():
+        number = done * SHARDS // total + 1
+        weight_map[key] = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
+        done += entry.nbytes
+    for name in sorted(set(weight_map.values())):
+        held = {key: files.entries[key] for key, file in weight_map.items() if file == name}
+        write_tensors(folder / name, held, files.read)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / SINGLE).unlink()
+    return {
+        "parameters": count,
+        "tensors": len(weight_map),
+        "shards": len(set(weight_map.values())),
+    }
+
+
+def train_config(work: Path, variant: str):
+    """Return a run's configuration: GRPO, groups of two, one sample at a time."""
+    import dataclasses
+
+    from evac_jax.config import PolicyConfig, default_config
+
+    config = default_config("grpo")
+    return dataclasses.replace(
+        config,
+        policy=PolicyConfig(
+            checkpoint=str(work / "source"),
+            unnorm_key=UNNORM_KEY,
+            max_prompt_length=MAX_PROMPT,
+            param_dtype="bfloat16",
+            remat=True,
+            **VARIANTS[variant],
+        ),
+        algo=dataclasses.replace(config.algo, group_size=2, global_batch=2, micro_batch=1),
+        # Small steps would be lost in bfloat16.
+        optim=dataclasses.replace(config.optim, lr=1e-3),
+    )
+
+
+def import_only(work: Path, parameters: float) -> dict:
+    """Import the checkpoint as the trainer does and compare the memory with what is allowed."""
+    from functools import partial
+
+    import jax
+
+    from evac_jax import sharding
+    from evac_jax.policy_import import import_policy
+
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    jax.block_until_ready(jax.numpy.zeros(8) + 1)
+    before = peak_gb()
+    loaded = import_policy(
+        train_config(work, "full").policy, seed=0, shardings=partial(sharding.leaf_sharding, mesh)
+    )
+    arrays = jax.tree.leaves(jax.block_until_ready(_state(loaded.model)))
+    shards = _gb(sum(array.nbytes for array in arrays))
+    largest = _gb(max(path.stat().st_size for path in (work / "source").glob("*.safetensors")))
+    return {"added_gb": peak_gb() - before, "allowed_gb": 1.15 * largest + shards}
+
+
+def _state(model):
+    from flax import nnx
+
+    return nnx.state(model)
+
+
+def train(work: Path, variant: str) -> dict:
+    """Two GRPO updates; leaves a run in WORK/<variant>."""
+    import jax
+    import numpy as np
+
+    from evac_jax import checkpoint, sharding
+    from evac_jax.bridge.types import EnvSpec
+    from evac_jax.config import to_dict
+    from evac_jax.learner import Learner
+    from policies.spec import ActionSpec
+
+    config = train_config(work, variant)
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    env = EnvSpec(2, (1, 64, 64, 3), 7, ActionSpec(), TASKS, 1, 8)
+    learner = Learner(config, mesh, env)
+    for iteration in range(2):
+        batch = _made_up_batch(learner, work / "source", iteration)
+        metrics = learner.update(learner.put(batch), jax.random.key(iteration))
+        broken = {k: v for k, v in metrics.items() if k.startswith("actor/") and not np.isfinite(v)}
+        if broken or metrics["actor/skipped_updates"] or not metrics["actor/grad_norm"] > 0:
+            raise SystemExit(f"update {iteration} of {variant} is not sound: {metrics}")
+    trained = peak_gb()
+    run = work / variant
+    run.mkdir()
+    (run / checkpoint.CONFIG_FILE).write_text(json.dumps(to_dict(config)))
+    checkpoints = checkpoint.Checkpoints(run / "checkpoints", keep=1)
+    checkpoints.save(2, learner.state, {})
+    checkpoints.close()
+    return {"trained_gb": trained}
+
+
+def _made_up_batch(learner, policy: Path, seed: int):
+    """Two episodes of one chunk on noise, of which one succeeds."""
+    import jax
+    import numpy as np
+
+    from algos.types import RolloutBatch
+    from policies.openvla_oft.prompt import PromptTokenizer
+    from policies.types import ObsBatch
+
+    images = np.random.default_rng(seed).integers(0, 256, (2, 1, 64, 64, 3)).astype(np.uint8)
+    encoded = PromptTokenizer(policy, MAX_PROMPT).encode([TASKS[0]] * 2)
+    tokens, mask = map(jax.numpy.asarray, encoded)
+    obs = ObsBatch(images=jax.numpy.asarray(images), prompt_tokens=tokens, prompt_mask=mask)
+    output = learner.sample(obs, jax.random.key(seed))
+    rewards = np.zeros((2, 1, output.tokens.shape[1]), np.float32)
+    rewards[0, 0, -1] = 1.0
+    return RolloutBatch(
+        images=images[:, None],
+        prompt_tokens=tokens,
+        prompt_mask=mask,
+        tokens=output.tokens[:, None],
+        log_probs=output.log_probs[:, None],
+        values=None,
+        rewards=rewards,
+        terminated=rewards > 0,
+        truncated=np.zeros(rewards.shape, bool),
+    )
+
+
+def verify(work: Path, variant: str) -> dict:
+    """Import the export of WORK/<variant> and compare every bit with the run and the source."""
+    import numpy as np
+
+    from evac_jax.tools import cards, export_policy
+    from policies.openvla_oft import hf_keys, lora
+    from policies.openvla_oft.checkpoint_files import CheckpointFiles
+
+    source, out, again = work / "source", work / f"{variant}_out", work / f"{variant}_again"
+    run = export_policy.find_run(work / variant)
+    trained, _ = export_policy.trained_model(run)
+    imported = export_policy.stored_model(out)
+    ours = dict(hf_keys.parameters(trained))
+    same = True
+    for path, variable in hf_keys.parameters(imported):
+        expected = lora.merged(trained, ours, path, None)
+        array = np.asarray(variable[...])
+        same &= array.dtype == expected.dtype and array.tobytes() == expected.tobytes()
+    export_policy.export(out, again)
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    hashes = [[cards.sha256(f / name) for name in shards] for f in (source, out, again)]
+    entries = [CheckpointFiles(folder).entries for folder in (source, out, again)]
+    return {
+        "bit_equal": bool(same and hashes[1] == hashes[2]),
+        "same_layout": entries[0] == entries[1] == entries[2],
+        "changed": hashes[0] != hashes[1],
+    }
+
+
+def _stage(args: argparse.Namespace) -> dict:
+    name, _, variant = args.stage.partition(":")
+    if variant:
+        return {"train": train, "verify": verify}[name](args.work, variant)
+    return {"make": make, "import": import_only}[name](args.work, args.parameters)
+
+
+def run_process(command: list[str]) -> tuple[str, float]:
+    """Run a command in the repository; return its last line of output and its peak in GB.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        lines = output.read().strip().splitlines()
+    if process.returncode:
+        raise SystemExit(f"status {process.returncode}: {' '.join(command)}")
+    return (lines[-1] if lines else ""), _gb(usage.ru_maxrss * 1024)
+
+
+def measure(work: Path, parameters: float) -> dict[str, dict]:
+    """Run all stages; return what each told, with its peak."""
+    this = [sys.executable, "-m", "benchmarks.policy_import", "--work", str(work)]
+    told: dict[str, dict] = {}
+
+    def stage(name: str) -> None:
+        line, peak = run_process([*this, "--parameters", str(parameters), "--stage", name])
+        told[name] = json.loads(line) | {"peak_gb": peak}
+        print(f"{name:16}{peak:10.2f} GB", flush=True)
+
+    stage("make")
+    stage("import")
+    for variant in VARIANTS:
+        stage(f"train:{variant}")
+        export = ["launch.py", "--mode=export", "--config=configs/grpo.py"]
+        where = [
+            f"--config.policy.checkpoint={work / variant}",
+            f"--export_dir={work / variant}_out",
+        ]
+        _, peak = run_process([sys.executable, *export, *where])
+        print(f"{'export:' + variant:16}{peak:10.2f} GB", flush=True)
+        told[f"export:{variant}"] = {"peak_gb": peak}
+        stage(f"verify:{variant}")
+    return told
+
+
+def main() -> None:
+    """Print a line per stage; the last line is for programs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=float, default=3e8, help="at least so many")
+    parser.add_argument("--work", type=Path, help="folder that stays; default: a temporary one")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.stage:
+        print(json.dumps(_stage(args)))
+        return
+    work = args.work or Path(tempfile.mkdtemp(prefix="policy_import."))
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        told = measure(work.absolute(), args.parameters)
+    finally:
+        if not args.work:
+            shutil.rmtree(work)
+    made, read = told["make"], told["import"]
+    print(
+        f"{made['parameters']:,} parameters, {made['tensors']} tensors, {made['shards']} shards; "
+        f"the import added {read['added_gb']:.2f} GB to the bare process, "
+        f"allowed are {read['allowed_gb']:.2f} GB"
+    )
+    verdicts = [told[f"verify:{variant}"] for variant in VARIANTS]
+    equal = all(v["bit_equal"] and v["same_layout"] and v["changed"] for v in verdicts)
+    print(
+        f"params={made['parameters']} import_peak_gb={read['peak_gb']:.2f} "
+        f"full_peak_gb={told['train:full']['trained_gb']:.2f} "
+        f"lora_peak_gb={told['train:lora']['trained_gb']:.2f} bit_equal={equal}"
+    )
+    peak_gib = max(stage["peak_gb"] for stage in told.values()) * 1e9 / 2**30
+    # In smaller ones the code that reads outweighs what it reads.
+    roomy = made["parameters"] >= 1e8 and read["added_gb"] > read["allowed_gb"]
+    if not equal or roomy or peak_gib > LIMIT_GIB:
+        sys.exit(f"not as promised: {read}, {verdicts}, peak {peak_gib:.1f} of {LIMIT_GIB:.0f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""What a damaged or foreign policy folder says, through the import that launch.py uses."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from evac_jax.config import PolicyConfig
+from evac_jax.errors import CheckpointError
+from evac_jax.policy_import import import_policy
+from policies.openvla_oft import peft
+from policies.openvla_oft.checkpoint_files import INDEX
+from policies.openvla_oft.export_hf import create_policy_folder
+from policies.openvla_oft.import_hf import load_policy
+from tests.unit.policies.tiny import CONFIG, NORM_STATS, TASKS, make_model
+
+POLICY = PolicyConfig(unnorm_key="tiny", max_prompt_length=24)
+MORE = {"seed": 0, "chunk": CONFIG.chunk, "num_images": CONFIG.num_images}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A policy in three shards or more."""
+    path = tmp_path_factory.mktemp("policy") / "whole"
+    model = make_model(value_type="none")
+    return create_policy_folder(
+        model, path, tasks=TASKS, norm_stats=NORM_STATS, max_shard_bytes=100_000
+    )
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "policy")
+
+
+def load(folder, **changes):
+    values = {"checkpoint": str(folder), "unnorm_key": "tiny", "max_prompt_length": 24} | changes
+    return import_policy(PolicyConfig(**values), **MORE)
+
+
+def told(folder, **changes) -> str:
+    """The message of the import's failure, which must leave every file as it was."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as error:
+        load(folder, **changes)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert before == after
+    message = str(error.value)
+    assert message.startswith("config.policy.checkpoint: cannot import")
+    return message
+
+
+def shards(folder):
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def rewrite(shard, change):
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard)
+
+
+def test_sound_checkpoint_is_imported(folder):
+    assert len(shards(folder)) >= 3
+    assert load(folder).notes == ()
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0, 10])
+def test_truncated_shard_is_named(folder, keep):
+    shard = shards(folder)[1]
+    data = shard.read_bytes()
+    shard.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+    message = told(folder)
+    assert shard.name in message
+    assert "not a whole safetensors file" in message
+
+
+def test_missing_shard_is_named(folder):
+    shard = shards(folder)[1]
+    shard.unlink()
+    assert f"names files that are not there: {shard.name}" in told(folder)
+
+
+def test_key_that_only_the_index_has_is_named(folder):
+    index = json.loads((folder / INDEX).read_text())
+    name = shards(folder)[0].name
+    rewrite(folder / name, lambda tensors: tensors.pop("projector.fc1.bias", None))
+    for shard in shards(folder):
+        rewrite(shard, lambda tensors: tensors.pop("projector.fc1.bias", None))
+    assert "projector.fc1.bias" in index["weight_map"]
+    message = told(folder)
+    assert "tensors that the index names and no file holds (1):\n    projector.fc1.bias" in message
+    assert "missing tensors" not in message
+
+
+def test_integer_tensor_is_named_with_its_dtype(folder):
+    key = "language_model.model.norm.weight"
+
+    def change(tensors):
+        if key in tensors:
+            tensors[key] = tensors[key].astype(np.int32)
+
+    for shard in shards(folder):
+        rewrite(shard, change)
+    message = told(folder)
+    assert f"tensors of another dtype than BF16, F16, F32 (1):\n    {key}: I32" in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weight_that_is_not_finite_is_named(folder, value, dtype):
+    key = "vision_backbone.featurizer.blocks.1.mlp.fc1.weight"
+
+    def change(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(jnp.dtype(dtype))
+        if key in tensors:
+            tensors[key][0, 0] = value
+
+    for shard in shards(folder):
+        rewrite(shard, change)
+    assert f"tensor {key} has 1 entries of 384 that are NaN or infinite" in told(folder)
+
+
+def test_statistics_without_the_key_say_which_there_are(folder):
+    message = told(folder, unnorm_key="libero_spatial")
+    assert "libero_spatial" in message
+    assert "['tiny']" in message
+
+
+def test_statistics_that_are_not_whole_are_told(folder):
+    (folder / "dataset_statistics.json").write_text(json.dumps({"tiny": {"action": {"q01": [0]}}}))
+    assert "statistics 'tiny' lack action.q01 or action.q99" in told(folder)
+    nan = {"tiny": {"action": {"q01": [0.0, None], "q99": [1.0, 1.0]}}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(nan))
+    assert "lists of finite numbers" in told(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "dataset_statistics.json", INDEX])
+def test_json_that_is_cut_short_is_named(folder, name):
+    (folder / name).write_text((folder / name).read_text()[:40])
+    assert f"{name}: no valid JSON" in told(folder)
+
+
+def test_index_cannot_name_files_elsewhere(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["projector.fc1.bias"] = "../other.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    assert "expected plain file names, got ['../other.safetensors']" in told(folder)
+
+
+def test_pickles_alone_are_explained(folder):
+    for shard in [*shards(folder), folder / INDEX]:
+        shard.unlink()
+    assert "neither model.safetensors.index.json nor model.safetensors" in told(folder)
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    message = told(folder)
+    assert "unpickling runs code" in message
+    assert "safe_serialization=True" in message
+
+
+def test_adapter_in_the_place_of_a_policy_is_explained(folder, whole, tmp_path):
+    for shard in [*shards(folder), folder / INDEX]:
+        shard.unlink()
+    (folder / "lora_adapter").mkdir()
+    (folder / "lora_adapter" / "adapter_config.json").write_text("{}")
+    assert "as lora_adapter" in told(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "action_head--150000_checkpoint.pt",
+        "action_head.safetensors",
+        "noisy_action_projector--5_checkpoint.pt",
+        "proprio_projector--150000_checkpoint.pt",
+        "vision_backbone--150000_checkpoint.pt",
+    ],
+)
+def test_checkpoint_that_acts_through_another_head_is_refused(folder, name):
+    (folder / name).write_bytes(b"")
+    message = told(folder)
+    assert f"  {name}: " in message
+    assert "does not act through its action tokens" in message
+
+
+def test_head_among_the_tensors_is_listed(folder):
+    rewrite(
+        shards(folder)[0],
+        lambda tensors: tensors.update({"action_head.fc1.weight": np.zeros((2, 2), np.float32)}),
+    )
+    assert "unexpected tensors (1):\n    action_head.fc1.weight" in told(folder)
+
+
+def test_leftovers_beside_the_index_are_passed_over_and_noted(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"no weights")
+    save_file({"x": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    (note,) = load(folder).notes
+    assert "not read" in note
+    assert "model.safetensors, pytorch_model.bin" in note
+
+
+def test_key_of_statistics_is_found_with_and_without_its_suffix(folder):
+    stats = {"libero_no_noops": NORM_STATS["tiny"], "plain": NORM_STATS["tiny"]}
+    (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+    for asked, there in (("libero", "libero_no_noops"), ("plain_no_noops", "plain")):
+        loaded = load(folder, unnorm_key=asked)
+        assert loaded.model.statistics.high == (2.0, 1.0, 1.0)
+        assert loaded.notes == (f"statistics '{there}' stand in for '{asked}'",)
+
+
+def test_statistics_may_stand_in_the_config_and_the_file_wins(folder):
+    config = json.loads((folder / "config.json").read_text())
+    other = {"tiny": {"action": {"q01": [-9.0] * 3, "q99": [9.0] * 3}}}
+    (folder / "config.json").write_text(json.dumps(config | {"norm_stats": other}))
+    loaded = load(folder)
+    assert loaded.model.statistics.high == (2.0, 1.0, 1.0)
+    assert "dataset_statistics.json differs from config.json" in loaded.notes[0]
+    (folder / "dataset_statistics.json").unlink()
+    assert load(folder).model.statistics.high == (9.0, 9.0, 9.0)
+
+
+@pytest.fixture
+def foreign_adapter(tmp_path):
+    wide = make_model(value_type="none", intermediate_size=48)
+    base = create_policy_folder(wide, tmp_path / "wide", tasks=TASKS, norm_stats=NORM_STATS)
+    model = load_policy(
+        base, unnorm_key="tiny", lora_rank=2, chunk=2, num_images=2, lora_targets=("gate_proj",)
+    ).model
+    return peft.save_adapter(model, tmp_path / "adapter", base=base)
+
+
+def test_adapter_for_another_base_is_refused_pair_by_pair(folder, foreign_adapter):
+    message = told(folder, lora_adapter=str(foreign_adapter))
+    assert "LoRA pairs that do not fit (3):" in message
+    assert (
+        "layers.0.mlp.gate_proj: A (2, 32) and B (48, 2) of rank 2 do not fit (40, 32)" in message
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_adapter_that_is_damaged_is_refused(whole, folder, tmp_path, rank):
+    targets = {"lora_targets": ("proj", "gate_proj")}
+    model = load_policy(whole, unnorm_key="", lora_rank=2, chunk=2, num_images=2, **targets).model
+    adapter = peft.save_adapter(model, tmp_path / "adapter", base=whole)
+    weights = adapter / peft.WEIGHTS
+    key = "base_model.model.language_model.model.layers.0.mlp.gate_proj.lora_A.weight"
+    sound = weights.read_bytes()
+
+    def change(tensors):
+        tensors[key][0, 0] = np.nan
+
+    rewrite(weights, change)
+    settings = {"lora_adapter": adapter, "lora_rank": rank, "unnorm_key": "", **targets}
+    with pytest.raises(ValueError, match=f"tensor {key} has 1 entries"):
+        load_policy(folder, **settings)
+    weights.write_bytes(sound[:-8])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_policy(folder, **settings)
+    (adapter / peft.CONFIG).write_text(json.dumps({"lora_alpha": 2}))
+    with pytest.raises(ValueError, match=r"does not set \['r'\]"):
+        load_policy(folder, **settings)
