@@ -31,15 +31,19 @@ def read(folder: Path) -> dict[str, Any]:
 
 def card(**facts: Any) -> dict[str, Any]:
     """Return a data card: the command that ran, the versions it ran with, and `facts`."""
-    # Where a folder lay on the machine that ran it is nobody's business; its name says what it was.
-    arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
-    command = " ".join(["python -m", _module_name(), *arguments])
+    command = " ".join(["python", _program(), *map(_without_folders, sys.argv[1:])])
     packages = ("numpy", "torch", "jax", "flax")
     versions = {name: importlib.metadata.version(name) for name in packages}
     versions["python"] = platform.python_version()
     return {"command": command, "versions": versions, **facts}
 
 
-def _module_name() -> str:
+def _program() -> str:
     spec = sys.modules["__main__"].__spec__
-    return spec.name if spec is not None else Path(sys.argv[0]).name
+    return f"-m {spec.name}" if spec is not None else Path(sys.argv[0]).name
+
+
+def _without_folders(argument: str) -> str:
+    """Where a folder lay on the machine that ran it is nobody's business; its name says enough."""
+    flag, equals, value = argument.rpartition("=")
+    return f"{flag}{equals}{Path(value).name if value.startswith('/') else value}"
