@@ -59,10 +59,9 @@ def miniature(config: config_dict.ConfigDict) -> None:
     config.policy.scan_layers = False
     config.policy.temperature = 0.5  # the start policy was taught with wide targets
     config.world_model.checkpoint = f"{weights}/world_model"
-    config.world_model.steps = 3
+    config.world_model.steps = 2
     config.world_model.eta = 0.0
     config.reward.checkpoint = f"{weights}/reward"
-    config.reward.threshold = 0.8
     config.reward.success_frames = 2
     config.reward.judged_frames = 2
     config.env.pose_model = f"{weights}/pose_model"

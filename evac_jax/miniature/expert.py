@@ -45,10 +45,10 @@ class Flaws:
     """How a player deviates; all zero is the expert.
 
     Attributes:
-        grasp_up: metres that it aims above the block's centre, mean and standard deviation.
-        grasp_sideways: standard deviation of its aim along x and y, metres.
         grasp_offset: its aim is off by up to this, in a direction of its own, metres.
-        place_offset: it puts the block down this far from the plate's centre at most, metres.
+        place_left: metres that it puts the block down left of the plate's centre, mean and
+            standard deviation.
+        place_offset: and up to this far from there, in a direction of its own, metres.
         either_block: share of episodes in which it takes the distractor.
         blind: share of episodes in which it does not notice that a grasp has failed.
         noise: standard deviation of each action entry except the gripper's.
@@ -56,9 +56,8 @@ class Flaws:
         turns_random: it plays on at random from a step drawn from [low, high).
     """
 
-    grasp_up: tuple[float, float] = (0.0, 0.0)
-    grasp_sideways: float = 0.0
     grasp_offset: float = 0.0
+    place_left: tuple[float, float] = (0.0, 0.0)
     place_offset: float = 0.0
     either_block: float = 0.0
     blind: float = 0.0
@@ -71,9 +70,9 @@ SCHEDULE = Schedule()
 FLAWS = {
     "expert": Flaws(),
     "noisy": Flaws(noise=0.15, gripper_flips=0.01),
-    # Aims too high by nine tenths of the reach: succeeds at times, and always fails the same
-    # way, which is what reinforcement learning can repair.
-    "sloppy": Flaws(grasp_up=(0.036, 0.004), grasp_sideways=0.008, blind=1.0),
+    # Puts the block down just outside of what counts: succeeds at times, and always fails the
+    # same way, which is what reinforcement learning can repair. A picture shows why it failed.
+    "sloppy": Flaws(place_left=(0.05, 0.008)),
     "near_miss": Flaws(
         grasp_offset=0.065, place_offset=0.09, either_block=0.3, blind=0.7, noise=0.05
     ),
@@ -149,15 +148,15 @@ class Expert:
         self._time, self._left = 0, np.ones(count, np.int64)
         self._block = np.where(rng.random(count) < flaws.either_block, DISTRACTOR, TARGET)
         self._blind = rng.random(count) < flaws.blind
-        self._aim = rng.standard_normal((count, 3)) * flaws.grasp_sideways
-        self._aim[:, 2] = flaws.grasp_up[0] + rng.standard_normal(count) * flaws.grasp_up[1]
         direction = rng.standard_normal((count, 3))
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
         direction[:, 2] = np.abs(direction[:, 2])  # below the block's centre is the table
-        self._aim += direction * rng.uniform(0, flaws.grasp_offset, (count, 1))
+        self._aim = direction * rng.uniform(0, flaws.grasp_offset, (count, 1))
         angle = rng.uniform(0, 2 * np.pi, count)
         offset = rng.uniform(0, flaws.place_offset, count)
         self._place = offset[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1)
+        left, spread = flaws.place_left
+        self._place[:, 0] -= left + spread * rng.standard_normal(count)
         low, high = flaws.turns_random or (np.iinfo(np.int32).max - 1, np.iinfo(np.int32).max)
         self._turns = rng.integers(low, high, count)
         self._drift = np.zeros((count, world.ACTION_DIM))

@@ -26,16 +26,15 @@ GRIPPER_SHADOW = 0.02  # radius
 PLATE_INNER = 0.82  # radius of the white inside, as a share
 TABLE_HALF = (0.20, 0.17)
 
-# One row per kind of surface: table, floor, plate, rim, palm, finger, red, blue, yellow.
+# One row per kind of surface: table, floor, plate, rim, palm, finger, red, blue.
 _COLORS = np.array(
     [
         (176, 164, 148), (92, 98, 108), (244, 244, 240), (196, 200, 206), (48, 48, 56),
-        (64, 168, 96), (208, 44, 40), (40, 84, 208), (240, 204, 48),
+        (64, 168, 96), (208, 44, 40), (40, 84, 208),
     ]
 )  # fmt: skip
 _TABLE, _FLOOR, _PLATE, _RIM, _PALM, _FINGER, _BLOCK = range(7)
-BLOCK_COLORS = _COLORS[_BLOCK:]  # RGB, in the order of tasks.COLORS
-BLOCK_COLORS = _COLORS[_BLOCK:]  # as `Scenes.colors` counts them, before shading, [3 3] in 0..255
+BLOCK_COLORS = _COLORS[_BLOCK:]  # as `Scenes.colors` counts them, before shading, [2 3] in 0..255
 _SHADES = (0.72, 0.86, 1.0, 0.5)  # side faces, front and back faces, top, in shadow
 _FLAT, _SHADOWED = 2, 3  # rows of _SHADES for surfaces that lie on the table
 _SURFACES = len(_COLORS)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evac_jax.miniature.tasks import COLORS
+
 ACTION_DIM = 7
 POSE_DIM = 8
 NOTHING = -1  # `Scenes.held` of an empty gripper
@@ -149,8 +151,8 @@ def sample_scenes(seeds: np.ndarray, table: Tabletop = TABLETOP) -> Scenes:
 def _sample_row(seed: int, table: Tabletop) -> list[float]:
     """Return colours 2, plate 2, blocks 2 x 2 and gripper tip 3 of one scene."""
     rng = np.random.default_rng(seed)
-    target = int(rng.integers(3))
-    distractor = (target + int(rng.integers(1, 3))) % 3
+    target = int(rng.integers(len(COLORS)))
+    distractor = (target + int(rng.integers(1, len(COLORS)))) % len(COLORS)
     # Plain floats: on six numbers they are several times faster than arrays.
     scales = table.plate_area + table.block_area * 2
     while True:

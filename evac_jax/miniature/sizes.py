@@ -29,7 +29,9 @@ WORLD_MODEL = EvacConfig(
         model_channels=32,
         channel_mult=(1, 2),
         num_res_blocks=1,
-        attention_resolutions=(2,),
+        # Attention at both sizes: a carried block is copied from where the history shows it, and
+        # cells of 4 x 4 are too coarse for that.
+        attention_resolutions=(1, 2),
         num_head_channels=16,
         init_heads=2,
         context_dim=CONTEXT,

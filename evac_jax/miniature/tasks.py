@@ -1,4 +1,4 @@
-"""What the tabletop asks for: three instructions, told apart by the colour of the target."""
+"""What the tabletop asks for: two instructions, told apart by the colour of the target."""
 
-COLORS = ("red", "blue", "yellow")
+COLORS = ("red", "blue")
 INSTRUCTIONS = tuple(f"pick up the {color} block and place it on the plate" for color in COLORS)

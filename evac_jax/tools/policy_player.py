@@ -13,17 +13,28 @@ from evac_jax.miniature import scene as world
 from evac_jax.miniature.render import render
 from evac_jax.miniature.scene import Scenes
 from evac_jax.miniature.tasks import INSTRUCTIONS
+from policies.openvla_oft import peft
 from policies.openvla_oft.import_hf import load_policy
 from policies.types import ObsBatch
 
 MAX_PROMPT_LENGTH = 28
 
 
+def _base_and_adapter(folder: Path) -> tuple[Path, Path | str]:
+    """Return the folder of a policy and the adapter to merge into it, "" if there is none."""
+    config = folder / peft.CONFIG
+    if not config.is_file():
+        return folder, ""
+    name = json.loads(config.read_text())["base_model_name_or_path"]
+    return folder.with_name(Path(name).name), folder
+
+
 class PolicyPlayer:
     """A policy that is asked once per chunk.
 
     Args:
-        folder: Hugging Face folder of a policy for the miniature.
+        folder: Hugging Face folder of a policy for the miniature, or a LoRA adapter in PEFT's
+            layout whose base lies beside it under the name that the adapter gives.
         temperature: of sampling; 0 = greedy.
 
     Raises:
@@ -32,9 +43,13 @@ class PolicyPlayer:
 
     def __init__(self, folder: str | Path, *, temperature: float):
         try:
-            statistics = json.loads((Path(folder) / "dataset_statistics.json").read_text())
+            base, adapter = _base_and_adapter(Path(folder))
+            statistics = json.loads((base / "dataset_statistics.json").read_text())
             loaded = load_policy(
-                folder, unnorm_key=next(iter(statistics)), max_prompt_length=MAX_PROMPT_LENGTH
+                base,
+                unnorm_key=next(iter(statistics)),
+                max_prompt_length=MAX_PROMPT_LENGTH,
+                lora_adapter=adapter,
             )
         except (OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"cannot load a policy from {str(folder)!r}: {error}") from error

@@ -55,7 +55,7 @@ def store(source: Path, out: Path, dtype: str) -> None:
 
 def _name_precision(file: Path, dtype: str) -> None:
     """Say the precision where a Hugging Face configuration says it; others do not."""
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text()) if file.is_file() else {}
     if "torch_dtype" in config:
         config["torch_dtype"] = config.setdefault("text_config", {})["torch_dtype"] = dtype
         cards.write_json(file, config)

@@ -31,7 +31,7 @@ from evac_jax.miniature.env import to_policy_actions
 from evac_jax.miniature.expert import Expert, demonstrate
 from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
-from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
 from evac_jax.tools import cards
 from evac_jax.tools.finetune_policy import finetune, make_optimizer, soft_targets
 from evac_jax.tools.policy_data import GRIPPER_RULES
@@ -55,6 +55,7 @@ FRESH_SCENES = 2_000_000  # seeds of the scores below, used nowhere else
 ASKED_AT = (0, 8, 16, 24)  # steps of an episode at which the policy is asked
 # Who has played until then: mostly the demonstrator, at times somebody who leaves its path.
 PLAYERS = ((0.5, None), (0.3, "noisy"), (0.2, "near_miss"))
+OBJECTS = len(COLORS) + 2
 
 
 def samples(labels: str, num_scenes: int, seed: int, chunk: int):
@@ -77,14 +78,14 @@ def samples(labels: str, num_scenes: int, seed: int, chunk: int):
 def object_targets(scenes: world.Scenes) -> tuple[np.ndarray, np.ndarray]:
     """Return where things are: index of the patch that shows them [n O], and xyz [n O 3] in 10 cm.
 
-    O = 5: the blocks by colour (index -1 for a colour that is not there), the plate, the tip.
+    The objects are the blocks by colour (index -1 where one is not seen), the plate and the tip.
     """
     count = len(scenes)
-    points = np.full((count, 5, 3), np.nan)
+    points = np.full((count, OBJECTS, 3), np.nan)
     for block in (0, 1):
         points[np.arange(count), scenes.colors[:, block]] = scenes.blocks[:, block]
-    points[:, 3, :2], points[:, 3, 2] = scenes.plate, 0.0
-    points[:, 4] = scenes.position
+    points[:, -2, :2], points[:, -2, 2] = scenes.plate, 0.0
+    points[:, -1] = scenes.position
     cells = project(points, POLICY.image_size) / POLICY.patch_size
     grid = POLICY.image_size // POLICY.patch_size
     inside = ((cells >= 0) & (cells < grid)).all(-1)
@@ -119,7 +120,7 @@ def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, s
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
     )
-    trained = params, readout(20), readout(8)
+    trained = params, readout(4 * OBJECTS), readout(8)
     opt_state = optimizer.init(trained)
     slots, words = POLICY.num_action_tokens, POLICY.max_prompt_length
 
@@ -127,7 +128,7 @@ def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, s
         params, see, read = trained
         model = nnx.merge(graphdef, params, rest)
         patches = model.projector(model.vision(model.pixel_values(images), collect=False)[0])
-        seen = (patches @ see).reshape(*patches.shape[:2], 5, 4)  # [B P O 4]
+        seen = (patches @ see).reshape(*patches.shape[:2], OBJECTS, 4)  # [B P O 4]
         present = jax.nn.one_hot(patch, patches.shape[1], axis=1)  # [B P O]; none for -1
         found = optax.sigmoid_binary_cross_entropy(seen[..., 0], present).mean()
         away = jnp.abs(seen[..., 1:] - points[:, None]).mean(-1)

@@ -28,7 +28,9 @@ def write(folder: Path) -> None:
         unet=WORLD_MODEL.unet.replace(channel_mult=(1, 1)),
     )
     save_model(folder / "world_model", EvacModel(small))
-    save_model(folder / "reward", RewardNet(RewardConfig(width=4, num_instructions=3)))
+    save_model(
+        folder / "reward", RewardNet(RewardConfig(width=4, num_instructions=len(INSTRUCTIONS)))
+    )
     save_model(folder / "pose_model", PoseModel(PoseModelConfig(hidden=8)))
     write_policy(folder / "policy")
 

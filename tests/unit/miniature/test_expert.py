@@ -27,13 +27,15 @@ def test_actions_are_within_limits_and_gripper_entries_decided():
 
 def test_bad_players_fail_more_often_than_good_ones():
     rates = {kind: play(kind, 128)[2].any(1).mean() for kind in expert.KINDS}
-    assert rates["random"] < rates["near_miss"] < rates["sloppy"] < rates["noisy"]
+    bad = max(rates["sloppy"], rates["near_miss"])
+    assert rates["random"] < bad < 0.5 < rates["noisy"]
 
 
-def test_sloppy_player_grasps_too_high():
-    _, states, _ = play("sloppy", 64)
-    above = states[8].position[:, 2] - states[8].blocks[:, 0, 2]
-    assert 0.03 < above.mean() < 0.045
+def test_sloppy_player_puts_the_block_down_left_of_the_plate():
+    _, states, success = play("sloppy", 256)
+    off = states[-1].blocks[:, 0, :2] - states[-1].plate
+    np.testing.assert_allclose(off.mean(0), (-0.05, 0), atol=0.003)
+    assert 0.2 < success.any(1).mean() < 0.4
 
 
 def test_schedule_reaches_the_block_at_the_end_of_the_first_chunk():

@@ -3,7 +3,7 @@ import pytest
 
 from evac_jax.miniature import render, scene
 
-BLOCK_RGB = {0: (208, 44, 40), 1: (40, 84, 208), 2: (240, 204, 48)}
+BLOCK_RGB = {0: (208, 44, 40), 1: (40, 84, 208)}
 
 
 def test_camera_axes_are_orthonormal_and_look_at_the_table():

@@ -56,7 +56,7 @@ def folders(tmp_path_factory):
     for parameter in model.parameters():  # zero-initialised outputs would hide everything
         torch.nn.init.normal_(parameter, std=0.05)
     save_model(root / "world_model", model)
-    save_model(root / "reward", RewardNet(RewardConfig(width=4, num_instructions=3)))
+    save_model(root / "reward", RewardNet(RewardConfig(width=4, num_instructions=2)))
     save_model(root / "pose_model", PoseModel(PoseModelConfig(hidden=8)))
     return {name: str(root / name) for name in ("world_model", "reward", "pose_model")}
 

@@ -33,11 +33,14 @@ def _options(tool: str) -> set[str]:
 
 def test_every_flag_of_the_recipe_exists():
     for stage in build.make_stages():
-        if stage.command[0] == "launch.py":
-            overrides.check(stage.command[1:], default_file="")
+        command = stage.command
+        if command[1] == "torch.distributed.run":
+            command = command[command.index("-m", 1) :]
+        if command[0] == "launch.py":
+            overrides.check(command[1:], default_file="")
         else:
-            used = {part.split("=")[0][2:] for part in stage.command if part.startswith("--")}
-            tool = stage.command[1].rsplit(".", 1)[-1]
+            used = {part.split("=")[0][2:] for part in command if part.startswith("--")}
+            tool = command[1].rsplit(".", 1)[-1]
             assert used <= _options(tool), stage.name
 
 

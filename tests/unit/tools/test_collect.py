@@ -1,12 +1,15 @@
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from evac_jax.config import default_config
-from evac_jax.errors import ConfigError, DataError
+from evac_jax.errors import CheckpointError, ConfigError, DataError
 from evac_jax.miniature import render, scene
 from evac_jax.tools import collect
+from evac_jax.tools.policy_player import PolicyPlayer
 
 MIX = {"expert": 0.5, "near_miss": 0.25, "random": 0.25}
 
@@ -71,6 +74,28 @@ def test_a_policy_plays_the_actions_that_were_recorded(tmp_path):
     assert set(np.unique(actions[:, :-1, 6])) <= {-1.0, 0.0, 1.0}
     after = scene.step(scene.sample_scenes(data.start), actions[:, 0])
     np.testing.assert_array_equal(poses[:, 1], after.pose)
+
+
+def test_an_adapter_plays_on_the_base_beside_it(tmp_path):
+    from policies.openvla_oft import peft
+    from policies.openvla_oft.import_hf import load_policy
+    from tests.integration.tiny_weights import write_policy
+
+    write_policy(tmp_path / "base")
+    model = load_policy(tmp_path / "base", unnorm_key="", lora_rank=2).model
+    for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] == "b":
+            value[...] = jnp.ones_like(value[...])
+    peft.save_adapter(model, tmp_path / "adapter", base=tmp_path / "base")
+    scenes = scene.sample_scenes(np.arange(2))
+
+    def actions(folder):
+        return PolicyPlayer(tmp_path / folder, temperature=0).play(scenes, 8, seed=0)[0]
+
+    assert not np.array_equal(actions("adapter"), actions("base"))
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="base"):
+        actions("adapter")
 
 
 def test_configuration_without_a_folder_is_refused():

@@ -15,16 +15,19 @@ SIZE, PATCH = train_policy.POLICY.image_size, train_policy.POLICY.patch_size
 STATISTICS = ActionStatistics.from_norm_stats(train_policy.NORM_STATS, train_policy.UNNORM_KEY)
 
 
-def test_objects_are_told_to_the_patch_that_shows_them_and_no_patch_tells_of_an_absent_colour():
+def test_objects_are_told_to_the_patch_that_shows_them():
     scenes = scene.sample_scenes(np.arange(20))
     patch, points = train_policy.object_targets(scenes)
     for n in range(20):
-        absent = ({0, 1, 2} - set(scenes.colors[n])).pop()
-        assert patch[n, absent] == -1
         target = scenes.colors[n, scene.TARGET]
         column, row = np.floor(project(scenes.blocks[n, scene.TARGET], SIZE) / PATCH)
         assert patch[n, target] == row * (SIZE // PATCH) + column
         np.testing.assert_allclose(points[n, target], 10 * scenes.blocks[n, scene.TARGET])
+        np.testing.assert_allclose(points[n, -1], 10 * scenes.position[n])
+    scenes.blocks[0, scene.TARGET, 0] = 9.0  # far outside of the picture
+    patch, points = train_policy.object_targets(scenes)
+    assert patch[0, scenes.colors[0, scene.TARGET]] == -1
+    assert not points[0, scenes.colors[0, scene.TARGET]].any()
 
 
 def test_goals_name_target_plate_and_tip_in_units_of_10_cm():

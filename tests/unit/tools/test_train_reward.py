@@ -114,8 +114,8 @@ def folders(tmp_path_factory):
 
 def test_hard_negatives_are_failed_imagined_frames_that_look_like_success(folders):
     data = dataset.load(folders / "real", folders / "imagined")
-    sampler = train_reward.FrameSampler(data, 3, np.random.default_rng(0))
-    gullible = RewardNet(RewardConfig(width=4, num_instructions=3))
+    sampler = train_reward.FrameSampler(data, 2, np.random.default_rng(0))
+    gullible = RewardNet(RewardConfig(width=4, num_instructions=2))
     with torch.no_grad():
         gullible.net[-1].bias.fill_(100)
     assert sampler.mine(gullible) > 0
@@ -138,7 +138,7 @@ def test_command_writes_a_calibrated_classifier_and_its_card(folders, tmp_path, 
     arguments += ["--judged_frames", "2"] + ["--single_task"] * single
     train_reward.main([str(part) for part in arguments])
     model = checkpoint.load_model(tmp_path / "out", kind="RewardNet")
-    assert model.config.num_instructions == (0 if single else 3)
+    assert model.config.num_instructions == (0 if single else 2)
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["scores"]["threshold"] == 0.5
     assert 0 < card["calibration"]["threshold"] < 1
