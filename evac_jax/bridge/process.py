@@ -109,10 +109,8 @@ class WorkerProcess:
             raise self._death() from None
         if isinstance(message, protocol.Failure):
             self.kill()
-            raise SimulatorError(
-                f"simulator process {self.pid}: {message.error}\n"
-                f"--- its traceback ---\n{message.traceback}"
-            )
+            trace = f"\n--- its traceback ---\n{message.traceback}" if message.traceback else ""
+            raise SimulatorError(f"simulator process {self.pid}: {message.error}{trace}")
         return message
 
     def _raise_last_words(self) -> None:

@@ -82,7 +82,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Simulator -> trainer, last: what went wrong, with the simulator's own traceback."""
+    """Simulator -> trainer, last: what went wrong, with the traceback; "" for a user's mistake."""
 
     error: str
     traceback: str

@@ -1,7 +1,8 @@
 """The simulator's side of the bridge: builds the environment and answers requests until the end.
 
-Imports torch, never JAX. Whatever the environment raises is sent to the trainer with its
-traceback before the process ends; the process also ends, with its children, when the trainer does.
+Imports torch, never JAX. Whatever the environment raises is sent to the trainer before the process
+ends, with its traceback unless it is the user's to act on; the process also ends, with its
+children, when the trainer does.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from evac_jax.bridge import protocol
 from evac_jax.bridge.slots import CudaSlots, SharedSlots, SlotLayout
-from evac_jax.errors import ConfigError
+from evac_jax.errors import ConfigError, EvacJaxError
 
 if TYPE_CHECKING:
     from evac_jax.sim.base import Environment
@@ -130,7 +131,8 @@ def run(connection_fd: int, slots_fd: int) -> int:
     try:
         _serve(connection, inbox, slots_fd)
     except BaseException as error:
-        failure = protocol.Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        trace = "" if isinstance(error, EvacJaxError) else traceback.format_exc()
+        failure = protocol.Failure(f"{type(error).__name__}: {error}", trace)
         logging.exception("simulator failed")
         with contextlib.suppress(OSError):  # the trainer may be what is gone
             connection.send_bytes(protocol.encode(failure))

@@ -1,31 +1,26 @@
-"""Weights in and out: public EVAC checkpoints, and our own folders.
+"""Models in and out of folders, and whether the weights of a file fit a model.
 
-Public files come as Lightning (`state_dict`), DeepSpeed (`module`), bare state dicts or
-safetensors. All are read without executing anything from them and fitted strictly: a key that the
-model lacks must be on the short list of those known to be unused.
-
-A folder of ours is `config.json` ({"model": class name, "config": sizes}) beside
-`model.safetensors`. To use a public file, write such a `config.json` beside it and name the file
-under "weights".
+A folder is `config.json` ({"model": class name, "config": sizes}) beside `model.safetensors`;
+`evac_jax.tools.import_evac` makes one of a public file. Or write `config.json` beside such a file
+and name it under "weights": it is read as it is, see `weight_files`. Weights are fitted strictly:
+a key that the model lacks must be on the short list of those known to be unused.
 """
 
 import importlib
 import json
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evac_jax.errors import CheckpointError
+from evac_jax.evac.config import JsonConfig
+from evac_jax.evac.weight_files import FLOATS, SHOWN, cast, read_weights, write_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -39,7 +34,6 @@ MODELS = {
     "RewardNet": ("evac_jax.sim.reward:RewardNet", "evac_jax.sim.reward:RewardConfig"),
     "PoseModel": ("evac_jax.sim.pose_model:PoseModel", "evac_jax.sim.pose_model:PoseModelConfig"),
 }
-DEEPSPEED_PREFIX = "_forward_module."
 # Keys of public checkpoints that no computation here reads.
 UNUSED = {
     "noise schedule, recomputed from the configuration": re.compile(
@@ -52,7 +46,6 @@ UNUSED = {
         r"|token_embedding\.weight|ln_final\.(weight|bias))"
     ),
 }
-SHOWN = 8  # keys listed per problem in an error
 
 
 @dataclass
@@ -63,6 +56,7 @@ class Fit:
         missing: keys of the model that the file lacks.
         unexpected: keys of the file that the model lacks and that are not known to be unused.
         mismatched: key -> (shape in the file, shape in the model).
+        mistyped: key -> (type in the file, type in the model), integers against real numbers.
         unused: keys of the file that are left out knowingly.
         hints: what the differences suggest.
     """
@@ -70,46 +64,67 @@ class Fit:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    mistyped: dict[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Whether the weights can be loaded."""
-        return not (self.missing or self.unexpected or self.mismatched)
+        return not (self.missing or self.unexpected or self.mismatched or self.mistyped)
 
     def describe(self) -> str:
         """The problems, one per line."""
-        shapes = [f"{k} (file {f}, model {m})" for k, (f, m) in self.mismatched.items()]
+        differing = {**self.mismatched, **self.mistyped}
+        told = {k: f"{k} (file {f}, model {m})" for k, (f, m) in differing.items()}
         lines = [
             _listing("missing in the file", self.missing),
             _listing("unknown to the model", self.unexpected),
-            _listing("of another shape", shapes),
+            _listing("of another shape", list(self.mismatched), told),
+            _listing("of another type", list(self.mistyped), told),
         ]
         return "\n".join([line for line in lines if line] + self.hints)
 
 
-def _listing(what: str, names: list[str]) -> str:
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"  {len(names)} {what}: {', '.join(names[:SHOWN])}{more}" if names else ""
+def _listing(what: str, keys: list[str], told: Mapping[str, str] | None = None) -> str:
+    """One line: the first keys, and of how many in which part of the model they are examples."""
+    if not keys:
+        return ""
+    line = f"  {len(keys)} {what}: {', '.join((told or {}).get(key, key) for key in keys[:SHOWN])}"
+    if len(keys) > SHOWN:
+        parts = Counter(".".join(key.split(".")[:2]) for key in keys).most_common(SHOWN)
+        line += ", ...; " + ", ".join(f"{count} in {part}" for part, count in parts)
+    return line
 
 
-def fit(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> Fit:
-    """Compare the keys and shapes of a file with those of a model, which may be on "meta"."""
-    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+def fit(
+    model: nn.Module,
+    shapes: Mapping[str, Iterable[int]],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Fit:
+    """Compare the keys, shapes and, if given, types of a file with those of a model.
+
+    The model may be on "meta". Precisions may differ, whole numbers must stay such.
+    """
+    ours = model.state_dict()
     theirs = {key: tuple(shape) for key, shape in shapes.items()}
     result = Fit(missing=sorted(set(ours) - set(theirs)))
     for key in sorted(set(theirs) - set(ours)):
         known = any(pattern.fullmatch(key) for pattern in UNUSED.values())
         (result.unused if known else result.unexpected).append(key)
-    result.mismatched = {
-        key: (theirs[key], ours[key])
-        for key in sorted(set(ours) & set(theirs))
-        if ours[key] != theirs[key]
-    }
-    latents = result.mismatched.get("image_proj_model.latents")
-    if latents:
+    for key in sorted(set(ours) & set(theirs)):
+        if theirs[key] != (shape := tuple(ours[key].shape)):
+            result.mismatched[key] = theirs[key], shape
+        kind = ours[key].dtype
+        if dtypes and (dtypes[key] in FLOATS) != kind.is_floating_point:
+            result.mistyped[key] = dtypes[key], kind
+    if latents := result.mismatched.get("image_proj_model.latents"):
         result.hints.append(_variant_hint(model, *(shape[1] for shape in latents)))
+    if any(shape == (0,) for shape, _ in result.mismatched.values()):
+        result.hints.append(
+            "  Empty tensors are the traces of DeepSpeed's ZeRO-3, which keeps the weights in "
+            "other files; join them where they were made, with zero_to_fp32.py."
+        )
     return result
 
 
@@ -127,58 +142,17 @@ def _variant_hint(model: nn.Module, in_file: int, in_model: int) -> str:
     return hint + "."
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """State dict of a file in any of the known containers, on the CPU.
+def require_fit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
+    """`fit` of a state dict of the file `name`.
 
     Raises:
-        CheckpointError: if there is no such file, it is damaged, it holds more than plain
-            tensors (nothing is ever unpickled that could run code), or no weights at all.
+        CheckpointError: with every key that does not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such weight file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    try:
-        # Only the zip format can be mapped; mapping spares a copy of the 9 GB public files.
-        mapped = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a file of plain tensors. Only weights are read, never pickled objects; "
-            f"if you trust the file, convert it to .safetensors where it was made. ({error})"
-        ) from error
-    return unwrap(content, str(path))
-
-
-def unwrap(content: Any, name: str = "checkpoint") -> dict[str, Tensor]:
-    """The state dict inside a container, DeepSpeed's prefix removed where a key has it.
-
-    Args:
-        content: Lightning ("state_dict"), DeepSpeed ("module"), action predictor
-            ("model_state_dict" beside its statistics), or a bare state dict.
-        name: for the error message.
-    """
-    state = content
-    if isinstance(content, Mapping):
-        if isinstance(content.get("model_state_dict"), Mapping):
-            state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-            state.update(content["model_state_dict"])
-        else:
-            for key in ("state_dict", "module"):
-                if isinstance(content.get(key), Mapping):
-                    state = content[key]
-                    break
-    tensors = isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())
-    if not tensors or not state:
-        found = sorted(map(str, content))[:SHOWN] if isinstance(content, Mapping) else type(content)
-        raise CheckpointError(
-            f"{name}: expected a state dict, bare or under 'state_dict' or 'module', got {found}"
-        )
-    return {key.removeprefix(DEEPSPEED_PREFIX): value for key, value in state.items()}
+    shapes = {key: value.shape for key, value in state.items()}
+    result = fit(model, shapes, {key: value.dtype for key, value in state.items()})
+    if not result.ok:
+        raise CheckpointError(f"{name} does not fit {type(model).__name__}:\n{result.describe()}")
+    return result
 
 
 def load_weights(model: nn.Module, path: str | Path) -> Fit:
@@ -187,15 +161,12 @@ def load_weights(model: nn.Module, path: str | Path) -> Fit:
     A model built on "meta" takes the file's tensors as they are, so it is never held twice.
 
     Raises:
-        CheckpointError: with every key that does not fit.
+        CheckpointError: with every key that does not fit, or a weight that is not finite.
     """
     state = read_weights(path)
-    result = fit(model, {key: value.shape for key, value in state.items()})
-    if not result.ok:
-        kind = type(model).__name__
-        raise CheckpointError(f"{path} does not fit {kind}:\n{result.describe()}")
+    result = require_fit(model, state, str(path))
     ours = model.state_dict()
-    state = {key: state[key].to(ours[key].dtype) for key in ours}
+    state = {key: cast(state[key], ours[key].dtype, f"{path}: {key}") for key in ours}
     model.load_state_dict(state, assign=any(value.is_meta for value in ours.values()))
     return result
 
@@ -209,20 +180,37 @@ def save_model(folder: str | Path, model: nn.Module, dtype: torch.dtype | None =
         dtype: store floating-point weights in this type to save space.
 
     Raises:
-        CheckpointError: if the class is not in `MODELS`.
+        CheckpointError: if the class is not in `MODELS`, or a weight is not finite.
     """
     kind = type(model).__name__
     if kind not in MODELS:
         raise CheckpointError(f"cannot save a {kind}; known models are {sorted(MODELS)}")
+    save_weights(folder, kind, model.config, model.state_dict(), dtype)
+
+
+def save_weights(
+    folder: str | Path,
+    kind: str,
+    config: JsonConfig,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a model that was never built; see `save_model`.
+
+    Args:
+        folder: created if missing.
+        kind: a key of `MODELS`.
+        config: its sizes.
+        state: its state dict, read one tensor after another.
+        dtype: store floating-point weights in this type; None = as they are.
+        progress: called with (bytes written, bytes in all).
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {}
-    for key, value in model.state_dict().items():
-        kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        state[key] = value.detach().to("cpu", kept).contiguous()
-    text = json.dumps({"model": kind, "config": model.config.to_dict()}, indent=2) + "\n"
+    text = json.dumps({"model": kind, "config": config.to_dict()}, indent=2) + "\n"
     with _replacing(folder / WEIGHTS_FILE) as path:
-        save_file(state, path)
+        write_weights(path, state, dtype, progress)
     with _replacing(folder / CONFIG_FILE) as path:
         path.write_text(text)
 

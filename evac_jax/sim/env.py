@@ -38,7 +38,7 @@ from evac_jax.sim.episodes import ChunkOutcome, Episodes
 from evac_jax.sim.initial_states import InitialStates, StartCycle, make_initial_states
 from evac_jax.sim.noise import ChunkNoise
 from evac_jax.sim.pose_model import PoseModel
-from evac_jax.sim.recorded_starts import Keyframes, WithKeyframes
+from evac_jax.sim.recorded_starts import WithKeyframes, open_keyframes
 from evac_jax.sim.reward import RewardEnsemble
 from policies.spec import ActionSpec
 
@@ -363,7 +363,7 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     settings = WorldModelEnvConfig.from_dict(config)
     source = source or make_initial_states(settings.initial_states)
     if settings.keyframes:
-        source = WithKeyframes(source, Keyframes(settings.keyframes))
+        source = WithKeyframes(source, open_keyframes(settings.keyframes))
     device = settings.device
     world_model = load_model(settings.world_model, kind="EvacModel", device=device)
     return WorldModelEnv(

@@ -6,12 +6,15 @@ A source names its starts 0..num_starts-1 and loads any of them as a batch. Sour
 
 import importlib
 import inspect
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.sim.camera import Matrices, libero_camera
 from evac_jax.sim.restricted_npy import load_objects
@@ -19,10 +22,15 @@ from evac_jax.sim.restricted_npy import load_objects
 INITIAL_STATES = {
     "npy": "evac_jax.sim.initial_states:NpyStarts",
     "recording": "evac_jax.sim.recorded_starts:FolderStarts",
-    "npz": "evac_jax.sim.initial_states:NpzStarts",
     "miniature": "evac_jax.sim.initial_states:MiniatureStarts",
 }
 POSE_DIM = 8
+# Part of the name of RLinf's files that end at a frame to begin at, in the middle of an episode.
+KEYFRAME_MARK = "_kir"
+# What a folder of packed starts holds.
+IMAGES_FILE, POSES_FILE, TASKS_FILE, CARD_FILE = "images.npy", "poses.npy", "tasks.npy", "card.json"
+PROBLEMS_SHOWN = 10
+Start = tuple[np.ndarray, np.ndarray, str]  # image uint8 [V H W 3], pose float32 [8], instruction
 
 
 @dataclass(frozen=True)
@@ -109,13 +117,16 @@ class _StoredStarts:
 
 
 class NpyStarts(_StoredStarts):
-    """Frame 0 of every episode in a folder of RLinf's `.npy` files, in order of their names.
+    """Start frames in a folder: RLinf's `.npy` episodes, or packed ones.
 
-    A file is an object array of one dict per frame. Read are `image` (uint8 [H W 3], or [V H W 3]),
-    the pose `init_ee_pose` (else `state`, else `abs_action`; 8 numbers) and `instruction` or
-    `task` (str or bytes). The arrays are pickles, so they go through an unpickler that admits
-    numpy arrays and plain builtins and runs nothing else. The files do not record their camera;
-    a single view is taken to be the reference's fixed one.
+    An RLinf file is an object array of one dict per frame; of frame 0 are read `image` (uint8
+    [H W 3], or [V H W 3]), the pose `init_ee_pose` (else `state`, else `abs_action`; 8 numbers)
+    and `instruction` or `task` (str or bytes). The arrays are pickles, so they go through an
+    unpickler that admits numpy arrays and plain builtins and runs nothing else. The files do not
+    record their camera; a single view is taken to be the reference's fixed one. Keyframe files,
+    with `_kir` in their names, are left out: see `NpyKeyframes`.
+
+    A packed folder, as `pack_starts` writes it, is plain arrays and knows its camera.
 
     Raises:
         DataError: for a missing or empty folder, a refused or damaged file, a missing field, or
@@ -126,57 +137,68 @@ class NpyStarts(_StoredStarts):
     """
 
     def __init__(self, folder: str):
-        paths = sorted(Path(folder).glob("*.npy"))
-        if not paths:
-            raise DataError(
-                f"expected *.npy episodes in {folder!r}, found none; "
-                "set initial_states.folder to the folder that holds them"
-            )
-        starts, problems = [], []
-        for path in paths:
-            try:
-                starts.append(first_frame(path))
-            except DataError as error:
-                problems.append(str(error))
-        if not problems and len(shapes := {image.shape for image, _, _ in starts}) > 1:
-            problems.append(f"frames differ in size: {sorted(shapes)}; resize them to one size")
-        if problems:
-            more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
-            raise DataError(f"initial states in {folder!r}:\n" + "\n".join(problems[:10]) + more)
-        images, poses, instructions = zip(*starts, strict=True)
-        images = np.stack(images)
-        camera = libero_camera() if images.shape[1] == 1 else None
-        super().__init__(images, np.stack(poses), list(instructions), camera)
+        if (Path(folder) / IMAGES_FILE).is_file():
+            images, poses, instructions, camera, self.camera_size = _packed(Path(folder))
+        else:
+            found = sorted(Path(folder).glob("*.npy"))
+            paths = [path for path in found if KEYFRAME_MARK not in path.name]
+            if not paths:
+                only = f"{len(found)} keyframe files only" if found else "none"
+                raise DataError(
+                    f"expected *.npy episodes in {folder!r}, found {only}; "
+                    "set initial_states.folder to the folder that holds them"
+                )
+            images, poses, instructions = _read_all(paths, first_frame, folder)
+            camera = libero_camera() if images.shape[1] == 1 else None
+        super().__init__(images, poses, instructions, camera)
 
 
-class NpzStarts(_StoredStarts):
-    """Starts in one plain `.npz` file: `images`, `poses`, `instructions` (a unicode array).
+class NpyKeyframes:
+    """Keyframes as RLinf stores them: `*_kir*.npy` files that end at the frame to begin at.
 
-    `intrinsic` and `c2w` are its camera, if there. Much quicker to open than a folder of whole
-    episodes; `save_starts` writes it.
+    Image and pose (`state`, else `abs_action`) are the last frame's, the instruction is the first
+    one's. Like every start they are a single frame: the frames before it are not given to the
+    world model as its history.
+
+    Attributes:
+        count: keyframes; they are named KEYFRAMES .. KEYFRAMES + count - 1, in order of names.
 
     Raises:
-        DataError: for a missing or damaged file.
+        DataError: see `NpyStarts`.
+
+    Source: file names and frame order of RLinf's keyframe-initialised rollouts.
     """
 
-    def __init__(self, file: str):
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                images, poses = stored["images"], stored["poses"]
-                instructions = [str(text) for text in stored["instructions"]]
-                has_camera = "intrinsic" in stored and "c2w" in stored
-                camera = (stored["intrinsic"], stored["c2w"]) if has_camera else None
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"cannot read initial states from {file!r}: {error}") from error
-        count = len(instructions)
-        if images.dtype != np.uint8 or images.ndim != 5 or poses.shape != (len(images), POSE_DIM):
-            raise DataError(
-                f"{file}: expected images uint8 [N V H W 3] and poses [N 8], got "
-                f"{images.dtype} {list(images.shape)} and {list(poses.shape)}"
+    def __init__(self, folder: str):
+        paths = self.files(folder)
+        if not paths:
+            raise DataError(f"expected *{KEYFRAME_MARK}*.npy files in {folder!r}, found none")
+        self._images, self._poses, self._texts = _read_all(paths, last_frame, folder)
+        self.count = len(paths)
+
+    @staticmethod
+    def files(folder: str) -> list[Path]:
+        """Keyframe files in a folder, sorted."""
+        return sorted(Path(folder).glob(f"*{KEYFRAME_MARK}*.npy"))
+
+    def starts(self, instructions: Sequence[str]) -> Callable[[np.ndarray], Starts]:
+        """Return what loads keyframes by their ids, tasks being places in `instructions`.
+
+        Raises:
+            ConfigError: a keyframe has another instruction.
+        """
+        if unknown := sorted(set(self._texts) - set(instructions)):
+            raise ConfigError(
+                f"env.keyframe_data: the other initial states know {list(instructions)}; the "
+                f"keyframes also have {unknown}: leave those files out"
             )
-        if len(images) != count or count == 0:
-            raise DataError(f"{file}: {len(images)} images but {count} instructions")
-        super().__init__(images, poses.astype(np.float32), instructions, camera)
+        tasks = np.array([list(instructions).index(text) for text in self._texts], np.int32)
+
+        def load(ids: np.ndarray) -> Starts:
+            places = _checked_ids(np.asarray(ids, np.int64) - KEYFRAMES, self.count)
+            return Starts(self._images[places], self._poses[places], tasks[places])
+
+        return load
 
 
 class MiniatureStarts:
@@ -207,19 +229,65 @@ class MiniatureStarts:
         return Starts(images[rows], scenes.pose[rows], scenes.task[rows])
 
 
-def save_starts(source: InitialStates, ids: np.ndarray, file: str) -> None:
-    """Write the starts named by `ids`, int64 [N], as one `.npz` that `NpzStarts` reads."""
+def pack_starts(source: InitialStates, ids: np.ndarray, folder: Path, **facts) -> None:
+    """Write the starts named by `ids`, int64 [N], as a folder that `NpyStarts` reads.
+
+    Args:
+        folder: must not exist; it appears when it is whole.
+        facts: for the card.
+
+    Raises:
+        DataError: `folder` exists.
+    """
+    if folder.exists():
+        raise DataError(f"{folder} exists; choose another folder or remove it")
     starts = source.load(ids)
-    camera = {}
+    camera = None
     if source.camera is not None:
-        camera = dict(zip(("intrinsic", "c2w"), source.camera, strict=True))
-    np.savez_compressed(
-        file,
-        images=starts.images,
-        poses=starts.poses,
-        instructions=np.array([source.instructions[task] for task in starts.task], np.str_),
-        **camera,
-    )
+        camera = {
+            "intrinsic": source.camera[0].tolist(),
+            "c2w": source.camera[1].tolist(),
+            "size": source.camera_size,
+        }
+    card = {"instructions": list(source.instructions), "camera": camera, **facts}
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    named = {IMAGES_FILE: starts.images, POSES_FILE: starts.poses, TASKS_FILE: starts.task}
+    for name, array in named.items():
+        np.save(partial / name, array, allow_pickle=False)
+    (partial / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+    partial.rename(folder)
+
+
+def _packed(folder: Path):
+    """Images, poses, instructions, camera and its size of a packed folder."""
+    try:
+        images, poses, tasks = (
+            np.load(folder / name, allow_pickle=False)
+            for name in (IMAGES_FILE, POSES_FILE, TASKS_FILE)
+        )
+        card = json.loads((folder / CARD_FILE).read_text())
+        texts = [card["instructions"][task] for task in tasks]
+        camera, size = card["camera"], None
+        if camera is not None:
+            size = tuple(camera["size"]) if camera["size"] else None
+            camera = tuple(np.array(camera[name], np.float32) for name in ("intrinsic", "c2w"))
+    except (OSError, KeyError, ValueError, TypeError, IndexError, EOFError) as error:
+        raise DataError(f"cannot read packed initial states in {folder}: {error!r}") from error
+    problems = {
+        f"images uint8 [N V H W 3], got {images.dtype} {list(images.shape)}": (
+            images.dtype != np.uint8 or images.ndim != 5 or images.shape[-1] != 3
+        ),
+        f"finite poses [{len(images)} 8], got {list(poses.shape)}": (
+            poses.shape != (len(images), POSE_DIM) or not np.isfinite(poses).all()
+        ),
+        f"as many tasks as images, got {len(texts)} and {len(images)}": (
+            len(texts) != len(images) or not texts
+        ),
+    }
+    if wrong := [text for text, is_wrong in problems.items() if is_wrong]:
+        raise DataError(f"{folder}: expected " + "; ".join(wrong))
+    return images, poses.astype(np.float32), texts, camera, size
 
 
 class StartCycle:
@@ -237,33 +305,74 @@ class StartCycle:
         return taken
 
 
-def first_frame(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return image uint8 [V H W 3], pose float32 [8] and instruction of an episode's frame 0."""
+def first_frame(path: Path) -> Start:
+    """Return image, pose and instruction of an episode's frame 0."""
+    episode = _episode(path)
+    return _start(path, episode, 0, ("init_ee_pose", "state", "abs_action"))
+
+
+def last_frame(path: Path) -> Start:
+    """Return image and pose of an episode's last frame, and the instruction of its first one."""
+    episode = _episode(path)
+    # "init_ee_pose" is the pose that the episode began with, wherever it stands.
+    return _start(path, episode, len(episode) - 1, ("state", "abs_action"))
+
+
+def _episode(path: Path) -> np.ndarray:
     episode = load_objects(path)
     if episode.ndim != 1 or not len(episode) or not isinstance(episode[0], dict):
         raise DataError(f"{path}: expected an array of one dict per frame")
-    frame = episode[0]
+    return episode
+
+
+def _start(path: Path, episode: np.ndarray, n: int, pose_keys: tuple[str, ...]) -> Start:
+    frame = episode[n]
+    if not isinstance(frame, dict):
+        raise DataError(f"{path}: frame {n} is no dict")
     image = np.asarray(frame.get("image"))
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
         raise DataError(
-            f"{path}: frame 0 needs 'image' as uint8 [H W 3], got {image.dtype} {image.shape}"
+            f"{path}: frame {n} needs 'image' as uint8 [H W 3], got {image.dtype} {image.shape}"
         )
-    key = next((k for k in ("init_ee_pose", "state", "abs_action") if k in frame), None)
+    key = next((k for k in pose_keys if k in frame), None)
     pose = np.asarray(frame[key]).reshape(-1) if key else np.zeros(0)
     if pose.shape != (POSE_DIM,) or pose.dtype.kind not in "fiu" or not np.isfinite(pose).all():
         raise DataError(
-            f"{path}: frame 0 needs 'init_ee_pose' as 8 finite numbers "
+            f"{path}: frame {n} needs {pose_keys[0]!r} as 8 finite numbers "
             f"[xyz, quaternion xyzw, gripper], got {key or 'nothing'} of shape {pose.shape}"
         )
-    text = frame.get("instruction", frame.get("task"))
+    text = episode[0].get("instruction", episode[0].get("task"))
     text = text.item() if isinstance(text, np.ndarray | np.generic) else text
     if isinstance(text, bytes):
-        text = text.decode()
+        text = text.decode(errors="replace")
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{path}: frame 0 needs 'instruction' (or 'task') as text, got {text!r}")
-    # A copy, because a view of frame 0 could keep the whole episode alive.
+    # A copy, because a view of one frame could keep the whole episode alive.
     image = np.array(image if image.ndim == 4 else image[None])
     return image, pose.astype(np.float32), text.strip()
+
+
+def _read_all(
+    paths: Sequence[Path], read: Callable[[Path], Start], folder: str
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Images [N V H W 3], poses [N 8] and instructions of files; one error for all that fail."""
+    starts, problems = [], []
+    for path in paths:
+        try:
+            starts.append(read(path))
+        except DataError as error:
+            problems.append(str(error))
+    if not problems:
+        sizes = [image.shape for image, _, _ in starts]
+        usual = max(set(sizes), key=sizes.count)
+        odd = [(p.name, s) for p, s in zip(paths, sizes, strict=True) if s != usual]
+        problems += [f"{name}: frame {size}, most are {usual}; use one size" for name, size in odd]
+    if problems:
+        more = len(problems) - PROBLEMS_SHOWN
+        told = problems[:PROBLEMS_SHOWN] + ([f"... and {more} more"] if more > 0 else [])
+        raise DataError(f"initial states in {folder!r}:\n" + "\n".join(told))
+    images, poses, instructions = zip(*starts, strict=True)
+    return np.stack(images), np.stack(poses), list(instructions)
 
 
 def _checked_ids(ids: np.ndarray, num_starts: int) -> np.ndarray:

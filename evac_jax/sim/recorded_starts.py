@@ -8,7 +8,7 @@ Source: the idea after Salimans and Chen 2018, "Learning Montezuma's Revenge fro
 demonstration" (arXiv:1812.03381).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from evac_jax import dataset
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.dataset import Episodes
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.sim.initial_states import InitialStates, Starts
+from evac_jax.sim.initial_states import InitialStates, NpyKeyframes, Starts
 
 
 class RecordedStarts:
@@ -106,6 +106,20 @@ class Keyframes:
             )
         return self._episode[places], self._step[places]
 
+    def starts(self, instructions: Sequence[str]) -> Callable[[np.ndarray], Starts]:
+        """Return what loads keyframes by their ids, tasks being places in `instructions`.
+
+        Raises:
+            ConfigError: a keyframe has another instruction.
+        """
+        recorded = RecordedStarts(self.data, instructions)
+        return lambda ids: recorded.frames(*self.find(ids))
+
+
+def open_keyframes(folder: str) -> Keyframes | NpyKeyframes:
+    """Return the keyframes of a recording, or of a folder with RLinf's keyframe files."""
+    return NpyKeyframes(folder) if NpyKeyframes.files(folder) else Keyframes(folder)
+
 
 class WithKeyframes:
     """Another source's starts, and keyframes behind them.
@@ -114,9 +128,8 @@ class WithKeyframes:
         ConfigError: the recording's pictures or instructions are not those of the source.
     """
 
-    def __init__(self, source: InitialStates, keyframes: Keyframes):
-        self._source, self._keyframes = source, keyframes
-        self._recorded = RecordedStarts(keyframes.data, source.instructions)
+    def __init__(self, source: InitialStates, keyframes: Keyframes | NpyKeyframes):
+        self._source, self._load_late = source, keyframes.starts(source.instructions)
         self.num_starts, self.num_keyframes = source.num_starts, keyframes.count
         self.instructions = source.instructions
         self.camera, self.camera_size = source.camera, source.camera_size
@@ -132,7 +145,7 @@ class WithKeyframes:
         ids = np.asarray(ids, np.int64)
         late = ids >= KEYFRAMES
         early_part = self._source.load(ids[~late])
-        late_part = self._recorded.frames(*self._keyframes.find(ids[late]))
+        late_part = self._load_late(ids[late])
         if not late.any():
             return early_part
         if late.all():

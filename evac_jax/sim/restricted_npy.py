@@ -1,7 +1,8 @@
-"""Reads `.npy` files of Python objects without running anything that is hidden in them."""
+"""Reads pickled arrays, `.npy` files of objects too, without running what is hidden in them."""
 
 import pickle
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -48,21 +49,43 @@ def load_objects(path: Path) -> np.ndarray:
             if not dtype.hasobject:
                 stream.seek(0)
                 return np.load(stream, allow_pickle=False)
-            array = _RestrictedUnpickler(stream).load()
+            array = unpickle(stream, path)
     except DataError:
         raise
-    except _RefusedError as error:
-        raise DataError(
-            f"{path}: refused, its pickle asks for {error}; only numpy arrays and plain builtins "
-            "are admitted, because loading anything else could run code. "
-            "Save the episode again as dicts of arrays, numbers and strings"
-        ) from error
-    # A damaged pickle raises whatever its broken opcodes provoke; each of them is a bad file.
-    except Exception as error:
+    except Exception as error:  # a damaged header fails in as many ways as a damaged pickle
         raise DataError(f"{path}: not a readable npy file: {error!r}") from error
     if not isinstance(array, np.ndarray) or array.shape != shape:
         raise DataError(f"{path}: expected an array of shape {shape} inside")
     return array
+
+
+def unpickle(stream: BinaryIO, path: Path) -> Any:
+    """Return the object of a pickle that asks for numpy and plain builtins only.
+
+    Args:
+        path: where the pickle comes from, for messages.
+
+    Raises:
+        DataError: for a damaged pickle, or one that asks for more.
+    """
+    try:
+        return _RestrictedUnpickler(stream).load()
+    except _RefusedError as error:
+        raise DataError(
+            f"{path}: refused, its pickle asks for {error}; only numpy arrays and plain builtins "
+            "are admitted, because loading anything else could run code. "
+            "Save it again as dicts of arrays, numbers and strings"
+        ) from error
+    # A damaged pickle raises whatever its broken opcodes provoke; each of them is a bad file.
+    except Exception as error:
+        raise DataError(f"{path}: not a readable pickle: {error!r}") from error
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """What old pickles of arrays call as _codecs.encode; any codec by name would be too much."""
+    if encoding != "latin1":
+        raise _RefusedError(f"_codecs.encode with {encoding!r}")
+    return text.encode(encoding)
 
 
 class _RefusedError(pickle.UnpicklingError):
@@ -71,6 +94,8 @@ class _RefusedError(pickle.UnpicklingError):
 
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1
         if (module, name) not in _ADMITTED:
             raise _RefusedError(f"{module}.{name}")
         # numpy 2 keeps the old module only as a shim that warns.

@@ -1,4 +1,6 @@
 import json
+import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.evac import checkpoint
 from evac_jax.evac.model import EvacModel
+from evac_jax.evac.weight_files import write_weights
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from tests.unit.evac.tiny import TINY, tiny_model
@@ -59,22 +62,56 @@ def test_weights_load_when_wrapped_in_any_container(tmp_path, container):
 
 
 class Payload:
-    """An object that a checkpoint must not be able to bring in."""
+    """Pickles as a call of os.mkdir."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
-def test_file_is_refused_when_it_holds_pickled_objects(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_file_is_refused_and_not_run_when_it_hides_code(tmp_path, zipped):
     path = tmp_path / "weights.ckpt"
-    torch.save({"state_dict": {}, "callbacks": Payload()}, path)
-    with pytest.raises(CheckpointError, match="convert it to .safetensors"):
+    content = {"state_dict": {"w": torch.ones(1)}, "callbacks": Payload(tmp_path / "made")}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"posix.mkdir"):
         checkpoint.read_weights(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_class_that_is_not_known_is_named_and_refused(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": PoseModelConfig()}, tmp_path / "w.ckpt")
+    with pytest.raises(CheckpointError, match=r"pose_model.PoseModelConfig.*to \.safetensors"):
+        checkpoint.read_weights(tmp_path / "w.ckpt")
+
+
+def test_configurations_beside_the_weights_are_passed_over(tmp_path):
+    counts = defaultdict(int)
+    counts["a"] = 1
+    beside = {"where": Path("x"), "counts": counts, "types": [dict, int]}
+    torch.save({"state_dict": {"w": torch.ones(2)}, **beside}, tmp_path / "w.ckpt")
+    assert checkpoint.read_weights(tmp_path / "w.ckpt")["w"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
-def test_file_is_refused_when_damaged(tmp_path, name):
+@pytest.mark.parametrize("kept", [0, 11, -100])
+def test_file_is_refused_when_cut_short(tmp_path, name, kept):
     path = tmp_path / name
-    path.write_bytes(b"not weights")
-    with pytest.raises(CheckpointError, match=name):
+    write(path, "safetensors" if "safe" in name else "bare", make_pose_model().state_dict())
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=f"{name}: (not a whole .* bytes|damaged)"):
         checkpoint.read_weights(path)
+
+
+def test_file_is_refused_when_damaged_or_a_pointer(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match=r"weights\.pt: damaged"):
+        checkpoint.read_weights(tmp_path / "weights.pt")
+    (tmp_path / "weights.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        checkpoint.read_weights(tmp_path / "weights.ckpt")
 
 
 def test_file_is_refused_when_missing_or_without_weights(tmp_path):
@@ -83,6 +120,44 @@ def test_file_is_refused_when_missing_or_without_weights(tmp_path):
     torch.save({"optimizer": 1}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="optimizer"):
         checkpoint.read_weights(tmp_path / "other.pt")
+
+
+def test_folder_is_refused_when_its_weights_are_spread(tmp_path):
+    with pytest.raises(CheckpointError, match="mp_rank_00_model_states.pt"):
+        checkpoint.read_weights(tmp_path)
+    for rank in range(2):
+        (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
+    with pytest.raises(CheckpointError, match=r"over 2 files .*zero_to_fp32"):
+        checkpoint.read_weights(tmp_path)
+
+
+def test_weight_is_named_when_it_is_not_finite(tmp_path):
+    model = make_pose_model()
+    state = dict(model.state_dict())
+    state["network.2.weight"] = torch.full((4, 4), float("inf"))
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"network\.2\.weight holds NaN or infinity in 16"):
+        checkpoint.load_weights(make_pose_model(), tmp_path / "w.safetensors")
+    model.load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"network\.2\.weight"):
+        checkpoint.save_model(tmp_path / "out", model)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_every_type_and_shape_comes_back_when_written(tmp_path):
+    tensors = {
+        "a": torch.tensor(3),
+        "b": torch.ones(2, 3).bfloat16().T,
+        "c": torch.zeros(0, 2),
+        "d": torch.tensor([True, False, True]),
+        "e": torch.arange(5).double()[::2],
+    }
+    write_weights(tmp_path / "w.safetensors", tensors)
+    back = load_file(tmp_path / "w.safetensors")
+    assert back.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert back[key].dtype == value.dtype
+        assert torch.equal(back[key], value)
 
 
 def test_error_lists_every_difference_when_weights_do_not_fit(tmp_path):
@@ -154,11 +229,11 @@ def test_old_files_stay_when_saving_is_interrupted(tmp_path, monkeypatch):
     checkpoint.save_model(tmp_path, model)
     (tmp_path / "card.json").write_text("{}")
 
-    def fail(_state, path):
-        Path(path).write_bytes(b"half")
+    def fail(path, *_):
+        path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint, "write_weights", fail)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save_model(tmp_path, PoseModel(PoseModelConfig(hidden=5)))
     assert sorted(p.name for p in tmp_path.iterdir()) == [

@@ -1,10 +1,19 @@
+import json
 import os
 
 import numpy as np
 import pytest
 
+from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.sim.initial_states import NpyStarts, StartCycle, make_initial_states, save_starts
+from evac_jax.sim.initial_states import (
+    NpyKeyframes,
+    NpyStarts,
+    StartCycle,
+    make_initial_states,
+    pack_starts,
+)
+from evac_jax.sim.recorded_starts import WithKeyframes, open_keyframes
 from evac_jax.sim.restricted_npy import load_objects
 
 
@@ -89,7 +98,8 @@ def test_every_file_at_fault_is_named(tmp_path):
 def test_frames_of_several_sizes_are_refused(tmp_path):
     write(tmp_path / "a.npy", frame())
     write(tmp_path / "b.npy", frame(size=(4, 4)))
-    with pytest.raises(DataError, match="differ in size"):
+    write(tmp_path / "c.npy", frame())
+    with pytest.raises(DataError, match=r"b\.npy: frame \(1, 4, 4, 3\), most are \(1, 6, 8, 3\)"):
         NpyStarts(str(tmp_path))
 
 
@@ -104,17 +114,82 @@ def test_ids_outside_the_source_are_refused(tmp_path):
         NpyStarts(str(tmp_path)).load(np.array([1]))
 
 
-def test_npz_gives_back_what_was_saved(tmp_path):
+def keyframe_file(path, value, **extra):
+    """As RLinf writes them: an episode that ends at the frame to begin at."""
+    middle = {"image": np.full((6, 8, 3), 7, np.uint8), "delta_action": np.zeros(7)}
+    last = {"image": np.full((6, 8, 3), value, np.uint8), "state": np.full(8, value), **extra}
+    write(path, frame(1), middle, last)
+
+
+def test_keyframe_files_are_no_ordinary_starts(tmp_path):
+    keyframe_file(tmp_path / "step_9_seed_0_traj_0_kir.npy", 9)
+    with pytest.raises(DataError, match="1 keyframe files only"):
+        NpyStarts(str(tmp_path))
+    write(tmp_path / "seed_0_traj_0.npy", frame(1))
+    source = NpyStarts(str(tmp_path))
+    assert source.num_starts == 1
+    assert source.load(np.array([0])).images.max() == 1
+
+
+def test_keyframes_begin_at_the_last_frame_of_their_files(tmp_path):
+    write(tmp_path / "seed_0_traj_0.npy", frame(1, text="close it"))
+    write(tmp_path / "seed_0_traj_1.npy", frame(2))
+    # init_ee_pose in a later frame is still the pose of the first one.
+    keyframe_file(tmp_path / "step_9_seed_0_traj_0_kir.npy", 9, init_ee_pose=np.zeros(8))
+    keyframe_file(tmp_path / "step_8_seed_0_traj_0_kir.npy", 8)
+    plain = NpyStarts(str(tmp_path))
+    source = WithKeyframes(plain, open_keyframes(str(tmp_path)))
+    assert (source.num_starts, source.num_keyframes) == (2, 2)
+    starts = source.load(np.array([KEYFRAMES + 1, 0, KEYFRAMES]))
+    np.testing.assert_array_equal(starts.images[:, 0, 0, 0, 0], [9, 1, 8])
+    np.testing.assert_array_equal(starts.poses[0], np.full(8, 9))
+    assert [source.instructions[t] for t in starts.task] == [
+        "open the drawer",
+        "close it",
+        "open the drawer",
+    ]
+    with pytest.raises(DataError, match=r"within 0\.\.1"):
+        source.load(np.array([KEYFRAMES + 2]))
+
+
+def test_keyframes_that_do_not_fit_are_named(tmp_path):
+    keyframe_file(tmp_path / "a_kir.npy", 9)
+    with pytest.raises(ConfigError, match="also have .'open the drawer'"):
+        NpyKeyframes(str(tmp_path)).starts(("close it",))
+    write(tmp_path / "b_kir.npy", frame(1), {"image": np.zeros((6, 8, 3), np.uint8)})
+    with pytest.raises(DataError, match=r"b_kir\.npy: frame 1 needs 'state' as 8"):
+        NpyKeyframes(str(tmp_path))
+
+
+def test_packed_folder_gives_back_what_was_packed(tmp_path):
     write(tmp_path / "a.npy", frame(1))
     write(tmp_path / "b.npy", frame(2, text="close it"))
-    source = NpyStarts(str(tmp_path))
-    save_starts(source, np.array([1, 0]), str(tmp_path / "starts.npz"))
-    copy = make_initial_states({"kind": "npz", "file": str(tmp_path / "starts.npz")})
+    source, folder = NpyStarts(str(tmp_path)), tmp_path / "packed"
+    pack_starts(source, np.array([1, 0]), folder)
+    copy = make_initial_states({"kind": "npy", "folder": str(folder)})
     ours, theirs = copy.load(np.array([0, 1])), source.load(np.array([1, 0]))
     np.testing.assert_array_equal(ours.images, theirs.images)
     np.testing.assert_array_equal(ours.poses, theirs.poses)
     np.testing.assert_array_equal(copy.camera[1], source.camera[1])
+    assert copy.camera_size is None
     assert [copy.instructions[i] for i in ours.task] == ["close it", "open the drawer"]
+    with pytest.raises(DataError, match="exists"):
+        pack_starts(source, np.array([0]), folder)
+
+
+def test_damaged_packed_folder_is_explained(tmp_path):
+    write(tmp_path / "a.npy", frame(1))
+    folder = tmp_path / "packed"
+    pack_starts(NpyStarts(str(tmp_path)), np.array([0]), folder)
+    np.save(folder / "poses.npy", np.full((1, 8), np.nan))
+    with pytest.raises(DataError, match="finite poses"):
+        NpyStarts(str(folder))
+    write(folder / "poses.npy", frame())  # a pickle in the place of plain numbers
+    with pytest.raises(DataError, match="cannot read packed"):
+        NpyStarts(str(folder))
+    (folder / "card.json").write_text(json.dumps({}))
+    with pytest.raises(DataError, match="cannot read packed"):
+        NpyStarts(str(folder))
 
 
 def test_miniature_starts_are_named_by_their_seed():
@@ -132,7 +207,7 @@ def test_miniature_starts_are_named_by_their_seed():
         source.load(np.array([50]))
 
 
-@pytest.mark.parametrize("config", [{"kind": "npx"}, {}, {"kind": "npy", "dir": "x"}])
+@pytest.mark.parametrize("config", [{"kind": "npz"}, {}, {"kind": "npy", "dir": "x"}])
 def test_unknown_kinds_and_arguments_are_refused(config):
     with pytest.raises(ConfigError, match="initial_states"):
         make_initial_states(config)
