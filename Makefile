@@ -11,11 +11,11 @@ ARGS ?=
 GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format type parity bench miniature clean
+.PHONY: help demo test lint format type parity bench miniature libero libero-check clean
 
 help:  ## List the targets.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
-		| awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
+		| awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 # One pip command for everything, so that no later one can replace the pinned torch or jax.
 # The stamp is younger than both lists when the environment is complete and up to date.
@@ -54,6 +54,32 @@ bench: $(STAMP)  ## Measure the frame exchange; names the benchmarks that take h
 miniature: $(STAMP)  ## Make every shipped weight from nothing (hours). ARGS='--ship' installs them.
 	$(BIN)/python -m evac_jax.tools.build_miniature $(ARGS)
 
-clean:  ## Remove .venv and caches, but no runs.
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+# LIBERO's simulator has an environment of its own; docs/libero.md tells what else is needed.
+LIBERO_VENV := .venv-libero
+LIBERO_STAMP := $(LIBERO_VENV)/.installed
+SUITE ?= libero_spatial
+EPISODES ?= 500
+ENVS ?= 10
+TEMPERATURE ?= 0
+
+$(LIBERO_STAMP): requirements-libero.txt
+	test -x $(LIBERO_VENV)/bin/pip || $(PYTHON) -m venv $(LIBERO_VENV)
+	$(LIBERO_VENV)/bin/pip install -r requirements-libero.txt
+	$(LIBERO_VENV)/bin/pip install --no-deps robosuite==1.4.0 hf-libero==0.1.4 bddl==1.0.1
+	@touch $@
+
+libero: $(LIBERO_STAMP)  ## Install the LIBERO simulator into .venv-libero.
+
+libero-check: $(STAMP) $(LIBERO_STAMP)  ## Success of a policy in LIBERO: POLICY= LIBERO_ROOT= LIBERO_STATES= [SUITE=].
+	$(BIN)/python launch.py --mode=eval --config=configs/grpo.py:libero_spatial \
+		--config.policy.checkpoint=$(POLICY) --config.policy.unnorm_key=$(SUITE) \
+		--config.policy.eval_temperature=$(TEMPERATURE) \
+		--config.env.simulator=ground_truth --config.eval.episodes=0 \
+		--config.eval.ground_truth=libero --config.eval.ground_truth_episodes=$(EPISODES) \
+		--config.eval.ground_truth_envs=$(ENVS) --config.libero.suite=$(SUITE) \
+		--config.libero.root=$(LIBERO_ROOT) --config.libero.states=$(LIBERO_STATES) \
+		--config.libero.python=$(LIBERO_VENV)/bin/python --config.log.run=libero-check $(ARGS)
+
+clean:  ## Remove environments and caches, but no runs.
+	rm -rf $(VENV) $(LIBERO_VENV) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

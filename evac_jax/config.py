@@ -17,6 +17,7 @@ from algos import ALGORITHMS
 from algos.optim import OptimizerConfig
 from evac_jax.config_checks import nearest, validate
 from evac_jax.errors import ConfigError
+from evac_jax.libero_config import LiberoConfig
 
 MINIATURE_WEIGHTS = str(Path(__file__).parent / "miniature" / "weights")
 
@@ -124,7 +125,8 @@ class EnvConfig:
         max_episode_steps: actions after which an episode is truncated; a multiple of the chunk.
         keyframes: share of the groups that begin in the middle of a recorded episode, 0..1: a
             long task whose end is never reached gives no reward.
-        keyframe_data: that recording (docs/episodes.md); its training part is used.
+        keyframe_data: that recording (docs/episodes.md), of which the training part is used, or a
+            folder of RLinf's keyframe files (docs/bring_your_world_model.md).
         gripper: how the policy's gripper entry becomes the simulator's: "libero" (-sign(2g-1)),
             "binary" or "none".
         pose_model: folder of the network that turns (action, pose) into the next pose.
@@ -192,7 +194,8 @@ class EvalConfig:
         interval: iterations between evaluations; 0 = only before and after.
         episodes: episodes per evaluation in the world model; 0 = none.
         starts: [low, high) range of start ids for evaluation, apart from the training ones.
-        ground_truth: environment to evaluate in for real: "miniature" or "none".
+        ground_truth: environment to evaluate in for real: "miniature", "libero" (set up in the
+            section of this name) or "none".
         ground_truth_episodes: episodes per evaluation in the ground truth.
         ground_truth_envs: ground-truth environments stepped side by side.
         twin_fraction: share of every iteration's imagined episodes whose actions are replayed in
@@ -331,6 +334,7 @@ class TrainConfig:
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    libero: LiberoConfig = field(default_factory=LiberoConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: RunConfig = field(default_factory=RunConfig)

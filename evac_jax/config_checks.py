@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from algos import ALGORITHMS, optim
+from evac_jax import libero_config
 
 if TYPE_CHECKING:
     from evac_jax.config import TrainConfig
@@ -50,7 +51,9 @@ def validate(config: "TrainConfig") -> list[str]:
     )
     problems += _one_of("env.start_order", c.env.start_order, ("random", "ordered", "fixed"))
     problems += _one_of("env.gripper", c.env.gripper, ("libero", "binary", "none"))
-    problems += _one_of("eval.ground_truth", c.eval.ground_truth, ("miniature", "none"))
+    problems += _one_of("eval.ground_truth", c.eval.ground_truth, ("miniature", "libero", "none"))
+    if c.eval.ground_truth == "libero":
+        problems += libero_config.problems(c.libero)
     problems += _one_of("eval.twin_action", c.eval.twin_action, ("warn", "stop"))
     problems += _one_of("log.wandb", c.log.wandb, ("disabled", "offline", "online"))
     problems += _at_least(
@@ -107,7 +110,8 @@ def validate(config: "TrainConfig") -> list[str]:
 def _missing_paths(c: "TrainConfig") -> list[str]:
     """Every path that the run needs: named together, so that one look tells what to fetch."""
     needed = {"policy.checkpoint": (c.policy.checkpoint, "Hugging Face folder of the start policy")}
-    if c.env.simulator == "world_model":
+    imagined = c.env.simulator == "world_model"
+    if imagined:
         needed |= {
             "world_model.checkpoint": (c.world_model.checkpoint, "folder of the EVAC weights"),
             "env.pose_model": (c.env.pose_model, "folder of the action-to-pose network"),
@@ -115,7 +119,7 @@ def _missing_paths(c: "TrainConfig") -> list[str]:
         for number, folder in enumerate(c.reward.checkpoint.split(",")):
             name = "reward.checkpoint" + f"[{number}]" * (number > 0)
             needed[name] = (folder, "folder of the success classifier")
-    if c.env.initial_states in ("npy", "recording"):
+    if imagined and c.env.initial_states in ("npy", "recording"):
         needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
     if c.env.keyframes:
         needed["env.keyframe_data"] = (c.env.keyframe_data, "recording to begin episodes in")

@@ -29,11 +29,13 @@ class Evaluation:
 
     Attributes:
         success: whether each episode succeeded, bool [n].
+        by_task: instruction -> [successes, episodes], in the order of the environment's tasks.
         metrics: figures of `rollout.env_metrics`, without their "env/" prefix.
         films: episodes filmed, [] where the environment sends no clips.
     """
 
     success: np.ndarray
+    by_task: dict[str, list[int]]
     metrics: dict[str, float]
     films: list[Film]
 
@@ -75,12 +77,17 @@ def evaluate(
             filmed = _films(simulators, results, first, clips, films)
         count = min(len(starts) - index * simulators.num_envs, simulators.num_envs)
         terminated = np.stack([r.terminated for r in results]).any(axis=0)
-        figures.append(
-            {k: v[:count] for k, v in (results[-1].episode | {"terminated": terminated}).items()}
-        )
+        more = {"terminated": terminated, "task": results[-1].task}
+        figures.append({k: v[:count] for k, v in (results[-1].episode | more).items()})
     merged = {name: np.concatenate([f[name] for f in figures]) for name in figures[0]}
+    success = merged["success_once"].astype(bool)
     return Evaluation(
-        success=merged["success_once"].astype(bool),
+        success=success,
+        by_task={
+            text: [int(success[mine].sum()), int(mine.sum())]
+            for task, text in enumerate(simulators.spec.instructions)
+            if (mine := merged["task"] == task).any()
+        },
         metrics={k.removeprefix("env/"): v for k, v in env_metrics(merged).items()},
         films=filmed,
     )

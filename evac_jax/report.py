@@ -72,6 +72,15 @@ def table(columns: Mapping[str, Outcome]) -> str:
     return _grid(rows) if places else "not evaluated"
 
 
+def task_tables(by_task: Mapping[str, Outcome]) -> list[str]:
+    """Return a table for each place, success rates with 95 % intervals: one row per task."""
+    return [
+        _grid([[f"{place.replace('_', ' ')}, by task", "success"], *rows])
+        for place, tasks in by_task.items()
+        if (rows := [[text, _cell(*count)] for text, count in tasks.items()])
+    ]
+
+
 def _phase_table(seconds: Mapping[str, float], wall_seconds: float) -> str:
     """Return seconds by phase; "a/b" is a part of "a" and is indented under it."""
     total = seconds.get("step", 0.0)
@@ -159,18 +168,25 @@ def finish(
 
 
 def finish_evaluation(
-    folder: Path, *, iteration: int, outcome: Outcome, settings: Mapping[str, Any]
+    folder: Path,
+    *,
+    iteration: int,
+    outcome: Outcome,
+    by_task: Mapping[str, Outcome],
+    settings: Mapping[str, Any],
 ) -> None:
     """Write evaluation.json into the folder and show the success rates.
 
     Args:
         iteration: of the policy, 0 for the imported one.
+        by_task: {place: {instruction: (successes, episodes)}}.
         settings: what else the figures depend on, plain values.
     """
     values = {"iteration": iteration, **settings, "success": _as_json(outcome)}
+    values["by_task"] = {place: _as_json(tasks) for place, tasks in by_task.items()}
     with replacing(folder / EVALUATION_FILE) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
-    show(table({"success": outcome}))
+    show("\n\n".join([*task_tables(by_task), table({"success": outcome})]))
 
 
 def success_curve(folder: Path) -> dict[int, float]:

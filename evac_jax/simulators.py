@@ -186,7 +186,10 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
     ]
 
 
-GROUND_TRUTHS = {"miniature": "evac_jax.miniature.env:make"}
+GROUND_TRUTHS = {
+    "miniature": "evac_jax.miniature.env:make",
+    "libero": "evac_jax.sim.libero:make",
+}
 
 
 def ground_truth_specs(config: TrainConfig) -> list[dict]:
@@ -206,13 +209,18 @@ def training_specs(config: TrainConfig) -> list[dict]:
 
 
 def _ground_truth_spec(config: TrainConfig, num_envs: int, **settings) -> dict:
+    name = config.eval.ground_truth
     settings |= {
         "num_envs": num_envs,
-        "keyframes": config.env.keyframe_data if config.env.keyframes else "",
-        "max_episode_steps": config.env.max_episode_steps,
         "reward_coef": config.reward.coefficient,
         "use_rel_reward": config.reward.relative,
         "gripper_rule": config.env.gripper,
     }
-    environment = GROUND_TRUTHS[config.eval.ground_truth]
+    if name == "libero":  # the benchmark says how long its episodes are
+        settings["libero"] = dataclasses.asdict(config.libero)
+        settings["clip_envs"] = min(config.video.episodes, num_envs) if config.video.save else 0
+    else:
+        settings["keyframes"] = config.env.keyframe_data if config.env.keyframes else ""
+        settings["max_episode_steps"] = config.env.max_episode_steps
+    environment = GROUND_TRUTHS[name]
     return {"environment": environment, "config": settings, "device": "cpu", "threads": 1}

@@ -99,7 +99,12 @@ class Evaluators:
         if self.real is not None:
             starts = self._starts(config.eval.ground_truth_episodes, self.real.spec.num_starts)
             outcome["ground_truth"] = evaluate(
-                self.learner, self.real, starts, seed=config.seed, watch=self.watch
+                self.learner,
+                self.real,
+                starts,
+                seed=config.seed,
+                watch=self.watch,
+                films=self.real.spec.clip_envs,
             )
         scalars = {
             f"eval/{place}/{name}": value
@@ -107,16 +112,18 @@ class Evaluators:
             for name, value in result.metrics.items()
         }
         self.writer.write(iteration, scalars)
-        if "imagined" in outcome and outcome["imagined"].films:
+        for place, result in outcome.items():
+            # Names of imagined films carry no place: that is what most films are.
+            mark = "" if place == "imagined" else f"{place}_"
             paths = save_films(
-                outcome["imagined"].films,
+                result.films,
                 self.folder.videos,
-                f"iteration_{iteration:05d}",
+                f"{mark}iteration_{iteration:05d}",
                 fps=config.video.fps,
                 overlay=config.video.overlay,
             )
             for index, path in enumerate(paths):
-                self.writer.video(f"imagined/{index}", path, iteration)
+                self.writer.video(f"{place}/{index}", path, iteration)
         return outcome
 
 
@@ -126,16 +133,18 @@ def _rates(outcome: dict[str, Evaluation]) -> dict[str, list[int]]:
 
 
 @contextlib.contextmanager
-def _simulators(config: TrainConfig, mesh):
+def _simulators(config: TrainConfig, mesh, *, learning: bool = True):
     """Start all simulator processes; end them whatever happens."""
     with contextlib.ExitStack() as stack:
-        imagined = Simulators(training_specs(config), mesh, config)
-        stack.callback(imagined.close)
-        real = None
+        imagined = real = None
+        if learning or config.env.simulator == "world_model":
+            imagined = Simulators(training_specs(config), mesh, config)
+            stack.callback(imagined.close)
         if config.eval.ground_truth != "none":
             real = Simulators(ground_truth_specs(config), mesh, config)
             stack.callback(real.close)
-        yield imagined, real
+        # Where nothing is learned in it, one pool of the ground truth is enough.
+        yield imagined or real, real
 
 
 def check_sizes(config: TrainConfig, mesh, env: EnvSpec) -> None:
@@ -281,7 +290,7 @@ def evaluate_only(config: TrainConfig) -> None:
     """
     path = Path(config.log.dir) / (config.log.run or "eval")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    with _simulators(config, mesh) as (imagined, real):
+    with _simulators(config, mesh, learning=False) as (imagined, real):
         learner = Learner(config, mesh, imagined.spec)
         iteration = 0
         if config.checkpoint.restore:
@@ -293,10 +302,19 @@ def evaluate_only(config: TrainConfig) -> None:
             learner.state, _ = checkpoints.restore(iteration, learner.state)
         folder = RunFolder(path, Path(), Path(config.video.dir or path / "videos"), False)
         evaluators = Evaluators(config, learner, imagined, real, folder, writers.NullWriter())
-        outcome = _rates(evaluators.run(iteration))
+        results = evaluators.run(iteration)
     settings = {
         "temperature": config.policy.eval_temperature,
         "starts": config.eval.starts,
         "seed": config.seed,
     }
-    report.finish_evaluation(path, iteration=iteration, outcome=outcome, settings=settings)
+    if config.eval.ground_truth == "libero":
+        keys = ("suite", "episode_steps", "wait_steps", "seed", "image_size")
+        settings["libero"] = {key: getattr(config.libero, key) for key in keys}
+    report.finish_evaluation(
+        path,
+        iteration=iteration,
+        outcome=_rates(results),
+        by_task={place: result.by_task for place, result in results.items()},
+        settings=settings,
+    )

@@ -1,9 +1,10 @@
-"""Records episodes of the tabletop, played by scripts or policies, in the ground truth.
+"""Records episodes in the ground truth, played by scripts or policies.
 
     python -m evac_jax.tools.collect --out DIR --episodes 2000 --seed 0 \
         --mix noisy=0.3,near_miss=0.4,random=0.1,policy:FOLDER@0.5=0.2
     python launch.py --mode=collect --config=configs/grpo.py --config.collect.out=DIR
 
+The first records the tabletop, the second whatever `eval.ground_truth` names (`collect_libero`).
 More than half of the default mixture fails: a world model that has only seen success imagines
 success. The recording is a pure function of its arguments.
 """
@@ -187,10 +188,9 @@ def run(config: "TrainConfig") -> None:
     wanted = config.collect
     if not wanted.out:
         raise ConfigError("config.collect.out: expected a new folder for the episodes, got nothing")
-    if config.eval.ground_truth != "miniature":
+    if config.eval.ground_truth == "none":
         raise ConfigError(
-            "config.eval.ground_truth: episodes are recorded in a ground truth; expected "
-            f"'miniature', got {config.eval.ground_truth!r}"
+            "config.eval.ground_truth: episodes are recorded in a ground truth, got 'none'"
         )
     try:
         mix = parse_mix(wanted.mix)
@@ -198,9 +198,26 @@ def run(config: "TrainConfig") -> None:
         raise ConfigError(f"config.collect.mix: {error}") from error
     own = f"{POLICY}{config.policy.checkpoint}@{config.policy.temperature}"
     mix = {own if kind == "policy" else kind: share for kind, share in mix.items()}
+    if config.eval.ground_truth == "libero":
+        _run_libero(config, mix)
+        return
     steps = config.env.max_episode_steps
     data = collect(wanted.out, wanted.episodes, mix, seed=config.seed, steps=steps)
     logging.info("success by source: %s", data.card["success_once"])
+
+
+def _run_libero(config: "TrainConfig", mix: Mapping[str, float]) -> None:
+    from evac_jax.tools import collect_libero
+
+    unknown = [k for k in mix if k != collect_libero.RANDOM and not k.startswith(POLICY)]
+    if unknown or min(mix.values()) < 0 or sum(mix.values()) <= 0:
+        raise ConfigError(
+            f"config.collect.mix: expected shares of {collect_libero.RANDOM}, policy and "
+            f"{POLICY}FOLDER@T, which play LIBERO; got {config.collect.mix!r}"
+        )
+    kinds = {_named(k): _policy(k) if k.startswith(POLICY) else (k, 0.0) for k in mix}
+    counts = list(_counts(mix, config.collect.episodes).values())
+    collect_libero.run(config, kinds, counts)
 
 
 def main() -> None:

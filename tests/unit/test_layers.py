@@ -23,6 +23,7 @@ SIMULATOR = (
     "evac_jax.bridge",
     "evac_jax.dataset",
     "evac_jax.errors",
+    "evac_jax.libero_config",  # plain settings, for both sides
     "policies.spec",
 )
 # What the rules below are about; a file that is moved away must not take its rule with it.
@@ -61,6 +62,9 @@ LAYERS = {
     "evac_jax/evac/*": (*TORCH_SIDE, "evac_jax.evac", "evac_jax.errors", "policies.spec"),
     # Plain sizes of the miniature's networks, those of the policy among them; no JAX behind it.
     "evac_jax/miniature/sizes.py": ("evac_jax.evac.config", "policies.openvla_oft.config"),
+    # Runs in the interpreter that has LIBERO, which may have no torch.
+    "evac_jax/sim/libero_worker.py": ("numpy", "libero"),
+    "evac_jax/libero_config.py": (),
     "evac_jax/sim/*": (*TORCH_SIDE, *SIMULATOR),
     "evac_jax/miniature/*": (*TORCH_SIDE, *SIMULATOR),
     # The two files in which torch and JAX meet, for DLPack only.
@@ -166,8 +170,10 @@ TRAINER_STEPS = [
 ]
 SIMULATOR_STEPS = [
     ("policies.spec", ("numpy", "jax", "torch")),
+    ("evac_jax.sim.libero_worker", ("evac_jax.errors", "evac_jax.bridge", "torch", "libero")),
     ("evac_jax.bridge.protocol", ("jax", "algos", "torch")),
     ("evac_jax.sim.worker", ("jax", "algos", "torch")),
+    ("evac_jax.sim.libero_pool", ("jax", "algos", "torch", "libero")),
     ("evac_jax.miniature.env", ("jax", "algos")),
     ("evac_jax.sim.env", ("jax", "algos", "evac_jax.config")),
     ("evac_jax.evac.training", ("jax", "algos")),
@@ -203,7 +209,7 @@ def test_mesh_is_named_in_one_file_when_arrays_are_placed():
         used = {n.attr for n in _nodes(file) if isinstance(n, ast.Attribute)}
         used |= {name.rsplit(".", 1)[-1] for name in _imports(file)}
         placed = used & {"PartitionSpec", "NamedSharding", "make_mesh"}
-        if file == "evac_jax/train.py":
+        if file in ("evac_jax/train.py", "evac_jax/tools/collect_libero.py"):
             placed -= {"make_mesh"}  # sharding.make_mesh, from the configured sizes
         assert not placed or file == "evac_jax/sharding.py", f"{file} uses {sorted(placed)}"
 

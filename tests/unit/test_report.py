@@ -51,6 +51,27 @@ def test_summary_is_printed_and_saved_when_a_run_ends(tmp_path, capsys):
     assert saved["seconds"]["env/denoise"] == 45.0
 
 
+def test_success_is_told_by_task_when_an_evaluation_ends(tmp_path, capsys):
+    report.finish_evaluation(
+        tmp_path,
+        iteration=0,
+        outcome={"ground_truth": [1, 10]},
+        by_task={"ground_truth": {"push it": [0, 5], "lift it": [1, 5]}, "imagined": {}},
+        settings={"seed": 3},
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert [line[:2] for line in lines[:3]] == [
+        ["ground", "truth,"],
+        ["push", "it"],
+        ["lift", "it"],
+    ]
+    # By hand: with none of 5 the upper limit is 3.84146 / 8.84146.
+    assert lines[1][2:] == ["0.0%", "[", "0.0%,", "43.4%]", "n=5"]
+    saved = json.loads((tmp_path / report.EVALUATION_FILE).read_text())
+    assert saved["by_task"]["ground_truth"]["lift it"]["rate"] == 0.2
+    assert saved["seed"] == 3
+
+
 def test_summary_is_complete_when_nothing_was_evaluated_or_trained(tmp_path):
     text = report.summary(before={}, after={}, seconds={}, wall_seconds=1.0, places={})
     assert "not evaluated" in text

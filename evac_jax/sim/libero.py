@@ -1,0 +1,223 @@
+"""LIBERO in MuJoCo as an environment: the real benchmark as ground truth.
+
+Same interface, rewards and ends as the world model's environment. Torch appears because frames are
+handed over in torch tensors; LIBERO itself runs in processes of its own (`libero_pool`).
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
+from evac_jax.errors import ConfigError, DataError
+from evac_jax.libero_config import LiberoConfig
+from evac_jax.sim.actions import GRIPPER_RULES, POSE_DIM, apply_gripper_rule
+from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
+from evac_jax.sim.initial_states import StartCycle
+from evac_jax.sim.libero_pool import LiberoPool
+from policies.spec import ActionSpec
+
+ACTION_DIM = 7
+
+
+@dataclass(frozen=True)
+class LiberoEnvConfig:
+    """Settings of `LiberoEnv`.
+
+    Attributes:
+        libero: which suite, from where, rendered how.
+        num_envs: environments stepped as one batch, B; each is a process of some 1.4 GB.
+        chunk: actions per decision, K.
+        reward_coef, use_rel_reward, ignore_terminations: see `EpisodeRules`.
+        auto_reset: restart an environment as soon as its episode is over, from the next start of
+            a seeded cycle over the starts handed to `reset`.
+        gripper_rule: how the policy's gripper entry becomes LIBERO's (+1 closes, -1 opens).
+        clip_envs: environments (the first ones) that send whole chunks of frames, for videos.
+        device: accepted for the sake of the worker.
+    """
+
+    libero: LiberoConfig = field(default_factory=LiberoConfig)
+    num_envs: int = 1
+    chunk: int = 8
+    reward_coef: float = 1.0
+    use_rel_reward: bool = True
+    auto_reset: bool = False
+    ignore_terminations: bool = False
+    gripper_rule: str = "libero"
+    clip_envs: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        problems = [
+            f"{name}: expected at least {least}, got {getattr(self, name)}"
+            for name, least in (("num_envs", 1), ("chunk", 1), ("clip_envs", 0))
+            if getattr(self, name) < least
+        ]
+        if self.clip_envs > self.num_envs:
+            problems.append(f"clip_envs: at most num_envs={self.num_envs}, got {self.clip_envs}")
+        if self.gripper_rule not in GRIPPER_RULES:
+            problems.append(
+                f"gripper_rule: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper_rule!r}"
+            )
+        if problems:
+            raise ConfigError("LIBERO environment:\n" + "\n".join(problems))
+
+
+def make(spec: dict) -> "LiberoEnv":
+    """Return the environment of a JSON object with the fields of `LiberoEnvConfig`.
+
+    Raises:
+        ConfigError: for an unknown key or a value out of range.
+    """
+    known = {field.name for field in dataclasses.fields(LiberoEnvConfig)}
+    if unknown := sorted(spec.keys() - known):
+        raise ConfigError(f"LIBERO environment: unknown {unknown}; there are {sorted(known)}")
+    libero = LiberoConfig(**spec.get("libero", {}))
+    return LiberoEnv(LiberoEnvConfig(**(spec | {"libero": libero})))
+
+
+def to_libero(actions: np.ndarray, gripper_rule: str) -> np.ndarray:
+    """Return a policy's actions [.. 7] as LIBERO takes them: deltas in [-1, 1], gripper +1 closes.
+
+    LIBERO's controller clips in the same way, so clipping here only makes recordings honest.
+    """
+    moves = torch.tensor(np.asarray(actions), dtype=torch.float32)
+    return apply_gripper_rule(moves, gripper_rule).numpy().clip(-1, 1)
+
+
+class LiberoEnv:
+    """A batch of LIBERO episodes; implements `evac_jax.sim.base.Environment`.
+
+    The suite's number of actions need not be a multiple of the chunk: what a policy decides beyond
+    it is not played. An episode that is over stays as it is until it is restarted; with auto-reset
+    frames, task and pose of a result are the new episode's, the rest is the finished one's.
+    """
+
+    def __init__(self, config: LiberoEnvConfig):
+        self._config = config
+        self._pool = LiberoPool(config.libero, config.num_envs)
+        self._limit = config.libero.episode_steps
+        chunks = -(-self._limit // config.chunk)
+        size = config.libero.image_size
+        self.spec = EnvSpec(
+            num_envs=config.num_envs,
+            image_shape=(1, size, size, 3),
+            proprio_dim=POSE_DIM,
+            action=ActionSpec(dim=ACTION_DIM, chunk=config.chunk),
+            instructions=self._pool.suite.instructions,
+            num_starts=self._pool.suite.num_starts,
+            max_episode_steps=chunks * config.chunk,
+            clip_envs=config.clip_envs,
+        )
+        rules = EpisodeRules(
+            max_episode_steps=self.spec.max_episode_steps,
+            reward_coef=config.reward_coef,
+            use_rel_reward=config.use_rel_reward,
+            ignore_terminations=config.ignore_terminations,
+        )
+        self._episodes = Episodes(config.num_envs, rules)
+        self._pictures = np.zeros((config.num_envs, *self.spec.image_shape), np.uint8)
+        self._poses = np.zeros((config.num_envs, POSE_DIM), np.float32)
+        self._task = np.zeros(config.num_envs, np.int32)
+        self._started = False
+
+    def reset(self, starts: np.ndarray, seed: int, frames: Tensor, clip: Tensor) -> StepResult:
+        """Start every environment; see `Environment.reset`. The seed orders auto-resets only.
+
+        Raises:
+            DataError: for the wrong number of starts or an unknown one.
+            SimulatorError: a LIBERO process failed or died.
+        """
+        config, began = self._config, time.perf_counter()
+        starts = np.asarray(starts, np.int64)
+        idle = starts == IDLE
+        if starts.shape != (config.num_envs,):
+            raise DataError(f"expected {config.num_envs} start ids, got shape {starts.shape}")
+        self._cycle = StartCycle(starts[~idle], (seed,))
+        self._start(np.flatnonzero(~idle), starts[~idle])
+        self._started = True
+        everyone = torch.ones(config.num_envs, dtype=torch.bool)
+        self._episodes.restart(everyone, torch.from_numpy(idle))
+        frames.copy_(torch.from_numpy(self._pictures))
+        if len(clip):
+            clip[:, -1].copy_(torch.from_numpy(self._pictures[: len(clip)]))
+        nothing = torch.zeros_like(everyone)
+        rewards = torch.zeros(config.num_envs, config.chunk)
+        outcome = ChunkOutcome(rewards, nothing, nothing, nothing)
+        seconds = {"simulate": time.perf_counter() - began}
+        return self._result(outcome, self._figures(), seconds)
+
+    def step(self, actions: np.ndarray, frames: Tensor, clip: Tensor) -> StepResult:
+        """Play one chunk of actions [B K 7]; see `Environment.step`.
+
+        Raises:
+            DataError: for actions of another shape, or before the first reset.
+            SimulatorError: a LIBERO process failed or died.
+        """
+        config, began = self._config, time.perf_counter()
+        expected = (config.num_envs, config.chunk, ACTION_DIM)
+        if actions.shape != expected or not self._started:
+            got = actions.shape if self._started else "no reset yet"
+            raise DataError(f"expected actions {expected} after a reset, got {got}")
+        moves = to_libero(actions, config.gripper_rule)
+        running = np.flatnonzero(self._episodes.running.numpy())
+        left = (self._limit - self._episodes.steps.numpy()).clip(max=config.chunk)
+        played = self._pool.play(
+            running, [moves[env, : left[env]] for env in running], running < len(clip)
+        )
+        success = np.zeros((config.num_envs, config.chunk), np.float32)
+        film = np.repeat(self._pictures[: len(clip), None], config.chunk, axis=1)
+        for env, part in zip(running, played, strict=True):
+            success[env, : left[env]] = part.success
+            self._pictures[env], self._poses[env] = part.frames[-1], part.poses[-1]
+            if env < len(clip):
+                film[env] = self._pictures[env]  # a last chunk may be shorter
+                film[env, : left[env]] = part.frames
+        outcome = self._episodes.advance(torch.from_numpy(success))
+        figures = self._figures()
+        over = (outcome.terminated | outcome.truncated).numpy()[running]
+        if config.auto_reset and over.any():
+            self._restart(running[over])
+        frames.copy_(torch.from_numpy(self._pictures))
+        if len(clip):
+            clip.copy_(torch.from_numpy(film))
+        return self._result(outcome, figures, {"simulate": time.perf_counter() - began})
+
+    def close(self) -> None:
+        """End LIBERO's processes."""
+        self._pool.close()
+
+    def _start(self, envs: np.ndarray, starts: np.ndarray) -> None:
+        if not len(envs):
+            return
+        self._task[envs] = self._pool.suite.locate(starts)[0]
+        pictures, poses = self._pool.start(envs.tolist(), starts)
+        self._pictures[envs], self._poses[envs] = pictures, poses
+
+    def _restart(self, envs: np.ndarray) -> None:
+        self._start(envs, self._cycle.next(len(envs)))
+        mask = torch.zeros(self._config.num_envs, dtype=torch.bool)
+        mask[torch.from_numpy(envs)] = True
+        self._episodes.restart(mask)
+
+    def _figures(self) -> dict[str, Tensor]:
+        figures = self._episodes.figures()
+        return figures | {"length": figures["length"].clamp(max=self._limit)}
+
+    def _result(
+        self, outcome: ChunkOutcome, figures: dict[str, Tensor], seconds: dict[str, float]
+    ) -> StepResult:
+        return StepResult(
+            task=self._task.copy(),
+            proprio=self._poses.copy(),
+            rewards=outcome.rewards.numpy(),
+            terminated=outcome.terminated.numpy(),
+            truncated=outcome.truncated.numpy(),
+            success=outcome.success.numpy(),
+            episode={name: values.numpy().copy() for name, values in figures.items()},
+            seconds=seconds,
+        )

@@ -1,0 +1,146 @@
+"""A package tree that LIBERO's processes import instead of LIBERO; all but MuJoCo is exercised.
+
+The stand-in moves its arm by 0.1 m x action and opens or closes the gripper at once. Success is a
+closed gripper beyond x = 0.25 m. Its picture is LIBERO's way up: bottom row first. It writes down
+what it is asked in the file FAKE_LIBERO_LOG, one JSON value per line.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from evac_jax.libero_config import LiberoConfig
+from evac_jax.sim.libero_tasks import save_suite
+
+SIZE = 12
+TASKS = ("pick_up_the_bowl", "KITCHEN_SCENE10_close_the_drawer")
+
+_PACKAGE = """
+import json, os
+path = os.path.join(os.environ["LIBERO_CONFIG_PATH"], "config.yaml")
+if not os.path.exists(path):
+    input("Do you want to specify a custom path for the dataset folder? (Y/N): ")
+assert os.path.isdir(json.load(open(path))["assets"])
+assert os.environ["MUJOCO_GL"] == "osmesa"
+"""
+
+_ENVS = """
+import json, os, signal
+from types import SimpleNamespace
+import numpy as np
+
+
+class OffScreenRenderEnv:
+    def __init__(self, bddl_file_name, camera_names, camera_heights, camera_widths, ignore_done):
+        self._kind = open(bddl_file_name).read()  # as LIBERO: no file, no task
+        self._size = camera_heights
+        self.env, self.observation_names = self, {"agentview_image", "robot0_eef_pos"}
+        turn = [0, 0, 1, 1, 0, 0, 0, 1, 0]  # looks along -x of the world
+        self.sim = SimpleNamespace(
+            model=SimpleNamespace(cam_fovy=[0.0, 90.0], camera_name2id=lambda name: 1),
+            data=SimpleNamespace(
+                cam_xpos=np.array([[9.0, 9, 9], [1, 0, 0]]), cam_xmat=np.array([[0.0] * 9, turn])
+            ),
+        )
+        _log("made", os.path.basename(bddl_file_name))
+
+    def seed(self, seed):
+        self._clocks = set()
+        _log("seed", seed)
+
+    def reset(self):
+        assert self._clocks == self.observation_names
+        self._position, self._closed, self._clocks = np.zeros(3), False, set()
+        self._observables = {"agentview_image": SimpleNamespace(_sensor=self._picture)}
+
+    def set_init_state(self, state):
+        assert self._kind != "broken", "the scene is broken"
+        self._position, self._turns = state[1:4].copy(), 1
+        return self._seen()
+
+    def modify_observable(self, name, attribute, value):
+        if attribute == "enabled":
+            self._clocks.add(name)
+        else:
+            assert (name, attribute) == ("agentview_image", "sensor")
+            self._observables[name]._sensor = value
+            assert value({}).shape == (self._size, self._size, 3)  # robosuite tries it
+
+    def step(self, action):
+        assert action.shape == (7,) and np.abs(action).max() <= 1
+        if self._kind == "deadly" and action[6] > 0:
+            print("about to die")
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._position = self._position + 0.1 * action[:3]
+        self._closed = bool(action[6] > 0)
+        self._turns = -self._turns  # the same rotation, named by the opposite quaternion
+        success = self._closed and self._position[0] > 0.25
+        seen = self._seen()
+        _log("step", action.tolist(), bool(seen["agentview_image"].any()))
+        return seen, float(success), success, {}
+
+    def _seen(self):
+        fingers = 0.0 if self._closed else 0.04
+        return {
+            "agentview_image": self._observables["agentview_image"]._sensor({}),
+            "robot0_eef_pos": self._position.copy(),
+            "robot0_eef_quat": self._turns * np.array([0.8, 0.6, 0.0, 0.0]),
+            "robot0_gripper_qpos": np.array([fingers, -fingers]),
+        }
+
+    def _picture(self, cache):
+        image = np.zeros((self._size, self._size, 3), np.uint8)
+        image[0, 0] = 255, 0, 0
+        image[1, 2] = np.rint(100 * np.abs(self._position)).astype(np.uint8)
+        return image
+
+    def close(self):
+        _log("closed")
+
+
+def _log(*values):
+    with open(os.environ["FAKE_LIBERO_LOG"], "a") as file:
+        file.write(json.dumps([os.getpid(), *values]) + "\\n")
+"""
+
+
+def write(folder: Path, suite: str = "libero_spatial", kind: str = "") -> LiberoConfig:
+    """Write packages, assets and two tasks x two initial states; return how they are run.
+
+    Args:
+        kind: "broken": the second task fails at its start; "deadly": its process dies when the
+            gripper closes.
+    """
+    for package in ("libero", "libero/libero", "robosuite", "mujoco", "bddl"):
+        (folder / "packages" / package).mkdir(parents=True)
+        (folder / "packages" / package / "__init__.py").write_text("")
+    (folder / "packages/libero/libero/__init__.py").write_text(_PACKAGE)
+    (folder / "packages/libero/libero/envs.py").write_text(_ENVS)
+    root = folder / "root"
+    (root / "assets").mkdir(parents=True)
+    (root / "bddl_files" / suite).mkdir(parents=True)
+    for task, text in zip(TASKS, ("fine", kind or "fine"), strict=True):
+        (root / "bddl_files" / suite / f"{task}.bddl").write_text(text)
+    (folder / "states").mkdir()
+    states = [np.array([[0, x, y, 0.5, 7] for x in (0.0, 0.2)], float) for y in (0.3, 0.6)]
+    save_suite(folder / "states" / f"{suite}.npz", TASKS, states)
+    return LiberoConfig(
+        suite=suite,
+        root=str(root),
+        states=str(folder / "states"),
+        renderer="osmesa",
+        image_size=SIZE,
+        max_steps=12,
+    )
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What processes of the stand-in need in their environment."""
+    return {"PYTHONPATH": str(folder / "packages"), "FAKE_LIBERO_LOG": str(folder / "log")}
+
+
+def asked(folder: Path, what: str) -> list[list]:
+    """Return what the stand-in was asked of one kind: [process id, ...] in the order of asking."""
+    lines = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    return [[pid, *values] for pid, name, *values in lines if name == what]
