@@ -2,13 +2,15 @@
 
     python launch.py --config=configs/grpo.py                  # the miniature, on two CPU cores
     python launch.py --config=configs/grpo.py:libero_spatial   # published sizes, your own weights
+    python launch.py --config=configs/grpo.py:lora             # the same with LoRA
+    python launch.py --config=configs/grpo.py:one_gpu_80gb     # LoRA, one GPU
 
-`libero_spatial` holds the hyper-parameters of RLinf's EVAC run (RLinf at commit c9f1d8471, config
-of the EVAC LIBERO-spatial GRPO example). Hardware there: 8 GPUs. Time and score here: not measured,
-because the weights are not public.
+`libero_spatial` holds the hyper-parameters of RLinf's EVAC run (configs/libero.py). Hardware there:
+8 GPUs. Time and score here: not measured, because the weights are not public. docs/presets.md tells
+more about each.
 """
 
-from configs import common
+from configs import common, libero
 
 
 def _miniature(config) -> None:
@@ -20,22 +22,7 @@ def _miniature(config) -> None:
     config.optim.weight_decay = 0.0
 
 
-def _libero_spatial(config) -> None:
-    common.libero(config)
-    config.policy.unnorm_key = "libero_spatial"
-    config.algo.group_size = 2
-    config.algo.global_batch = 256
-    config.algo.micro_batch = 32
-    config.algo.filter_rewards = True
-    config.algo.filter_low = 0.5
-    config.algo.filter_high = 4.5
-    config.optim.lr = 2e-5
-    config.optim.value_lr = 3e-3
-    config.eval.interval = 4
-    config.checkpoint.interval = 4
-
-
-PRESETS = {"miniature": _miniature, "libero_spatial": _libero_spatial}
+PRESETS = {"miniature": _miniature} | libero.presets(libero.full_size_grpo)
 
 
 def get_config(preset: str = "miniature"):
