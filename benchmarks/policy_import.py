@@ -199,7 +199,7 @@ def _made_up_batch(learner, policy: Path, seed: int):
     encoded = PromptTokenizer(policy, MAX_PROMPT).encode([TASKS[0]] * 2)
     tokens, mask = map(jax.numpy.asarray, encoded)
     obs = ObsBatch(images=jax.numpy.asarray(images), prompt_tokens=tokens, prompt_mask=mask)
-    output = learner.sample(obs, jax.random.key(seed))
+    output = learner.sample(obs, jax.random.key(seed), np.arange(len(obs.images)))
     rewards = np.zeros((2, 1, output.tokens.shape[1]), np.float32)
     rewards[0, 0, -1] = 1.0
     return RolloutBatch(

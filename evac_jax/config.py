@@ -180,10 +180,13 @@ class RolloutConfig:
         refill: times that an iteration may collect as many episodes again, to replace groups whose
             members all succeed or all fail, or that algo.filter_rewards drops (dynamic sampling);
             0 = never. For groups only.
+        pipeline_stages: parts that the environments are cut in: one imagines while the policy
+            decides for another. 2 where both take about the same time; the numbers are the same.
     """
 
     epochs: int = 1
     refill: int = 0
+    pipeline_stages: int = 1
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def validate(config: "TrainConfig") -> list[str]:
         simulator__processes=c.simulator.processes,
         simulator__threads=c.simulator.threads,
         rollout__epochs=c.rollout.epochs,
+        rollout__pipeline_stages=c.rollout.pipeline_stages,
         eval__ground_truth_envs=c.eval.ground_truth_envs,
         eval__twin_window=c.eval.twin_window,
         train__iterations=c.train.iterations,
@@ -146,6 +147,17 @@ def _combinations(c: "TrainConfig") -> list[str]:
         problems.append(
             f"config.env.num_envs: must be a multiple of algo.group_size x simulator.processes = "
             f"{group} x {c.simulator.processes}, so that groups stay whole; got {c.env.num_envs}"
+        )
+    share, stages = c.env.num_envs // c.simulator.processes, c.rollout.pipeline_stages
+    if share % stages or stages > c.simulator.slots:
+        problems.append(
+            f"config.rollout.pipeline_stages: must divide the {share} environments of a simulator "
+            f"process and be at most simulator.slots = {c.simulator.slots}; got {stages}"
+        )
+    if stages > 1 and c.world_model.reference_compat:
+        problems.append(
+            "config.rollout.pipeline_stages: with world_model.reference_compat the environments "
+            f"restart together and cannot be cut; expected 1, got {stages}"
         )
     if len(c.simulator.devices) not in (1, c.simulator.processes):
         problems.append(

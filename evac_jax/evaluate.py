@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from evac_jax.learner import Learner
-from evac_jax.rollout import Stopwatch, env_metrics, padded, play
+from evac_jax.rollout import Stopwatch, env_metrics, episode_figures, padded, play, whole
 from evac_jax.simulators import Simulators
 from evac_jax.starts import noise_seed
 from evac_jax.telemetry import video
@@ -58,7 +58,8 @@ def evaluate(
     figures: list[dict[str, np.ndarray]] = []
     filmed: list[Film] = []
     for index, row in enumerate(padded(starts, simulators.num_envs)):
-        results, clips = [], []
+        parts: list[list] = [[] for _ in simulators.rows]
+        clips = []
         first = None
         for chunk in play(
             learner,
@@ -69,16 +70,15 @@ def evaluate(
             evaluation=True,
             watch=watch,
         ):
-            results.append(chunk.step.result)
-            if index == 0 and films:
+            parts[chunk.part].append(chunk.step.result)
+            if index == 0 and films and chunk.part == 0:  # a film shows the first environments
                 first = np.asarray(chunk.obs.images) if first is None else first
                 clips.append(np.array(chunk.step.clips))
         if clips:
-            filmed = _films(simulators, results, first, clips, films)
+            filmed = _films(simulators, parts[0], first, clips, films)
         count = min(len(starts) - index * simulators.num_envs, simulators.num_envs)
-        terminated = np.stack([r.terminated for r in results]).any(axis=0)
-        more = {"terminated": terminated, "task": results[-1].task}
-        figures.append({k: v[:count] for k, v in (results[-1].episode | more).items()})
+        played = whole([_figures(results) for results in parts], simulators.rows)
+        figures.append({name: values[:count] for name, values in played.items()})
     merged = {name: np.concatenate([f[name] for f in figures]) for name in figures[0]}
     success = merged["success_once"].astype(bool)
     return Evaluation(
@@ -91,6 +91,11 @@ def evaluate(
         metrics={k.removeprefix("env/"): v for k, v in env_metrics(merged).items()},
         films=filmed,
     )
+
+
+def _figures(results: list) -> dict[str, np.ndarray]:
+    """Return each episode's figures and task, from the results of all its chunks."""
+    return episode_figures(results) | {"task": results[-1].task}
 
 
 def _films(simulators, results, first, clips, count: int) -> list[Film]:

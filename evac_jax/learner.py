@@ -91,9 +91,9 @@ class Learner:
 
         # `rest` is what does not train, under LoRA nearly everything: an argument, because what a
         # jitted function closes over is copied into its program.
-        def sample(params, rest, obs, key, temperature, greedy):
+        def sample(params, rest, obs, key, rows, temperature, greedy):
             return model(params, rest).sample(
-                obs, key, temperature=temperature, top_k=policy.top_k, greedy=greedy
+                obs, key, rows=rows, temperature=temperature, top_k=policy.top_k, greedy=greedy
             )
 
         def evaluate(rest, params, obs, tokens):
@@ -130,17 +130,28 @@ class Learner:
             prompt_mask=self._prompts[1][rows],
         )
 
-    def sample(self, obs: ObsBatch, key: jax.Array, *, evaluation: bool = False) -> PolicyOutput:
-        """Decide on a chunk: with the training temperature, or the evaluation's (0 = greedy)."""
+    def sample(
+        self, obs: ObsBatch, key: jax.Array, rows: np.ndarray, *, evaluation: bool = False
+    ) -> PolicyOutput:
+        """Decide on a chunk for the environments `rows`, with the temperature of the purpose.
+
+        That is the training's, or the evaluation's (0 = greedy).
+        """
         policy = self._config.policy
         temperature = policy.eval_temperature if evaluation else policy.temperature
         return self._sample(
-            self.state.params, self._rest, obs, key, temperature or 1.0, greedy=temperature == 0
+            self.state.params,
+            self._rest,
+            obs,
+            key,
+            jnp.asarray(rows, jnp.int32),
+            temperature or 1.0,
+            greedy=temperature == 0,
         )
 
     def values(self, obs: ObsBatch) -> jax.Array:
         """Return the value estimates [B v], for the bootstrap after the last chunk."""
-        return self.sample(obs, jax.random.key(0)).values
+        return self.sample(obs, jax.random.key(0), np.arange(len(obs.images))).values
 
     def put(self, batch: RolloutBatch) -> RolloutBatch:
         """Lay a batch over the mesh, cut along its first axis."""

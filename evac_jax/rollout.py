@@ -3,7 +3,9 @@
 `play` is the one driver; training rollouts record what it yields, evaluation only counts.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -22,17 +24,21 @@ from policies.types import ObsBatch, PolicyOutput
 
 @dataclasses.dataclass
 class Chunk:
-    """One decision and what came of it.
+    """One decision for one part of the environments, and what came of it.
 
     Attributes:
+        part: pipeline stage; `Simulators.rows[part]` names the environments.
         obs: what the policy saw; owns its frames.
         out: what it decided.
         step: the simulator's answer, released when the next chunk is asked for.
+        last: whether the episodes end here.
     """
 
+    part: int
     obs: ObsBatch
     out: PolicyOutput
     step: BatchStep
+    last: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,13 @@ class Stopwatch:
         """Add `seconds` to a phase."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add what the block takes to a phase."""
+        began = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - began)
+
     def take(self) -> dict[str, float]:
         """Return the sums and start again from zero."""
         seconds, self._seconds = self._seconds, {}
@@ -76,7 +89,10 @@ def play(
     evaluation: bool,
     watch: Stopwatch,
 ) -> Iterator[Chunk]:
-    """Yield the chunks of one episode in every environment, T = max_episode_steps / K of them.
+    """Yield the chunks of one episode in every environment, T = max_episode_steps / K per part.
+
+    With several parts one of them imagines while the policy decides for another. Draws and noise
+    are named by environment and chunk, so the numbers are those of one part.
 
     Args:
         starts: int64 [B] initial states, `IDLE` where there is none to play.
@@ -84,24 +100,29 @@ def play(
         key: of the policy's sampling; folded with the chunk's number.
         evaluation: decide with the evaluation's temperature rather than the training's.
     """
-    spec = simulators.spec
-    began = time.perf_counter()
-    step = simulators.reset(starts, seed)
-    watch.add("env", time.perf_counter() - began)
-    for t in range(spec.max_episode_steps // spec.action.chunk):
-        began = time.perf_counter()
-        obs = learner.observe(step)
-        out = learner.sample(obs, jax.random.fold_in(key, t), evaluation=evaluation)
-        actions = np.asarray(out.actions)  # waits for everything computed from the frames
-        step.release(obs.images)
-        watch.add("rollout", time.perf_counter() - began)
-        began = time.perf_counter()
-        step = simulators.step(actions)
-        watch.add("env", time.perf_counter() - began)
+    spec, parts = simulators.spec, range(len(simulators.rows))
+    chunks = spec.max_episode_steps // spec.action.chunk
+    for part in parts:
+        simulators.send_reset(starts[simulators.rows[part]], seed, part)
+    decided: list = [None] * len(parts)
+    for t, part in itertools.product(range(chunks + 1), parts):
+        with watch.timed("env"):
+            step = simulators.receive()
         for phase, seconds in step.result.seconds.items():
             watch.add(f"env/{phase}", seconds)
-        yield Chunk(obs, out, step)
-    step.release()
+        if t:
+            yield Chunk(part, *decided[part], step, last=t == chunks)
+        if t == chunks:
+            step.release()
+            continue
+        with watch.timed("rollout"):
+            obs = learner.observe(step)
+            draw = jax.random.fold_in(key, t)
+            out = learner.sample(obs, draw, simulators.rows[part], evaluation=evaluation)
+            actions = np.asarray(out.actions)  # waits for everything computed from the frames
+            step.release(obs.images)
+        simulators.send_step(actions, part)
+        decided[part] = (obs, out)
 
 
 def collect(
@@ -120,8 +141,9 @@ def collect(
     """
     epochs, figures, actions = [], [], []
     for epoch, row in enumerate(starts):
-        chunks: list[Chunk] = []
-        results = []
+        parts: list[list[Chunk]] = [[] for _ in simulators.rows]
+        results: list[list] = [[] for _ in simulators.rows]
+        last: list[ObsBatch | None] = [None] * len(parts)
         for chunk in play(
             learner,
             simulators,
@@ -131,12 +153,15 @@ def collect(
             evaluation=False,
             watch=watch,
         ):
-            results.append(chunk.step.result)
-            chunks.append(chunk)
-            last = learner.observe(chunk.step) if learner.has_value_head else None
-        epochs.append(_stack(learner, chunks, results, last))
-        figures.append(_episode_figures(results))
-        actions.append(np.stack([np.asarray(chunk.out.actions) for chunk in chunks], axis=1))
+            parts[chunk.part].append(chunk)
+            results[chunk.part].append(chunk.step.result)
+            if chunk.last and learner.has_value_head:
+                last[chunk.part] = learner.observe(chunk.step)
+        stacks = [_stack(learner, *part) for part in zip(parts, results, last, strict=True)]
+        epochs.append(whole(stacks, simulators.rows, jnp))
+        figures.append(whole([episode_figures(part) for part in results], simulators.rows))
+        moves = [np.stack([np.asarray(c.out.actions) for c in chunks], axis=1) for chunks in parts]
+        actions.append(whole(moves, simulators.rows))
     batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *epochs)
     _check(batch)
     merged = {name: np.concatenate([f[name] for f in figures]) for name in figures[0]}
@@ -145,8 +170,16 @@ def collect(
     return learner.put(batch), env_metrics(merged), played
 
 
+def whole(parts: list, rows: list[np.ndarray], library=np):
+    """Join trees of the pipeline's parts along their first axis, in the environments' order."""
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort(np.concatenate(rows))
+    return jax.tree.map(lambda *leaves: library.concatenate(leaves)[order], *parts)
+
+
 def _stack(learner: Learner, chunks: list[Chunk], results: list, last: ObsBatch | None):
-    """Stack the chunks of one epoch to [B T ...]."""
+    """Stack the chunks of one part of an epoch to [B T ...]."""
 
     def stack(values):
         return jnp.stack(values, axis=1)
@@ -186,7 +219,7 @@ def _check(batch: RolloutBatch) -> None:
             )
 
 
-def _episode_figures(results: list) -> dict[str, np.ndarray]:
+def episode_figures(results: list) -> dict[str, np.ndarray]:
     """Return each episode's figures, read at its last chunk; finished early or not."""
     final = results[-1].episode
     terminated = np.stack([result.terminated for result in results])

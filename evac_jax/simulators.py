@@ -71,6 +71,10 @@ class Simulators:
         specs: one JSON-able worker spec per process (see `sim.worker`).
         mesh: where the frames go, cut along the batch.
         config: time limits and slots.
+
+    Attributes:
+        rows: per part (pipeline stage), which environments of the batch it holds, int64. Every
+            process holds a block of them and a share of each part.
     """
 
     def __init__(self, specs: Sequence[dict], mesh: jax.sharding.Mesh, config: TrainConfig):
@@ -99,29 +103,46 @@ class Simulators:
         self.spec = self._clients[0].env_spec
         if any(client.env_spec != self.spec for client in self._clients):
             raise SimulatorError("the simulator processes disagree about their environment")
+        parts, processes = self._clients[0].parts, len(self._clients)
+        every = np.arange(processes * parts * self.spec.num_envs)
+        self.rows = list(every.reshape(processes, parts, -1).swapaxes(0, 1).reshape(parts, -1))
 
     @property
     def num_envs(self) -> int:
-        """Environments in all processes together."""
-        return self.spec.num_envs * len(self._clients)
+        """Environments in all processes and parts together."""
+        return sum(len(rows) for rows in self.rows)
 
-    def reset(self, starts: np.ndarray, seed: int) -> BatchStep:
-        """Start an episode everywhere: `starts` int64 [B]; `IDLE` leaves an environment out."""
-        if starts.shape != (self.num_envs,):
-            raise ValueError(f"starts must have shape ({self.num_envs},), got {starts.shape}")
+    def send_reset(self, starts: np.ndarray, seed: int, part: int = 0) -> None:
+        """Ask to start an episode in the environments `rows[part]`, without waiting.
+
+        Args:
+            starts: int64 [len(rows[part])]; `IDLE` leaves an environment out.
+            seed: of the noise, the same for all parts of a batch.
+        """
+        if starts.shape != self.rows[part].shape:
+            raise ValueError(f"starts: expected shape {self.rows[part].shape}, got {starts.shape}")
         blocks = np.split(starts, len(self._clients))
         for rank, (client, block) in enumerate(zip(self._clients, blocks, strict=True)):
-            client.send_reset(block, noise_seed(seed, rank))
-        return self._receive()
+            client.send_reset(block, noise_seed(seed, rank), part)
 
-    def step(self, actions: np.ndarray) -> BatchStep:
-        """Play one chunk everywhere: `actions` float32 [B K A]."""
+    def send_step(self, actions: np.ndarray, part: int = 0) -> None:
+        """Ask to play one chunk in the environments `rows[part]`: `actions` float32 [n K A]."""
         blocks = np.split(actions, len(self._clients))
         for client, block in zip(self._clients, blocks, strict=True):
-            client.send_step(block)
-        return self._receive()
+            client.send_step(block, part)
 
-    def _receive(self) -> BatchStep:
+    def reset(self, starts: np.ndarray, seed: int) -> BatchStep:
+        """`send_reset`, then `receive`."""
+        self.send_reset(starts, seed)
+        return self.receive()
+
+    def step(self, actions: np.ndarray) -> BatchStep:
+        """`send_step`, then `receive`."""
+        self.send_step(actions)
+        return self.receive()
+
+    def receive(self) -> BatchStep:
+        """Return the answers to the oldest request that has none yet."""
         exchanges = [client.receive() for client in self._clients]
         parts = [exchange.frames for exchange in exchanges]
         frames = parts[0]
@@ -151,7 +172,7 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
     starts = {"kind": env.initial_states}
     if env.initial_states_path:
         starts["folder"] = env.initial_states_path
-    share = env.num_envs // sim.processes
+    share, stages = env.num_envs // sim.processes, config.rollout.pipeline_stages
     settings = {
         "world_model": config.world_model.checkpoint,
         "reward": config.reward.checkpoint,
@@ -172,7 +193,7 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
         "auto_reset": config.algo.auto_reset,
         "ignore_terminations": config.algo.ignore_terminations,
         "gripper_rule": env.gripper,
-        "clip_envs": min(config.video.episodes, share) if config.video.save else 0,
+        "clip_envs": min(config.video.episodes, share // stages) if config.video.save else 0,
         "dtype": sim.dtype,
     }
     return [
@@ -180,6 +201,7 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
             "environment": "evac_jax.sim.env:make",
             "config": settings,
             "device": device,
+            "parts": stages,
             "threads": sim.threads,
         }
         for device in _devices(config)
@@ -205,7 +227,8 @@ def training_specs(config: TrainConfig) -> list[dict]:
     share = config.env.num_envs // processes
     algo = config.algo
     ends = {"auto_reset": algo.auto_reset, "ignore_terminations": algo.ignore_terminations}
-    return [_ground_truth_spec(config, share, **ends) for _ in range(processes)]
+    spec = _ground_truth_spec(config, share, **ends)
+    return [spec | {"parts": config.rollout.pipeline_stages} for _ in range(processes)]
 
 
 def _ground_truth_spec(config: TrainConfig, num_envs: int, **settings) -> dict:

@@ -165,7 +165,11 @@ def check_sizes(config: TrainConfig, mesh, env: EnvSpec) -> None:
         config.algo, num_samples=samples, reward_coefficient=config.reward.coefficient
     )
     micro_batch = config.algo.micro_batch or config.algo.global_batch
-    for name, count in (("env.num_envs", config.env.num_envs), ("algo.micro_batch", micro_batch)):
+    part = config.env.num_envs // config.rollout.pipeline_stages
+    for name, count in (
+        ("env.num_envs / rollout.pipeline_stages", part),
+        ("algo.micro_batch", micro_batch),
+    ):
         if count % mesh.size:
             problems.append(
                 f"config.{name}: must be a multiple of the mesh's {mesh.size} devices, got {count}"

@@ -28,11 +28,16 @@ class Policy(Protocol):
         obs: ObsBatch,
         key: jax.Array,
         *,
+        rows: Int[Array, " B"] | None = None,
         temperature: float | Array = 1.0,
         top_k: int = -1,
         greedy: bool = False,
     ) -> PolicyOutput:
-        """Draw one chunk per row (the likeliest one if greedy)."""
+        """Draw one chunk per row (the likeliest one if greedy).
+
+        `rows` names the rows, None = 0 .. B - 1. A row's draw depends on the key and this name, so
+        cutting a batch changes nobody's actions.
+        """
         ...
 
     def evaluate(

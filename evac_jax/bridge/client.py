@@ -80,7 +80,7 @@ class SimulatorClient:
 
     Args:
         spec: worker spec, a JSON object (see `evac_jax.sim.worker`).
-        num_slots: frame buffers, at least 2.
+        num_slots: frame buffers, at least 2 and one per part.
         timeout_s: seconds that one request may take before the process counts as stuck.
         start_timeout_s: seconds that starting it and loading its weights may take.
         restarts: times that a process that failed is started again, on the same slots. The
@@ -103,12 +103,13 @@ class SimulatorClient:
         sharding: jax.sharding.Sharding | None = None,
         log_path: str | None = None,
     ):
-        if num_slots < 2:
-            raise ConfigError(f"simulator.slots: expected at least 2, got {num_slots}")
+        if num_slots < (least := max(2, int(spec.get("parts", 1)))):
+            raise ConfigError(f"simulator.slots: expected at least {least}, got {num_slots}")
         self._kind = _slot_kind(spec)
         if sharding is None and self._kind == "shared_memory" and jax.default_backend() != "cpu":
             sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self._spec, self._sharding, self._log_path = spec, sharding, log_path
+        self.parts = int(spec.get("parts", 1))
         self._num_slots, self._restarts_left = num_slots, restarts
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
         self._memory = os.memfd_create("evac_jax-slots")
@@ -125,7 +126,8 @@ class SimulatorClient:
 
     def _start(self) -> None:
         self._started = time.monotonic()
-        self._ready = self._was_reset = False
+        self._ready = False
+        self._was_reset: set[int] = set()  # parts that have episodes
         self._process = WorkerProcess(self._spec, self._memory, self._log_path)
 
     def __enter__(self) -> "SimulatorClient":
@@ -207,12 +209,13 @@ class SimulatorClient:
         self._end = str(error).splitlines()[0]
         return error
 
-    def send_reset(self, starts: np.ndarray, seed: int) -> None:
-        """Ask to start an episode in every environment, without waiting.
+    def send_reset(self, starts: np.ndarray, seed: int, part: int = 0) -> None:
+        """Ask to start an episode in every environment of a part, without waiting.
 
         Args:
             starts: int64 [B] initial states, `IDLE` to leave an environment out.
             seed: of the simulator's noise.
+            part: pipeline stage, below the worker spec's "parts"; B counts its environments.
 
         Raises:
             SlotOwnershipError: every slot is taken; release one first.
@@ -228,14 +231,18 @@ class SimulatorClient:
                 f"starts: expected {IDLE} (idle) to {env.num_starts - 1}, or one of "
                 f"{env.num_keyframes} keyframes from {KEYFRAMES} on, got {unknown}"
             )
-        self._send("reset", lambda request, slot: protocol.Reset(request, slot, starts, int(seed)))
-        self._was_reset = True
+        self._check_part(part)
+        self._send(
+            "reset", lambda request, slot: protocol.Reset(request, slot, part, starts, int(seed))
+        )
+        self._was_reset.add(part)
 
-    def send_step(self, actions: np.ndarray) -> None:
-        """Ask to play one chunk in every environment, without waiting.
+    def send_step(self, actions: np.ndarray, part: int = 0) -> None:
+        """Ask to play one chunk in every environment of a part, without waiting.
 
         Args:
             actions: float32 [B K A], as `ActionSpec` says.
+            part: pipeline stage, as in `send_reset`.
 
         Raises:
             SlotOwnershipError: every slot is taken, or the simulator was never reset.
@@ -250,9 +257,14 @@ class SimulatorClient:
         if not np.isfinite(actions).all():
             raise ValueError("actions: expected finite numbers, got NaN or infinity")
         self._check_open()
-        if not self._was_reset:
+        self._check_part(part)
+        if part not in self._was_reset:
             raise SlotOwnershipError("step before reset: the simulator process has no episodes yet")
-        self._send("step", lambda request, slot: protocol.Step(request, slot, actions))
+        self._send("step", lambda request, slot: protocol.Step(request, slot, part, actions))
+
+    def _check_part(self, part: int) -> None:
+        if not 0 <= part < self.parts:
+            raise ValueError(f"part: expected 0 to {self.parts - 1}, got {part}")
 
     def _send(self, word: str, make) -> None:
         self.wait_until_ready()

@@ -20,7 +20,7 @@ from evac_jax.bridge.types import EnvSpec, StepResult
 from evac_jax.errors import SimulatorError
 from policies.spec import ActionSpec
 
-VERSION = 1  # of this format; both ends must agree
+VERSION = 2  # of this format; both ends must agree
 _LENGTH = struct.Struct("<4sI")  # mark, bytes of the JSON header
 _MARK = b"EVJX"
 
@@ -54,20 +54,22 @@ class Attach:
 
 @dataclasses.dataclass(frozen=True)
 class Reset:
-    """Trainer -> simulator: start episodes and write the first frames into `slot`."""
+    """Trainer -> simulator: start the episodes of `part`, write their first frames into `slot`."""
 
     request: int
     slot: int
+    part: int
     starts: np.ndarray
     seed: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Trainer -> simulator: play one chunk and write its frames into `slot`."""
+    """Trainer -> simulator: play one chunk of `part` and write its frames into `slot`."""
 
     request: int
     slot: int
+    part: int
     actions: np.ndarray
 
 

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 ORPHAN_GRACE_S = 2.0
 
 
-def build_environment(spec: dict) -> "Environment":
-    """Return the environment that a worker spec names (see `evac_jax.sim.worker`).
+def build_environments(spec: dict) -> "list[Environment]":
+    """Return the parts of the environment that a worker spec names (see `evac_jax.sim.worker`).
 
     Raises:
         ConfigError: if the spec names nothing that can be imported.
     """
-    known = {"environment", "config", "device", "threads", "slots"}
+    known = {"environment", "config", "device", "parts", "threads", "slots"}
     if unknown := sorted(spec.keys() - known):
         raise ConfigError(f"worker spec: expected keys {sorted(known)}, got also {unknown}")
     module, _, name = str(spec.get("environment", "")).partition(":")
@@ -50,7 +50,8 @@ def build_environment(spec: dict) -> "Environment":
     config = dict(spec.get("config", {}))
     if "device" in spec:
         config["device"] = spec["device"]
-    return factory(config)
+    environment, parts = factory(config), int(spec.get("parts", 1))
+    return [environment] if parts == 1 else environment.parts(parts)
 
 
 class _Inbox:
@@ -96,16 +97,17 @@ def _serve(connection: Connection, inbox: _Inbox, slots_fd: int) -> None:
         return
     spec = message.spec
     torch.set_num_threads(int(spec.get("threads", 1)))
-    environment = build_environment(spec)
+    parts = build_environments(spec)
+    layout = SlotLayout.of(parts[0].spec)
     try:
-        connection.send_bytes(protocol.encode(protocol.Hello(environment.spec)))
+        connection.send_bytes(protocol.encode(protocol.Hello(parts[0].spec)))
         message = inbox.next()
         if isinstance(message, protocol.Close):
             return
-        slots = _attach(message, spec, SlotLayout.of(environment.spec), slots_fd)
+        slots = _attach(message, spec, layout, slots_fd)
         tensors = [slots.tensors(slot) for slot in range(slots.num_slots)]
         while not isinstance(request := inbox.next(), protocol.Close):
-            frames, clip = tensors[request.slot]
+            environment, (frames, clip) = parts[request.part], tensors[request.slot]
             slots.begin(request.slot)
             if isinstance(request, protocol.Reset):
                 result = environment.reset(request.starts, request.seed, frames, clip)
@@ -116,7 +118,8 @@ def _serve(connection: Connection, inbox: _Inbox, slots_fd: int) -> None:
             reply = protocol.Reply(request.request, request.slot, result)
             connection.send_bytes(protocol.encode(reply))
     finally:
-        environment.close()
+        for environment in parts:
+            environment.close()
 
 
 def run(connection_fd: int, slots_fd: int) -> int:

@@ -19,6 +19,7 @@ from evac_jax.miniature.render import render
 from evac_jax.miniature.scene import ACTION_DIM, POSE_DIM, TABLETOP, Tabletop
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.actions import GRIPPER_RULES, apply_gripper_rule
+from evac_jax.sim.base import whole_part
 from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
 from evac_jax.sim.initial_states import StartCycle
 from evac_jax.sim.recorded_starts import Keyframes
@@ -136,6 +137,12 @@ class GroundTruthEnv:
         )
         self._scenes: world.Scenes | None = None
         self._pictures = np.zeros((config.num_envs, *self.spec.image_shape), np.uint8)
+
+    def parts(self, count: int) -> "list[GroundTruthEnv]":
+        """Cut into independent environments; see `Environment.parts`."""
+        share = whole_part(self._config.num_envs, count)
+        config = dataclasses.replace(self._config, num_envs=share)
+        return [GroundTruthEnv(config, self._table) for _ in range(count)]
 
     def reset(self, starts: np.ndarray, seed: int, frames: Tensor, clip: Tensor) -> StepResult:
         """Start every environment; see `Environment.reset`.

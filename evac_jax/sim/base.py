@@ -5,17 +5,40 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
+from evac_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IDLE", "EnvSpec", "Environment", "StepResult"]
+__all__ = ["IDLE", "EnvSpec", "Environment", "StepResult", "whole_part"]
+
+
+def whole_part(num_envs: int, parts: int) -> int:
+    """Return the environments of one of `parts` equal parts.
+
+    Raises:
+        ConfigError: they cannot be cut so.
+    """
+    if parts < 1 or num_envs % parts:
+        raise ConfigError(f"{num_envs} environments cannot be cut in {parts} equal parts")
+    return num_envs // parts
 
 
 class Environment(Protocol):
     """A batch of environments stepped together, one chunk of actions at a time."""
 
     spec: EnvSpec
+
+    def parts(self, count: int) -> "list[Environment]":
+        """Cut into `count` environments of equal size, contiguous blocks that share the weights.
+
+        Each is reset and stepped by itself, and together they give the numbers of the whole;
+        only starts drawn by auto-reset come from a cycle of each part's own. `self` is spent.
+
+        Raises:
+            ConfigError: the simulator cannot be cut, or not in so many parts.
+        """
+        ...
 
     def reset(
         self, starts: np.ndarray, seed: int, frames: "torch.Tensor", clip: "torch.Tensor"

@@ -13,6 +13,7 @@ before the classifier; 7. noise is seeded.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -31,7 +32,7 @@ from evac_jax.sim.actions import (
     both_arms,
     integrate_poses,
 )
-from evac_jax.sim.base import IDLE, EnvSpec, StepResult
+from evac_jax.sim.base import IDLE, EnvSpec, StepResult, whole_part
 from evac_jax.sim.camera import resolve_camera
 from evac_jax.sim.env_config import WorldModelEnvConfig
 from evac_jax.sim.episodes import ChunkOutcome, Episodes
@@ -77,6 +78,8 @@ class WorldModelEnv:
         pose_model: the action predictor.
         source: initial states; their instructions are the environment's.
         config: settings; the weight folders in it are not read here.
+        block: (first row, rows in all) where this is a part of a larger batch: noise is drawn for
+            all of them; default: the whole.
 
     An episode that restarts by itself does so from the next start of a cycle over the ids handed
     to `reset`, shuffled (seeded) on every round. Frames, task and pose in the result are then the
@@ -90,6 +93,7 @@ class WorldModelEnv:
         pose_model: PoseModel,
         source: InitialStates,
         config: WorldModelEnvConfig,
+        block: tuple[int, int] | None = None,
     ):
         model = world_model.config
         known_tasks = reward_model.config.num_instructions
@@ -105,12 +109,12 @@ class WorldModelEnv:
             )
         self._model, self._reward_model, self._source = world_model, reward_model, source
         self._config, self._device = config, torch.device(config.device)
+        self._pose_model = pose_model
         self._advance = pose_model if config.reference_compat else pose_model.get_ee_pose
         self._size, self._chunk, self._views = model.image_size, model.chunk, model.n_view
         channels = model.autoencoder.latent_channels
-        self._noise_shape = (
-            config.num_envs, self._views, channels, self._chunk, *model.latent_size
-        )  # fmt: skip
+        self._first, total = block or (0, config.num_envs)
+        self._noise_shape = (total, self._views, channels, self._chunk, *model.latent_size)
         self.spec = EnvSpec(
             num_envs=config.num_envs,
             image_shape=(self._views, *self._size, 3),
@@ -149,6 +153,22 @@ class WorldModelEnv:
         self._task = np.zeros(config.num_envs, np.int32)
         self.noise: ChunkNoise | None = None  # None before the first reset
         self._seconds: dict[str, float] = {}
+
+    def parts(self, count: int) -> "list[WorldModelEnv]":
+        """Cut into environments that share the networks; see `Environment.parts`."""
+        total = self.spec.num_envs
+        config = dataclasses.replace(self._config, num_envs=whole_part(total, count))
+        return [
+            WorldModelEnv(
+                self._model,
+                self._reward_model,
+                self._pose_model,
+                self._source,
+                config,
+                block=(first, total),
+            )
+            for first in range(0, total, config.num_envs)
+        ]
 
     @torch.no_grad()
     def reset(self, starts: np.ndarray, seed: int, frames: Tensor, clip: Tensor) -> StepResult:
@@ -218,7 +238,8 @@ class WorldModelEnv:
 
     def close(self) -> None:
         """Drop the networks and the state."""
-        self.state = self._model = self._reward_model = self._advance = None
+        self.state = self._model = self._reward_model = None
+        self._pose_model = self._advance = None
 
     def _rows_to_imagine(self) -> np.ndarray:
         """Environments that the world model must see this time."""
@@ -264,7 +285,7 @@ class WorldModelEnv:
     def _imagine(self, rows: np.ndarray, probabilities: Tensor, clip: Tensor) -> None:
         """One chunk of environments `rows`; fills their entries of the other arguments."""
         index = torch.from_numpy(rows).to(self._device)
-        config, shape = self._config, self._noise_shape
+        config, shape, named = self._config, self._noise_shape, index + self._first
         places = torch.from_numpy(self._place[rows])
         judged = config.judged_frames or self._chunk
         with self._timed("imagine"):
@@ -274,8 +295,8 @@ class WorldModelEnv:
                 self._camera,
                 steps=config.steps,
                 eta=config.eta,
-                noise=self.noise(0, shape)[index],
-                generator=lambda step: self.noise(1 + step, shape)[index],
+                noise=self.noise(0, shape)[named],
+                generator=lambda step: self.noise(1 + step, shape)[named],
                 rows=places,
                 decoded=judged,
             )  # [b V judged 3 H W]

@@ -16,6 +16,7 @@ from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.libero_config import LiberoConfig
 from evac_jax.sim.actions import GRIPPER_RULES, POSE_DIM, apply_gripper_rule
+from evac_jax.sim.base import whole_part
 from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
 from evac_jax.sim.initial_states import StartCycle
 from evac_jax.sim.libero_pool import LiberoPool
@@ -124,6 +125,12 @@ class LiberoEnv:
         self._poses = np.zeros((config.num_envs, POSE_DIM), np.float32)
         self._task = np.zeros(config.num_envs, np.int32)
         self._started = False
+
+    def parts(self, count: int) -> "list[LiberoEnv]":
+        """Start again as environments with processes of their own; see `Environment.parts`."""
+        share = whole_part(self._config.num_envs, count)
+        self.close()
+        return [LiberoEnv(dataclasses.replace(self._config, num_envs=share)) for _ in range(count)]
 
     def reset(self, starts: np.ndarray, seed: int, frames: Tensor, clip: Tensor) -> StepResult:
         """Start every environment; see `Environment.reset`. The seed orders auto-resets only.

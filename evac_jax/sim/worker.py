@@ -7,6 +7,8 @@ worker spec, a JSON object:
     environment  "module:factory", where factory(config) returns an `evac_jax.sim.base.Environment`
     config       JSON object handed to the factory; default empty
     device       torch device, added to the config as "device"; default: left to the config
+    parts        pipeline stages: the environments are cut in so many parts that are asked one by
+                 one; default 1
     threads      CPU threads for torch and OpenMP; default 1
     slots        "shared_memory" or "cuda_ipc"; default: cuda_ipc if trainer and simulator use the
                  same GPU, else shared_memory

@@ -37,9 +37,9 @@ COUNTS = {
     "pretraining": 4000,
     "expert": 4000,
     "sloppy": 1000,
-    "world_model": 5000,
-    "imagined": 600,  # episodes for the classifiers, twice
-    "reward": 1800,
+    "world_model": 7000,
+    "imagined": 800,  # episodes for the classifiers, twice
+    "reward": 2400,
     # reinforcement learning, iterations
     "rl": 8,
 }
@@ -119,18 +119,15 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
         "base",
         resumes=True,
     )
-    add(
-        "pose_model",
-        recipes.tool("train_action_model", data=[at("base")], out=at("pose_model"))
-        + recipes.options(steps=n["pose_model"]),
-        "base",
-    )
     # A world model that never saw a policy's mistakes believes in them.
     for seed, (name, policy) in enumerate((("expert", "policy_expert"), ("start", "policy")), 1):
         out = f"rollouts_{name}"
         command = recipes.record_policy(CONFIG, {}, at(policy), at(out), n["rollouts"], seed)
         add(out, command, policy)
     recordings = [at(name) for name in RECORDINGS]
+    # Nor does a pose model know how far the hand goes under actions that it never saw.
+    command = recipes.tool("train_action_model", data=recordings, out=at("pose_model"))
+    add("pose_model", (*command, *recipes.options(steps=n["pose_model"])), *RECORDINGS)
     command = recipes.tool("train_world_model", data=recordings, out=at("world_model_full"))
     command += recipes.options(autoencoder=at("autoencoder"), steps=n["world_model"], **WORLD_MODEL)
     both = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -106,6 +106,7 @@ class OpenVLAOFT(nnx.Module):
         obs: ObsBatch,
         key: jax.Array,
         *,
+        rows: Array | None = None,
         temperature: float | Array = 1.0,
         top_k: int = -1,
         greedy: bool = False,
@@ -114,6 +115,8 @@ class OpenVLAOFT(nnx.Module):
 
         Args:
             key: PRNG key; unused if greedy.
+            rows: int [B], names of the rows: a draw depends on the key and its row's name, not on
+                what else is in the batch. None = 0 .. B - 1.
             temperature: > 0; may be traced.
             top_k: bins kept, ties included; <= 0 keeps all.
             greedy: take the likeliest bin instead.
@@ -121,7 +124,12 @@ class OpenVLAOFT(nnx.Module):
         forward = self.forward(self.pixel_values(obs.images), obs.prompt_tokens, obs.prompt_mask)
         logits = self.action_logits(forward.slots)
         log_dist = action_tokens.log_distribution(logits, temperature, top_k)
-        bins = jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, log_dist)
+        if greedy:
+            bins = jnp.argmax(logits, axis=-1)
+        else:
+            names = jnp.arange(len(logits)) if rows is None else rows
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names)
+            bins = jax.vmap(jax.random.categorical)(keys, log_dist)
         table = action_tokens.action_table(self.statistics, self.config.num_bins)
         bins = self._by_action(bins.astype(jnp.int32))  # [B K A]
         log_dist = self._by_action(log_dist)

@@ -50,15 +50,15 @@ def test_plain_values_keep_their_types_when_encoded():
 
 def test_arrays_keep_shape_when_empty_or_transposed():
     actions = np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
-    step = protocol.decode(protocol.encode(protocol.Step(1, 0, actions)))
+    step = protocol.decode(protocol.encode(protocol.Step(1, 0, 0, actions)))
     np.testing.assert_array_equal(step.actions, actions)
-    empty = protocol.decode(protocol.encode(protocol.Step(1, 0, np.zeros((0, 3), np.float32))))
+    empty = protocol.decode(protocol.encode(protocol.Step(1, 0, 0, np.zeros((0, 3), np.float32))))
     assert empty.actions.shape == (0, 3)
 
 
 def test_encode_refuses_when_value_is_not_plain():
     with pytest.raises(TypeError, match="Python objects"):
-        protocol.encode(protocol.Step(1, 0, np.array([object()])))
+        protocol.encode(protocol.Step(1, 0, 0, np.array([object()])))
     with pytest.raises(TypeError, match="cannot send set"):
         protocol.encode(protocol.Start({"environment": {1, 2}}))
     with pytest.raises(TypeError, match="must not|must be strings"):
