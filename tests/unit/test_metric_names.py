@@ -104,7 +104,9 @@ def _first_arguments(path, method: str) -> set[str]:
 def _phases(package) -> set[str]:
     phases = {"step"}
     for name in ("rollout.py", "train.py"):
-        phases |= {p for p in _first_arguments(package / name, "add") if isinstance(p, str)}
+        for method in ("add", "timed"):
+            names = _first_arguments(package / name, method)
+            phases |= {p for p in names if isinstance(p, str)}
     return phases | {f"env/{p}" for p in _first_arguments(package / "sim" / "env.py", "_timed")}
 
 

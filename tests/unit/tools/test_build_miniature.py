@@ -65,8 +65,9 @@ def test_changed_count_runs_only_what_rests_on_it(monkeypatch):
     monkeypatch.setitem(build.COUNTS, "sloppy", 601)
     after = stamps(build.make_stages())
     changed = {name for name in before if before[name] != after[name]}
-    assert {"policy", "rollouts_start", "world_model", "reward", "rl", "trust"} <= changed
-    assert not changed & {"base", "autoencoder", "world_model_base", "pose_model", "policy_expert"}
+    late = {"rollouts_start", "pose_model", "world_model_full", "reward", "rl", "trust"}
+    assert {"policy", *late} <= changed
+    assert not changed & {"base", "autoencoder", "policy_expert", "rollouts_expert"}
 
 
 def _made(tmp_path, monkeypatch, size=10):
