@@ -34,6 +34,10 @@ class PolicyGradientConfig:
             its OpenVLA-OFT path ignores it.
         clip_log_ratio_min: clip of the log-ratio before exp, <= 0; None = off.
         clip_log_ratio_max: the same from above, >= 0; None = off.
+        decoupled: for episodes of an older policy (train.max_staleness): clip around the policy
+            at the start of the update, at the price of a forward pass more, and weigh by its
+            probability over that of the policy that acted.
+        behave_weight_threshold: entries with a larger such weight are dropped, > 0; None = none.
         length_weighting: give every episode the same total weight whatever its length. Acts only
             where episodes have ends: not with auto_reset or ignore_terminations.
         episode_steps: actions of a full-length episode, the unit of length_weighting; 0 = those of
@@ -70,6 +74,8 @@ class PolicyGradientConfig:
     clip_ratio_c: float | None = None
     clip_log_ratio_min: float | None = None
     clip_log_ratio_max: float | None = None
+    decoupled: bool = False
+    behave_weight_threshold: float | None = 5.0
     length_weighting: bool = True
     episode_steps: int = 0
     loss_agg: str = "token_mean"
@@ -138,6 +144,17 @@ def shared_problems(
     need(0.0 <= cfg.clip_low <= 1.0, "clip_low", "0..1")
     need(cfg.clip_high >= 0.0, "clip_high", "at least 0")
     need(cfg.clip_ratio_c is None or cfg.clip_ratio_c > 1.0, "clip_ratio_c", "None or > 1")
+    need(
+        cfg.behave_weight_threshold is None or cfg.behave_weight_threshold > 0.0,
+        "behave_weight_threshold",
+        "None or > 0",
+    )
+    need(
+        not cfg.decoupled or (cfg.clip_log_ratio_min is None and cfg.clip_log_ratio_max is None),
+        "decoupled",
+        "False with clip_log_ratio_min or clip_log_ratio_max (behave_weight_threshold takes their "
+        "place)",
+    )
     need((cfg.clip_log_ratio_min or 0.0) <= 0.0, "clip_log_ratio_min", "None or <= 0")
     need((cfg.clip_log_ratio_max or 0.0) >= 0.0, "clip_log_ratio_max", "None or >= 0")
     need(cfg.filter_low <= cfg.filter_high, "filter_low", f"at most filter_high={cfg.filter_high}")
@@ -323,16 +340,27 @@ def policy_loss(
     valid = None
     if samples.valid is not None:
         valid = losses.match_rank(samples.valid, log_probs.ndim)
-    surrogate = losses.clipped_surrogate(
-        log_probs,
-        old_log_probs,
-        losses.match_rank(samples.advantages, log_probs.ndim),
-        valid,
-        clip_low=cfg.clip_low,
-        clip_high=cfg.clip_high,
-        clip_ratio_c=cfg.clip_ratio_c,
-        log_ratio_bounds=(cfg.clip_log_ratio_min, cfg.clip_log_ratio_max),
-    )
+    advantages = losses.match_rank(samples.advantages, log_probs.ndim)
+    clips = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "clip_ratio_c": cfg.clip_ratio_c}
+    off_policy = {}
+    if samples.proximal_log_probs is None:
+        bounds = (cfg.clip_log_ratio_min, cfg.clip_log_ratio_max)
+        surrogate = losses.clipped_surrogate(
+            log_probs, old_log_probs, advantages, valid, log_ratio_bounds=bounds, **clips
+        )
+    else:
+        proximal = losses.reduce_to_level(samples.proximal_log_probs, cfg.logprob_type)
+        surrogate, log_weight, left = losses.decoupled_surrogate(
+            log_probs,
+            old_log_probs,
+            proximal,
+            advantages,
+            valid,
+            behave_weight_threshold=cfg.behave_weight_threshold,
+            **clips,
+        )
+        surrogate = surrogate.replace(loss=jnp.where(left, surrogate.loss, 0.0))
+        off_policy = metrics.decoupled_metrics(surrogate, log_weight, valid, left)
     on = jnp.asarray(policy_on)
     loss = jnp.where(on, losses.weighted_sum(surrogate.loss, weights.policy), 0.0)
     terms = {
@@ -354,6 +382,7 @@ def policy_loss(
         terms["actor/kl_loss"] = jnp.where(on, losses.weighted_sum(kl, weights.policy), 0.0)
         loss = loss + cfg.kl_beta * terms["actor/kl_loss"]
     figures = metrics.policy_metrics(surrogate, valid, reference=cfg.reference_mask_count)
+    figures |= off_policy
     token_valid = None if samples.valid is None else losses.match_rank(samples.valid, 3)
     figures["actor/entropy"] = metrics.masked(
         jax.lax.stop_gradient(evaluation.entropy), token_valid

@@ -66,7 +66,10 @@ class Targets:
 class Samples:
     """`Targets` and sampled tokens cut into chunks; the unit that is shuffled and batched.
 
-    Sample b*T + t is chunk t of episode b. Attributes as in `Targets` and `RolloutBatch`.
+    Sample b*T + t is chunk t of episode b. Attributes as in `Targets` and `RolloutBatch`, and:
+
+        proximal_log_probs: of the tokens under the policy at the start of the update, where that
+            is not the policy that drew them; None where it is.
     """
 
     tokens: Int[Array, "N K A"]
@@ -76,6 +79,7 @@ class Samples:
     old_values: Float[Array, "N k"] | None
     valid: Bool[Array, "N k"] | None
     num_valid: Int[Array, "N k"] | None
+    proximal_log_probs: Float[Array, "N K A"] | None = None
 
 
 @chex.dataclass(frozen=True)

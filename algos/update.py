@@ -117,6 +117,20 @@ def run_updates(
         )
     if cfg.kl_beta > 0.0 and state.ref_params is None:
         raise ValueError("config.algo.kl_beta > 0 needs TrainState.ref_params")
+    if cfg.decoupled:
+        micro_batches = jnp.arange(num_samples).reshape(-1, cfg.global_batch // num_micro)
+        samples = samples.replace(
+            proximal_log_probs=jax.lax.map(
+                lambda indices: (
+                    apply(
+                        state.params,
+                        constrain(observations(batch, indices)),
+                        samples.tokens[indices],
+                    ).log_probs
+                ),
+                micro_batches,
+            ).reshape(samples.old_log_probs.shape)
+        )
     optimizer = optax.with_extra_args_support(optimizer)
     episode_steps = cfg.episode_steps or batch.rewards[0].size
     warmup = cfg.num_warmup_updates

@@ -246,3 +246,37 @@ def test_group_of_one_is_refused_when_the_algorithm_is_grpo():
         "config.algo.bootstrap_truncated",
     ]
     assert sorted(ALGORITHMS) == ["grpo", "ppo"]
+
+
+def test_decoupling_changes_nothing_for_the_policy_that_acted():
+    params = toy.params()
+    batch = toy.rollout(params)
+    plain, _ = learn(GRPO, batch, params)
+    decoupled, metrics = learn(dataclasses.replace(GRPO, decoupled=True), batch, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain.params, decoupled.params
+    )
+    assert metrics["actor/behav_approx_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_decoupled_ratios_are_to_the_policy_at_the_start_of_the_update():
+    params = toy.params()
+    batch = toy.rollout(params, on_policy=False)
+    _, plain = learn(GRPO, batch, params)
+    cfg = dataclasses.replace(GRPO, decoupled=True, micro_batch=2)
+    _, decoupled = learn(cfg, batch, params)
+    assert plain["actor/ratio_abs_first"] > 0.1
+    assert decoupled["actor/ratio_abs_first"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_decoupling_drops_entries_that_the_older_policy_hardly_ever_did():
+    params = toy.params()
+    batch = toy.rollout(params)
+    rare = batch.replace(log_probs=batch.log_probs - 3.0)  # every token by e^3
+    cfg = dataclasses.replace(GRPO, decoupled=True, logprob_type="action_level")
+    state, metrics = learn(cfg, rare, params)
+    assert metrics["actor/behav_clip_fraction"] == 1.0
+    assert metrics["actor/policy_loss"] == 0.0
+    state, metrics = learn(dataclasses.replace(cfg, behave_weight_threshold=None), rare, params)
+    assert metrics["actor/behav_clip_fraction"] == 0.0
+    assert largest_move(params, state.params) > 0.0
