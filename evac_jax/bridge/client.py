@@ -53,7 +53,8 @@ def check_result(env: EnvSpec, result: StepResult) -> None:
                 f"simulator result {name!r}: expected kind {kind!r} with shape {shape}, got {got}; "
                 "see evac_jax.bridge.types.StepResult"
             )
-    if bad := np.flatnonzero(~np.isfinite(result.rewards).all(axis=1)).tolist():
+    if not np.isfinite(result.rewards).all():
+        bad = np.flatnonzero(~np.isfinite(result.rewards).all(axis=1)).tolist()
         raise SimulatorError(
             f"simulator rewards: expected finite numbers, not so in environments {bad}"
         )
@@ -261,6 +262,22 @@ class SimulatorClient:
         if part not in self._was_reset:
             raise SlotOwnershipError("step before reset: the simulator process has no episodes yet")
         self._send("step", lambda request, slot: protocol.Step(request, slot, part, actions))
+
+    def send_park(self) -> None:
+        """Let the simulator's weights leave its device until the next reset, without waiting.
+
+        Raises:
+            SlotOwnershipError: an answer is still awaited.
+            SimulatorError: the process failed.
+        """
+        self._check_open()
+        if self._pending:
+            raise SlotOwnershipError("park: receive the answers that are under way first")
+        try:
+            self._process.send(protocol.Park())
+        except SimulatorError as error:
+            raise self._fail(error) from None
+        self._was_reset.clear()
 
     def _check_part(self, part: int) -> None:
         if not 0 <= part < self.parts:

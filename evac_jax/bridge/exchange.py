@@ -85,7 +85,7 @@ class Exchange:
         self._give_back, self._read_clip = give_back, clip
         self._clip: np.ndarray | None = None
         self._unread = threading.Event()  # set from whichever thread drops the last reference
-        weakref.finalize(view, self._unread.set).atexit = False
+        self._watch = weakref.ref(view, lambda _, unread=self._unread: unread.set())
         self._frames: jax.Array | None = _import(view, sharding)
         self.released = False
 

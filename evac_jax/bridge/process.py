@@ -6,6 +6,7 @@ within milliseconds; what the worker printed is kept, and its tail is part of ea
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import struct
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 import weakref
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,6 +76,11 @@ class WorkerProcess:
         self._process, self._log = process, log
         self._connection = Connection(ours.detach())
         self._exit_fd = os.pidfd_open(process.pid)
+        # Both at once, with one system call; the functions of `multiprocessing` make a selector
+        # for every wait.
+        self._events = select.poll()
+        for fd in (self._connection.fileno(), self._exit_fd):
+            self._events.register(fd, select.POLLIN)
         self._finalizer = weakref.finalize(
             self, _end, process, self._connection, self._exit_fd, log
         )
@@ -98,10 +104,11 @@ class WorkerProcess:
             TimeoutError: if none came in time; the worker still runs.
             SimulatorError: if the worker failed or is gone; it is quoted and ended.
         """
-        if not wait([self._connection, self._exit_fd], timeout_s):
+        ready = [fd for fd, _ in self._events.poll(timeout_s * 1e3)]
+        if not ready:
             raise TimeoutError
         # A message sent before death counts, so the pipe is read first.
-        if not self._connection.poll():
+        if self._connection.fileno() not in ready:
             raise self._death()
         try:
             message = protocol.decode(self._connection.recv_bytes())
@@ -170,5 +177,7 @@ class WorkerProcess:
             return
         with contextlib.suppress(OSError):
             self._connection.send_bytes(protocol.encode(protocol.Close()))
-        wait([self._exit_fd], timeout_s)
+        exited = select.poll()
+        exited.register(self._exit_fd, select.POLLIN)
+        exited.poll(timeout_s * 1e3)
         self.kill()

@@ -1,11 +1,11 @@
 """What travels over the pipe between trainer and simulator: small messages, never frames.
 
-A message is one block of bytes: a length, a JSON header, then the raw bytes of its NumPy arrays.
-No pickle, so a message can hold data but never code. Standard library and NumPy only, because
-both processes import this.
+A message is one block of bytes: a length, a JSON header, then the raw bytes of its NumPy arrays,
+each at a multiple of 8, so that the receiver can use them where they lie. No pickle, so a message
+can hold data but never code. Standard library and NumPy only, because both processes import this.
 
-One exchange: `Start` -> `Hello` -> `Attach`, then any number of `Reset` or `Step` -> `Reply`, and
-`Close`. At any moment the simulator may answer `Failure` instead, after which it exits.
+One exchange: `Start` -> `Hello` -> `Attach`, then any number of `Reset` or `Step` -> `Reply` and of
+`Park`, and `Close`. At any moment the simulator may answer `Failure` instead, after which it exits.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ from evac_jax.bridge.types import EnvSpec, StepResult
 from evac_jax.errors import SimulatorError
 from policies.spec import ActionSpec
 
-VERSION = 2  # of this format; both ends must agree
+VERSION = 3  # of this format; both ends must agree
 _LENGTH = struct.Struct("<4sI")  # mark, bytes of the JSON header
 _MARK = b"EVJX"
+_ALIGN = 8  # bytes; also the size of _LENGTH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class Park:
+    """Trainer -> simulator: no episode goes on; the next reset may come late. No answer."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Reply:
     """Simulator -> trainer: the frames of `request` are complete in `slot`."""
 
@@ -98,66 +104,75 @@ class Close:
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        *(Start, Hello, Attach, Reset, Step, Reply, Failure, Close),
+        *(Start, Hello, Attach, Reset, Step, Park, Reply, Failure, Close),
         *(EnvSpec, ActionSpec, StepResult),
     )
 }
 
 
+_FIELDS = {cls: tuple(field.name for field in dataclasses.fields(cls)) for cls in _TYPES.values()}
+
+
 def _pack(value: Any, arrays: list[np.ndarray]) -> Any:
     """Return `value` as JSON values; arrays go to the list and leave a reference behind."""
-    if dataclasses.is_dataclass(value) and type(value).__name__ in _TYPES:
-        names = [field.name for field in dataclasses.fields(value)]
-        fields = {name: _pack(getattr(value, name), arrays) for name in names}
-        return {"$type": type(value).__name__, "fields": fields}
-    if isinstance(value, np.ndarray):
+    kind = type(value)
+    if kind in (int, float, str, bool) or value is None:
+        return value
+    if kind is np.ndarray:
         if value.dtype.hasobject:
             raise TypeError(f"arrays of Python objects cannot be sent, got dtype {value.dtype}")
         arrays.append(np.ascontiguousarray(value))
-        return {"$array": [value.dtype.str, list(value.shape)]}
+        return {"$array": [value.dtype.str, value.shape]}
+    if kind in _FIELDS:
+        fields = [_pack(getattr(value, name), arrays) for name in _FIELDS[kind]]
+        return {"$type": kind.__name__, "fields": fields}
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, tuple):  # JSON knows lists only
+    if kind is tuple:  # JSON knows lists only
         return {"$tuple": [_pack(item, arrays) for item in value]}
-    if isinstance(value, list):
+    if kind is list:
         return [_pack(item, arrays) for item in value]
     if isinstance(value, dict):
         if not all(isinstance(key, str) and not key.startswith("$") for key in value):
             raise TypeError(f"keys must be strings that do not start with '$', got {list(value)}")
         return {key: _pack(item, arrays) for key, item in value.items()}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"cannot send {type(value).__name__}: {value!r}")
+    raise TypeError(f"cannot send {kind.__name__}: {value!r}")
+
+
+def _padding(size: int) -> int:
+    return -size % _ALIGN
 
 
 class _Reader:
     """Rebuilds values, taking the arrays' bytes in the order in which they were packed."""
 
-    def __init__(self, data: memoryview):
-        self._data, self._offset = data, 0
+    def __init__(self, data: bytearray, offset: int):
+        self._data, self._offset = data, offset
 
     def _array(self, dtype: str, shape: list[int]) -> np.ndarray:
-        kind = np.dtype(dtype)
-        size = kind.itemsize * math.prod(shape)
-        block = self._data[self._offset : self._offset + size]
-        if kind.hasobject or len(block) != size:
+        kind, count = np.dtype(dtype), math.prod(shape)
+        size = kind.itemsize * count
+        if kind.hasobject or self._offset + size > len(self._data):
             raise ValueError(f"array of {dtype} {shape} does not fit the message")
-        self._offset += size
-        return np.frombuffer(block, kind).reshape(shape).copy()  # writable, and owns its memory
+        # Over the message's own memory, which lives as long as one of its arrays: writable.
+        array = np.frombuffer(self._data, kind, count, self._offset) if size else np.empty(0, kind)
+        self._offset += size + _padding(size)
+        return array.reshape(shape)
 
     def read(self, value: Any) -> Any:
         """Undo `_pack`."""
-        if isinstance(value, list):
+        if type(value) is list:
             return [self.read(item) for item in value]
-        if not isinstance(value, dict):
+        if type(value) is not dict:
             return value
-        if "$tuple" in value:
-            return tuple(self.read(value["$tuple"]))
         if "$array" in value:
             return self._array(*value["$array"])
         if "$type" in value:
-            fields = {name: self.read(item) for name, item in value["fields"].items()}
-            return _TYPES[value["$type"]](**fields)
+            cls = _TYPES[value["$type"]]
+            fields = [self.read(item) for item in value["fields"]]
+            return cls(**dict(zip(_FIELDS[cls], fields, strict=True)))
+        if "$tuple" in value:
+            return tuple(self.read(value["$tuple"]))
         return {key: self.read(item) for key, item in value.items()}
 
 
@@ -170,7 +185,11 @@ def encode(message: Any) -> bytes:
     arrays: list[np.ndarray] = []
     header = {"version": VERSION, "message": _pack(message, arrays)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    return b"".join([_LENGTH.pack(_MARK, len(text)), text, *(a.tobytes() for a in arrays)])
+    text += b" " * _padding(len(text))
+    parts = [_LENGTH.pack(_MARK, len(text)), text]
+    for array in arrays:
+        parts += [array.tobytes(), bytes(_padding(array.nbytes))]
+    return b"".join(parts)
 
 
 def decode(data: bytes) -> Any:
@@ -183,11 +202,11 @@ def decode(data: bytes) -> Any:
         mark, length = _LENGTH.unpack_from(data)
         if mark != _MARK:
             raise ValueError(f"starts with {mark!r}")
-        body = memoryview(data)[_LENGTH.size :]
-        header = json.loads(bytes(body[:length]))
+        end = _LENGTH.size + length
+        header = json.loads(data[_LENGTH.size : end])
         version = header["version"]
         if version == VERSION:
-            return _Reader(body[length:]).read(header["message"])
+            return _Reader(bytearray(data), end).read(header["message"])
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise SimulatorError(
             f"expected a bridge message (format {VERSION}), got {len(data)} other bytes: {error!r}"

@@ -107,6 +107,10 @@ def _serve(connection: Connection, inbox: _Inbox, slots_fd: int) -> None:
         slots = _attach(message, spec, layout, slots_fd)
         tensors = [slots.tensors(slot) for slot in range(slots.num_slots)]
         while not isinstance(request := inbox.next(), protocol.Close):
+            if isinstance(request, protocol.Park):
+                for environment in parts:
+                    environment.park()
+                continue
             environment, (frames, clip) = parts[request.part], tensors[request.slot]
             slots.begin(request.slot)
             if isinstance(request, protocol.Reset):

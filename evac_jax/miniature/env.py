@@ -217,6 +217,9 @@ class GroundTruthEnv:
         seconds["render"] += time.perf_counter() - began
         return self._result(outcome, figures, seconds)
 
+    def park(self) -> None:
+        """Nothing lies on an accelerator."""
+
     def close(self) -> None:
         """Nothing is held."""
 

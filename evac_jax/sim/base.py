@@ -54,6 +54,10 @@ class Environment(Protocol):
         """Play one chunk: `actions` float32 [B K A], un-normalised as the policy gave them."""
         ...
 
+    def park(self) -> None:
+        """Forget the episodes and leave the accelerator until the next reset."""
+        ...
+
     def close(self) -> None:
         """Release what the environment holds."""
         ...

@@ -109,7 +109,7 @@ class WorldModelEnv:
             )
         self._model, self._reward_model, self._source = world_model, reward_model, source
         self._config, self._device = config, torch.device(config.device)
-        self._pose_model = pose_model
+        self._pose_model, self._parked = pose_model, False
         self._advance = pose_model if config.reference_compat else pose_model.get_ee_pose
         self._size, self._chunk, self._views = model.image_size, model.chunk, model.n_view
         channels = model.autoencoder.latent_channels
@@ -181,6 +181,8 @@ class WorldModelEnv:
         if starts.shape != (self.spec.num_envs,):
             raise DataError(f"expected {self.spec.num_envs} start ids, got shape {starts.shape}")
         self._seconds = {}
+        if self._parked:
+            self._move(self._device)
         seeds = (self._config.seed, seed)
         self.noise, self._cycle = ChunkNoise(seeds, self._device), None
         idle, rows = starts == IDLE, np.flatnonzero(starts != IDLE)
@@ -235,6 +237,18 @@ class WorldModelEnv:
             self._restart_finished(outcome)
         frames.copy_(self._last)
         return self._result(outcome, figures)
+
+    def park(self) -> None:
+        """Drop the episodes' state and move the networks to the host; see `Environment.park`."""
+        self.state = self.noise = None
+        self._move("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _move(self, device: torch.device | str) -> None:
+        self._parked = device == "cpu"
+        for network in (self._model, self._reward_model, self._pose_model):
+            network.to(device)
 
     def close(self) -> None:
         """Drop the networks and the state."""

@@ -194,6 +194,9 @@ class LiberoEnv:
             clip.copy_(torch.from_numpy(film))
         return self._result(outcome, figures, {"simulate": time.perf_counter() - began})
 
+    def park(self) -> None:
+        """Nothing lies on an accelerator."""
+
     def close(self) -> None:
         """End LIBERO's processes."""
         self._pool.close()
