@@ -37,6 +37,9 @@ def main(argv: list[str]) -> None:
     config = from_config_dict(_CONFIG.value.to_dict())
     if (_MODE.value == "export") != bool(_EXPORT_DIR.value):
         raise ConfigError("--export_dir: --mode=export needs a new folder, other modes take none")
+    if config.cluster.engine == "ray" and _MODE.value in ("train", "eval"):
+        importlib.import_module("evac_jax.ray_cluster").run(config, _MODE.value)
+        return
     # Imported only after the configuration is known to be good: it takes seconds.
     module, function = {
         "train": ("evac_jax.train", "run"),

@@ -15,6 +15,7 @@ from typing import Any
 
 from algos import ALGORITHMS
 from algos.optim import OptimizerConfig
+from evac_jax.cluster_config import ClusterConfig, MeshConfig
 from evac_jax.config_checks import nearest, validate
 from evac_jax.errors import ConfigError
 from evac_jax.libero_config import LiberoConfig
@@ -238,28 +239,19 @@ class CollectConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
-    """The trainer's devices as a grid; -1 = what is left.
-
-    Attributes:
-        data: devices that hold whole copies of the parameters.
-        fsdp: devices that parameters and optimiser state are cut over.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-
-
-@dataclass(frozen=True)
 class RunConfig:
-    """Length of the run and when to give up.
+    """Length of the run, how far acting may lag behind learning, and when to give up.
 
     Attributes:
         iterations: rollout-and-update rounds in all, counted from the first start of the run.
+        max_staleness: updates that the policy which acts may be behind, 0 or 1. With 1 the next
+            iteration's episodes are collected while an update is computed; needs algo.decoupled.
+            A run that is continued collects the episodes that were under way anew.
         max_skipped_updates: non-finite optimiser steps in a row after which the run stops.
     """
 
     iterations: int = 100
+    max_staleness: int = 0
     max_skipped_updates: int = 10
 
 
@@ -340,10 +332,16 @@ class TrainConfig:
     libero: LiberoConfig = field(default_factory=LiberoConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train: RunConfig = field(default_factory=RunConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+
+    @property
+    def envs_per_process(self) -> int:
+        """Environments of one simulator process."""
+        return self.env.num_envs // (self.cluster.num_nodes * self.simulator.processes)
 
     @property
     def episodes_per_iteration(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from algos import ALGORITHMS, optim
-from evac_jax import libero_config
+from evac_jax import libero_config, placement
 
 if TYPE_CHECKING:
     from evac_jax.config import TrainConfig
@@ -103,8 +103,61 @@ def validate(config: "TrainConfig") -> list[str]:
     for name, value in (("fraction", c.eval.twin_fraction), ("alarm", c.eval.twin_alarm)):
         if not 0.0 <= value <= 1.0:
             problems.append(f"config.eval.twin_{name}: expected 0..1, got {value}")
+    problems += _cluster_problems(c)
     if not problems:
         problems += _combinations(c)
+    return problems
+
+
+def _cluster_problems(c: "TrainConfig") -> list[str]:
+    """What cannot be placed or overlapped, whatever the machine has."""
+    problems, cluster = [], c.cluster
+    problems += _one_of("cluster.engine", cluster.engine, ("local", "ray"))
+    problems += _at_least(1, cluster__num_nodes=cluster.num_nodes)
+    if not 0 <= cluster.node < cluster.num_nodes:
+        problems.append(
+            f"config.cluster.node: expected 0 to {cluster.num_nodes - 1} (cluster.num_nodes), got "
+            f"{cluster.node}"
+        )
+    if cluster.num_nodes > 1 and cluster.engine == "local" and not cluster.coordinator:
+        problems.append(
+            "config.cluster.coordinator: where the trainers of several hosts meet; set it to "
+            '"ADDRESS:PORT" of host 0 on all of them, or cluster.engine to "ray"'
+        )
+    if cluster.num_nodes > 1 and not (c.log.run or c.checkpoint.restore):
+        problems.append("config.log.run: runs on several hosts need a name that all of them know")
+    if cluster.num_nodes > 1 and c.rollout.refill:
+        problems.append(
+            "config.rollout.refill: works on one host only, where all groups are seen; set it to 0"
+        )
+    for name in ("env", "rollout", "actor"):
+        try:
+            placement.parse(getattr(cluster.placement, name))
+        except ValueError as error:
+            problems.append(f"config.cluster.placement.{name}: {error}")
+    for what in cluster.offload:
+        problems += _one_of("cluster.offload", what, placement.OFFLOADED)
+    if not 0.0 <= cluster.memory_fraction < 1.0:
+        problems.append(
+            f"config.cluster.memory_fraction: expected 0..1, got {cluster.memory_fraction}"
+        )
+    if c.train.max_staleness not in (0, 1):
+        problems.append(f"config.train.max_staleness: expected 0 or 1, got {c.train.max_staleness}")
+    if c.train.max_staleness and not c.algo.decoupled:
+        problems.append(
+            "config.algo.decoupled: episodes of an older policy (train.max_staleness = 1) need its "
+            "correction; expected True, got False"
+        )
+    if c.train.max_staleness and (busy := {"simulator", "sampler"} & set(cluster.offload)):
+        problems.append(
+            f"config.cluster.offload: {' and '.join(sorted(busy))} work during updates with "
+            "train.max_staleness = 1; expected at most ('optimizer',)"
+        )
+    if cluster.placement.env and not c.simulator.devices[0].startswith("cuda"):
+        problems.append(
+            f"config.cluster.placement.env: names CUDA devices, but simulator.devices is "
+            f"{c.simulator.devices}; set it to ('cuda',), or leave placement.env empty"
+        )
     return problems
 
 
@@ -143,12 +196,19 @@ def _combinations(c: "TrainConfig") -> list[str]:
         problems.append(
             "config.rollout.refill: an algorithm without groups has none to replace; set it to 0"
         )
-    if c.env.num_envs % (group * c.simulator.processes):
+    hosts = c.cluster.num_nodes
+    if c.env.num_envs % (group * c.simulator.processes * hosts):
         problems.append(
-            f"config.env.num_envs: must be a multiple of algo.group_size x simulator.processes = "
-            f"{group} x {c.simulator.processes}, so that groups stay whole; got {c.env.num_envs}"
+            f"config.env.num_envs: must be a multiple of algo.group_size x simulator.processes x "
+            f"cluster.num_nodes = {group} x {c.simulator.processes} x {hosts}, so that groups stay "
+            f"whole; got {c.env.num_envs}"
         )
-    share, stages = c.env.num_envs // c.simulator.processes, c.rollout.pipeline_stages
+    if c.eval.ground_truth_envs % hosts:
+        problems.append(
+            f"config.eval.ground_truth_envs: must be a multiple of cluster.num_nodes = {hosts}, "
+            f"got {c.eval.ground_truth_envs}"
+        )
+    share, stages = c.envs_per_process, c.rollout.pipeline_stages
     if share % stages or stages > c.simulator.slots:
         problems.append(
             f"config.rollout.pipeline_stages: must divide the {share} environments of a simulator "

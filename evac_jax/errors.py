@@ -24,6 +24,10 @@ class BridgeTimeoutError(EvacJaxError):
     """A simulator process did not answer in time."""
 
 
+class HostError(EvacJaxError):
+    """A host of the run was lost, and so the run ended; what it had saved before is whole."""
+
+
 class DataError(EvacJaxError):
     """Input data (start frames, episodes) is missing or malformed."""
 

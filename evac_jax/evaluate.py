@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from evac_jax import sharding
+from evac_jax.bridge.types import IDLE
 from evac_jax.learner import Learner
 from evac_jax.rollout import Stopwatch, env_metrics, episode_figures, padded, play, whole
 from evac_jax.simulators import Simulators
@@ -54,10 +56,15 @@ def evaluate(
     watch: Stopwatch,
     films: int = 0,
 ) -> Evaluation:
-    """Play one episode from each of `starts` (int64 [n]) with the evaluation temperature."""
+    """Play one episode from each of `starts` (int64 [n]) with the evaluation temperature.
+
+    Hosts share the episodes; the outcome is of all of them, films are of this one.
+    """
     figures: list[dict[str, np.ndarray]] = []
     filmed: list[Film] = []
-    for index, row in enumerate(padded(starts, simulators.num_envs)):
+    own = slice(simulators.first, simulators.first + simulators.num_envs)
+    for index, whole_row in enumerate(padded(starts, simulators.num_envs * jax.process_count())):
+        row = whole_row[own]
         parts: list[list] = [[] for _ in simulators.rows]
         clips = []
         first = None
@@ -76,9 +83,8 @@ def evaluate(
                 clips.append(np.array(chunk.step.clips))
         if clips:
             filmed = _films(simulators, parts[0], first, clips, films)
-        count = min(len(starts) - index * simulators.num_envs, simulators.num_envs)
-        played = whole([_figures(results) for results in parts], simulators.rows)
-        figures.append({name: values[:count] for name, values in played.items()})
+        played = sharding.gather(whole([_figures(r) for r in parts], simulators.rows))
+        figures.append({name: values[whole_row != IDLE] for name, values in played.items()})
     merged = {name: np.concatenate([f[name] for f in figures]) for name in figures[0]}
     success = merged["success_once"].astype(bool)
     return Evaluation(

@@ -1,6 +1,8 @@
 """Owns the policy on the trainer's devices: imports it, samples with it, updates it.
 
-Three jitted functions: `sample`, `values` and the algorithm's update, whose state is donated.
+Two jitted functions: `sample`, and the algorithm's update, whose state is donated. Where the
+devices that decide are not those that learn, or deciding goes on during an update, `sample` has a
+copy of the parameters of its own, made by `sync`. What goes in and comes out are this host's rows.
 """
 
 import importlib
@@ -14,7 +16,7 @@ from flax import nnx
 
 from algos import ALGORITHMS
 from algos.optim import make_optimizer
-from algos.types import RolloutBatch, TrainState
+from algos.types import RolloutBatch, TrainState, WeightedMetric
 from evac_jax import sharding
 from evac_jax.bridge.types import EnvSpec
 from evac_jax.config import TrainConfig
@@ -31,6 +33,7 @@ class Learner:
         config: of the run.
         mesh: where parameters and batches lie.
         env: the simulator's facts; instructions are tokenised once.
+        rollout_mesh: where it is decided; None = on `mesh`.
 
     Attributes:
         state: `algos.types.TrainState`, the only thing that training changes.
@@ -40,8 +43,14 @@ class Learner:
         ConfigError: policy and simulator do not fit together.
     """
 
-    def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh, env: EnvSpec):
-        self._config, self._mesh = config, mesh
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: jax.sharding.Mesh,
+        env: EnvSpec,
+        rollout_mesh: jax.sharding.Mesh | None = None,
+    ):
+        self._config, self._mesh, self._rollout_mesh = config, mesh, rollout_mesh or mesh
         self._batch_sharding = sharding.batch_sharding(mesh)
         loaded = import_policy(
             config.policy,
@@ -63,6 +72,10 @@ class Learner:
         optimizer = make_optimizer(config.optim)
         self.state = self._initial_state(params, optimizer)
         self._jit(optimizer)
+        self._deciding_rest = self._rest
+        if self._rollout_mesh != mesh:
+            self._deciding_rest = sharding.move(self._rollout_mesh, self._rest)
+        self.sync()
 
     def _initial_state(self, params, optimizer) -> TrainState:
         """Build the state directly on its shards; nothing is ever whole on one device."""
@@ -113,6 +126,7 @@ class Learner:
             return step(state, batch, key)
 
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        self._optimizer_shardings = state_shardings.opt_state
         # Static greedy: argmax and sampling are two programs, each compiled once.
         self._sample = jax.jit(sample, static_argnames="greedy")
         self._update = jax.jit(
@@ -126,6 +140,7 @@ class Learner:
         rows = jnp.asarray(np.maximum(step.result.task, 0))
         return ObsBatch(
             images=jnp.array(step.frames, copy=True),
+            # Prompts lie where JAX puts them: they are few, and `sample` lays them over the mesh.
             prompt_tokens=self._prompts[0][rows],
             prompt_mask=self._prompts[1][rows],
         )
@@ -137,27 +152,72 @@ class Learner:
 
         That is the training's, or the evaluation's (0 = greedy).
         """
-        policy = self._config.policy
+        policy, mesh = self._config.policy, self._rollout_mesh
         temperature = policy.eval_temperature if evaluation else policy.temperature
-        return self._sample(
-            self.state.params,
-            self._rest,
+        names = jnp.asarray(rows, jnp.int32)
+        obs, names = sharding.to_global(mesh, sharding.lay(mesh, (obs, names)))
+        params = self.state.params if self._deciding is None else self._deciding
+        out = self._sample(
+            params,
+            self._deciding_rest,
             obs,
             key,
-            jnp.asarray(rows, jnp.int32),
+            names,
             temperature or 1.0,
             greedy=temperature == 0,
         )
+        return sharding.to_local(mesh, out)
 
     def values(self, obs: ObsBatch) -> jax.Array:
         """Return the value estimates [B v], for the bootstrap after the last chunk."""
         return self.sample(obs, jax.random.key(0), np.arange(len(obs.images))).values
 
     def put(self, batch: RolloutBatch) -> RolloutBatch:
-        """Lay a batch over the mesh, cut along its first axis."""
-        return jax.device_put(batch, self._batch_sharding)
+        """Lay this host's rows of a batch over the mesh, cut along its first axis."""
+        return sharding.to_global(self._mesh, sharding.lay(self._mesh, batch))
+
+    def sync(self) -> None:
+        """Decide with the newest parameters from now on.
+
+        On devices of its own the sampler gets a copy, moved there directly, and so it does where
+        it goes on during updates, which consume the parameters.
+        """
+        self._deciding = None
+        if self._rollout_mesh != self._mesh:
+            self._deciding = sharding.move(self._rollout_mesh, self.state.params)
+        elif self._config.train.max_staleness:
+            self._deciding = jax.tree.map(jnp.copy, self.state.params)
+
+    def park_optimizer(self) -> None:
+        """Move the optimiser's state to the host until the next update."""
+        self._move_optimizer(
+            jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), self._optimizer_shardings)
+        )
+
+    def _move_optimizer(self, shardings) -> None:
+        self.state = self.state.replace(opt_state=jax.device_put(self.state.opt_state, shardings))
+
+    def start_update(self, batch: RolloutBatch, key: jax.Array) -> dict[str, WeightedMetric]:
+        """Begin to learn from one iteration's batch; return the metrics, not there yet.
+
+        Until `sync` the sampler goes on with the parameters it has, if they are its own.
+        """
+        offload = self._config.cluster.offload
+        if "optimizer" in offload:
+            self._move_optimizer(self._optimizer_shardings)
+        if "sampler" in offload:
+            self._deciding = None
+        self.state, metrics = self._update(self.state, self._rest, batch, key)
+        return metrics
+
+    def finish_update(self, metrics: dict[str, WeightedMetric]) -> dict[str, float]:
+        """Wait for an update; return its metrics, fetched in one go, and let the sampler know."""
+        figures = {name: float(m.mean()) for name, m in jax.device_get(metrics).items()}
+        if "optimizer" in self._config.cluster.offload:
+            self.park_optimizer()
+        self.sync()
+        return figures
 
     def update(self, batch: RolloutBatch, key: jax.Array) -> dict[str, float]:
-        """Learn from one iteration's batch; return its metrics, fetched in one go."""
-        self.state, metrics = self._update(self.state, self._rest, batch, key)
-        return {name: float(m.mean()) for name, m in jax.device_get(metrics).items()}
+        """`start_update`, then `finish_update`."""
+        return self.finish_update(self.start_update(batch, key))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from algos.types import RolloutBatch
+from evac_jax import sharding
 from evac_jax.bridge.types import IDLE
 from evac_jax.errors import SimulatorError
 from evac_jax.learner import Learner
@@ -95,7 +96,8 @@ def play(
     are named by environment and chunk, so the numbers are those of one part.
 
     Args:
-        starts: int64 [B] initial states, `IDLE` where there is none to play.
+        starts: int64 [B] initial states of this host's environments, `IDLE` where there is none
+            to play.
         seed: of the simulator's noise.
         key: of the policy's sampling; folded with the chunk's number.
         evaluation: decide with the evaluation's temperature rather than the training's.
@@ -118,7 +120,8 @@ def play(
         with watch.timed("rollout"):
             obs = learner.observe(step)
             draw = jax.random.fold_in(key, t)
-            out = learner.sample(obs, draw, simulators.rows[part], evaluation=evaluation)
+            names = simulators.first + simulators.rows[part]
+            out = learner.sample(obs, draw, names, evaluation=evaluation)
             actions = np.asarray(out.actions)  # waits for everything computed from the frames
             step.release(obs.images)
         simulators.send_step(actions, part)
@@ -137,7 +140,11 @@ def collect(
     """Play training episodes; return them as a batch, the environment's figures, and a record.
 
     Args:
-        starts: int64 [E, B], one row per rollout epoch, groups contiguous within a row.
+        starts: int64 [E, B] of this host's environments, one row per rollout epoch, groups
+            contiguous within a row.
+
+    Returns:
+        The batch and the figures are of all hosts, the record is of this one.
     """
     epochs, figures, actions = [], [], []
     for epoch, row in enumerate(starts):
@@ -167,7 +174,7 @@ def collect(
     merged = {name: np.concatenate([f[name] for f in figures]) for name in figures[0]}
     success = merged["success_once"].astype(bool)
     played = Played(starts.reshape(-1), np.concatenate(actions), success)
-    return learner.put(batch), env_metrics(merged), played
+    return learner.put(batch), env_metrics(sharding.gather(merged)), played
 
 
 def whole(parts: list, rows: list[np.ndarray], library=np):

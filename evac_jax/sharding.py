@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from evac_jax.errors import ConfigError
@@ -68,6 +69,11 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
     return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def fsdp_size(mesh: Mesh) -> int:
+    """Return how many devices a mesh cuts parameters over."""
+    return mesh.shape[FSDP]
+
+
 def path_name(path) -> str:
     """Path of a leaf as "a/b/0/kernel"; NNX states end in "/value", which is cut."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
@@ -77,7 +83,7 @@ def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedShardin
     """Return where the array called `name` lies: the first rule that matches decides."""
     for pattern, tactic in RULES:
         if re.search(pattern, name):
-            return NamedSharding(mesh, tactic(tuple(shape), mesh.shape[FSDP]))
+            return NamedSharding(mesh, tactic(tuple(shape), fsdp_size(mesh)))
     raise ConfigError(f"no sharding rule matches parameter {name!r}; add one to sharding.RULES")
 
 
@@ -86,6 +92,64 @@ def tree_shardings(mesh: Mesh, tree):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf_sharding(mesh, path_name(path), leaf.shape), tree
     )
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """Return the part of a mesh that this process owns, in one row: the batch's axis cuts it."""
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    if len(own) == mesh.size:
+        return mesh
+    return Mesh(np.array(own).reshape(1, -1), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def to_global(mesh: Mesh, tree):
+    """Join every process's rows (arrays over its `local_mesh`) to arrays over `mesh`.
+
+    The first axis is the batch; processes follow one another in the order of their numbers.
+    Nothing is copied.
+    """
+    rows, own = batch_sharding(mesh), local_mesh(mesh)
+    if own is mesh:
+        return tree
+
+    def join(x: jax.Array) -> jax.Array:
+        shape = (x.shape[0] * mesh.size // own.size, *x.shape[1:])
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, rows, parts)
+
+    return jax.tree.map(join, tree)
+
+
+def to_local(mesh: Mesh, tree):
+    """Undo `to_global`: this process's rows of arrays that lie over `mesh` by their batch."""
+    own = local_mesh(mesh)
+    if own is mesh:
+        return tree
+    rows = batch_sharding(own)
+
+    def part(x: jax.Array) -> jax.Array:
+        shape = (x.shape[0] * own.size // mesh.size, *x.shape[1:])
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, rows, parts)
+
+    return jax.tree.map(part, tree)
+
+
+def lay(mesh: Mesh, tree):
+    """Return this process's rows laid over its part of a mesh, cut along the first axis."""
+    return jax.device_put(tree, batch_sharding(local_mesh(mesh)))
+
+
+def move(mesh: Mesh, tree):
+    """Return a copy of parameters laid over another mesh, from device to device."""
+    return jax.device_put(tree, tree_shardings(mesh, tree))
+
+
+def gather(tree):
+    """Return NumPy arrays of all processes joined along their first axis, on every process."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

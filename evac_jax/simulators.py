@@ -16,6 +16,7 @@ from evac_jax.bridge.client import Exchange, SimulatorClient
 from evac_jax.bridge.types import StepResult
 from evac_jax.config import TrainConfig
 from evac_jax.errors import SimulatorError
+from evac_jax.placement import env_devices
 from evac_jax.starts import noise_seed
 
 
@@ -65,20 +66,24 @@ def _join(results: Sequence[StepResult]) -> StepResult:
 
 
 class Simulators:
-    """A pool of simulator processes driven in lockstep.
+    """This host's pool of simulator processes, driven in lockstep.
 
     Args:
         specs: one JSON-able worker spec per process (see `sim.worker`).
-        mesh: where the frames go, cut along the batch.
+        mesh: where the frames go, cut along the batch; this host's part of it is used.
         config: time limits and slots.
+        host: number of this host, and so of its block of the run's environments.
 
     Attributes:
-        rows: per part (pipeline stage), which environments of the batch it holds, int64. Every
+        rows: per part (pipeline stage), which of this host's environments it holds, int64. Every
             process holds a block of them and a share of each part.
+        first: number, among all hosts' environments, of this host's first one.
     """
 
-    def __init__(self, specs: Sequence[dict], mesh: jax.sharding.Mesh, config: TrainConfig):
-        sim = config.simulator
+    def __init__(
+        self, specs: Sequence[dict], mesh: jax.sharding.Mesh, config: TrainConfig, host: int = 0
+    ):
+        sim, mesh = config.simulator, sharding.local_mesh(mesh)
         self._sharding = sharding.batch_sharding(mesh)
         # One process's frames go straight to the mesh; those of several are joined first.
         direct = self._sharding if len(specs) == 1 and mesh.size > 1 else None
@@ -106,10 +111,11 @@ class Simulators:
         parts, processes = self._clients[0].parts, len(self._clients)
         every = np.arange(processes * parts * self.spec.num_envs)
         self.rows = list(every.reshape(processes, parts, -1).swapaxes(0, 1).reshape(parts, -1))
+        self.first, self._first_rank = host * len(every), host * processes
 
     @property
     def num_envs(self) -> int:
-        """Environments in all processes and parts together."""
+        """Environments of this host, all processes and parts together."""
         return sum(len(rows) for rows in self.rows)
 
     def send_reset(self, starts: np.ndarray, seed: int, part: int = 0) -> None:
@@ -123,7 +129,7 @@ class Simulators:
             raise ValueError(f"starts: expected shape {self.rows[part].shape}, got {starts.shape}")
         blocks = np.split(starts, len(self._clients))
         for rank, (client, block) in enumerate(zip(self._clients, blocks, strict=True)):
-            client.send_reset(block, noise_seed(seed, rank), part)
+            client.send_reset(block, noise_seed(seed, self._first_rank + rank), part)
 
     def send_step(self, actions: np.ndarray, part: int = 0) -> None:
         """Ask to play one chunk in the environments `rows[part]`: `actions` float32 [n K A]."""
@@ -155,24 +161,24 @@ class Simulators:
             exchanges=exchanges,
         )
 
+    def park(self) -> None:
+        """Let the simulators leave their devices until the next reset; no episode goes on."""
+        for client in self._clients:
+            client.send_park()
+
     def close(self) -> None:
         """End every process."""
         for client in self._clients:
             client.close()
 
 
-def _devices(config: TrainConfig) -> list[str]:
-    sim = config.simulator
-    return list(sim.devices) * (sim.processes if len(sim.devices) == 1 else 1)
-
-
 def world_model_specs(config: TrainConfig) -> list[dict]:
-    """Return the worker specs of the imagining processes, one per process."""
+    """Return the worker specs of a host's imagining processes, one per process."""
     env, sim = config.env, config.simulator
     starts = {"kind": env.initial_states}
     if env.initial_states_path:
         starts["folder"] = env.initial_states_path
-    share, stages = env.num_envs // sim.processes, config.rollout.pipeline_stages
+    share, stages = config.envs_per_process, config.rollout.pipeline_stages
     settings = {
         "world_model": config.world_model.checkpoint,
         "reward": config.reward.checkpoint,
@@ -204,7 +210,7 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
             "parts": stages,
             "threads": sim.threads,
         }
-        for device in _devices(config)
+        for device in env_devices(config)
     ]
 
 
@@ -215,17 +221,15 @@ GROUND_TRUTHS = {
 
 
 def ground_truth_specs(config: TrainConfig) -> list[dict]:
-    """Return the worker spec of the ground-truth process for evaluation."""
-    return [_ground_truth_spec(config, config.eval.ground_truth_envs)]
+    """Return the worker spec of a host's ground-truth process for evaluation."""
+    return [_ground_truth_spec(config, config.eval.ground_truth_envs // config.cluster.num_nodes)]
 
 
 def training_specs(config: TrainConfig) -> list[dict]:
     """Return the worker specs of the processes that the policy learns in, see `env.simulator`."""
     if config.env.simulator == "world_model":
         return world_model_specs(config)
-    processes = config.simulator.processes
-    share = config.env.num_envs // processes
-    algo = config.algo
+    processes, share, algo = config.simulator.processes, config.envs_per_process, config.algo
     ends = {"auto_reset": algo.auto_reset, "ignore_terminations": algo.ignore_terminations}
     spec = _ground_truth_spec(config, share, **ends)
     return [spec | {"parts": config.rollout.pipeline_stages} for _ in range(processes)]

@@ -14,11 +14,17 @@ import numpy as np
 from absl import logging
 
 from algos import ALGORITHMS
-from evac_jax import checkpoint, report, sharding
+from evac_jax import checkpoint, cluster, report
 from evac_jax.bridge.types import EnvSpec
 from evac_jax.checkpoint import Checkpoints
 from evac_jax.config import TrainConfig, to_dict
-from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
+from evac_jax.errors import (
+    BridgeTimeoutError,
+    CheckpointError,
+    ConfigError,
+    EvacJaxError,
+    SimulatorError,
+)
 from evac_jax.evaluate import Evaluation, evaluate, save_films
 from evac_jax.learner import Learner
 from evac_jax.refill import collect_informative
@@ -27,6 +33,8 @@ from evac_jax.simulators import Simulators, ground_truth_specs, training_specs
 from evac_jax.starts import StartSampler
 from evac_jax.telemetry import progress, writers
 from evac_jax.twin import Twin
+
+COMPILATIONS = "log/compilations"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,7 @@ def open_folder(config: TrainConfig) -> RunFolder:
     Raises:
         CheckpointError: nothing to restore, another shape of run, or the folder is taken.
     """
-    resumed = bool(config.checkpoint.restore)
+    resumed, first_host = bool(config.checkpoint.restore), cluster.is_first_host()
     if resumed:
         path = checkpoint.find_run(config)
         saved = json.loads((path / checkpoint.CONFIG_FILE).read_text())
@@ -53,15 +61,17 @@ def open_folder(config: TrainConfig) -> RunFolder:
     else:
         name = config.log.run or time.strftime(f"{config.algorithm}-%Y%m%d-%H%M%S")
         path = Path(config.log.dir) / name
-        if (path / checkpoint.CONFIG_FILE).exists():
+        if first_host and (path / checkpoint.CONFIG_FILE).exists():
             raise CheckpointError(
                 f"{str(path)!r} already holds a run; continue it with "
                 f"--config.checkpoint.restore={path}, or choose another --config.log.run"
             )
-    path.mkdir(parents=True, exist_ok=True)
-    temporary = path / f"{checkpoint.CONFIG_FILE}.tmp"
-    temporary.write_text(json.dumps(to_dict(config), indent=2))
-    os.replace(temporary, path / checkpoint.CONFIG_FILE)
+    if first_host:
+        path.mkdir(parents=True, exist_ok=True)
+        temporary = path / f"{checkpoint.CONFIG_FILE}.tmp"
+        temporary.write_text(json.dumps(to_dict(config), indent=2))
+        os.replace(temporary, path / checkpoint.CONFIG_FILE)
+    cluster.wait_for_all("run folder")
     return RunFolder(
         path=path,
         checkpoints=Path(config.checkpoint.dir or path / "checkpoints"),
@@ -112,6 +122,8 @@ class Evaluators:
             for name, value in result.metrics.items()
         }
         self.writer.write(iteration, scalars)
+        if not cluster.is_first_host():
+            return outcome
         for place, result in outcome.items():
             # Names of imagined films carry no place: that is what most films are.
             mark = "" if place == "imagined" else f"{place}_"
@@ -134,20 +146,21 @@ def _rates(outcome: dict[str, Evaluation]) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def _simulators(config: TrainConfig, mesh, *, learning: bool = True):
-    """Start all simulator processes; end them whatever happens."""
+    """Start all simulator processes of this host; end them whatever happens."""
     with contextlib.ExitStack() as stack:
         imagined = real = None
+        host = jax.process_index()
         if learning or config.env.simulator == "world_model":
-            imagined = Simulators(training_specs(config), mesh, config)
+            imagined = Simulators(training_specs(config), mesh, config, host)
             stack.callback(imagined.close)
         if config.eval.ground_truth != "none":
-            real = Simulators(ground_truth_specs(config), mesh, config)
+            real = Simulators(ground_truth_specs(config), mesh, config, host)
             stack.callback(real.close)
         # Where nothing is learned in it, one pool of the ground truth is enough.
         yield imagined or real, real
 
 
-def check_sizes(config: TrainConfig, mesh, env: EnvSpec) -> None:
+def check_sizes(config: TrainConfig, mesh, rollout_mesh, env: EnvSpec) -> None:
     """Check what depends on the devices and on the world model's chunk.
 
     Raises:
@@ -166,13 +179,15 @@ def check_sizes(config: TrainConfig, mesh, env: EnvSpec) -> None:
     )
     micro_batch = config.algo.micro_batch or config.algo.global_batch
     part = config.env.num_envs // config.rollout.pipeline_stages
-    for name, count in (
-        ("env.num_envs / rollout.pipeline_stages", part),
-        ("algo.micro_batch", micro_batch),
+    for name, count, grid, what in (
+        ("env.num_envs / rollout.pipeline_stages", part, rollout_mesh, "decide"),
+        ("env.num_envs x rollout.epochs", config.episodes_per_iteration, mesh, "learn"),
+        ("algo.micro_batch", micro_batch, mesh, "learn"),
     ):
-        if count % mesh.size:
+        if count % grid.size:
             problems.append(
-                f"config.{name}: must be a multiple of the mesh's {mesh.size} devices, got {count}"
+                f"config.{name}: must be a multiple of the {grid.size} devices that {what}, got "
+                f"{count}"
             )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -181,11 +196,15 @@ def check_sizes(config: TrainConfig, mesh, env: EnvSpec) -> None:
 def run(config: TrainConfig) -> None:
     """Train from the start, or from a checkpoint, to `train.iterations`; print the summary."""
     began = time.perf_counter()
+    cluster.start(config)
     folder = open_folder(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    with _simulators(config, mesh) as (imagined, real):
-        check_sizes(config, mesh, imagined.spec)
-        learner = Learner(config, mesh, imagined.spec)
+    mesh, rollout_mesh = cluster.make_meshes(config)
+    with (
+        _simulators(config, rollout_mesh) as (imagined, real),
+        cluster.one_for_all(config, folder.checkpoints),
+    ):
+        check_sizes(config, mesh, rollout_mesh, imagined.spec)
+        learner = Learner(config, mesh, imagined.spec, rollout_mesh)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         starts = StartSampler.from_config(
             config, imagined.spec.num_starts, imagined.spec.num_keyframes
@@ -198,12 +217,15 @@ def run(config: TrainConfig) -> None:
             learner.state, meta = checkpoints.restore(newest, learner.state)
             starts.load_state_dict(meta["starts"])
             twin.load_state_dict(meta.get("twin", ()))  # older checkpoints have none
+            learner.sync()
             finished, before, seconds = newest, meta["before"], meta["seconds"]
             logging.info("restored %s at iteration %d", folder.path, finished)
 
-        writer = writers.make_writer(folder.path, config, resume_step=finished)
+        writer = writers.NullWriter()
+        if cluster.is_first_host():
+            writer = writers.make_writer(folder.path, config, resume_step=finished)
         evaluators = Evaluators(config, learner, imagined, real, folder, writer)
-        watch = Stopwatch()
+        watch, compiled = Stopwatch(), cluster.Compilations()
         if before is None:
             outcome = evaluators.run(0)
             before = _rates(outcome)
@@ -211,32 +233,62 @@ def run(config: TrainConfig) -> None:
             outcome = {}
         after = dict(before)
 
-        def play(iteration: int, key: jax.Array, number: int):
+        own = slice(imagined.first, imagined.first + imagined.num_envs)
+        offload = config.cluster.offload
+
+        def iteration_key(iteration: int) -> jax.Array:
+            return jax.random.fold_in(jax.random.key(config.seed), iteration)
+
+        def play(iteration: int, number: int):
             """Collect an iteration's episodes; again and others with `number` 1, 2 .."""
-            drawn = starts.next(config.rollout.epochs, imagined.num_envs)
-            seed = starts.seed(iteration, number)
+            drawn = starts.next(config.rollout.epochs, config.env.num_envs)[:, own]
+            seed, key = starts.seed(iteration, number), iteration_key(iteration)
             key = jax.random.fold_in(key, 2**30 + number) if number else key
             return collect(learner, imagined, drawn, seed=seed, key=key, watch=watch)
 
+        def rollout(iteration: int):
+            """Collect an iteration's episodes and compare some with the ground truth."""
+            collected = collect_informative(
+                partial(play, iteration), config.algo, config.rollout.refill
+            )
+            if "simulator" in offload:
+                imagined.park()
+            return collected
+
+        def save(done: int, drawn: dict) -> None:
+            meta = {"starts": drawn, "before": before, "seconds": seconds}
+            checkpoints.save(done, learner.state, meta | {"twin": twin.state_dict()})
+
+        if "optimizer" in offload:
+            learner.park_optimizer()
+        drawn = starts.state_dict()
+        ahead = None  # the next iteration's episodes, where they are collected during an update
         skipped_in_a_row = 0
         with progress.Progress(config.train.iterations, finished) as bar:
             bar.update(finished, success=report.rates(after))
             for iteration in range(finished, config.train.iterations):
-                iteration_began = time.perf_counter()
-                key = jax.random.fold_in(jax.random.key(config.seed), iteration)
-
-                batch, env_figures, played = collect_informative(
-                    partial(play, iteration, key), config.algo, config.rollout.refill
-                )
-                twin_began = time.perf_counter()
-                env_figures |= twin.check(iteration, played)
-                watch.add("twin", time.perf_counter() - twin_began)
-                update_began = time.perf_counter()
-                metrics = learner.update(batch, key)
-                watch.add("actor", time.perf_counter() - update_began)
+                iteration_began, programs = time.perf_counter(), compiled.count
+                try:
+                    batch, env_figures, played = ahead or rollout(iteration)
+                except (SimulatorError, BridgeTimeoutError):
+                    if jax.process_count() == 1 and iteration not in (0, checkpoints.latest()):
+                        save(iteration, drawn)  # else all since the last checkpoint is lost
+                        checkpoints.close()
+                    raise
+                with watch.timed("twin"):
+                    env_figures |= twin.check(iteration, played)
+                with watch.timed("actor"):
+                    update = learner.start_update(batch, iteration_key(iteration))
+                drawn = starts.state_dict()
+                ahead = None
+                if config.train.max_staleness and iteration + 1 < config.train.iterations:
+                    ahead = rollout(iteration + 1)
+                with watch.timed("actor"):
+                    metrics = learner.finish_update(update)
 
                 phases = watch.take()
                 phases["step"] = time.perf_counter() - iteration_began
+                env_figures[COMPILATIONS] = float(compiled.count - programs)
                 seconds = {k: seconds.get(k, 0.0) + phases.get(k, 0.0) for k in seconds | phases}
                 done = iteration + 1
                 writer.write(
@@ -249,9 +301,7 @@ def run(config: TrainConfig) -> None:
                 if last or (config.eval.interval and done % config.eval.interval == 0):
                     after = after | _rates(evaluators.run(done))
                 if last or done % config.checkpoint.interval == 0:
-                    meta = {"starts": starts.state_dict(), "before": before, "seconds": seconds}
-                    meta["twin"] = twin.state_dict()
-                    checkpoints.save(done, learner.state, meta)
+                    save(done, drawn)
                 bar.update(done, success=report.rates(after))
                 if stuck:
                     raise EvacJaxError(
@@ -269,6 +319,8 @@ def run(config: TrainConfig) -> None:
                     break
         checkpoints.close()
         writer.close()
+    if not cluster.is_first_host():
+        return
     report.finish(
         folder.path,
         before=before,
@@ -292,10 +344,11 @@ def evaluate_only(config: TrainConfig) -> None:
     Raises:
         CheckpointError: there is no such run, or it lacks the iteration `checkpoint.step`.
     """
+    cluster.start(config)
     path = Path(config.log.dir) / (config.log.run or "eval")
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    with _simulators(config, mesh, learning=False) as (imagined, real):
-        learner = Learner(config, mesh, imagined.spec)
+    mesh, rollout_mesh = cluster.make_meshes(config)
+    with _simulators(config, rollout_mesh, learning=False) as (imagined, real):
+        learner = Learner(config, mesh, imagined.spec, rollout_mesh)
         iteration = 0
         if config.checkpoint.restore:
             run = checkpoint.find_run(config)
@@ -304,6 +357,7 @@ def evaluate_only(config: TrainConfig) -> None:
             checkpoints = Checkpoints(Path(config.checkpoint.dir or run / "checkpoints"), keep=None)
             iteration = checkpoints.existing(config.checkpoint.step)
             learner.state, _ = checkpoints.restore(iteration, learner.state)
+            learner.sync()
         folder = RunFolder(path, Path(), Path(config.video.dir or path / "videos"), False)
         evaluators = Evaluators(config, learner, imagined, real, folder, writers.NullWriter())
         results = evaluators.run(iteration)
@@ -315,6 +369,8 @@ def evaluate_only(config: TrainConfig) -> None:
     if config.eval.ground_truth == "libero":
         keys = ("suite", "episode_steps", "wait_steps", "seed", "image_size")
         settings["libero"] = {key: getattr(config.libero, key) for key in keys}
+    if not cluster.is_first_host():
+        return
     report.finish_evaluation(
         path,
         iteration=iteration,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
+from evac_jax import sharding
 from evac_jax.config import TrainConfig
 from evac_jax.errors import DataError
 from evac_jax.rollout import Played, padded
@@ -114,6 +115,7 @@ class Twin:
         rows = np.sort(rng.choice(len(played.starts), count, replace=False))
         imagined = np.asarray(played.success[rows], bool)
         real = replay(self._real, played.starts[rows], played.actions[rows])
+        imagined, real = sharding.gather((imagined, real))  # every host replays its own
         self._window.extend(zip(imagined.tolist(), real.tolist(), strict=True))
         self._raise_alarm(iteration)
         metrics = {

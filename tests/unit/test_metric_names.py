@@ -16,6 +16,7 @@ from evac_jax.config import default_config
 from evac_jax.refill import collect_informative
 from evac_jax.rollout import Played, env_metrics
 from evac_jax.telemetry.writers import NON_FINITE
+from evac_jax.train import COMPILATIONS
 from evac_jax.twin import Twin
 from policies.types import PolicyEvaluation
 from tests.unit.fakes import FakeGroundTruth
@@ -122,7 +123,7 @@ def emitted(repository) -> set[str]:
         | _twin_metrics()
         | _refill_metrics()
         | {f"time/{phase}" for phase in _phases(repository / "evac_jax")}
-        | {NON_FINITE}
+        | {NON_FINITE, COMPILATIONS}
     )
 
 

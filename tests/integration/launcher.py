@@ -1,0 +1,81 @@
+"""Starts `launch.py` as a user does, on random weights of the smallest sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+class Launcher:
+    """Starts launch.py on tiny weights; compiled programs are shared between the runs."""
+
+    def __init__(self, repository: Path, weights: Path, folder: Path):
+        self._repository, self.runs = repository, folder / "runs"
+        self._environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        }
+        settings = {
+            "policy.checkpoint": weights / "policy",
+            "world_model.checkpoint": weights / "world_model",
+            "reward.checkpoint": weights / "reward",
+            "env.pose_model": weights / "pose_model",
+            "world_model.steps": 1,
+            "env.num_envs": 8,
+            "env.max_episode_steps": 16,
+            "algo.group_size": 4,
+            "algo.global_batch": 8,
+            "algo.micro_batch": 8,
+            "eval.episodes": 4,
+            "eval.ground_truth_episodes": 8,
+            "eval.ground_truth_envs": 8,
+            "eval.twin_fraction": 0.5,
+            "eval.interval": 0,
+            "video.episodes": 1,
+            "log.dir": self.runs,
+        }
+        self._flags = [f"--config.{name}={value}" for name, value in settings.items()]
+
+    def start(self, *flags: str, config: str = "configs/grpo.py", devices: int = 2):
+        command = [sys.executable, "launch.py", f"--config={config}", *self._flags, *flags]
+        count = f"--xla_force_host_platform_device_count={devices}"
+        return subprocess.Popen(
+            command,
+            cwd=self._repository,
+            env=self._environment | {"XLA_FLAGS": count},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *flags: str, status: int = 0, **how) -> str:
+        process = self.start(*flags, **how)
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == status, output
+        return output
+
+    def metrics(self, run: str) -> dict[int, dict[str, float]]:
+        lines = (self.runs / run / "metrics.jsonl").read_text().splitlines()
+        return {line["iteration"]: line for line in map(json.loads, lines)}
+
+    def assert_same(self, run: str, other: str, iterations, ignored=(), **tolerance) -> None:
+        """Every metric of both runs is the same, but for clocks, compilations and `ignored`."""
+        one, two = self.metrics(run), self.metrics(other)
+        ignored = ("time/", "log/compilations", *ignored)
+        for iteration in iterations:
+            names = {name for name in one[iteration] if not name.startswith(ignored)}
+            assert names
+            for name in names:
+                expected = pytest.approx(one[iteration][name], **tolerance)
+                assert two[iteration][name] == expected, (iteration, name)
+
+
+def write_weights(folder: Path, repository: Path) -> Path:
+    """Write the weights in a process of its own: this one's JAX must not start yet."""
+    command = [sys.executable, "-m", "tests.integration.tiny_weights", str(folder)]
+    subprocess.run(command, cwd=repository, check=True)
+    return folder

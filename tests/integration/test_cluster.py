@@ -1,0 +1,115 @@
+"""The same run on one device or several, on one host or two, on time or an update behind."""
+
+import re
+import socket
+import time
+
+import pytest
+
+LENGTH = "--config.train.iterations=3"
+QUICK = (
+    "--config.eval.ground_truth=none",
+    "--config.eval.twin_fraction=0",
+    "--config.eval.episodes=0",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def hosts_flags(run: str) -> tuple[str, ...]:
+    """Two hosts with a simulator each, so that they play as one with two simulators does."""
+    return (
+        f"--config.log.run={run}",
+        "--config.cluster.num_nodes=2",
+        f"--config.cluster.coordinator=localhost:{free_port()}",
+        "--config.simulator.processes=1",
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(launcher) -> str:
+    """One host, two devices that decide and learn, two simulators."""
+    return launcher.run(LENGTH, "--config.log.run=plain")
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_second_iteration(launcher, plain):
+    compiled = {i: line["log/compilations"] for i, line in launcher.metrics("plain").items() if i}
+    assert compiled[1] > 0
+    assert compiled[3] == 0
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_numbers_of_one(launcher, plain):
+    flags = (LENGTH, *hosts_flags("hosts"))
+    processes = [
+        launcher.start(*flags, f"--config.cluster.node={node}", devices=1) for node in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    # Every host chooses among its own episodes which ones are replayed in the ground truth.
+    launcher.assert_same("plain", "hosts", (1, 2, 3), ("eval/",), rel=2e-4, abs=1e-5)
+    assert "Success rate" in outputs[0]
+    assert "Success rate" not in outputs[1]
+
+
+@pytest.mark.slow
+def test_lost_host_ends_the_run_and_the_message_tells_how_to_go_on(launcher):
+    flags = (*hosts_flags("lost"), "--config.train.iterations=99", *QUICK)
+    flags += ("--config.checkpoint.interval=1",)
+    left, lost = (launcher.start(*flags, f"--config.cluster.node={n}", devices=1) for n in (0, 1))
+    while not (launcher.runs / "lost" / "checkpoints" / "1").exists():
+        assert left.poll() is None, left.stdout.read()
+        time.sleep(0.05)
+    lost.kill()
+    output = left.communicate(timeout=100)[0]
+    lost.wait()
+    assert left.returncode == 2, output
+    assert "host 0 of 2 stopped, and with it the run; another host may be gone" in output
+    assert re.search(r"iteration \d+; go on from there with --config.checkpoint.restore=", output)
+
+
+@pytest.mark.slow
+def test_other_devices_decide_than_learn_and_all_that_idles_leaves(launcher, plain):
+    output = launcher.run(
+        LENGTH,
+        "--config.log.run=separate",
+        "--config.cluster.placement.rollout=0",
+        "--config.cluster.placement.actor=1-2",
+        '--config.cluster.offload=("simulator","optimizer","sampler")',
+        devices=3,
+    )
+    assert re.search(r"device 0: rollout\ndevice 1: actor\ndevice 2: actor\ncpu: simulator", output)
+    launcher.assert_same("plain", "separate", (1, 2, 3), rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_run_an_update_behind_corrects_for_it_and_can_be_continued(launcher):
+    flags = ("--config.train.max_staleness=1", "--config.algo.decoupled=True", *QUICK)
+    flags += ("--config.optim.lr=0.01",)
+    launcher.run(LENGTH, "--config.log.run=behind", *flags)
+    behind = launcher.metrics("behind")
+    assert behind[1]["actor/behav_approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert abs(behind[2]["actor/behav_approx_kl"]) > 1e-5
+    for iteration in (1, 2, 3):
+        assert behind[iteration]["actor/ratio_abs_first"] == pytest.approx(0, abs=1e-3)
+    launcher.run(
+        "--config.train.iterations=4",
+        "--config.log.run=behind",
+        "--config.checkpoint.restore=latest",
+        *flags,
+    )
+    assert 4 in launcher.metrics("behind")
+
+
+@pytest.mark.slow
+def test_impossible_placement_ends_before_anything_starts(launcher):
+    output = launcher.run(
+        "--config.log.run=nowhere", "--config.cluster.placement.actor=4", status=2
+    )
+    assert "there is no device 4; the trainer sees 2" in output
+    assert "Traceback" not in output
