@@ -1,6 +1,6 @@
 """Time one exchange of frames between the simulator process and the trainer.
 
-    python -m benchmarks.bridge [--json FILE]
+    python -m benchmarks.bridge [--out FILE]
 
 Request and answer with 64 x 256 x 256 x 3 bytes of frames (12.6 MB), four ways:
 
@@ -9,18 +9,24 @@ Request and answer with 64 x 256 x 256 x 3 bytes of frames (12.6 MB), four ways:
     pipe        `multiprocessing.Pipe`, raw bytes, then copied into JAX
     queue       `multiprocessing.Queue`, pickled NumPy, then copied into JAX: the usual baseline
 
+and, below them all, a floor:
+
+    wake        one byte there and one back through a pipe: what waking two processes costs
+
 The simulator only marks the frames, so that moving them is all that is timed; every way checks the
-mark. JAX is imported inside functions, because child processes import this file.
+mark. The ways take turns, a few exchanges each, so that a busy machine slows all alike, and the
+ratio is that of medians. The fastest exchange is what it costs where nobody else wants the cores;
+the median and the 95th percentile are what a run on this machine as it is will see. The last line
+gives medians. JAX is imported inside functions, because child processes import this file.
 """
 
 import argparse
-import importlib.metadata
+import contextlib
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +34,7 @@ import numpy as np
 from evac_jax.bridge.types import EnvSpec, StepResult
 from policies.spec import ActionSpec
 
-PACKAGES = ("jax", "torch", "numpy")
+WARMUP, TURN = 5, 10
 
 
 class MarkingEnv:
@@ -80,30 +86,56 @@ def _child(requests, answers, shape, raw: bool) -> None:
         steps += 1
         frames.reshape(-1)[-1] = steps % 256
         if raw:
-            answers.send_bytes(memoryview(frames).cast("B"))
+            answers.send_bytes(frames.data.cast("B"))
         else:
             answers.put(frames)
 
 
-def _time(exchange, repeats: int, warmup: int = 5) -> list[float]:
-    """Return milliseconds of each call; `exchange` returns the mark it found."""
-    times = []
-    for i in range(1, warmup + repeats + 1):
-        began = time.perf_counter()
-        mark = exchange()
-        times.append((time.perf_counter() - began) * 1e3)
-        if mark() != i % 256:
-            raise RuntimeError(f"exchange {i} brought the frames of another one")
-    return times[warmup:]
+Exchange = Callable[[], Callable[[], int]]
 
 
-def time_bridge(num_envs: int, size: int, repeats: int, owned: bool) -> list[float]:
-    """Return milliseconds per exchange through the bridge."""
+class Way:
+    """One way to exchange frames, with the times of its exchanges so far.
+
+    Args:
+        exchange: does one exchange and returns a function that reads the mark it found.
+    """
+
+    def __init__(self, exchange: Exchange):
+        self._exchange, self._count, self.times = exchange, 0, []
+
+    def turn(self, repeats: int, *, timed: bool = True) -> None:
+        """Exchange so many times, milliseconds each.
+
+        Raises:
+            RuntimeError: an exchange brought the frames of another one.
+        """
+        for _ in range(repeats):
+            self._count += 1
+            began = time.perf_counter()
+            mark = self._exchange()
+            took = (time.perf_counter() - began) * 1e3
+            if mark() != self._count % 256:
+                raise RuntimeError(f"exchange {self._count} brought the frames of another one")
+            if timed:
+                self.times.append(took)
+
+
+@contextlib.contextmanager
+def bridge(num_envs: int, size: int, *, owned: bool, device: str = "cpu") -> Iterator[Exchange]:
+    """Yield an exchange through the bridge.
+
+    Args:
+        num_envs, size: of the frames, `size` pixels per side.
+        owned: copy the frames, too.
+        device: torch device of the simulator; frames stay on it where JAX has it as well.
+    """
     from evac_jax.bridge.client import SimulatorClient
 
     spec = {
         "environment": "benchmarks.bridge:MarkingEnv",
         "config": {"num_envs": num_envs, "size": size},
+        "device": device,
     }
     actions = np.zeros((num_envs, 8, 7), np.float32)
     with SimulatorClient(spec) as client:
@@ -123,20 +155,30 @@ def time_bridge(num_envs: int, size: int, repeats: int, owned: bool) -> list[flo
             frames = client.step(actions).owned()
             return lambda: int(frames[-1, -1, -1, -1, -1])
 
-        return _time(with_copy if owned else zero_copy, repeats)
+        yield with_copy if owned else zero_copy
 
 
-def time_baseline(num_envs: int, size: int, repeats: int, raw: bool) -> list[float]:
-    """Return milliseconds per exchange through a pipe (`raw`) or a queue."""
+def time_bridge(num_envs: int, size: int, repeats: int, device: str = "cpu") -> list[float]:
+    """Return milliseconds per exchange through the bridge, without a copy."""
+    with bridge(num_envs, size, owned=False, device=device) as exchange:
+        way = Way(exchange)
+        way.turn(WARMUP, timed=False)
+        way.turn(repeats)
+    return way.times
+
+
+@contextlib.contextmanager
+def baseline(num_envs: int, size: int, kind: str) -> Iterator[Exchange]:
+    """Yield an exchange through a "pipe" of raw bytes or a "queue"; "wake" sends one byte."""
     import jax.numpy as jnp
 
     context = multiprocessing.get_context("spawn")
-    shape = (num_envs, 1, size, size, 3)
-    actions = np.zeros((num_envs, 8, 7), np.float32)
+    shape = (num_envs, 1, size, size, 3) if kind != "wake" else (1, 1, 1, 1, 1)
+    actions = np.zeros((num_envs, 8, 7), np.float32) if kind != "wake" else 0
+    raw, buffer = kind != "queue", np.empty(shape, np.uint8)
     if raw:
         theirs_in, ours_out = context.Pipe(duplex=False)
         ours_in, theirs_out = context.Pipe(duplex=False)
-        buffer = np.empty(shape, np.uint8)
     else:
         theirs_in = ours_out = context.Queue()
         theirs_out = ours_in = context.Queue()
@@ -147,6 +189,8 @@ def time_baseline(num_envs: int, size: int, repeats: int, raw: bool) -> list[flo
         if raw:
             ours_out.send(actions)
             ours_in.recv_bytes_into(buffer.reshape(-1))
+            if kind == "wake":
+                return lambda: int(buffer[-1, -1, -1, -1, -1])
             frames = jnp.array(buffer)  # the buffer is written again
         else:
             ours_out.put(actions)
@@ -154,48 +198,66 @@ def time_baseline(num_envs: int, size: int, repeats: int, raw: bool) -> list[flo
         frames.block_until_ready()
         return lambda: int(frames[-1, -1, -1, -1, -1])
 
-    times = _time(exchange, repeats)
-    (ours_out.send if raw else ours_out.put)(None)
-    child.join()
-    return times
+    try:
+        yield exchange
+    finally:
+        (ours_out.send if raw else ours_out.put)(None)
+        child.join()
+
+
+def measure(num_envs: int, size: int, repeats: int) -> dict[str, list[float]]:
+    """Return milliseconds per exchange by way; the ways take turns of `TURN` exchanges."""
+    with contextlib.ExitStack() as stack:
+        shape = (num_envs, size)
+        ways = {
+            "wake": baseline(*shape, "wake"),
+            "zero_copy": bridge(*shape, owned=False),
+            "owned": bridge(*shape, owned=True),
+            "pipe": baseline(*shape, "pipe"),
+            "queue": baseline(*shape, "queue"),
+        }
+        ways = {name: Way(stack.enter_context(way)) for name, way in ways.items()}
+        for way in ways.values():
+            way.turn(WARMUP, timed=False)
+        for _ in range(-(-repeats // TURN)):
+            for way in ways.values():
+                way.turn(1, timed=False)  # its caches were others' meanwhile
+                way.turn(TURN)
+    return {name: way.times for name, way in ways.items()}
 
 
 def main() -> None:
     """Print the table; the last line is for programs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--num-envs", type=int, default=64)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--out", type=Path, help="also write the numbers to this file, JSON")
     args = parser.parse_args()
-    shape = (args.num_envs, args.size, args.repeats)
-    times = {
-        "zero_copy": time_bridge(*shape, owned=False),
-        "owned": time_bridge(*shape, owned=True),
-        "pipe": time_baseline(*shape, raw=True),
-        "queue": time_baseline(*shape, raw=False),
-    }
-    import jax
+    from benchmarks import machine  # imports torch, which the baselines' children do not need
 
-    report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, JAX on {jax.devices()[0]}",
-        "load": os.getloadavg()[0],
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "frames": [args.num_envs, 1, args.size, args.size, 3],
-        "repeats": args.repeats,
-        "median_ms": {name: statistics.median(values) for name, values in times.items()},
-        "p95_ms": {name: float(np.percentile(values, 95)) for name, values in times.items()},
+    facts = machine.describe()
+    machine.show(facts)
+    times = measure(args.num_envs, args.size, args.repeats)
+    figures = {
+        name: {
+            "median_ms": statistics.median(values),
+            "fastest_ms": min(values),
+            "p95_ms": float(np.percentile(values, 95)),
+        }
+        for name, values in times.items()
     }
-    report["ratio"] = report["median_ms"]["queue"] / report["median_ms"]["zero_copy"]
-    print(f"machine: {report['machine']}; load average {report['load']:.1f}")
-    print("versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
-    print(f"frames: {report['frames']} uint8, {args.repeats} exchanges")
-    print(f"{'way':12}{'median ms':>12}{'p95 ms':>12}")
-    for name in times:
-        print(f"{name:12}{report['median_ms'][name]:12.3f}{report['p95_ms'][name]:12.3f}")
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"zero_copy_ms={report['median_ms']['zero_copy']:.3f} ratio={report['ratio']:.1f}")
+    print(
+        f"frames: {args.num_envs} x {args.size} x {args.size} x 3 uint8; {args.repeats} exchanges"
+    )
+    print(f"{'way':12}{'median ms':>12}{'fastest ms':>12}{'p95 ms':>12}")
+    for name, row in figures.items():
+        print(f"{name:12}" + "".join(f"{value:12.3f}" for value in row.values()))
+    ratio = figures["queue"]["median_ms"] / figures["zero_copy"]["median_ms"]
+    if args.out:
+        report = {"machine": facts, "num_envs": args.num_envs, "size": args.size, "ways": figures}
+        args.out.write_text(json.dumps(report | {"ratio": ratio}, indent=2) + "\n")
+    print(f"zero_copy_ms={figures['zero_copy']['median_ms']:.3f} ratio={ratio:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""How XLA cuts the full-size update over devices: what the compiled program sends, against the law.
+
+    python -m benchmarks.partition [--meshes 1x8 2x4] [--pinned] [--layers 32] [--out FILE]
+
+Nothing is allocated and nothing runs: the real update of the 7B policy is compiled for virtual CPU
+devices from shapes alone, and the collectives of the program are added up. Beside them stands what
+`cost_model.fsdp_bytes` says a cut by FSDP costs. --pinned compiles the same update with activations
+held to the batch's sharding between layers. A CPU computes bfloat16 in float32, so everything is
+float32 here, and has no reduce-scatter: a sum over devices is an all-reduce. Half a minute of CPU
+time and about 2 GB per mesh.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks.collectives import collectives
+from benchmarks.cost_model import Work, fsdp_bytes
+
+MICRO_BATCH, MICRO_BATCHES, EPISODES, CHUNKS = 32, 2, 16, 4
+
+
+def mesh_of(text: str) -> tuple[int, int]:
+    """Return (data, fsdp) of a name such as 2x4."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected DATAxFSDP such as 2x4, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+@contextlib.contextmanager
+def pinned(place) -> Iterator[None]:
+    """Hold what goes into and out of every layer to a sharding while a policy is traced."""
+    import jax
+
+    from policies.openvla_oft import llama, vision
+
+    with contextlib.ExitStack() as stack:
+        for kind in (llama.LlamaLayer, vision.Block):
+
+            def call(self, x, *args, layer=kind.__call__):
+                x = jax.lax.with_sharding_constraint(x, place)
+                return jax.lax.with_sharding_constraint(layer(self, x, *args), place)
+
+            stack.enter_context(mock.patch.object(kind, "__call__", call))
+        yield
+
+
+def compile_update(sizes, mesh, *, pin: bool, frame: int, options: dict[str, Any] | None = None):
+    """Return the compiled update of GRPO and the parameters' shapes with their places.
+
+    Args:
+        sizes: the policy, an `OpenVLAOFTConfig`.
+        mesh: devices, data x fsdp.
+        pin: hold activations to the batch's sharding.
+        frame: pixels per side of the episodes' frames.
+        options: for XLA.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from algos import ALGORITHMS
+    from algos.optim import OptimizerConfig, make_optimizer
+    from algos.update import init_state
+    from evac_jax import sharding
+    from evac_jax.config import algorithm_config
+    from policies.openvla_oft.import_hf import abstract_model
+
+    optimizer, on_batch = make_optimizer(OptimizerConfig()), sharding.batch_sharding(mesh)
+    graphdef, params, rest = nnx.split(abstract_model(sizes), nnx.Param, ...)
+    config = dataclasses.replace(
+        algorithm_config("grpo")(),
+        global_batch=MICRO_BATCH * MICRO_BATCHES,
+        micro_batch=MICRO_BATCH,
+    )
+
+    def placed(tree):
+        places = sharding.tree_shardings(mesh, tree)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places
+        )
+
+    def update(state, rest, batch, key):
+        def evaluate(params, obs, tokens):
+            return nnx.merge(graphdef, params, rest).evaluate(obs, tokens)
+
+        step = importlib.import_module(ALGORITHMS["grpo"]).make_update(
+            evaluate,
+            optimizer,
+            config,
+            constrain=lambda tree: jax.lax.with_sharding_constraint(tree, on_batch),
+        )
+        return step(state, batch, key)
+
+    state = placed(jax.eval_shape(lambda p: init_state(p, optimizer), params))
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_batch),
+        _batch(sizes, frame, jnp),
+    )
+    with pinned(on_batch) if pin else contextlib.nullcontext():
+        lowered = jitted.lower(state, placed(rest), batch, key)
+    return lowered.compile(compiler_options=options), state.params
+
+
+def cut_entries(params, pattern: str = "") -> int:
+    """Return how many entries of parameters lie cut; of those whose path matches `pattern`."""
+    import jax
+
+    from evac_jax import sharding
+
+    return sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if re.search(pattern, sharding.path_name(path)) and not leaf.sharding.is_fully_replicated
+    )
+
+
+def _batch(sizes, frame: int, jnp):
+    import jax
+
+    from algos.types import RolloutBatch
+
+    def shape(*after, dtype):
+        return jax.ShapeDtypeStruct((EPISODES, *after), dtype)
+
+    tokens = (CHUNKS, sizes.chunk, sizes.action_dim)
+    return RolloutBatch(
+        images=shape(CHUNKS, sizes.num_images, frame, frame, 3, dtype=jnp.uint8),
+        prompt_tokens=shape(sizes.max_prompt_length, dtype=jnp.int32),
+        prompt_mask=shape(sizes.max_prompt_length, dtype=jnp.bool_),
+        tokens=shape(*tokens, dtype=jnp.int32),
+        log_probs=shape(*tokens, dtype=jnp.float32),
+        values=None,
+        rewards=shape(*tokens[:2], dtype=jnp.float32),
+        terminated=shape(*tokens[:2], dtype=jnp.bool_),
+        truncated=shape(*tokens[:2], dtype=jnp.bool_),
+    )
+
+
+def account(program, cut: int, mesh: tuple[int, int]) -> dict[str, Any]:
+    """Return what a compiled update sends and what the law says, bytes of the results."""
+    sent = collectives(program.as_text())
+    work = Work(weight_bytes=4, gradient_bytes=4)
+    law = fsdp_bytes(cut, work, fsdp=mesh[1], data=mesh[0])
+    return {
+        "mesh": f"{mesh[0]}x{mesh[1]}",
+        "sent": sent,
+        "law": {
+            "all-gather": MICRO_BATCHES * law["gather"],
+            "all-reduce": MICRO_BATCHES * (law["scatter"] + law["reduce"]),
+        },
+    }
+
+
+def main() -> None:
+    """Print one row per mesh; the last line is for programs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--meshes", type=mesh_of, nargs="+", default=[(1, 8), (2, 4)])
+    parser.add_argument("--pinned", action="store_true", help="hold activations to the batch")
+    parser.add_argument("--layers", type=int, default=32, help="of the Llama")
+    parser.add_argument("--out", type=Path, help="also write the numbers to this file")
+    args = parser.parse_args()
+    count = max(data * fsdp for data, fsdp in args.meshes)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+    import jax
+
+    from evac_jax import sharding
+    from policies.openvla_oft.config import OpenVLAOFTConfig
+
+    sizes = OpenVLAOFTConfig(num_layers=args.layers, remat="full")
+    print(f"{'mesh':6}{'collective':20}{'count':>7}{'GB sent':>10}{'GB by law':>11}{'ratio':>7}")
+    rows = []
+    for data, fsdp in args.meshes:
+        mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+        # Only the partitioned program is read: its machine code need not be good.
+        options = {"xla_backend_optimization_level": 0}
+        program, params = compile_update(sizes, mesh, pin=args.pinned, frame=256, options=options)
+        rows.append(account(program, cut_entries(params), (data, fsdp)))
+        for kind, found in sorted(rows[-1]["sent"].items()):
+            law = rows[-1]["law"].get(kind, 0)
+            compared = f"{law / 1e9:11.1f}{found['bytes'] / law:7.3f}" if law else f"{'-':>11}"
+            print(
+                f"{data}x{fsdp:<4}{kind:20}{found['count']:7}{found['bytes'] / 1e9:10.1f}{compared}"
+            )
+    if args.out:
+        args.out.write_text(json.dumps({"pinned": args.pinned, "rows": rows}, indent=2) + "\n")
+    sent = sum(found["bytes"] for row in rows for found in row["sent"].values())
+    law = sum(sum(row["law"].values()) for row in rows)
+    print(f"sent_gb={sent / 1e9:.1f} law_gb={law / 1e9:.1f} ratio={sent / law:.3f}")
+
+
+if __name__ == "__main__":
+    main()
