@@ -15,7 +15,7 @@ from evac_jax.errors import ConfigError, EvacJaxError, HostError
 from evac_jax.placement import Placement, rollout_fsdp
 
 JOIN_TIMEOUT_S = 300
-MIN_COMPILE_S = 0.5  # programs that compile faster are not worth a file
+MIN_COMPILE_S = 0.05  # a program that compiles faster is not worth a file
 
 
 def start(config: TrainConfig) -> None:

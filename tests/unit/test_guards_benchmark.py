@@ -73,7 +73,8 @@ def test_run_of_every_variant_passes_the_checks_before_training(variant, tmp_pat
         num_starts=1,
         max_episode_steps=config.env.max_episode_steps,
     )
-    check_sizes(config, jax.make_mesh((1,), ("data",)), env)
+    mesh = jax.make_mesh((1,), ("data",))
+    check_sizes(config, mesh, mesh, env)
 
 
 def test_every_guard_is_on_in_the_last_variant():
