@@ -219,8 +219,18 @@ def layers(cfg: OpenVLAOFTConfig) -> float:
     """The repeated layers of one forward pass, which remat computes once more."""
     n, width = sequence_length(cfg), cfg.hidden_size
     kv = width // cfg.num_heads * cfg.num_kv_heads
-    layer = linear(n, width, 2 * width + 2 * kv + 3 * cfg.intermediate_size)
-    llama = cfg.num_layers * (layer + attention(n, n, width))
+    queried = 2 * width + 3 * cfg.intermediate_size  # outputs of what only queries go through
+
+    def layer(queries: int) -> float:
+        return (
+            linear(n, width, 2 * kv)
+            + linear(queries, width, queried)
+            + attention(queries, n, width)
+        )
+
+    # Unrolled, the last layer computes the columns that are read and nothing else.
+    last = layer(n if cfg.scan_layers else cfg.num_action_tokens)
+    llama = (cfg.num_layers - 1) * layer(n) + last
     return llama + cfg.num_images * (_tower(cfg, cfg.dinov2) + _tower(cfg, cfg.siglip))
 
 

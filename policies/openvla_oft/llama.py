@@ -6,11 +6,15 @@ bidirectional attention in the SDPA path.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, run_layers
+
+# Neighbouring columns of a sequence, [N] on the host where all rows have the same, else [B N].
+Columns = np.ndarray | jax.Array
 
 
 def rotary_tables(
@@ -36,6 +40,13 @@ def rotate(x: Float[Array, "B S Q D"], cos: Array, sin: Array) -> Float[Array, "
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
 
+def columns(x: Float[Array, "B S ..."], read: Columns) -> Float[Array, "B N ..."]:
+    """Return columns of x, the same in every row or given per row."""
+    if read.ndim == 1:
+        return x[:, read[0] : read[-1] + 1]  # neighbours
+    return jnp.take_along_axis(x, read.reshape(*read.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
 class LlamaLayer(nnx.Module):
     """Pre-norm attention and SiLU-gated MLP, no biases."""
 
@@ -54,13 +65,22 @@ class LlamaLayer(nnx.Module):
         self.down_proj = Linear(make, mlp, width, use_bias=False)
 
     def __call__(
-        self, x: Float[Array, "B S D"], cos: Array, sin: Array, key_mask: Bool[Array, "B S"]
-    ) -> Float[Array, "B S D"]:
+        self,
+        x: Float[Array, "B S D"],
+        cos: Array,
+        sin: Array,
+        key_mask: Bool[Array, "B S"],
+        read: Columns | None = None,
+    ) -> Float[Array, "B N D"]:
+        """Return the new states, of the columns `read` alone if they are given."""
         normed = self.input_layernorm(x)
         heads = (*x.shape[:2], -1, cos.shape[-1])
-        queries = rotate(self.q_proj(normed).reshape(heads), cos, sin)
         keys = rotate(self.k_proj(normed).reshape(heads), cos, sin)
         values = self.v_proj(normed).reshape(heads)
+        if read is not None:
+            x, normed, cos, sin = (columns(part, read) for part in (x, normed, cos, sin))
+            heads = (*x.shape[:2], -1, cos.shape[-1])
+        queries = rotate(self.q_proj(normed).reshape(heads), cos, sin)
         x = x + self.o_proj(attend(self.config, queries, keys, values, key_mask))
         normed = self.post_attention_layernorm(x)
         return x + self.down_proj(jax.nn.silu(self.gate_proj(normed)) * self.up_proj(normed))
@@ -89,11 +109,29 @@ class Llama(nnx.Module):
         key_mask: Bool[Array, "B S"],
         positions: Int[Array, "B S"],
         *,
+        read: Columns | None = None,
         collect: bool = False,
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "depth B S D"] | None]:
-        """Return hidden states after the final norm and, with `collect`, after every layer."""
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "depth B S D"] | None]:
+        """Return hidden states after the final norm and, with `collect`, after every layer.
+
+        Args:
+            read: columns whose final states are wanted, None for all. Where layers are unrolled the
+                last one computes nothing else: most of its work, which nobody reads.
+        """
         cos, sin = rotary_tables(self.config, positions)
-        x, outputs = run_layers(self.config, self.layers, x, cos, sin, key_mask, collect=collect)
+        early = read is not None and not collect and not self.config.scan_layers
+        x, outputs = run_layers(
+            self.config,
+            self.layers,
+            x,
+            cos,
+            sin,
+            key_mask,
+            collect=collect,
+            of_last={"read": read} if early else {},
+        )
+        if read is not None and not early:
+            x = columns(x, read)
         return self.norm(x), outputs
 
     def logits(

@@ -24,7 +24,7 @@ from policies.openvla_oft import action_tokens, lora, preprocess
 from policies.openvla_oft.action_tokens import ActionStatistics
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.layers import Linear, Maker, gelu
-from policies.openvla_oft.llama import Llama
+from policies.openvla_oft.llama import Llama, columns
 from policies.openvla_oft.vision import Projector, VisionBackbone
 from policies.spec import ActionSpec
 from policies.types import ObsBatch, PolicyEvaluation, PolicyOutput
@@ -54,12 +54,10 @@ class Forward:
 
     Attributes:
         slots: hidden states that predict the action tokens, [B N D].
-        hidden: hidden states of the whole sequence, [B S D].
         stages: intermediate results by name; empty unless collected.
     """
 
     slots: jax.Array
-    hidden: jax.Array
     stages: dict[str, jax.Array]
 
 
@@ -204,13 +202,10 @@ class OpenVLAOFT(nnx.Module):
         features, stages = self.vision(pixels, collect=collect)
         patches = self.projector(features)
         x, valid, positions = self.sequence(patches, prompt_tokens, prompt_mask)
-        hidden, layers = self.llama(x, valid, positions, collect=collect)
         slots = self._slot_indices(valid)
-        if slots.ndim == 1:
-            # The common layout: every row has its slots at the same columns.
-            outputs = hidden[:, slots[0] : slots[-1] + 1]
-        else:
-            outputs = jnp.take_along_axis(hidden, slots[..., None], axis=1)
+        read = None if collect else slots
+        hidden, layers = self.llama(x, valid, positions, read=read, collect=collect)
+        outputs = columns(hidden, slots) if collect else hidden
         if layers is not None:
             stages |= {
                 "projector_output": patches,
@@ -220,7 +215,7 @@ class OpenVLAOFT(nnx.Module):
                 "hidden_states": jnp.concatenate([x[None], layers]),
                 "last_hidden_states": hidden,
             }
-        return Forward(slots=outputs, hidden=hidden, stages=stages)
+        return Forward(slots=outputs, stages=stages)
 
     def sequence(
         self,

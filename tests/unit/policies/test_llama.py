@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from flax import nnx
 
 from evac_jax.evac.torchvision_shim import ensure_torchvision
 from policies.openvla_oft import hf_keys
+from policies.openvla_oft.layers import attend_on_cpu
 from tests.unit.policies.tiny import CONFIG, make_model
 
 torch = pytest.importorskip("torch")
@@ -57,3 +59,36 @@ def test_hidden_states_equal_those_of_transformers_when_the_mask_is_bidirectiona
         ).last_hidden_state.numpy()
     np.testing.assert_allclose(hidden, golden, atol=2e-5)
     assert dataclasses.replace(CONFIG, num_kv_heads=2) == config
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_columns_that_are_read_are_those_of_the_whole_sequence(remat):
+    model = make_model(scan_layers=False, remat=remat)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 9, model.config.hidden_size)), jnp.float32)
+    mask = jnp.ones((2, 9), bool).at[1, 3:6].set(False)
+    positions = jnp.cumsum(mask, 1) - 1
+    whole, _ = model.llama(x, mask, positions)
+    same, _ = model.llama(x, mask, positions, read=np.arange(4, 7))
+    np.testing.assert_allclose(same, whole[:, 4:7], atol=1e-6)
+    per_row = jnp.asarray([[1, 2], [5, 6]])
+    rows, _ = model.llama(x, mask, positions, read=per_row)
+    np.testing.assert_allclose(rows[1], whole[1, 5:7], atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_on_a_cpu_is_that_of_jax(kv_heads):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(2, 5, 4, 8), (2, 7, kv_heads, 8), (2, 7, kv_heads, 8)]
+    parts = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    mask = jnp.ones((2, 1, 1, 7), bool).at[1, ..., 4:].set(False)
+    golden = jax.nn.dot_product_attention(*parts, mask=mask)
+    np.testing.assert_allclose(attend_on_cpu(*parts, mask), golden, atol=1e-6)
+    ours, theirs = (
+        jax.grad(lambda q, f=f: jnp.sum(f(q, *parts[1:]) ** 2))(parts[0])
+        for f in (
+            lambda *qkv: attend_on_cpu(*qkv, mask),
+            lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=mask),
+        )
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)

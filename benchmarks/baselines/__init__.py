@@ -1,0 +1,1 @@
+"""Plain PyTorch paths that the benchmarks measure ours against, with the same weights."""
