@@ -72,8 +72,11 @@ class WorldModelConfig:
 
     Attributes:
         checkpoint: folder with config.json and model.safetensors.
-        steps: DDIM steps per chunk, >= 1.
-        eta: DDIM stochasticity, 0 (deterministic) to 1.
+        steps: denoising steps per chunk, >= 1.
+        eta: stochasticity, 0 (deterministic) to 1.
+        solver: "ddim"; for fewer steps "dpm++" (eta 0 or 1) or "unipc" (eta 0).
+        compile: let torch.compile make the denoiser's kernels, which takes minutes; episodes that
+            are over are then imagined on, as every other batch size would be compiled anew.
         reference_compat: reproduce the reference environment's defects (one-place-early poses,
             raw pose model, rounding at 0.5, all environments reset together); for comparison only.
     """
@@ -81,6 +84,8 @@ class WorldModelConfig:
     checkpoint: str = ""
     steps: int = 50
     eta: float = 1.0
+    solver: str = "ddim"
+    compile: bool = False
     reference_compat: bool = False
 
 

@@ -11,6 +11,10 @@ from evac_jax import libero_config, placement
 if TYPE_CHECKING:
     from evac_jax.config import TrainConfig
 
+# Solver of the world model -> its values of eta, () for all; as `evac.sampler.check_solver`, which
+# is on the other side of the bridge.
+SOLVER_ETAS = {"ddim": (), "dpm++": (0.0, 1.0), "unipc": (0.0,)}
+
 
 def nearest(name: str, valid) -> str:
     """Return ' Did you mean ...?' or '' when nothing is close."""
@@ -87,6 +91,13 @@ def validate(config: "TrainConfig") -> list[str]:
         problems.append(f"config.policy.temperature: expected > 0, got {c.policy.temperature}")
     if not 0.0 <= c.world_model.eta <= 1.0:
         problems.append(f"config.world_model.eta: expected 0..1, got {c.world_model.eta}")
+    problems += _one_of("world_model.solver", c.world_model.solver, tuple(SOLVER_ETAS))
+    etas = SOLVER_ETAS.get(c.world_model.solver)
+    if etas and c.world_model.eta not in etas:
+        problems.append(
+            f"config.world_model.eta: solver {c.world_model.solver!r} has {etas}, got "
+            f"{c.world_model.eta}"
+        )
     for name in ("lora_rank", "lora_alpha"):
         if (value := getattr(c.policy, name)) < 0:
             problems.append(f"config.policy.{name}: expected 0 (none) or more, got {value}")

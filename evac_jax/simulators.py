@@ -189,6 +189,10 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
         "num_envs": share,
         "steps": config.world_model.steps,
         "eta": config.world_model.eta,
+        "solver": config.world_model.solver,
+        "compile": config.world_model.compile,
+        # Every other number of environments would be compiled anew.
+        "skip_finished": not config.world_model.compile,
         "reference_compat": config.world_model.reference_compat,
         "max_episode_steps": env.max_episode_steps,
         "reward_coef": config.reward.coefficient,

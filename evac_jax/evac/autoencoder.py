@@ -17,6 +17,9 @@ from evac_jax.evac.torchvision_shim import ensure_torchvision
 ensure_torchvision()
 from diffusers import AutoencoderKL  # noqa: E402 - imports torchvision
 
+# Values in the largest feature map of a call. On a CPU small ones are faster; on a GPU this is 1 GB
+# in bfloat16, 32 frames of the full-size model.
+CPU_VALUES, GPU_VALUES = 2**22, 2**29
 LOGVAR_RANGE = (-30.0, 20.0)  # the log variance is clamped to this, as in training
 # Latent-diffusion name against diffusers name, applied to whole dotted parts, in this order.
 # "#" stands for a number that stays, "@" for a level counted from the other end.
@@ -157,10 +160,19 @@ class Autoencoder(nn.Module):
         return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
 
     def _batched(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        size = self.config.max_batch
-        if not 0 < size < len(x):
+        size = self.config.max_batch or frames_per_call(self.config, x)
+        if size >= len(x):
             return network(x)
         return torch.cat([network(part) for part in x.split(size)])
+
+
+def frames_per_call(config: AutoencoderConfig, x: Tensor) -> int:
+    """Frames or latents of x [N, C, H, W] for one network call, so that memory is bounded."""
+    cells = x.shape[-2] * x.shape[-1]
+    pixels = cells if x.shape[1] == 3 else cells * config.factor**2
+    # The widest map: the decoder's second level, after its upsampling.
+    widest = pixels * config.channels * config.channel_mult[min(1, len(config.channel_mult) - 1)]
+    return max(1, (CPU_VALUES if x.device.type == "cpu" else GPU_VALUES) // widest)
 
 
 def _load_either_naming(module: Autoencoder, state: dict, prefix: str, *_):

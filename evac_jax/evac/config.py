@@ -123,8 +123,9 @@ class AutoencoderConfig(JsonConfig):
         norm_groups: groups of every group normalisation.
         latent_channels: channels of a latent.
         scale_factor: latents are stored multiplied by this.
-        max_batch: frames per network call, to bound memory; 0 = all in one call. Frames are
-            independent, so it never changes results.
+        max_batch: frames per network call, to bound memory; 0 = as many as
+            `autoencoder.frames_per_call` finds right. Frames are independent, so it never changes
+            results.
     """
 
     channels: int = 128

@@ -26,8 +26,7 @@ from evac_jax.evac.conditioning import (
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.image_tower import ImageTower
 from evac_jax.evac.resampler import Resampler
-from evac_jax.evac.sampler import guide, sample
-from evac_jax.evac.schedule import ddim_table
+from evac_jax.evac.sampler import guide, solve
 from evac_jax.evac.trajectory_maps import draw_maps, normalize_maps
 from evac_jax.evac.unet import UNet
 
@@ -124,7 +123,7 @@ class EvacModel(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Frames [..., 3, H, W], not clamped, of scaled latents [..., 4, h, w]."""
-        flat = self.first_stage_model.decode_scaled(latents.flatten(0, -4))
+        flat = self.first_stage_model.decode_scaled(latents.flatten(0, -4).to(self._dtype))
         return flat.unflatten(0, latents.shape[:-3])
 
     def encode_maps(self, poses: Tensor, intrinsic: Tensor, c2w: Tensor) -> Tensor:
@@ -214,6 +213,7 @@ class EvacModel(nn.Module):
         rows: Tensor | None = None,
         deltas: Tensor | None = None,
         guidance: float = 1.0,
+        solver: str = "ddim",
         decoded: int = 0,
     ) -> tuple[EvacState, Tensor]:
         """Imagine one chunk.
@@ -235,6 +235,7 @@ class EvacModel(nn.Module):
                 of upstream's `inference`, see `conditioning.upstream_delta_slice`.
             guidance: classifier-free guidance scale; 1 is none, and the only tested choice for
                 the RLinf weights.
+            solver: see `sampler.solve`.
             decoded: how many of the chunk's last frames to decode and return; 0 = all. The others
                 stay in the history as latents (see `decode_history`).
 
@@ -252,7 +253,7 @@ class EvacModel(nn.Module):
         if noise is None:
             shape = (*conditioning.history.shape[:3], chunk, *conditioning.history.shape[4:])
             noise = torch.randn(shape, generator=generator, device=self.device)
-        latents = self.denoise(conditioning, noise.to(self._dtype), steps, eta, generator, guidance)
+        latents = self.denoise(conditioning, noise, steps, eta, generator, guidance, solver)
         new = latents.permute(0, 3, 1, 2, 4, 5)  # [b chunk V 4 h w]
         shown = new[:, chunk - (decoded or chunk) :]
         return self._append(state, rows, new, camera), self.decode(shown).transpose(1, 2)
@@ -332,8 +333,13 @@ class EvacModel(nn.Module):
         eta: float,
         generator: torch.Generator | Callable[[int], Tensor] | None = None,
         guidance: float = 1.0,
+        solver: str = "ddim",
     ) -> Tensor:
-        """Latents [B, V, 4, chunk, h, w] of a chunk from noise of the same shape."""
+        """Latents [B, V, 4, chunk, h, w] of a chunk from noise of the same shape.
+
+        They are float32 whatever the networks are: rounded to 16 bits after every step, they
+        would lose what a small step adds.
+        """
         batch, views = noise.shape[:2]
         branches = [conditioning]
         if guidance != 1.0:
@@ -344,15 +350,19 @@ class EvacModel(nn.Module):
         ]
 
         def predict(x: Tensor, timesteps: Tensor) -> Tensor:
-            outputs = [self.velocity(x, timesteps, *given) for given in prepared]
+            x = x.to(self._dtype)
+            outputs = [self.velocity(x, timesteps, *given).float() for given in prepared]
             return outputs[0] if len(outputs) == 1 else guide(*outputs, guidance)
 
-        latents = sample(
+        latents = solve(
+            solver,
+            self.config,
             predict,
-            conditioning.history.flatten(0, 1),
-            noise.flatten(0, 1),
-            ddim_table(self.config, steps, eta),
-            generator,
+            conditioning.history.flatten(0, 1).float(),
+            noise.flatten(0, 1).float(),
+            steps=steps,
+            eta=eta,
+            generator=generator,
         )
         return latents.unflatten(0, (batch, views))
 

@@ -1,5 +1,6 @@
-"""DDIM sampling of a chunk with EVAC's per-step input scale, and classifier-free guidance.
+"""Sampling of a chunk with EVAC's per-step input scale, and classifier-free guidance.
 
+DDIM as the public model samples, or a higher-order solver of diffusers that needs fewer steps.
 Only the frames to imagine are carried from step to step: the references put the clean history back
 after each step, which is the same as never touching it.
 
@@ -14,8 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evac_jax.evac.schedule import DdimTable
+from evac_jax.errors import ConfigError
+from evac_jax.evac.config import EvacConfig
+from evac_jax.evac.schedule import DdimTable, checkpoint_tables, ddim_table
+from evac_jax.evac.torchvision_shim import ensure_torchvision
 
+ensure_torchvision()
+from diffusers import (  # noqa: E402 - imports torchvision
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+Noise = torch.Generator | Callable[[int], Tensor] | None
+SOLVERS = ("ddim", "dpm++", "unipc")
 GUIDANCE_RESCALE = 0.7  # share of the rescaled prediction that upstream's inference uses
 
 
@@ -71,13 +84,13 @@ def guide(v: Tensor, v_uncond: Tensor, scale: float, rescale: float = GUIDANCE_R
 
 @torch.no_grad()
 def sample(
-    denoise: Callable[[Tensor, Tensor], Tensor],
+    denoise: Denoiser,
     history: Tensor,
     noise: Tensor,
     table: DdimTable,
-    generator: torch.Generator | Callable[[int], Tensor] | None = None,
+    generator: Noise = None,
 ) -> Tensor:
-    """Imagine a chunk of latents.
+    """Imagine a chunk of latents by DDIM.
 
     Args:
         denoise: (x [N, 4, T, h, w], timesteps [N] int64) -> v, same shape as x.
@@ -98,11 +111,99 @@ def sample(
             (x.shape[0],), int(table.timesteps[index]), dtype=torch.long, device=x.device
         )
         v = denoise(torch.cat((history, x), 2), timesteps)[:, :, past:]
-        fresh = None
-        if table.sigmas[index] > 0:
-            if callable(generator):
-                fresh = generator(index).reshape(x.shape).to(x)
-            else:
-                fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        fresh = _fresh(generator, index, x) if table.sigmas[index] > 0 else None
         x, _ = ddim_update(x, v, index, table, fresh)
     return x
+
+
+def _fresh(generator: Noise, index: int, x: Tensor) -> Tensor:
+    if callable(generator):
+        return generator(index).reshape(x.shape).to(x)
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def check_solver(solver: str, eta: float) -> None:
+    """Refuse what no solver does.
+
+    Raises:
+        ConfigError: an unknown name, or an eta that the solver does not have.
+    """
+    if solver not in SOLVERS:
+        raise ConfigError(f"solver: expected one of {SOLVERS}, got {solver!r}")
+    allowed = {"dpm++": (0.0, 1.0), "unipc": (0.0,)}.get(solver, (eta,))
+    if eta not in allowed:
+        choices = " or ".join(f"{value:g}" for value in allowed)
+        raise ConfigError(f"solver {solver!r} needs eta {choices}, got {eta:g}; 'ddim' takes any")
+
+
+def solve(
+    solver: str,
+    config: EvacConfig,
+    denoise: Denoiser,
+    history: Tensor,
+    noise: Tensor,
+    *,
+    steps: int,
+    eta: float,
+    generator: Noise = None,
+) -> Tensor:
+    """Imagine a chunk of latents by the named solver.
+
+    Args:
+        solver: "ddim"; "dpm++", second-order multistep DPM-Solver++, by eta its ODE (0) or its SDE
+            (1); "unipc", second-order, for eta 0.
+        config: schedule constants.
+        denoise, history, noise, generator: see `sample`.
+        steps: calls of `denoise`; all solvers use the same timesteps.
+        eta: 0 deterministic, 1 ancestral.
+
+    Returns:
+        As `sample`. All solvers end at timestep 0, at 3 % of noise.
+
+    Raises:
+        ConfigError: see `check_solver`.
+        ValueError: for steps out of range or negative eta.
+    """
+    check_solver(solver, eta)
+    table = ddim_table(config, steps, eta)
+    if solver == "ddim":
+        return sample(denoise, history, noise, table, generator)
+    return _multistep(solver, config, denoise, history, noise, table, eta, generator)
+
+
+@torch.no_grad()
+def _multistep(solver, config, denoise, history, noise, table, eta, generator) -> Tensor:
+    """A solver of diffusers, which knows variance-preserving processes x = a x0 + s eps only.
+
+    EVAC's has signal a = scale * sqrt(alpha), and so a^2 + s^2 < 1: the solver works on x / norm,
+    norm = sqrt(a^2 + s^2), whose process is of that kind, and is given x0 instead of v.
+    """
+    tables = checkpoint_tables(config)
+    kept = tables["alphas_cumprod"].astype(np.float64)
+    scale = tables["scale_arr"][: len(kept)].astype(np.float64)
+    norm = np.sqrt(scale**2 * kept + 1 - kept)
+    share = scale**2 * kept / norm**2
+    options: dict = {
+        "num_train_timesteps": len(kept),
+        "trained_betas": 1 - np.append(share[:1], share[1:] / share[:-1]),
+        "prediction_type": "sample",
+        "timestep_spacing": "trailing",
+        "final_sigmas_type": "sigma_min",
+        "rescale_betas_zero_snr": True,  # the betas have it already; guards the infinite ratio
+    }
+    if solver == "unipc":
+        scheduler = UniPCMultistepScheduler(**options)
+    else:
+        kind = "sde-dpmsolver++" if eta else "dpmsolver++"
+        scheduler = DPMSolverMultistepScheduler(algorithm_type=kind, **options)
+    scheduler.set_timesteps(len(table.timesteps))
+    past, x = history.shape[2], noise
+    for index in range(len(table.timesteps) - 1, -1, -1):
+        time = int(table.timesteps[index])
+        y, x = x, x * float(norm[time])
+        timesteps = torch.full((x.shape[0],), time, dtype=torch.long, device=x.device)
+        v = denoise(torch.cat((history, x), 2), timesteps)[:, :, past:]
+        clean = (math.sqrt(kept[time]) * x - math.sqrt(1 - kept[time]) * v) / float(scale[time])
+        fresh = {"variance_noise": _fresh(generator, index, x)} if eta else {}
+        x = scheduler.step(clean, scheduler.timesteps[-1 - index], y, **fresh).prev_sample
+    return x * float(table.scale[0])

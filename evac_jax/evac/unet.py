@@ -43,6 +43,13 @@ def conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return y.reshape(*x.shape[:3], *y.shape[1:])
 
 
+def causal_image(x: Tensor) -> Tensor:
+    """Features [B, T, V, H, W, C] as images [B, C, T + 2, V H W], two copies of frame 0 on top."""
+    rows = x.flatten(2, 4)
+    first = rows[:, :1]
+    return torch.cat((first, first, rows), 1).permute(0, 3, 1, 2)
+
+
 class CausalConv(nn.Conv3d):
     """Convolution over time only, seeing three frames: its own and the two before it.
 
@@ -54,11 +61,7 @@ class CausalConv(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, V, H, W, C] to the same."""
-        batch, frames, channels = x.shape[0], x.shape[1], x.shape[-1]
-        x_flat = x.reshape(batch, frames, -1, channels)
-        first = x_flat[:, :1]
-        image = torch.cat((first, first, x_flat), 1).permute(0, 3, 1, 2)  # [B C T+2 VHW]
-        y = F.conv2d(image, self.weight.squeeze(-1), self.bias)
+        y = F.conv2d(causal_image(x), self.weight.squeeze(-1), self.bias)
         return y.permute(0, 2, 3, 1).reshape(x.shape)
 
 
@@ -124,7 +127,7 @@ class ResBlock(nn.Module):
         h = h + embedding.per_frame(self.emb_layers)
         h = F.silu(_norm_per_frame(h, self.out_layers[0]))
         h = conv2d(self.out_layers[2](h), self.out_layers[3])
-        if isinstance(self.skip_connection, nn.Conv2d):
+        if not isinstance(self.skip_connection, nn.Identity):
             x = conv2d(x, self.skip_connection)
         return self.temopral_conv(x + h)
 
@@ -288,7 +291,7 @@ class UNet(nn.Module):
 
         def sinusoid(values: Tensor) -> Tensor:
             flat = sinusoidal_embedding(values.flatten(), self.config.model_channels)
-            flat = flat.to(self.time_embed[0].weight.dtype)
+            flat = flat.to(self.domain_embedding.weight.dtype)
             return flat.view(*values.shape, -1)
 
         time = torch.stack((torch.zeros_like(rows[0]), rows[0]), 2)  # [B V 2]

@@ -25,6 +25,7 @@ from torch import Tensor
 from evac_jax.errors import ConfigError, DataError, SimulatorError
 from evac_jax.evac.checkpoint import load_model
 from evac_jax.evac.model import Camera, EvacModel, EvacState
+from evac_jax.evac.packed import accelerate
 from evac_jax.sim.actions import (
     POSE_DIM,
     PoseWindow,
@@ -309,6 +310,7 @@ class WorldModelEnv:
                 self._camera,
                 steps=config.steps,
                 eta=config.eta,
+                solver=config.solver,
                 noise=self.noise(0, shape)[named],
                 generator=lambda step: self.noise(1 + step, shape)[named],
                 rows=places,
@@ -401,8 +403,9 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
         source = WithKeyframes(source, open_keyframes(settings.keyframes))
     device = settings.device
     world_model = load_model(settings.world_model, kind="EvacModel", device=device)
+    world_model.to(getattr(torch, settings.dtype))
     return WorldModelEnv(
-        world_model.to(getattr(torch, settings.dtype)),
+        accelerate(world_model, settings.compile),
         RewardEnsemble.load(settings.reward, settings.reward_veto, device),
         load_model(settings.pose_model, kind="PoseModel", device=device),
         source,

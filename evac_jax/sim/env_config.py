@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evac_jax.errors import ConfigError
+from evac_jax.evac.sampler import check_solver
 from evac_jax.sim.actions import GRIPPER_RULES
 from evac_jax.sim.episodes import EpisodeRules
 
@@ -25,7 +26,9 @@ class WorldModelEnvConfig:
         keyframes: folder of a recording whose episodes may be begun in their middle; "" = none.
         num_envs: environments imagined as one batch, B.
         steps: denoising steps of one chunk.
-        eta: DDIM noise, 0 (deterministic given the start noise) to 1.
+        eta: their noise, 0 (deterministic given the start noise) to 1.
+        solver: what takes the steps, see `evac.sampler.solve`.
+        compile: see `evac.packed.accelerate`.
         max_episode_steps: actions of an episode; a multiple of the chunk makes the limit exact.
         reward_coef, use_rel_reward, success_threshold, success_frames, ignore_terminations:
             see `EpisodeRules`.
@@ -61,6 +64,8 @@ class WorldModelEnvConfig:
     num_envs: int = 1
     steps: int = 50
     eta: float = 1.0
+    solver: str = "ddim"
+    compile: bool = False
     max_episode_steps: int = 256
     reward_coef: float = 5.0
     use_rel_reward: bool = True
@@ -90,6 +95,10 @@ class WorldModelEnvConfig:
             problems.append(f"steps: expected at least 1, got {self.steps}")
         if not 0 <= self.eta <= 1:
             problems.append(f"eta: expected 0..1, got {self.eta}")
+        try:
+            check_solver(self.solver, self.eta)
+        except ConfigError as error:
+            problems.append(str(error))
         if self.judged_frames < 0:
             problems.append(f"judged_frames: expected 0 (all) or more, got {self.judged_frames}")
         if 0 < self.judged_frames < self.success_frames:

@@ -18,6 +18,7 @@ from evac_jax import dataset
 from evac_jax.dataset import Episodes, EpisodeWriter
 from evac_jax.evac import checkpoint
 from evac_jax.evac.model import EvacModel
+from evac_jax.evac.packed import accelerate
 from evac_jax.tools import cards
 from evac_jax.tools.imagine import imagine_episodes
 
@@ -93,7 +94,13 @@ def main() -> None:
         order = np.random.default_rng(args.seed).permutation(source.num_episodes)
         source = source.select(np.sort(order[: args.episodes]))
     data = write(
-        model.float(), source, args.out, steps=args.steps, eta=args.eta, seed=args.seed, **facts
+        accelerate(model.float()),
+        source,
+        args.out,
+        steps=args.steps,
+        eta=args.eta,
+        seed=args.seed,
+        **facts,
     )
     logging.info("%d imagined episodes", data.num_episodes)
 

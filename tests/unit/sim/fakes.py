@@ -42,7 +42,7 @@ class FakeWorldModel:
         state.length[mask] = 0
         return state
 
-    def imagine(self, state, poses, camera, *, steps, eta, noise, generator, rows, decoded):
+    def imagine(self, state, poses, camera, *, steps, eta, solver, noise, generator, rows, decoded):
         assert len(rows) == len(poses) == len(noise)
         self.imagined.append(len(rows))
         frames = torch.zeros(len(rows), 1, CHUNK, 3, *SIZE)
