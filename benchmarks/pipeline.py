@@ -70,7 +70,7 @@ class Side:
         from evac_jax.simulators import Simulators, training_specs
 
         mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-        self.simulators = Simulators(training_specs(config), mesh, config)
+        self.simulators = Simulators(training_specs(config), mesh, config).wait_until_ready()
         pin_children(core)
         self.learner = Learner(config, mesh, self.simulators.spec)
 

@@ -13,6 +13,18 @@ from evac_jax.telemetry.reading import ReadProgress
 from policies import POLICIES
 
 
+def check_policy(policy: PolicyConfig) -> None:
+    """See that `policy` can be imported, as far as its files tell without reading weights.
+
+    Raises:
+        CheckpointError: it cannot; says why.
+    """
+    # Whether a value head fits depends on the simulator's chunk, which is not known yet.
+    options = _options(policy) | {"value_type": "none"}
+    with told_as_checkpoint_error(_what(policy)):
+        _module().check_policy(policy.checkpoint, **options)
+
+
 def import_policy(policy: PolicyConfig, *, seed: int, **more: Any) -> Any:
     """Return the loader's result (model, tokenizer, notes) for `policy`.
 
@@ -23,30 +35,37 @@ def import_policy(policy: PolicyConfig, *, seed: int, **more: Any) -> Any:
     Raises:
         CheckpointError: the checkpoint or the adapter cannot be imported; says why.
     """
-    module, name = POLICIES["openvla_oft"].split(":")
-    load = getattr(importlib.import_module(module), name)
-    what = f"config.policy.checkpoint: cannot import {policy.checkpoint!r}"
-    with told_as_checkpoint_error(what), ReadProgress("policy weights") as progress:
-        loaded = load(
-            policy.checkpoint,
-            unnorm_key=policy.unnorm_key,
-            value_type=policy.value_head,
-            param_dtype=policy.param_dtype,
-            compute_dtype=policy.compute_dtype,
-            max_prompt_length=policy.max_prompt_length,
-            lora_rank=policy.lora_rank,
-            lora_alpha=policy.lora_alpha,
-            lora_adapter=policy.lora_adapter,
-            keep_stop_token=policy.keep_stop_token,
-            remat="full" if policy.remat else "none",
-            scan_layers=policy.scan_layers,
-            seed=seed,
-            progress=progress,
-            **more,
-        )
+    options = _options(policy) | more
+    with told_as_checkpoint_error(_what(policy)), ReadProgress("policy weights") as progress:
+        loaded = _module().load_policy(policy.checkpoint, seed=seed, progress=progress, **options)
     for note in loaded.notes:
         logging.info("policy import: %s", note)
     return loaded
+
+
+def _module() -> Any:
+    return importlib.import_module(POLICIES["openvla_oft"])
+
+
+def _what(policy: PolicyConfig) -> str:
+    return f"config.policy.checkpoint: cannot import {policy.checkpoint!r}"
+
+
+def _options(policy: PolicyConfig) -> dict[str, Any]:
+    """Return what the configuration says to a loader."""
+    return {
+        "unnorm_key": policy.unnorm_key,
+        "value_type": policy.value_head,
+        "param_dtype": policy.param_dtype,
+        "compute_dtype": policy.compute_dtype,
+        "max_prompt_length": policy.max_prompt_length,
+        "lora_rank": policy.lora_rank,
+        "lora_alpha": policy.lora_alpha,
+        "lora_adapter": policy.lora_adapter,
+        "keep_stop_token": policy.keep_stop_token,
+        "remat": "full" if policy.remat else "none",
+        "scan_layers": policy.scan_layers,
+    }
 
 
 @contextlib.contextmanager

@@ -68,6 +68,8 @@ def _join(results: Sequence[StepResult]) -> StepResult:
 class Simulators:
     """This host's pool of simulator processes, driven in lockstep.
 
+    Making it starts them; `wait_until_ready` comes before anything else.
+
     Args:
         specs: one JSON-able worker spec per process (see `sim.worker`).
         mesh: where the frames go, cut along the batch; this host's part of it is used.
@@ -100,18 +102,27 @@ class Simulators:
                         sharding=direct,
                     )
                 )
-            for client in self._clients:
-                client.wait_until_ready()
         except BaseException:
             self.close()
             raise
+        self._host = host
+
+    def wait_until_ready(self) -> "Simulators":
+        """Wait for the processes, which start side by side, other pools' too; return this pool.
+
+        Raises:
+            SimulatorError: one did not start, or they disagree.
+        """
+        for client in self._clients:
+            client.wait_until_ready()
         self.spec = self._clients[0].env_spec
         if any(client.env_spec != self.spec for client in self._clients):
             raise SimulatorError("the simulator processes disagree about their environment")
         parts, processes = self._clients[0].parts, len(self._clients)
         every = np.arange(processes * parts * self.spec.num_envs)
         self.rows = list(every.reshape(processes, parts, -1).swapaxes(0, 1).reshape(parts, -1))
-        self.first, self._first_rank = host * len(every), host * processes
+        self.first, self._first_rank = self._host * len(every), self._host * processes
+        return self
 
     @property
     def num_envs(self) -> int:

@@ -27,6 +27,7 @@ from evac_jax.errors import (
 )
 from evac_jax.evaluate import Evaluation, evaluate, save_films
 from evac_jax.learner import Learner
+from evac_jax.policy_import import check_policy
 from evac_jax.refill import collect_informative
 from evac_jax.rollout import Stopwatch, collect
 from evac_jax.simulators import Simulators, ground_truth_specs, training_specs
@@ -156,6 +157,9 @@ def _simulators(config: TrainConfig, mesh, *, learning: bool = True):
         if config.eval.ground_truth != "none":
             real = Simulators(ground_truth_specs(config), mesh, config, host)
             stack.callback(real.close)
+        for pool in (imagined, real):
+            if pool is not None:
+                pool.wait_until_ready()
         # Where nothing is learned in it, one pool of the ground truth is enough.
         yield imagined or real, real
 
@@ -197,6 +201,7 @@ def run(config: TrainConfig) -> None:
     """Train from the start, or from a checkpoint, to `train.iterations`; print the summary."""
     began = time.perf_counter()
     cluster.start(config)
+    check_policy(config.policy)  # before a folder is made and simulators take minutes to start
     folder = open_folder(config)
     mesh, rollout_mesh = cluster.make_meshes(config)
     with (
@@ -345,6 +350,7 @@ def evaluate_only(config: TrainConfig) -> None:
         CheckpointError: there is no such run, or it lacks the iteration `checkpoint.step`.
     """
     cluster.start(config)
+    check_policy(config.policy)
     path = Path(config.log.dir) / (config.log.run or "eval")
     mesh, rollout_mesh = cluster.make_meshes(config)
     with _simulators(config, rollout_mesh, learning=False) as (imagined, real):

@@ -1,4 +1,4 @@
 """Policies by name. A new one is a folder and a line: the strings are resolved on use."""
 
-# name -> "module:attribute" of the loader, called as load(folder, *, ...) (policies/base.py).
-POLICIES = {"openvla_oft": "policies.openvla_oft.import_hf:load_policy"}
+# name -> module with load_policy(folder, *, ...) and check_policy(folder, *, ...).
+POLICIES = {"openvla_oft": "policies.openvla_oft.import_hf"}

@@ -109,63 +109,78 @@ def load_config(folder: str | Path, **overrides) -> OpenVLAOFTConfig:
 def load_policy(
     folder: str | Path,
     *,
-    unnorm_key: str,
-    value_type: str = "none",
-    param_dtype: str = "float32",
-    compute_dtype: str = "float32",
-    max_prompt_length: int = 128,
-    chunk: int = 8,
-    num_images: int = 1,
-    lora_adapter: str | Path = "",
-    normalization: str = "quantiles",
     shardings: Shardings | None = None,
     progress: Progress | None = None,
-    seed: int = 0,
-    **overrides,
+    **options,
 ) -> LoadedPolicy:
     """Read a policy folder.
 
     Args:
         folder: config.json, safetensors (sharded or single), tokenizer.json, statistics.
-        unnorm_key: dataset whose statistics un-normalise actions; "" leaves them in -1..1.
-        value_type: see `OpenVLAOFTConfig`. A value head that the folder lacks is initialised from
-            `seed`; one that it has and nobody asked for is skipped. Both are noted.
-        lora_adapter: PEFT folder, "" = none. Merged in float32 while reading; with `lora_rank` > 0
-            (an override) its pairs become the policy's adapters instead, which train on.
-        normalization: see `ActionStatistics.from_norm_stats`.
         shardings: (path such as "llama/layers/q_proj/kernel", shape) -> where that parameter lies.
             The host holds one tensor and its cast at a time (`placement.place`). Default: the
             default device.
         progress: called after every tensor.
-        overrides: further fields of `OpenVLAOFTConfig` (remat, scan_layers, lora_rank ..). New
-            adapters start from `seed`.
+        options: see `check_policy`.
+
+    Raises:
+        ValueError: a weight is not finite or its file is damaged.
+        FileNotFoundError, KeyError, ValueError: as `check_policy`, before any weight is read.
+    """
+    reader, tokenizer, notes = _open(folder, **options)
+    model = reader.read(shardings, progress)
+    return LoadedPolicy(model, tokenizer, notes=(*notes, *reader.notes))
+
+
+def check_policy(folder: str | Path, **options) -> None:
+    """Raise what `load_policy` raises before it reads a weight.
+
+    For whoever starts something dear first: a wrong folder is told at once.
+
+    Args:
+        folder: as of `load_policy`.
+        options: those of `_open`, below.
 
     Raises:
         FileNotFoundError: a file is missing.
         KeyError: `unnorm_key` is not among the statistics.
         ValueError: tensors are missing, unexpected, no floats or of another shape, or the adapter
-            does not fit; all are listed at once, before any is read. Or a file is damaged.
+            does not fit; all are listed at once. Or a file is damaged.
     """
-    folder = Path(folder)
-    statistics, notes = None, []
+    _open(folder, **options)
+
+
+def _open(
+    folder: str | Path,
+    *,
+    unnorm_key: str,
+    max_prompt_length: int = 128,
+    lora_adapter: str | Path = "",
+    normalization: str = "quantiles",
+    seed: int = 0,
+    **fields,
+) -> tuple["_Reader", PromptTokenizer, list[str]]:
+    """Return what reads the weights of a folder, its tokenizer, and what is to be noted.
+
+    Args:
+        folder: see `load_policy`.
+        unnorm_key: dataset whose statistics un-normalise actions; "" leaves them in -1..1.
+        max_prompt_length: tokens that prompts are padded to.
+        lora_adapter: PEFT folder, "" = none. Merged in float32 while reading; with `lora_rank` > 0
+            its pairs become the policy's adapters instead, which train on.
+        normalization: see `ActionStatistics.from_norm_stats`.
+        seed: of what the folder lacks: new adapters, and a value head that `value_type` asks for.
+            One that it has and nobody asked for is skipped. Both are noted.
+        fields: of `OpenVLAOFTConfig` (value_type, param_dtype, remat, lora_rank ..).
+    """
+    folder, notes, statistics = Path(folder), [], None
     if unnorm_key:
         statistics, notes = read_statistics(folder, unnorm_key, normalization)
-        overrides = {"action_dim": len(statistics.low)} | overrides
-    config = load_config(
-        folder,
-        value_type=value_type,
-        param_dtype=param_dtype,
-        compute_dtype=compute_dtype,
-        max_prompt_length=max_prompt_length,
-        chunk=chunk,
-        num_images=num_images,
-        **overrides,
-    )
+        fields = {"action_dim": len(statistics.low)} | fields
+    config = load_config(folder, max_prompt_length=max_prompt_length, **fields)
     tokenizer = PromptTokenizer(folder, max_prompt_length)
     adapter = LoraAdapter(lora_adapter) if lora_adapter else None
-    reader = _Reader(CheckpointFiles(folder), config, statistics, adapter, seed)
-    model = reader.read(shardings, progress)
-    return LoadedPolicy(model, tokenizer, notes=(*notes, *reader.notes))
+    return _Reader(CheckpointFiles(folder), config, statistics, adapter, seed), tokenizer, notes
 
 
 def abstract_model(

@@ -39,7 +39,7 @@ def play(config, stages: int):
     rollout = dataclasses.replace(config.rollout, pipeline_stages=stages, epochs=2)
     config = dataclasses.replace(config, rollout=rollout)
     mesh = sharding.make_mesh(2, 2)
-    simulators = Simulators(training_specs(config), mesh, config)
+    simulators = Simulators(training_specs(config), mesh, config).wait_until_ready()
     try:
         learner = Learner(config, mesh, simulators.spec)
         starts = np.repeat(np.arange(4), 4).reshape(2, 8)

@@ -1,5 +1,6 @@
 """What a damaged or foreign policy folder says, through the import that launch.py uses."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from evac_jax.config import PolicyConfig
+from evac_jax import train
+from evac_jax.config import PolicyConfig, default_config
 from evac_jax.errors import CheckpointError
-from evac_jax.policy_import import import_policy
+from evac_jax.policy_import import check_policy, import_policy
 from policies.openvla_oft import peft
 from policies.openvla_oft.checkpoint_files import INDEX
 from policies.openvla_oft.export_hf import create_policy_folder
@@ -51,6 +53,28 @@ def told(folder, **changes) -> str:
     message = str(error.value)
     assert message.startswith("config.policy.checkpoint: cannot import")
     return message
+
+
+def test_a_run_tells_a_damaged_policy_before_it_makes_or_starts_anything(folder, tmp_path):
+    shards(folder)[1].unlink()
+    policy = PolicyConfig(checkpoint=str(folder), unnorm_key="tiny", max_prompt_length=24)
+    config = default_config("grpo")
+    config = dataclasses.replace(
+        config,
+        policy=policy,
+        log=dataclasses.replace(config.log, dir=str(tmp_path / "runs")),
+        cluster=dataclasses.replace(config.cluster, compilation_cache=""),
+    )
+    with pytest.raises(CheckpointError) as early:
+        train.run(config)
+    assert not (tmp_path / "runs").exists()
+    assert str(early.value) == told(folder)
+
+
+def test_checking_needs_no_chunk_and_accepts_a_sound_policy(folder):
+    policy = PolicyConfig(checkpoint=str(folder), unnorm_key="tiny", max_prompt_length=24)
+    check_policy(policy)
+    check_policy(dataclasses.replace(policy, value_head="chunk_level"))
 
 
 def shards(folder):
