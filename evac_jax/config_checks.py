@@ -214,7 +214,7 @@ def _combinations(c: "TrainConfig") -> list[str]:
             f"cluster.num_nodes = {group} x {c.simulator.processes} x {hosts}, so that groups stay "
             f"whole; got {c.env.num_envs}"
         )
-    if c.eval.ground_truth_envs % hosts:
+    if c.eval.ground_truth != "none" and c.eval.ground_truth_envs % hosts:
         problems.append(
             f"config.eval.ground_truth_envs: must be a multiple of cluster.num_nodes = {hosts}, "
             f"got {c.eval.ground_truth_envs}"

@@ -48,13 +48,13 @@ class RunFolder:
     resumed: bool
 
 
-def open_folder(config: TrainConfig) -> RunFolder:
-    """Find the run to continue, or make a new folder; never write into somebody's old run.
+def choose_folder(config: TrainConfig) -> RunFolder:
+    """Find the run to continue, or a place for a new one; nobody's old run is written into.
 
     Raises:
         CheckpointError: nothing to restore, another shape of run, or the folder is taken.
     """
-    resumed, first_host = bool(config.checkpoint.restore), cluster.is_first_host()
+    resumed = bool(config.checkpoint.restore)
     if resumed:
         path = checkpoint.find_run(config)
         saved = json.loads((path / checkpoint.CONFIG_FILE).read_text())
@@ -62,23 +62,27 @@ def open_folder(config: TrainConfig) -> RunFolder:
     else:
         name = config.log.run or time.strftime(f"{config.algorithm}-%Y%m%d-%H%M%S")
         path = Path(config.log.dir) / name
-        if first_host and (path / checkpoint.CONFIG_FILE).exists():
+        if cluster.is_first_host() and (path / checkpoint.CONFIG_FILE).exists():
             raise CheckpointError(
                 f"{str(path)!r} already holds a run; continue it with "
                 f"--config.checkpoint.restore={path}, or choose another --config.log.run"
             )
-    if first_host:
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f"{checkpoint.CONFIG_FILE}.tmp"
-        temporary.write_text(json.dumps(to_dict(config), indent=2))
-        os.replace(temporary, path / checkpoint.CONFIG_FILE)
-    cluster.wait_for_all("run folder")
     return RunFolder(
         path=path,
         checkpoints=Path(config.checkpoint.dir or path / "checkpoints"),
         videos=Path(config.video.dir or path / "videos"),
         resumed=resumed,
     )
+
+
+def make_folder(folder: RunFolder, config: TrainConfig) -> None:
+    """Write the configuration there: from now on this is a run that can be continued."""
+    if cluster.is_first_host():
+        folder.path.mkdir(parents=True, exist_ok=True)
+        temporary = folder.path / f"{checkpoint.CONFIG_FILE}.tmp"
+        temporary.write_text(json.dumps(to_dict(config), indent=2))
+        os.replace(temporary, folder.path / checkpoint.CONFIG_FILE)
+    cluster.wait_for_all("run folder")
 
 
 class Evaluators:
@@ -201,8 +205,8 @@ def run(config: TrainConfig) -> None:
     """Train from the start, or from a checkpoint, to `train.iterations`; print the summary."""
     began = time.perf_counter()
     cluster.start(config)
-    check_policy(config.policy)  # before a folder is made and simulators take minutes to start
-    folder = open_folder(config)
+    check_policy(config.policy)  # before simulators take minutes to start
+    folder = choose_folder(config)
     mesh, rollout_mesh = cluster.make_meshes(config)
     with (
         _simulators(config, rollout_mesh) as (imagined, real),
@@ -210,6 +214,7 @@ def run(config: TrainConfig) -> None:
     ):
         check_sizes(config, mesh, rollout_mesh, imagined.spec)
         learner = Learner(config, mesh, imagined.spec, rollout_mesh)
+        make_folder(folder, config)  # not before all that a configuration can get wrong
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         starts = StartSampler.from_config(
             config, imagined.spec.num_starts, imagined.spec.num_keyframes

@@ -146,7 +146,7 @@ class NpyStarts(_StoredStarts):
                 only = f"{len(found)} keyframe files only" if found else "none"
                 raise DataError(
                     f"expected *.npy episodes in {folder!r}, found {only}; "
-                    "set initial_states.folder to the folder that holds them"
+                    "set config.env.initial_states_path to the folder that holds them"
                 )
             images, poses, instructions = _read_all(paths, first_frame, folder)
             camera = libero_camera() if images.shape[1] == 1 else None
