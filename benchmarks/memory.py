@@ -25,7 +25,7 @@ VARIANTS = {"full": {}, "lora": {"lora_rank": 32, "lora_alpha": 32.0}}
 FRAME = 64
 
 
-def train_config(folder: Path, variant: str, micro_batch: int, *, remat: bool):
+def train_config(folder: Path, variant: str, micro_batch: int, *, remat: str):
     """Return a run's configuration: an iteration of two micro-batches, episodes of one chunk."""
     from evac_jax.config import PolicyConfig, default_config
 
@@ -72,7 +72,7 @@ def made_up_batch(config, sizes):
 
 
 def measure(
-    folder: Path, variant: str, micro_batch: int, *, remat: bool, xla: bool
+    folder: Path, variant: str, micro_batch: int, *, remat: str, xla: bool
 ) -> dict[str, float]:
     """Return estimate, measured peak and, with `xla`, XLA's account of an update, bytes."""
     import gc
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=float, default=3e8, help="at least so many")
     parser.add_argument("--micro_batch", type=int, default=8)
-    parser.add_argument("--no_remat", action="store_true", help="keep all activations")
+    parser.add_argument("--remat", default="full", help="see config.policy.remat")
     parser.add_argument("--xla", action="store_true", help="compile once more, for XLA's account")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -136,13 +136,13 @@ def main() -> None:
         print(json.dumps(policy_import.make(args.work, args.parameters)))
         return
     if args.stage:
-        folder, remat = args.work / "source", not args.no_remat
-        told = measure(folder, args.stage, args.micro_batch, remat=remat, xla=args.xla)
+        folder = args.work / "source"
+        told = measure(folder, args.stage, args.micro_batch, remat=args.remat, xla=args.xla)
         print(json.dumps(told))
         return
     work = Path(tempfile.mkdtemp(prefix="memory."))
     same = ["--work", str(work), "--parameters", str(args.parameters)]
-    same += ["--micro_batch", str(args.micro_batch), *["--no_remat"] * args.no_remat]
+    same += ["--micro_batch", str(args.micro_batch), "--remat", args.remat]
     same += ["--xla"] * args.xla
     try:
         made = _in_process([*same, "--stage", "make"])

@@ -1,16 +1,18 @@
 """Time the policy beside plain PyTorch with the same weights: rollout forward, forward + backward.
 
-    python -m benchmarks.policy [--threads 2 1] [--repeats 7] [--batch 8] [--out FILE]
+    python -m benchmarks.policy [--threads 2 1] [--repeats 7] [--batch 8] [--out FILE] [--remat]
 
 The policy has hidden size 512, 6 layers, two towers of depth 4 and width 256, 440 tokens and 61.9 M
 parameters; the baseline (`baselines/policy_torch.py`) does what the public references do. Both get
 the same uint8 frames and ragged prompts, in float32. Each number of threads has a process of its
 own, bound to so many cores. The two sides take turns, and a ratio is the median over the turns, so
 that a busy machine slows both alike; the CPU time of each side stands beside. Before anything is
-timed, log-probs, entropies, values and all gradients of the two are compared.
+timed, log-probs, entropies, values and all gradients of the two are compared. --remat times ours
+alone instead, by what its backward pass recomputes (`policy.remat`), scanned and unrolled.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -31,7 +33,7 @@ from flax import nnx
 from benchmarks import machine
 from evac_jax.evac.torchvision_shim import ensure_torchvision
 from policies.openvla_oft import hf_keys
-from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
+from policies.openvla_oft.config import REMAT_POLICIES, OpenVLAOFTConfig, VisionTowerConfig
 from policies.openvla_oft.model import OpenVLAOFT
 from policies.types import ObsBatch
 
@@ -89,7 +91,10 @@ def make_inputs(config: OpenVLAOFTConfig, batch: int) -> dict[str, np.ndarray]:
 
 
 def make_ours(model: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> Side:
-    """Return the timed calls of our policy, compiled at their first use."""
+    """Return the timed calls of our policy, compiled at their first use; "memory" tells of "train".
+
+    "memory" returns the bytes that XLA needs for a training step beside its arguments.
+    """
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     obs = ObsBatch(
         images=jnp.asarray(inputs["images"][:, None]),
@@ -114,6 +119,9 @@ def make_ours(model: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> Side:
     return {
         "forward": lambda: jax.block_until_ready(sample(params, rest, obs, key)),
         "train": lambda: jax.block_until_ready(step(params, rest, obs, actions)),
+        "memory": lambda: (
+            step.lower(params, rest, obs, actions).compile().memory_analysis().temp_size_in_bytes
+        ),
     }
 
 
@@ -171,7 +179,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
 def measure(sides: dict[str, Side], repeats: int) -> dict[str, dict[str, Any]]:
     """Let the sides take turns; return per stage the medians of each side and of their ratio."""
     results = {}
-    for stage in sides["ours"]:
+    for stage in ("forward", "train"):
         times = {name: [] for name in sides}
         for name in sides:
             sides[name][stage]()
@@ -213,11 +221,32 @@ def run(threads: int, batch: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def run_child(threads: int, batch: int, repeats: int) -> dict[str, Any]:
+def run_remat(threads: int, batch: int, repeats: int) -> list[dict[str, Any]]:
+    """Time a training step of ours by what it recomputes, in this process, taking turns."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    inputs, sides = make_inputs(CONFIG, batch), {}
+    for scan in (True, False):
+        for remat in REMAT_POLICIES:
+            config = dataclasses.replace(CONFIG, remat=remat, scan_layers=scan)
+            sides[scan, remat] = make_ours(OpenVLAOFT(config, rngs=nnx.Rngs(0)), inputs)
+    times = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            wall, _ = timed(side["train"])
+            times[name] += [wall] if turn else []  # the first one compiles
+    return [
+        {"scan": scan, "remat": remat, "wall_s": statistics.median(times[scan, remat]),
+         "temp_mb": side["memory"]() / 1e6}
+        for (scan, remat), side in sides.items()
+    ]  # fmt: skip
+
+
+def run_child(threads: int, batch: int, repeats: int, *more: str) -> Any:
     """Measure with so many threads, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.policy", "--here", "--threads", str(threads)]
+        command += list(more)
         command += ["--batch", str(batch), "--repeats", str(repeats), "--out", str(out)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, env=environment, check=True)
@@ -239,6 +268,22 @@ def show(result: dict[str, Any]) -> None:
         )
 
 
+def show_remat(rows: list[dict[str, Any]]) -> None:
+    """Print the table of what the backward pass recomputes; the last line is for programs."""
+    print(f"\n{'layers':>9}{'remat':>7}{'train s':>9}{'temporary MB':>14}")
+    for row in rows:
+        kind = "scanned" if row["scan"] else "unrolled"
+        print(f"{kind:>9}{row['remat']:>7}{row['wall_s']:9.3f}{row['temp_mb']:14.0f}")
+    scanned = {row["remat"]: row for row in rows if row["scan"]}
+    print(
+        " ".join(
+            f"{name}_{what}={scanned[name][key] / scanned['none'][key]:.2f}"
+            for name in ("dots", "full")
+            for what, key in (("time", "wall_s"), ("memory", "temp_mb"))
+        )
+    )
+
+
 def main() -> None:
     """Print a table per number of threads; the last line is for programs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -246,13 +291,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--remat", action="store_true", help="ours by what it recomputes")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        args.out.write_text(json.dumps(run(args.threads[0], args.batch, args.repeats)))
+        here = run_remat if args.remat else run
+        args.out.write_text(json.dumps(here(args.threads[0], args.batch, args.repeats)))
         return
     report: dict[str, Any] = machine.describe(packages=("transformers", "timm"))
     machine.show(report)
+    if args.remat:
+        report["remat"] = run_child(args.threads[0], args.batch, args.repeats, "--remat")
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
+        show_remat(report["remat"])
+        return
     report["runs"] = []
     for threads in args.threads:
         report["runs"].append(run_child(threads, args.batch, args.repeats))

@@ -119,7 +119,7 @@ def train_config(work: Path, variant: str):
             unnorm_key=UNNORM_KEY,
             max_prompt_length=MAX_PROMPT,
             param_dtype="bfloat16",
-            remat=True,
+            remat="full",
             **VARIANTS[variant],
         ),
         algo=dataclasses.replace(config.algo, group_size=2, global_batch=2, micro_batch=1),

@@ -86,7 +86,7 @@ def libero(config: config_dict.ConfigDict) -> None:
     config.policy.eval_temperature = 1.6
     config.policy.param_dtype = "float32"
     config.policy.compute_dtype = "bfloat16"
-    config.policy.remat = True
+    config.policy.remat = "full"
     config.world_model.steps = 50
     config.reward.coefficient = 5.0
     config.env.initial_states = "npy"

@@ -45,7 +45,8 @@ class PolicyConfig:
         top_k: keep the k likeliest bins; -1 = all 256.
         param_dtype: "float32" or "bfloat16", how weights are kept.
         compute_dtype: "float32" or "bfloat16", what the layers compute in; logits are float32.
-        remat: recompute each layer's activations in the backward pass instead of keeping them.
+        remat: what the backward pass recomputes of a layer: "none", "dots" (all but the results of
+            matrix products) or "full". Less memory for more time, docs/policy_speed.md.
         scan_layers: compile one layer and loop over it; compile time no longer grows with depth.
     """
 
@@ -62,7 +63,7 @@ class PolicyConfig:
     top_k: int = -1
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     scan_layers: bool = True
 
 

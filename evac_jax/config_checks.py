@@ -45,6 +45,7 @@ def validate(config: "TrainConfig") -> list[str]:
     dtypes = ("float32", "bfloat16")
     problems += _one_of("policy.param_dtype", c.policy.param_dtype, dtypes)
     problems += _one_of("policy.compute_dtype", c.policy.compute_dtype, dtypes)
+    problems += _one_of("policy.remat", c.policy.remat, ("none", "dots", "full"))
     problems += _one_of(
         "policy.value_head", c.policy.value_head, ("none", "chunk_level", "action_level")
     )

@@ -63,7 +63,7 @@ def _options(policy: PolicyConfig) -> dict[str, Any]:
         "lora_alpha": policy.lora_alpha,
         "lora_adapter": policy.lora_adapter,
         "keep_stop_token": policy.keep_stop_token,
-        "remat": "full" if policy.remat else "none",
+        "remat": policy.remat,
         "scan_layers": policy.scan_layers,
     }
 

@@ -67,7 +67,7 @@ def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any)
         lora_rank=policy.lora_rank,
         lora_alpha=policy.lora_alpha,
         keep_stop_token=policy.keep_stop_token,
-        remat="full" if policy.remat else "none",
+        remat=policy.remat,
         **more,
     )
 

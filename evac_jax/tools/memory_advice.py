@@ -11,7 +11,7 @@ from evac_jax.tools.memory_layouts import COLLOCATED, Layout, Setup, indivisible
 DEVICE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 # Changes by what they cost the run, the harmless ones first. "devices" and "half" are worked out.
 LEVERS: tuple[dict[str, object], ...] = (
-    {"policy.remat": True},
+    {"policy.remat": "full"},
     {"algo.micro_batch": "devices"},
     {"simulator.dtype": "bfloat16"},
     {"env.num_envs": "half"},
