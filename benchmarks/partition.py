@@ -1,26 +1,23 @@
 """How XLA cuts the full-size update over devices: what the compiled program sends, against the law.
 
-    python -m benchmarks.partition [--meshes 1x8 2x4] [--pinned] [--layers 32] [--out FILE]
+    python -m benchmarks.partition [--meshes 1x8 2x4] [--free] [--layers 32] [--out FILE]
 
 Nothing is allocated and nothing runs: the real update of the 7B policy is compiled for virtual CPU
 devices from shapes alone, and the collectives of the program are added up. Beside them stands what
-`cost_model.fsdp_bytes` says a cut by FSDP costs. --pinned compiles the same update with activations
-held to the batch's sharding between layers. A CPU computes bfloat16 in float32, so everything is
-float32 here, and has no reduce-scatter: a sum over devices is an all-reduce. Half a minute of CPU
-time and about 2 GB per mesh.
+`cost_model.fsdp_bytes` says a cut by FSDP costs. --free compiles the same update without holding
+activations to the batch's sharding (`policies/activations.py`). A CPU computes bfloat16 in float32,
+so everything is float32 here, and has no reduce-scatter: a sum over devices is an all-reduce. Half
+a minute of CPU time and about 2 GB per mesh.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from benchmarks.collectives import collectives
 from benchmarks.cost_model import Work, fsdp_bytes
@@ -36,31 +33,15 @@ def mesh_of(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-@contextlib.contextmanager
-def pinned(place) -> Iterator[None]:
-    """Hold what goes into and out of every layer to a sharding while a policy is traced."""
-    import jax
-
-    from policies.openvla_oft import llama, vision
-
-    with contextlib.ExitStack() as stack:
-        for kind in (llama.LlamaLayer, vision.Block):
-
-            def call(self, x, *args, layer=kind.__call__):
-                x = jax.lax.with_sharding_constraint(x, place)
-                return jax.lax.with_sharding_constraint(layer(self, x, *args), place)
-
-            stack.enter_context(mock.patch.object(kind, "__call__", call))
-        yield
-
-
-def compile_update(sizes, mesh, *, pin: bool, frame: int, options: dict[str, Any] | None = None):
+def compile_update(
+    sizes, mesh, *, free: bool = False, frame: int, options: dict[str, Any] | None = None
+):
     """Return the compiled update of GRPO and the parameters' shapes with their places.
 
     Args:
         sizes: the policy, an `OpenVLAOFTConfig`.
         mesh: devices, data x fsdp.
-        pin: hold activations to the batch's sharding.
+        free: do not hold activations to the batch's sharding.
         frame: pixels per side of the episodes' frames.
         options: for XLA.
     """
@@ -73,6 +54,7 @@ def compile_update(sizes, mesh, *, pin: bool, frame: int, options: dict[str, Any
     from algos.update import init_state
     from evac_jax import sharding
     from evac_jax.config import algorithm_config
+    from policies.activations import activations_at
     from policies.openvla_oft.import_hf import abstract_model
 
     optimizer, on_batch = make_optimizer(OptimizerConfig()), sharding.batch_sharding(mesh)
@@ -91,7 +73,8 @@ def compile_update(sizes, mesh, *, pin: bool, frame: int, options: dict[str, Any
 
     def update(state, rest, batch, key):
         def evaluate(params, obs, tokens):
-            return nnx.merge(graphdef, params, rest).evaluate(obs, tokens)
+            with activations_at(None if free else on_batch):
+                return nnx.merge(graphdef, params, rest).evaluate(obs, tokens)
 
         step = importlib.import_module(ALGORITHMS["grpo"]).make_update(
             evaluate,
@@ -109,8 +92,7 @@ def compile_update(sizes, mesh, *, pin: bool, frame: int, options: dict[str, Any
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_batch),
         _batch(sizes, frame, jnp),
     )
-    with pinned(on_batch) if pin else contextlib.nullcontext():
-        lowered = jitted.lower(state, placed(rest), batch, key)
+    lowered = jitted.lower(state, placed(rest), batch, key)
     return lowered.compile(compiler_options=options), state.params
 
 
@@ -168,7 +150,7 @@ def main() -> None:
     """Print one row per mesh; the last line is for programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--meshes", type=mesh_of, nargs="+", default=[(1, 8), (2, 4)])
-    parser.add_argument("--pinned", action="store_true", help="hold activations to the batch")
+    parser.add_argument("--free", action="store_true", help="let XLA choose where activations lie")
     parser.add_argument("--layers", type=int, default=32, help="of the Llama")
     parser.add_argument("--out", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
@@ -187,7 +169,7 @@ def main() -> None:
         mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
         # Only the partitioned program is read: its machine code need not be good.
         options = {"xla_backend_optimization_level": 0}
-        program, params = compile_update(sizes, mesh, pin=args.pinned, frame=256, options=options)
+        program, params = compile_update(sizes, mesh, free=args.free, frame=256, options=options)
         rows.append(account(program, cut_entries(params), (data, fsdp)))
         for kind, found in sorted(rows[-1]["sent"].items()):
             law = rows[-1]["law"].get(kind, 0)
@@ -196,7 +178,7 @@ def main() -> None:
                 f"{data}x{fsdp:<4}{kind:20}{found['count']:7}{found['bytes'] / 1e9:10.1f}{compared}"
             )
     if args.out:
-        args.out.write_text(json.dumps({"pinned": args.pinned, "rows": rows}, indent=2) + "\n")
+        args.out.write_text(json.dumps({"free": args.free, "rows": rows}, indent=2) + "\n")
     sent = sum(found["bytes"] for row in rows for found in row["sent"].values())
     law = sum(sum(row["law"].values()) for row in rows)
     print(f"sent_gb={sent / 1e9:.1f} law_gb={law / 1e9:.1f} ratio={sent / law:.3f}")

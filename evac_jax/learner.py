@@ -23,6 +23,7 @@ from evac_jax.config import TrainConfig
 from evac_jax.errors import ConfigError
 from evac_jax.policy_import import import_policy
 from evac_jax.simulators import BatchStep
+from policies.activations import activations_at
 from policies.types import ObsBatch, PolicyOutput
 
 
@@ -105,14 +106,16 @@ class Learner:
         # `rest` is what does not train, under LoRA nearly everything: an argument, because what a
         # jitted function closes over is copied into its program.
         def sample(params, rest, obs, key, rows, temperature, greedy):
-            return model(params, rest).sample(
-                obs, key, rows=rows, temperature=temperature, top_k=policy.top_k, greedy=greedy
-            )
+            with activations_at(sharding.batch_sharding(self._rollout_mesh)):
+                return model(params, rest).sample(
+                    obs, key, rows=rows, temperature=temperature, top_k=policy.top_k, greedy=greedy
+                )
 
         def evaluate(rest, params, obs, tokens):
-            return model(params, rest).evaluate(
-                obs, tokens, temperature=policy.temperature, top_k=policy.top_k
-            )
+            with activations_at(self._batch_sharding):
+                return model(params, rest).evaluate(
+                    obs, tokens, temperature=policy.temperature, top_k=policy.top_k
+                )
 
         def on_batch(tree):
             return jax.lax.with_sharding_constraint(tree, self._batch_sharding)

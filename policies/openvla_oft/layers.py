@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from policies.activations import held
 from policies.openvla_oft.config import OpenVLAOFTConfig
 
 REMAT = {
@@ -207,7 +208,7 @@ def run_layers(
     collect: bool = False,
     of_last: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Array, Array | None]:
-    """Apply stacked layers one after another: x <- layer(x, *args).
+    """Apply stacked layers one after another: x <- layer(x, *args); x [B ...] stays `held`.
 
     Args:
         collect: keep every layer's output.
@@ -219,7 +220,7 @@ def run_layers(
     graphdef, stacked = nnx.split(layers)
 
     def apply(x, layer, **more):
-        x = nnx.merge(graphdef, layer)(x, *args, **more)
+        x = held(nnx.merge(graphdef, layer)(held(x), *args, **more))
         return x, (x if collect else None)
 
     def body(x, layer, more: Mapping[str, Any] = MappingProxyType({})):

@@ -136,7 +136,7 @@ def test_compiled_update_sends_what_the_law_of_fsdp_says():
     data, fsdp = 2, 2
     mesh = sharding.make_mesh(data, fsdp, jax.devices()[:4])
     options = {"xla_backend_optimization_level": 0}
-    program, params = partition.compile_update(sizes, mesh, pin=True, frame=64, options=options)
+    program, params = partition.compile_update(sizes, mesh, frame=64, options=options)
     told = partition.account(program, partition.cut_entries(params), (data, fsdp))
     sent = {kind: found["bytes"] for kind, found in told["sent"].items()}
     # At this size XLA moves what the projector multiplies rather than its weights, and embedding
