@@ -32,7 +32,7 @@ POLICY = f"{MINIATURE_WEIGHTS}/policy"
 SIMULATED = build_miniature.SIMULATOR | {"policy.checkpoint": POLICY}
 EPISODES = {"base": build_miniature.COUNTS["base"] // 3, "rollouts": 800 // 3}
 STEPS = {"pose_model": 4000, "world_model": 2500, "reward": 1500}
-IMAGINED, FINE_TUNING, ITERATIONS, SCENES = 400, 1000, 8, 512
+IMAGINED, FINE_TUNING, ITERATIONS, SCENES = 1200, 1000, 8, 512
 SEED = 100  # of the recordings: other scenes than those of the shipped weights
 
 
@@ -69,6 +69,7 @@ def coevolve(work: Path) -> None:
     settings = {name: str(path).replace(WORK, str(work)) for name, path in SIMULATED.items()}
     command = ["-m", "evac_jax.tools.coevolve", f"--config={CONFIG}", "--out", work / "rounds"]
     command += ["--data", work / "base", work / "rollouts", "--rounds", 2, "--few_steps"]
+    command += ["--patience", 2]  # a first round without success is what the second may mend
     command += ["--iterations", ITERATIONS, "--world_model_steps", FINE_TUNING]
     command += ["--imagined_episodes", IMAGINED, "--reward_steps", STEPS["reward"]]
     command += ["--scenes", SCENES, "--set", *(f"{k}={v}" for k, v in settings.items())]
