@@ -155,10 +155,21 @@ def require_fit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit
     return result
 
 
-def load_weights(model: nn.Module, path: str | Path) -> Fit:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Fit:
     """Load a file into a model, strictly; parameters keep the model's dtype.
 
     A model built on "meta" takes the file's tensors as they are, so it is never held twice.
+
+    Args:
+        model: anywhere; the others only matter on "meta".
+        path: the file.
+        device: each tensor goes there as soon as it is read, so that the host holds one.
+        dtype: of the floating-point tensors, instead of the model's.
 
     Raises:
         CheckpointError: with every key that does not fit, or a weight that is not finite.
@@ -166,7 +177,10 @@ def load_weights(model: nn.Module, path: str | Path) -> Fit:
     state = read_weights(path)
     result = require_fit(model, state, str(path))
     ours = model.state_dict()
-    state = {key: cast(state[key], ours[key].dtype, f"{path}: {key}") for key in ours}
+    for key, value in ours.items():
+        kind = dtype if dtype and value.is_floating_point() else value.dtype
+        state[key] = cast(state[key], kind, f"{path}: {key}").to(device)
+    state = {key: state[key] for key in ours}
     model.load_state_dict(state, assign=any(value.is_meta for value in ours.values()))
     return result
 
@@ -232,13 +246,20 @@ class _replacing:  # noqa: N801 - a context manager, read as a verb
             self._temporary.unlink(missing_ok=True)
 
 
-def load_model(folder: str | Path, *, kind: str | None = None, device="cpu") -> nn.Module:
+def load_model(
+    folder: str | Path,
+    *,
+    kind: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """A model in eval mode from a folder.
 
     Args:
         folder: holds `config.json` and the weights, see the module's docstring.
         kind: class name expected, a key of `MODELS`; None takes any.
         device: where to put it.
+        dtype: of its floating-point weights; None = float32.
 
     Raises:
         CheckpointError: if the folder is incomplete, of another kind, or its weights do not fit.
@@ -261,7 +282,7 @@ def load_model(folder: str | Path, *, kind: str | None = None, device="cpu") -> 
     config = config_cls.from_dict(description.get("config", {}))
     with torch.device("meta"):  # no time spent on initial values that are replaced at once
         model = cls(config)
-    load_weights(model, path.with_name(description.get("weights", WEIGHTS_FILE)))
+    load_weights(model, path.with_name(description.get("weights", WEIGHTS_FILE)), device, dtype)
     return model.to(device).eval()
 
 

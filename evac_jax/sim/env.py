@@ -402,8 +402,8 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     if settings.keyframes:
         source = WithKeyframes(source, open_keyframes(settings.keyframes))
     device = settings.device
-    world_model = load_model(settings.world_model, kind="EvacModel", device=device)
-    world_model.to(getattr(torch, settings.dtype))
+    dtype = getattr(torch, settings.dtype)
+    world_model = load_model(settings.world_model, kind="EvacModel", device=device, dtype=dtype)
     return WorldModelEnv(
         accelerate(world_model, settings.compile),
         RewardEnsemble.load(settings.reward, settings.reward_veto, device),

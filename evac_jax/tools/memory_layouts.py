@@ -213,6 +213,6 @@ def _host(setup: Setup, processes: int, on_gpu: bool) -> list[Part]:
         Part("policy tensor being read, and its cast", tensor, reading),
     ]
     if processes and on_gpu:
-        weights = memory_simulator.weight_bytes(setup.world_model) * processes
-        parts.append(Part("world models on their way to the devices", weights, reading))
+        tensors = memory_simulator.reading_bytes(setup.world_model) * processes
+        parts.append(Part("world-model tensors being read, and their casts", tensors, reading))
     return parts

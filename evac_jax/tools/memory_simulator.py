@@ -67,8 +67,13 @@ def simulator_parts(
 
 @functools.lru_cache
 def weight_bytes(model: EvacConfig) -> int:
-    """Return the bytes of a world model in float32, which is how it is read into the host."""
+    """Return the bytes of a world model in float32."""
     return _bytes(_build(model, "float32"))
+
+
+def reading_bytes(model: EvacConfig) -> int:
+    """Return what the host holds while a world model is read: its largest tensor and the cast."""
+    return 2 * max(tensor.nbytes for tensor in _build(model, "float32").state_dict().values())
 
 
 @functools.lru_cache
