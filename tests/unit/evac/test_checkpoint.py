@@ -61,6 +61,16 @@ def test_weights_load_when_wrapped_in_any_container(tmp_path, container):
     assert same_weights(model, other)
 
 
+def test_model_is_read_in_another_precision_when_asked(tmp_path):
+    model = RewardNet(RewardConfig(width=4)).eval()
+    checkpoint.save_model(tmp_path, model)
+    half = checkpoint.load_model(tmp_path, dtype=torch.bfloat16)
+    assert same_weights(half, model.to(torch.bfloat16))
+    integers = {k for k, v in half.state_dict().items() if not v.is_floating_point()}
+    assert integers  # counters of the batch norms stay whole numbers
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+
+
 class Payload:
     """Pickles as a call of os.mkdir."""
 
