@@ -4,16 +4,17 @@
 
 The policy has hidden size 512, 6 layers, two towers of depth 4 and width 256, 440 tokens and 61.9 M
 parameters; the baseline (`baselines/policy_torch.py`) does what the public references do. Both get
-the same uint8 frames and ragged prompts, in float32. Each number of threads has a process of its
-own, bound to so many cores. The two sides take turns, and a ratio is the median over the turns, so
-that a busy machine slows both alike; the CPU time of each side stands beside. Before anything is
-timed, log-probs, entropies, values and all gradients of the two are compared. --remat times ours
+the same uint8 frames and ragged prompts, in float32. Each side has a process of its own, bound to
+so many cores; they take turns, and a ratio is the median over the turns, so that a busy machine
+slows both alike; the CPU time of each side stands beside. Before anything is timed, log-probs,
+entropies, values and all gradients of the two are compared. --remat times ours
 alone instead, by what its backward pass recomputes (`policy.remat`), scanned and unrolled.
 """
 
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +178,48 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(sides: dict[str, Side], repeats: int) -> dict[str, dict[str, Any]]:
+def make_sides(batch: int) -> tuple[dict[str, Callable[[], Side]], TorchOpenVLAOFT, int]:
+    """Return what makes each side, the baseline's network, and the number of parameters."""
+    model = OpenVLAOFT(CONFIG, rngs=nnx.Rngs(0))
+    weights = checkpoint_arrays(nnx.state(model), CONFIG)
+    net, inputs = TorchOpenVLAOFT(CONFIG, weights), make_inputs(CONFIG, batch)
+    sides = {"theirs": lambda: make_theirs(net, inputs), "ours": lambda: make_ours(model, inputs)}
+    return sides, net, sum(array.size for array in weights.values())
+
+
+def bind(threads: int) -> int:
+    """Bind this process to so many cores; return how many there are.
+
+    Before JAX starts its devices: its thread pool has one thread per core that it may use.
+    """
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    torch.set_num_threads(threads)
+    return len(os.sched_getaffinity(0))
+
+
+def serve(name: str, threads: int, batch: int, pipe: Connection) -> None:
+    """Time one side's stages as they are asked for; the first time of each is its warm-up."""
+    bind(threads)
+    sides, _, _ = make_sides(batch)
+    side = sides[name]()
+    del sides
+    while stage := pipe.recv():
+        pipe.send(timed(side[stage]))
+
+
+def measure(threads: int, batch: int, repeats: int) -> dict[str, dict[str, Any]]:
     """Let the sides take turns; return per stage the medians of each side and of their ratio."""
-    results = {}
+    context, results, sides = multiprocessing.get_context("spawn"), {}, {}
+    for name in ("theirs", "ours"):
+        sides[name], other = context.Pipe()
+        context.Process(target=serve, args=(name, threads, batch, other), daemon=True).start()
     for stage in ("forward", "train"):
         times = {name: [] for name in sides}
-        for name in sides:
-            sides[name][stage]()
-        for _ in range(repeats):
-            for name in sides:
-                times[name].append(timed(sides[name][stage]))
+        for turn in range(repeats + 1):
+            for name, pipe in sides.items():
+                pipe.send(stage)
+                seconds = pipe.recv()
+                times[name] += [seconds] if turn else []
         ratios = np.divide(times["theirs"], times["ours"])
         results[stage] = {
             "wall_s": {name: statistics.median(w for w, _ in times[name]) for name in sides},
@@ -193,37 +227,29 @@ def measure(sides: dict[str, Side], repeats: int) -> dict[str, dict[str, Any]]:
             "ratio": float(np.median(ratios[:, 0])),
             "cpu_ratio": float(np.median(ratios[:, 1])),
         }
+    for pipe in sides.values():
+        pipe.send("")
     return results
 
 
 def run(threads: int, batch: int, repeats: int) -> dict[str, Any]:
-    """Measure with so many threads, in this process."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    # Before JAX starts its devices: its thread pool has one thread per core that it may use.
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(threads)
-    model = OpenVLAOFT(CONFIG, rngs=nnx.Rngs(0))
-    weights = checkpoint_arrays(nnx.state(model), CONFIG)
-    net = TorchOpenVLAOFT(CONFIG, weights)
-    inputs = make_inputs(CONFIG, batch)
-    sides = {"theirs": make_theirs(net, inputs), "ours": make_ours(model, inputs)}
-    began = time.perf_counter()
-    differences = compare(CONFIG, sides["ours"], sides["theirs"], net)
+    """Compare the sides in this process, then measure them with so many threads."""
+    cores = bind(threads)
+    sides, net, parameters = make_sides(batch)
     return {
-        "threads": len(cores),
+        "threads": cores,
         "batch": batch,
         "repeats": repeats,
-        "parameters": sum(array.size for array in weights.values()),
-        "differences": differences,
-        "first_calls_s": time.perf_counter() - began,
+        "parameters": parameters,
+        "differences": compare(CONFIG, sides["ours"](), sides["theirs"](), net),
         "load": os.getloadavg()[0],
-        "stages": measure(sides, repeats),
+        "stages": measure(threads, batch, repeats),
     }
 
 
 def run_remat(threads: int, batch: int, repeats: int) -> list[dict[str, Any]]:
     """Time a training step of ours by what it recomputes, in this process, taking turns."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    bind(threads)
     inputs, sides = make_inputs(CONFIG, batch), {}
     for scan in (True, False):
         for remat in REMAT_POLICIES:
