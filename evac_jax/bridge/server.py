@@ -10,13 +10,13 @@ import faulthandler
 import importlib
 import logging
 import os
-import queue
+import select
 import signal
 import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evac_jax.bridge import protocol
 from evac_jax.bridge.slots import CudaSlots, SharedSlots, SlotLayout
@@ -54,31 +54,27 @@ def build_environments(spec: dict) -> "list[Environment]":
     return [environment] if parts == 1 else environment.parts(parts)
 
 
-class _Inbox:
-    """Reads messages in a thread of its own.
+def _watch(connection: Connection) -> None:
+    """End this process and its children soon after the trainer, even in the middle of a chunk.
 
-    The trainer can thus send the next request while this one is computed, whatever their sizes,
-    and the end of the trainer is seen at once, even in the middle of a chunk.
+    A thread of its own, which sleeps until the socket's other end is closed. It reads nothing: the
+    socket's buffer takes the trainer's next request while this one is computed, as long as the two
+    are below 200 kB (900 environments per simulator process).
     """
+    hangup = select.poll()
+    hangup.register(connection.fileno(), select.POLLRDHUP)
+    hangup.poll()
+    time.sleep(ORPHAN_GRACE_S)
+    # The client made this process the leader of its group: children end with it.
+    os.killpg(0, signal.SIGKILL)
 
-    def __init__(self, connection: Connection):
-        self._connection = connection
-        self._messages: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="bridge-inbox", daemon=True).start()
 
-    def _read(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                self._messages.put(self._connection.recv_bytes())
-        self._messages.put(None)
-        time.sleep(ORPHAN_GRACE_S)
-        # The client made this process the leader of its group: children end with it.
-        os.killpg(0, signal.SIGKILL)
-
-    def next(self):
-        """Return the next message, `Close` once the trainer is gone."""
-        data = self._messages.get()
-        return protocol.Close() if data is None else protocol.decode(data)
+def _next(connection: Connection) -> Any:
+    """Return the next message, `Close` once the trainer is gone."""
+    try:
+        return protocol.decode(connection.recv_bytes())
+    except (EOFError, OSError):
+        return protocol.Close()
 
 
 def _attach(attach: protocol.Attach, spec: dict, layout: SlotLayout, slots_fd: int) -> SharedSlots:
@@ -89,10 +85,10 @@ def _attach(attach: protocol.Attach, spec: dict, layout: SlotLayout, slots_fd: i
     return SharedSlots(slots_fd, layout, attach.num_slots)
 
 
-def _serve(connection: Connection, inbox: _Inbox, slots_fd: int) -> None:
+def _serve(connection: Connection, slots_fd: int) -> None:
     import torch
 
-    message = inbox.next()
+    message = _next(connection)
     if isinstance(message, protocol.Close):
         return
     spec = message.spec
@@ -101,12 +97,12 @@ def _serve(connection: Connection, inbox: _Inbox, slots_fd: int) -> None:
     layout = SlotLayout.of(parts[0].spec)
     try:
         connection.send_bytes(protocol.encode(protocol.Hello(parts[0].spec)))
-        message = inbox.next()
+        message = _next(connection)
         if isinstance(message, protocol.Close):
             return
         slots = _attach(message, spec, layout, slots_fd)
         tensors = [slots.tensors(slot) for slot in range(slots.num_slots)]
-        while not isinstance(request := inbox.next(), protocol.Close):
+        while not isinstance(request := _next(connection), protocol.Close):
             if isinstance(request, protocol.Park):
                 for environment in parts:
                     environment.park()
@@ -134,9 +130,9 @@ def run(connection_fd: int, slots_fd: int) -> int:
     # The trainer asks with this signal where a stuck simulator is.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     connection = Connection(connection_fd)
-    inbox = _Inbox(connection)
+    threading.Thread(target=_watch, args=(connection,), name="bridge-watch", daemon=True).start()
     try:
-        _serve(connection, inbox, slots_fd)
+        _serve(connection, slots_fd)
     except BaseException as error:
         trace = "" if isinstance(error, EvacJaxError) else traceback.format_exc()
         failure = protocol.Failure(f"{type(error).__name__}: {error}", trace)
