@@ -92,7 +92,7 @@ def _child(requests, answers, shape, raw: bool) -> None:
 
 
 def mark_of(frames) -> int:
-    """Return the mark in a JAX array, read where it lies: a computation would disturb what follows."""
+    """Return the mark in a JAX array, read in place: no computation that slows what follows."""
     return int(np.asarray(frames)[-1, -1, -1, -1, -1])
 
 

@@ -10,7 +10,6 @@ One exchange: `Start` -> `Hello` -> `Attach`, then any number of `Reset` or `Ste
 
 import dataclasses
 import json
-import math
 import struct
 from typing import Any
 
@@ -23,6 +22,7 @@ from policies.spec import ActionSpec
 VERSION = 3  # of this format; both ends must agree
 _LENGTH = struct.Struct("<4sI")  # mark, bytes of the JSON header
 _MARK = b"EVJX"
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 _ALIGN = 8  # bytes; also the size of _LENGTH
 
 
@@ -150,14 +150,14 @@ class _Reader:
         self._data, self._offset = data, offset
 
     def _array(self, dtype: str, shape: list[int]) -> np.ndarray:
-        kind, count = np.dtype(dtype), math.prod(shape)
-        size = kind.itemsize * count
-        if kind.hasobject or self._offset + size > len(self._data):
-            raise ValueError(f"array of {dtype} {shape} does not fit the message")
-        # Over the message's own memory, which lives as long as one of its arrays: writable.
-        array = np.frombuffer(self._data, kind, count, self._offset) if size else np.empty(0, kind)
-        self._offset += size + _padding(size)
-        return array.reshape(shape)
+        kind = np.dtype(dtype)
+        if kind.hasobject:
+            raise ValueError(f"an array of Python objects, {dtype}")
+        # Over the message's own memory, which lives as long as one of its arrays: writable. Raises
+        # TypeError for what goes beyond the message's end.
+        array = np.ndarray(shape, kind, self._data, self._offset)
+        self._offset += array.nbytes + _padding(array.nbytes)
+        return array
 
     def read(self, value: Any) -> Any:
         """Undo `_pack`."""
@@ -184,11 +184,11 @@ def encode(message: Any) -> bytes:
     """
     arrays: list[np.ndarray] = []
     header = {"version": VERSION, "message": _pack(message, arrays)}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = _to_json(header).encode()
     text += b" " * _padding(len(text))
     parts = [_LENGTH.pack(_MARK, len(text)), text]
     for array in arrays:
-        parts += [array.tobytes(), bytes(_padding(array.nbytes))]
+        parts += [array.data, bytes(_padding(array.nbytes))]
     return b"".join(parts)
 
 
