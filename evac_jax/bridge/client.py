@@ -313,6 +313,15 @@ class SimulatorClient:
         if not self._pending:
             raise SlotOwnershipError("receive: no request is waiting for an answer")
         request, slot, word = self._pending[0]
+        slots = self._slots
+        exchange = Exchange(
+            slots.frames(slot),
+            lambda: slots.clip(slot),
+            slot=slot,
+            request=request,
+            give_back=lambda: self._owners.pop(slot),
+            sharding=self._sharding,
+        )
         began = time.monotonic()
         try:
             reply = self._process.receive(self._timeout_s)
@@ -331,16 +340,7 @@ class SimulatorClient:
             raise self._fail(error) from None
         self._pending.popleft()
         self._owners[slot] = f"holds the answer to request {request} ({word}), not released"
-        slots = self._slots
-        return Exchange(
-            slots.frames(slot),
-            lambda: slots.clip(slot),
-            reply.result,
-            slot=slot,
-            request=request,
-            give_back=lambda: self._owners.pop(slot),
-            sharding=self._sharding,
-        )
+        return exchange.arrive(reply.result)
 
     def _check_reply(self, reply: protocol.Reply, request: int, slot: int) -> None:
         complete = self._slots.sequence(slot)

@@ -10,6 +10,7 @@ On the CPU the slot is exported by NumPy, whose DLPack export is the same protoc
 that the trainer needs no torch; on CUDA torch exports it.
 """
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -61,8 +62,9 @@ def _import(view, sharding: jax.sharding.Sharding | None) -> jax.Array:
 class Exchange:
     """One answer of the simulator, and the loan of the slot that its frames lie in.
 
-    Valid until `release` or `owned`; afterwards reading `frames` raises, and so does every other
-    name for the same JAX array, because it is deleted.
+    Made while the simulator still works, so that wrapping host memory costs no time of its own;
+    `arrive` completes it. Valid until `release` or `owned`; afterwards reading `frames` raises, and
+    so does every other name for the same JAX array, because it is deleted.
 
     Attributes:
         result: everything but the frames; plain NumPy arrays, yours to keep.
@@ -74,20 +76,30 @@ class Exchange:
         self,
         view,
         clip: Callable[[], np.ndarray],
-        result: StepResult,
         *,
         slot: int,
         request: int,
         give_back: Callable[[], None],
         sharding: jax.sharding.Sharding | None = None,
     ):
-        self.result, self.slot, self.request = result, slot, request
+        self.slot, self.request = slot, request
         self._give_back, self._read_clip = give_back, clip
         self._clip: np.ndarray | None = None
         self._unread = threading.Event()  # set from whichever thread drops the last reference
         self._watch = weakref.ref(view, lambda _, unread=self._unread: unread.set())
-        self._frames: jax.Array | None = _import(view, sharding)
         self.released = False
+        self._frames: jax.Array | None = None
+        self._import = functools.partial(_import, view, sharding)
+        if isinstance(view, np.ndarray) and sharding is None:  # an alias, of whatever comes
+            self._frames = self._import()
+
+    def arrive(self, result: StepResult) -> "Exchange":
+        """Take the answer, whose frames are complete; return this exchange."""
+        self.result = result
+        if self._frames is None:
+            self._frames = self._import()
+        del self._import  # it holds on to the slot's memory
+        return self
 
     def _check(self, what: str) -> None:
         if self.released:

@@ -21,15 +21,15 @@ class _Slot:
 
     def lend(self, sharding=None):
         view = np.frombuffer(self.memory, np.uint8).reshape(8, 1, 64, 64, 3)
-        return Exchange(
+        exchange = Exchange(
             view,
             lambda: self.memory[:6],
-            None,
             slot=0,
             request=1,
             give_back=self._count,
             sharding=sharding,
         )
+        return exchange.arrive(None)
 
     def _count(self):
         self.returned += 1
