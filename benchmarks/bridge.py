@@ -14,10 +14,11 @@ and, below them all, a floor:
     wake        one byte there and one back through a pipe: what waking two processes costs
 
 The simulator only marks the frames, so that moving them is all that is timed; every way checks the
-mark. The ways take turns, a few exchanges each, so that a busy machine slows all alike, and the
-ratio is that of medians. The fastest exchange is what it costs where nobody else wants the cores;
-the median and the 95th percentile are what a run on this machine as it is will see. The last line
-gives medians. JAX is imported inside functions, because child processes import this file.
+mark. The ways take turns, some exchanges each and the first few of a turn untimed, so that a busy
+machine slows all alike and no way starts in the caches of another; the ratio is that of medians.
+The fastest exchange is what it costs where nobody else wants the cores; the median and the 95th
+percentile are what a run on this machine as it is will see. The last line gives medians. JAX is
+imported inside functions, because child processes import this file.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import numpy as np
 from evac_jax.bridge.types import EnvSpec, StepResult
 from policies.spec import ActionSpec
 
-WARMUP, TURN = 5, 10
+WARMUP, TURN = 5, 20
 
 
 class MarkingEnv:
@@ -226,7 +227,7 @@ def measure(num_envs: int, size: int, repeats: int) -> dict[str, list[float]]:
             way.turn(WARMUP, timed=False)
         for _ in range(-(-repeats // TURN)):
             for way in ways.values():
-                way.turn(1, timed=False)  # its caches were others' meanwhile
+                way.turn(WARMUP, timed=False)  # its caches were others' meanwhile
                 way.turn(TURN)
     return {name: way.times for name, way in ways.items()}
 
