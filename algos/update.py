@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from algos import metrics
+from algos.optim import global_norm
 from algos.policy_gradient import LossOutput, PolicyGradientConfig, loss_weights
 from algos.types import RolloutBatch, Samples, Targets, TrainState, WeightedMetric
 from policies.types import ObsBatch, PolicyEvaluation
@@ -188,7 +189,8 @@ def run_updates(
             iteration=state.step,
             only_value_head=~policy_on,
         )
-        norm = optax.tree.get(opt_state, "grad_norm", default=optax.tree.norm(gradient))
+        norm = optax.tree.get(opt_state, "grad_norm")
+        norm = global_norm(gradient) if norm is None else norm
         finite = jnp.isfinite(outputs.loss.sum()) & jnp.isfinite(norm)
         any_valid = jnp.asarray(True) if part.valid is None else part.valid.any()
         taken = finite & any_valid

@@ -22,16 +22,22 @@ def rotary_tables(
 ) -> tuple[Float[Array, "B S 1 D"], Float[Array, "B S 1 D"]]:
     """Return (cos, sin) of the rotary embedding, each half of the head dimension alike.
 
-    Angles are float32: theta^(-2j/D) * position.
+    Angles are float32: theta^(-2j/D) * position. They are looked up in tables made on the host:
+    XLA would compute them anew wherever they are used, in every layer and for every head.
+
+    Args:
+        positions: 0 .. S - 1.
     """
     dim = config.hidden_size // config.num_heads
-    frequencies = config.rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    frequencies = np.float32(config.rope_theta) ** (-np.arange(0, dim, 2, dtype=np.float32) / dim)
     if config.reference_rope_rounding:
-        frequencies = frequencies.astype(jnp.bfloat16).astype(jnp.float32)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
+        frequencies = frequencies.astype(jnp.bfloat16).astype(np.float32)
+    angles = np.arange(positions.shape[1], dtype=np.float32)[:, None] * frequencies
+    angles = np.concatenate([angles, angles], axis=-1)
     dtype = jnp.dtype(config.compute_dtype)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    tables = (np.cos(angles).astype(dtype), np.sin(angles).astype(dtype))
+    cos, sin = (jnp.take(table, positions, axis=0, mode="clip")[:, :, None] for table in tables)
+    return cos, sin
 
 
 def rotate(x: Float[Array, "B S Q D"], cos: Array, sin: Array) -> Float[Array, "B S Q D"]:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from evac_jax.evac.torchvision_shim import ensure_torchvision
 from policies.openvla_oft import hf_keys
-from policies.openvla_oft.layers import attend_on_cpu
+from policies.openvla_oft.layers import attend_on_cpu, matmul
 from tests.unit.policies.tiny import CONFIG, make_model
 
 torch = pytest.importorskip("torch")
@@ -92,3 +92,18 @@ def test_attention_on_a_cpu_is_that_of_jax(kv_heads):
         )
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_gradients_of_a_product_are_jaxs_own_when_either_side_is_the_wider(wide):
+    widths = (7, 3) if wide else (3, 7)
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, widths[0]), widths))
+
+    def loss(product, x, kernel):
+        return jnp.sum(jnp.sin(product(x, kernel)))
+
+    ours = jax.grad(loss, argnums=(1, 2))(matmul, x, kernel)
+    theirs = jax.grad(loss, argnums=(1, 2))(jnp.matmul, x, kernel)
+    for mine, own in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, own, atol=1e-5)

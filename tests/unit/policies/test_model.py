@@ -123,10 +123,10 @@ def test_log_probs_stay_float32_when_layers_compute_in_bfloat16(split):
 
 def test_frequencies_are_rounded_when_the_reference_is_imitated():
     config = dataclasses.replace(CONFIG, hidden_size=64, num_heads=4)  # 10000^(-2/16) = 0.3162
-    positions = jnp.array([[1]])
-    exact = rotary_tables(config, positions)[1][0, 0, 0, 1]
+    positions = jnp.array([[0, 1]])
+    exact = rotary_tables(config, positions)[1][0, 1, 0, 1]
     config = dataclasses.replace(config, reference_rope_rounding=True)
-    rounded = rotary_tables(config, positions)[1][0, 0, 0, 1]
+    rounded = rotary_tables(config, positions)[1][0, 1, 0, 1]
     np.testing.assert_allclose(exact, np.sin(10000 ** (-2 / 16)), atol=1e-6)
     np.testing.assert_allclose(rounded, np.sin(0.31640625), atol=1e-6)
 
