@@ -33,7 +33,7 @@ import torch
 from flax import nnx
 
 from benchmarks import machine
-from evac_jax.evac.torchvision_shim import ensure_torchvision
+from evac_jax.evac.lean_imports import ensure_torchvision
 from policies.openvla_oft import hf_keys
 from policies.openvla_oft.config import REMAT_POLICIES, OpenVLAOFTConfig, VisionTowerConfig
 from policies.openvla_oft.model import OpenVLAOFT

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from evac_jax.evac.config import AutoencoderConfig
-from evac_jax.evac.torchvision_shim import ensure_torchvision
+from evac_jax.evac.lean_imports import lean_imports
 
-ensure_torchvision()
-from diffusers import AutoencoderKL  # noqa: E402 - imports torchvision
+with lean_imports():
+    from diffusers import AutoencoderKL
 
 # Values in the largest feature map of a call. On a CPU small ones are faster; on a GPU this is 1 GB
 # in bfloat16, 32 frames of the full-size model.

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evac_jax.evac.config import ImageTowerConfig
-from evac_jax.evac.torchvision_shim import ensure_torchvision
+from evac_jax.evac.lean_imports import lean_imports
 
-ensure_torchvision()
-from open_clip.transformer import VisionTransformer  # noqa: E402 - imports torchvision
+with lean_imports():
+    from open_clip.transformer import VisionTransformer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

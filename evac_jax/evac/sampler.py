@@ -17,14 +17,11 @@ from torch import Tensor
 
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
+from evac_jax.evac.lean_imports import lean_imports
 from evac_jax.evac.schedule import DdimTable, checkpoint_tables, ddim_table
-from evac_jax.evac.torchvision_shim import ensure_torchvision
 
-ensure_torchvision()
-from diffusers import (  # noqa: E402 - imports torchvision
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-)
+with lean_imports():
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Noise = torch.Generator | Callable[[int], Tensor] | None

@@ -12,8 +12,8 @@ from evac_jax.evac.config import (
     UNetConfig,
 )
 from evac_jax.evac.image_tower import ImageTower, gaussian_kernel, resize_antialiased
+from evac_jax.evac.lean_imports import ensure_torchvision
 from evac_jax.evac.resampler import Resampler
-from evac_jax.evac.torchvision_shim import ensure_torchvision
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.sim.reward import RewardConfig, RewardNet
 

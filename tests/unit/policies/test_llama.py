@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evac_jax.evac.torchvision_shim import ensure_torchvision
+from evac_jax.evac.lean_imports import ensure_torchvision
 from policies.openvla_oft import hf_keys
 from policies.openvla_oft.layers import attend_on_cpu, matmul
 from tests.unit.policies.tiny import CONFIG, make_model
