@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from evac_jax.evac.config import AutoencoderConfig
 from evac_jax.evac.lean_imports import lean_imports
 
-with lean_imports():
+with lean_imports("diffusers"):
     from diffusers import AutoencoderKL
 
 # Values in the largest feature map of a call. On a CPU small ones are faster; on a GPU this is 1 GB

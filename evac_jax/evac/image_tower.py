@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evac_jax.evac.config import ImageTowerConfig
 from evac_jax.evac.lean_imports import lean_imports
 
-with lean_imports():
+with lean_imports("open_clip"):
     from open_clip.transformer import VisionTransformer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

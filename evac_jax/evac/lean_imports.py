@@ -16,13 +16,15 @@ COMPANIONS = ("scipy", "timm", "transformers", "wandb")
 
 
 @contextlib.contextmanager
-def lean_imports() -> Iterator[None]:
-    """Import diffusers and open_clip within: they find COMPANIONS missing, unless imported before.
+def lean_imports(library: str) -> Iterator[None]:
+    """Let `library`, imported within for the first time, find COMPANIONS missing.
 
-    Afterwards everyone may import them; diffusers and open_clip go on without.
+    It goes on without them for good; afterwards everyone else may import them. A library that has
+    looked before, or a companion that is there already, is left as it is.
     """
     ensure_torchvision()
-    hidden = [name for name in COMPANIONS if name not in sys.modules]
+    new = library not in sys.modules
+    hidden = [name for name in COMPANIONS if new and name not in sys.modules]
     sys.modules |= dict.fromkeys(hidden)  # None: `import` says that there is no such module
     try:
         yield

@@ -20,7 +20,7 @@ from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.lean_imports import lean_imports
 from evac_jax.evac.schedule import DdimTable, checkpoint_tables, ddim_table
 
-with lean_imports():
+with lean_imports("diffusers"):
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -220,3 +223,12 @@ def test_pose_model_standardises_the_pose_when_asked_for_the_next_one():
 def test_torchvision_imports_when_asked_for_twice():
     ensure_torchvision()
     ensure_torchvision()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_companions_are_left_out_only_when_nobody_imported_the_libraries_before(eager):
+    code = "import sys; from evac_jax.evac import lean_imports; lean_imports.ensure_torchvision(); "
+    code += "import diffusers, open_clip; " if eager else ""
+    code += "import evac_jax.evac.model; print('timm' in sys.modules); import timm, scipy"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == str(eager)
