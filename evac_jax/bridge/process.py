@@ -56,6 +56,10 @@ class WorkerProcess:
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _MESSAGE_S, 0))
         threads = str(spec.get("threads", 1))
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        # On a CPU a chunk's buffers are the next one's. Given back to the system in between, their
+        # pages are cleared anew, up to a fifth of a chunk's time; the peak of memory is the same.
+        on_cpu = str(spec.get("device", "cpu")) == "cpu"
+        keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"} if on_cpu else {}
         with theirs:
             process = subprocess.Popen(
                 [
@@ -68,7 +72,7 @@ class WorkerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # Imports read these before the worker's own code can set its threads.
-                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
+                env=keep | os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
                 # A group of its own: Ctrl-C reaches the trainer only, and a kill reaches children.
                 start_new_session=True,
             )
