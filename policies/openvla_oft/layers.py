@@ -127,12 +127,13 @@ def matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array
 def _matmul_backward(saved, gradient):
     x, kernel = saved
     rows = tuple(range(x.ndim - 1))
-    over_rows = ((rows, rows), ((), ()))
+    over_rows, over_outputs = ((rows, rows), ((), ())), (((x.ndim - 1,), (1,)), ((), ()))
     if x.shape[-1] <= gradient.shape[-1]:
         of_kernel = jax.lax.dot_general(x, gradient, over_rows)
     else:
         of_kernel = jax.lax.dot_general(gradient, x, over_rows).T
-    return gradient @ kernel.T, of_kernel
+    # Not `gradient @ kernel.T`: a kernel that is cut over devices would be gathered once more.
+    return jax.lax.dot_general(gradient, kernel, over_outputs), of_kernel
 
 
 matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
