@@ -9,6 +9,7 @@ One exchange: `Start` -> `Hello` -> `Attach`, then any number of `Reset` or `Ste
 """
 
 import dataclasses
+import functools
 import json
 import struct
 from typing import Any
@@ -143,6 +144,14 @@ def _padding(size: int) -> int:
     return -size % _ALIGN
 
 
+@functools.lru_cache(64)
+def _plain_dtype(name: str) -> np.dtype:
+    kind = np.dtype(name)
+    if kind.hasobject:
+        raise ValueError(f"an array of Python objects, {name}")
+    return kind
+
+
 class _Reader:
     """Rebuilds values, taking the arrays' bytes in the order in which they were packed."""
 
@@ -150,9 +159,7 @@ class _Reader:
         self._data, self._offset = data, offset
 
     def _array(self, dtype: str, shape: list[int]) -> np.ndarray:
-        kind = np.dtype(dtype)
-        if kind.hasobject:
-            raise ValueError(f"an array of Python objects, {dtype}")
+        kind = _plain_dtype(dtype)
         # Over the message's own memory, which lives as long as one of its arrays: writable. Raises
         # TypeError for what goes beyond the message's end.
         array = np.ndarray(shape, kind, self._data, self._offset)
@@ -170,7 +177,9 @@ class _Reader:
         if "$type" in value:
             cls = _TYPES[value["$type"]]
             fields = [self.read(item) for item in value["fields"]]
-            return cls(**dict(zip(_FIELDS[cls], fields, strict=True)))
+            if len(fields) != len(_FIELDS[cls]):
+                raise ValueError(f"{value['$type']} with {len(fields)} fields")
+            return cls(*fields)
         if "$tuple" in value:
             return tuple(self.read(value["$tuple"]))
         return {key: self.read(item) for key, item in value.items()}
