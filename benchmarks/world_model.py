@@ -1,27 +1,32 @@
 """Time the world model beside the naive path with the same weights and the same noise.
 
-    python -m benchmarks.world_model [--px 64 128] [--chunks 4] [--threads N] [--flat 34] [--out F]
-        [--compile]
+    python -m benchmarks.world_model [--px 64 128] [--chunks 4] [--threads N] [--processes N]
+        [--flat 34] [--out F] [--compile]
 
 UNet of 60.6 M parameters, autoencoder of 21 M, random weights; chunks of 8 frames behind 4 of
 history, 4 environments, 10 DDIM steps, eta 1, float32, the full-size success classifier on every
 new frame. The naive path (`baselines/evac_model.py`, `evac_unet.py`) does the work of the public
-code. Both imagine the same episodes in one process, taking turns chunk by chunk, after a warm-up
-and a comparison of their frames; every later chunk is compared too. With --compile
-ours is compiled (`world_model.compile`), which takes minutes of the warm-up. Then our path alone,
-packed, imagines 34 chunks in a row, with fewer DDIM steps, for the growth of time and
-memory.
+code in one process with a thread per core. Ours deals its environments to a process per core with
+one thread each, as `configs/common.py` deals them to its simulators; `--processes 1` keeps all in
+the process of the naive path, with its threads. Both imagine the same episodes, taking turns
+chunk by chunk, after a warm-up and a comparison of their frames; every later chunk is compared
+too. With --compile ours is compiled (`world_model.compile`), which takes minutes of the warm-up.
+Then our path alone, packed and in one process, imagines 34 chunks in a row, with fewer DDIM steps,
+for the growth of time and memory.
 
 Ratios are medians over the turns of wall time and of CPU time; the last line gives wall time's.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +51,12 @@ ENVS, STEPS, ETA = 4, 10, 1.0
 TOLERANCE = 1e-3  # largest difference of a pixel in [-1, 1]; float32 leaves about a tenth of it
 STAGES = ("tower", "encode", "unet", "decode", "classifier")
 FLAT_STEPS, FLAT_WARM_UP, FLAT_SPAN = 2, 2, 8
+# What `bridge/process.py` sets for a simulator on a CPU.
+SIMULATOR_ENVIRON = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "-1",
+}
 
 
 def make_config(px: int) -> EvacConfig:
@@ -122,10 +133,44 @@ class Stopwatch:
         return sums
 
 
-class Ours:
+class Side:
+    """One of the two paths; its frames go to a classifier of its own."""
+
+    def __init__(self, watch: Stopwatch):
+        self.watch = watch
+        self.classifier = RewardNet(RewardConfig()).eval()
+
+    def begin(self, start: Tensor, capacity: int) -> None:
+        """Begin an episode of at most `capacity` chunks."""
+        raise NotImplementedError
+
+    def imagine(self, poses: Tensor, camera: Camera, noise: list[Tensor]) -> Tensor:
+        """Return the frames [B, chunk, 3, H, W] of the next chunk."""
+        raise NotImplementedError
+
+    def play(self, start: Tensor | None, capacity: int, *chunk: Any) -> tuple[Tensor, float]:
+        """Return the frames of a chunk and the CPU seconds that they took.
+
+        Args:
+            start: frames with which an episode begins, or None.
+            capacity: see `begin`.
+            chunk: see `imagine`.
+        """
+        began = time.process_time()
+        if start is not None:
+            self.begin(start, capacity)
+        frames = self.imagine(*chunk)
+        judging = time.perf_counter()
+        self.classifier.probability(frames.flatten(0, 1).clamp(-1, 1))
+        self.watch.seconds["classifier"] += time.perf_counter() - judging
+        return frames, time.process_time() - began
+
+
+class Ours(Side):
     """Our path: `EvacModel` as the simulator process uses it."""
 
     def __init__(self, model: EvacModel, watch: Stopwatch, compiled: bool = False):
+        super().__init__(watch)
         self.model = accelerate(model, compiled)
         watch.watch(model.first_stage_model, "encode", "encode")
         watch.watch(model.first_stage_model, "decode", "decode")
@@ -137,7 +182,7 @@ class Ours:
         self.state = self.model.start(start[:, None], capacity)
 
     def imagine(self, poses: Tensor, camera: Camera, noise: list[Tensor]) -> Tensor:
-        """Return the frames [B, chunk, 3, H, W] of a chunk."""
+        """Return the frames [B, chunk, 3, H, W] of the next chunk."""
         steps = len(noise) - 1
         self.state, frames = self.model.imagine(
             self.state,
@@ -151,10 +196,58 @@ class Ours:
         return frames[:, 0]
 
 
-class Theirs:
+@torch.no_grad()
+def serve(connection: Connection, px: int, compiled: bool) -> None:
+    """Be a process that imagines; ends when the other side hangs up."""
+    torch.set_num_threads(1)
+    watch = Stopwatch()
+    side = Ours(make_model(make_config(px)), watch, compiled)
+    with contextlib.suppress(EOFError):
+        while True:
+            frames, cpu = side.play(*connection.recv())
+            connection.send((frames.numpy(), cpu, watch.take()))
+
+
+class OursInProcesses:
+    """Our path, its environments dealt to processes of one thread each."""
+
+    def __init__(self, px: int, watch: Stopwatch, compiled: bool, processes: int):
+        self.watch, context = watch, multiprocessing.get_context("spawn")
+        before = os.environ.copy()
+        os.environ.update(SIMULATOR_ENVIRON)  # a process reads them before its first import
+        self._connections = []
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            context.Process(target=serve, args=(theirs, px, compiled), daemon=True).start()
+            theirs.close()  # so that the end of the process is the end of the pipe
+            self._connections.append(ours)
+        os.environ.clear()
+        os.environ.update(before)
+
+    def play(self, start: Tensor | None, capacity: int, *chunk: Any) -> tuple[Tensor, float]:
+        """See `Side`; a stage takes as long as in the process that is slowest at it."""
+        poses, camera, noise = chunk
+        size = len(poses) // len(self._connections)
+        for index, connection in enumerate(self._connections):
+            own = slice(index * size, (index + 1) * size)
+            begin = None if start is None else start[own]
+            connection.send((begin, capacity, poses[own], camera, [draw[own] for draw in noise]))
+        parts, cpu, stages = zip(*(c.recv() for c in self._connections), strict=True)
+        for stage in STAGES:
+            self.watch.seconds[stage] += max(seconds[stage] for seconds in stages)
+        return torch.cat([torch.from_numpy(part) for part in parts]), sum(cpu)
+
+    def close(self) -> None:
+        """End the processes."""
+        for connection in self._connections:
+            connection.close()
+
+
+class Theirs(Side):
     """The naive path."""
 
     def __init__(self, model: EvacModel, watch: Stopwatch):
+        super().__init__(watch)
         self.model = NaiveEvac(model, torch.zeros(0))
         watch.watch(self.model, "encode", "encode")
         watch.watch(self.model, "decode", "decode")
@@ -167,44 +260,35 @@ class Theirs:
         self.model.restart(start)
 
     def imagine(self, poses: Tensor, camera: Camera, noise: list[Tensor]) -> Tensor:
-        """Return the frames [B, chunk, 3, H, W] of a chunk."""
+        """Return the frames [B, chunk, 3, H, W] of the next chunk."""
         return self.model.imagine(poses, camera, noise, ETA)
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Return what the call returns, its wall seconds and the CPU seconds of this process."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = call()
-    return result, time.perf_counter() - wall, time.process_time() - cpu
-
-
-def play(side: Any, start: Tensor | None, capacity: int, *chunk: Any) -> Tensor:
-    """Return the frames of a chunk, the first of an episode if there is a `start`."""
-    if start is not None:
-        side.begin(start, capacity)
-    return side.imagine(*chunk)
-
-
-def judged(imagine: Callable[[], Tensor], classifier: RewardNet, watch: Stopwatch) -> Tensor:
-    """Return the frames of a chunk after the classifier has seen all of them."""
-    frames = imagine()
+def timed(call: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
+    """Return the frames that the call returns, its wall seconds and the CPU seconds it tells."""
     began = time.perf_counter()
-    classifier.probability(frames.flatten(0, 1).clamp(-1, 1))
-    watch.seconds["classifier"] += time.perf_counter() - began
-    return frames
+    frames, cpu = call()
+    return frames, time.perf_counter() - began, cpu
 
 
 @torch.no_grad()
-def compare(px: int, chunks: int, compiled: bool) -> dict[str, Any]:
+def compare(px: int, chunks: int, processes: int, compiled: bool) -> dict[str, Any]:
     """Let both paths imagine one episode; return times by path and chunk.
+
+    Args:
+        processes: of our path; with 1 it shares this one.
 
     Raises:
         SystemExit: their frames differ by more than the tolerance.
     """
     config, watch = make_config(px), Stopwatch()
-    model, classifier = make_model(config), RewardNet(RewardConfig()).eval()
+    model = make_model(config)
     # The baseline first: it copies the weights, and ours are then rearranged for good.
-    sides = {"naive": Theirs(model, watch), "ours": Ours(model, watch, compiled)}
+    sides: dict[str, Any] = {"naive": Theirs(model, watch)}
+    if processes > 1:
+        sides["ours"] = OursInProcesses(px, watch, compiled, processes)
+    else:
+        sides["ours"] = Ours(model, watch, compiled)
     largest, rows = 0.0, []
     for seed, turns, turn_steps in ((1, 1, 1), (2, chunks, STEPS)):  # the first one warms up
         episode = Episode(config, ENVS, seed)
@@ -214,8 +298,8 @@ def compare(px: int, chunks: int, compiled: bool) -> dict[str, Any]:
             row, frames = {}, {}
             for name, side in sides.items():
                 start = episode.start if turn == 0 else None
-                call = partial(play, side, start, chunks, poses, episode.camera, noise)
-                frames[name], wall, cpu = timed(partial(judged, call, classifier, watch))
+                call = partial(side.play, start, chunks, poses, episode.camera, noise)
+                frames[name], wall, cpu = timed(call)
                 row[name] = {"wall_s": wall, "cpu_s": cpu, "stages": watch.take()}
             largest = max(largest, float((frames["ours"] - frames["naive"]).abs().max()))
             if not largest <= TOLERANCE:
@@ -224,6 +308,8 @@ def compare(px: int, chunks: int, compiled: bool) -> dict[str, Any]:
                     f"tolerance {TOLERANCE}"
                 )
             rows.append(row)
+    if processes > 1:
+        sides["ours"].close()
     parameters = sum(p.numel() for p in sides["naive"].model.model.parameters())
     return {
         "px": px,
@@ -269,16 +355,14 @@ def peak_bytes(reset: bool = False) -> int:
 @torch.no_grad()
 def flatness(px: int, chunks: int) -> dict[str, Any]:
     """Let our path imagine a long episode; return how its last chunks differ from its first."""
-    config, watch = make_config(px), Stopwatch()
-    side, episode = Ours(make_model(config), watch), Episode(config, ENVS, 3)
-    classifier = RewardNet(RewardConfig()).eval()
-    side.begin(episode.start, chunks)
+    config = make_config(px)
+    side, episode = Ours(make_model(config), Stopwatch()), Episode(config, ENVS, 3)
     rows = {"wall_s": [], "cpu_s": [], "peak_bytes": []}
-    for _ in range(chunks):
+    for turn in range(chunks):
         poses, noise = episode.chunk(FLAT_STEPS)
         peak_bytes(reset=True)
-        call = partial(side.imagine, poses, episode.camera, noise)
-        _, wall, cpu = timed(partial(judged, call, classifier, watch))
+        start = None if turn else episode.start
+        _, wall, cpu = timed(partial(side.play, start, chunks, poses, episode.camera, noise))
         for name, value in (("wall_s", wall), ("cpu_s", cpu), ("peak_bytes", peak_bytes())):
             rows[name].append(value)
     span = min(FLAT_SPAN, (chunks - FLAT_WARM_UP) // 2)
@@ -319,7 +403,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--px", type=int, nargs="*", default=[64, 128], help="picture sizes")
     parser.add_argument("--chunks", type=int, default=4, help="of an episode, the first included")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    dealt = max(n for n in range(1, ENVS + 1) if ENVS % n == 0 and n <= cores)
+    parser.add_argument("--threads", type=int, default=cores, help="of this process")
+    parser.add_argument("--processes", type=int, default=dealt, help="of our path")
     parser.add_argument("--flat", type=int, default=34, help="chunks of the long episode, 0: none")
     parser.add_argument("--flat_px", type=int, default=64)
     parser.add_argument("--compile", action="store_true", help="see world_model.compile")
@@ -327,14 +414,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.chunks < 2 or 0 < args.flat < FLAT_WARM_UP + 2:
         parser.error(f"--chunks must be at least 2, --flat 0 or at least {FLAT_WARM_UP + 2}")
+    if args.processes < 1 or ENVS % args.processes:
+        parser.error(f"--processes must divide the {ENVS} environments, got {args.processes}")
     torch.set_num_threads(args.threads)
-    report: dict[str, Any] = machine.describe(packages=("diffusers",)) | {"threads": args.threads}
+    own_threads = args.threads if args.processes == 1 else 1
+    report: dict[str, Any] = machine.describe(packages=("diffusers",))
+    report |= {"threads": args.threads, "processes": args.processes}
     machine.show(report)
-    print(f"threads: {args.threads}", flush=True)
-    print(f"our denoiser: {'compiled' if args.compile else 'packed'}")
+    print(
+        f"naive: 1 process of {args.threads} threads; ours: {args.processes} of {own_threads}, "
+        f"denoiser {'compiled' if args.compile else 'packed'}",
+        flush=True,
+    )
     report |= {"compiled": args.compile, "sizes": []}
     for px in args.px:
-        report["sizes"].append(compare(px, args.chunks, args.compile))
+        report["sizes"].append(compare(px, args.chunks, args.processes, args.compile))
         show(report["sizes"][-1])
     words = [f"ratio_{size['px']}={size['later']['ratio']:.2f}" for size in report["sizes"]]
     if args.flat:

@@ -7,6 +7,8 @@ border between a convolution and a transformer.
 Parameter names are those of public EVAC checkpoints.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,28 +17,43 @@ KeysValues = tuple[Tensor, Tensor]
 CACHED_VALUES = 2**19  # values of one hidden layer to keep in a CPU core's cache: 2 MB
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _averaging(rows: int, channels: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Ones [1, rows], and [C, C] that makes sums over `rows` means of a channel's group."""
+    size = channels // groups
+    with torch.inference_mode(False):  # also for a training that comes after imagination
+        same_group = torch.eye(groups).repeat_interleave(size, 0).repeat_interleave(size, 1)
+        return torch.ones(1, rows), same_group / (size * rows)
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm, out: Tensor | None = None) -> Tensor:
     """Group normalisation of channel-last x [N, ..., C] over all but its first axis.
 
     In plain operations that keep the layout, with statistics in float32: the library's kernel
     transposes on CUDA, and on a CPU takes up to six times as long for a few channels per group.
+
+    Args:
+        out: [N, cells, C] to write the result to, any strides; without gradients only.
     """
     count, channels, groups = x.shape[0], x.shape[-1], norm.num_groups
     flat = x.reshape(count, -1, channels)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         # Products with ones, as sums over all but a short last axis are not vectorised.
-        ones = flat.new_ones(count, 1, flat.shape[1])
+        ones, mean_of_group = _averaging(flat.shape[1], channels, groups)
+        ones = ones.expand(count, -1, -1)
         sums = torch.cat((torch.bmm(ones, flat), torch.bmm(ones, flat * flat)), 1)  # [N 2 C]
-        moments = sums.unflatten(-1, (groups, -1)).mean(-1) / flat.shape[1]
-        mean, square = moments.unbind(1)
-        variance = (square - mean**2).clamp(min=0)
+        mean, square = (sums @ mean_of_group).unbind(1)
+        variance = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
     else:
         grouped = flat.unflatten(-1, (groups, -1))
-        variance, mean = torch.var_mean(grouped.float(), dim=(1, 3), correction=0)
-    size = channels // groups
-    scale = (variance + norm.eps).rsqrt().repeat_interleave(size, 1) * norm.weight  # [N C]
-    shift = norm.bias - mean.repeat_interleave(size, 1) * scale
-    return torch.addcmul(shift[:, None].to(x.dtype), flat, scale[:, None].to(x.dtype)).view(x.shape)
+        moments = torch.var_mean(grouped.float(), dim=(1, 3), correction=0)
+        variance, mean = (m.repeat_interleave(channels // groups, 1) for m in moments)
+    scale = (variance + norm.eps).rsqrt() * norm.weight  # [N C]
+    shift = torch.addcmul(norm.bias, mean, scale, value=-1)
+    scale, shift = scale[:, None].to(x.dtype), shift[:, None].to(x.dtype)
+    if out is not None:
+        return torch.addcmul(shift, flat, scale, out=out)
+    return torch.addcmul(shift, flat, scale).view(x.shape)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -8,11 +8,12 @@ The operations are those that torch's own compiler emits for CPUs.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evac_jax.evac.attention import GEGLU, PointwiseConv
+from evac_jax.evac.attention import GEGLU, PointwiseConv, group_norm
 from evac_jax.evac.model import EvacModel
-from evac_jax.evac.unet import CausalConv, causal_image
+from evac_jax.evac.unet import CausalConv, TemporalConvBlock, causal_image, norm_per_view
 
 _ops = torch.ops.mkldnn
 
@@ -49,8 +50,26 @@ class PackedGEGLU(nn.Module):
         return self.values.times(x, self.gates(x, "gelu"))
 
 
+def map_matrix(weight: Tensor, height: int, width: int) -> Tensor:
+    """[height width out, height width in] of a 3x3 convolution [out, in, 3, 3] of a tiny map.
+
+    On a map of at most 2 x 2, padded by one, every output sees every input: the convolution is a
+    matrix, cells first, then channels, and holds no zeros that a padded convolution would add up.
+    """
+    cells = [(y, x) for y in range(height) for x in range(width)]
+    rows = (
+        torch.cat([weight[:, :, 1 + y - out_y, 1 + x - out_x] for y, x in cells], 1)
+        for out_y, out_x in cells
+    )
+    return torch.cat(list(rows), 0)
+
+
 class PackedConv2d(nn.Module):
-    """A 2D convolution; its output is in the channels-last memory format."""
+    """A 2D convolution; its output is in the channels-last memory format.
+
+    Maps of at most 2 x 2 go through a linear layer of its own, made when the first one comes:
+    oneDNN multiplies their padding too, and is slow at it.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding, stride):
         super().__init__()
@@ -58,9 +77,19 @@ class PackedConv2d(nn.Module):
         packed = weight.contiguous().to_mkldnn()
         self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(packed, *self.options)
         self.bias = bias
+        self._mixes_neighbours = (*weight.shape[2:], *padding, *stride) == (3, 3, 1, 1, 1, 1)
+        self._of_map: dict[torch.Size, PackedLinear] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] to [N, out, H', W']."""
+        size = x.shape[2:]
+        if self._mixes_neighbours and max(size) <= 2:
+            if size not in self._of_map:
+                matrix = map_matrix(self.weight.to_dense(), *size)
+                bias = None if self.bias is None else self.bias.repeat(size.numel())
+                self._of_map[size] = PackedLinear(matrix, bias)
+            y = self._of_map[size](x.permute(0, 2, 3, 1).flatten(1))
+            return y.view(len(x), *size, -1).permute(0, 3, 1, 2)
         x = x.contiguous(memory_format=torch.channels_last)
         return _ops._convolution_pointwise(
             x, self.weight, self.bias, *self.options, "none", [], None
@@ -80,6 +109,30 @@ class PackedCausalConv(nn.Module):
         return self.conv(causal_image(x)).permute(0, 2, 3, 1).reshape(x.shape)
 
 
+class PackedTemporalConvBlock(nn.Module):
+    """`TemporalConvBlock`, whose norms write what the convolutions read, without a copy."""
+
+    def __init__(self, source: TemporalConvBlock):
+        super().__init__()
+        # Their convolutions are replaced after this block, as for every other parent.
+        self.stages = nn.ModuleList((source.conv1, source.conv2, source.conv3, source.conv4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, V, H, W, C] to the same."""
+        batch, frames, views, height, width, channels = x.shape
+        image = x.new_empty(batch, 2 + frames, views * height * width, channels)
+        rows, h = image[:, 2:], x
+        for stage in self.stages:
+            if views == 1:
+                group_norm(h, stage[0], out=rows.flatten(1, 2))
+            else:
+                rows.copy_(norm_per_view(h, stage[0]).flatten(2, 4))
+            F.silu(rows, inplace=True)
+            image[:, :2] = rows[:, :1]
+            h = stage[-1].conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).view(x.shape)
+        return x + h
+
+
 def _bias(layer: nn.Module) -> Tensor | None:
     return None if layer.bias is None else layer.bias.detach()
 
@@ -92,6 +145,8 @@ def _packed(layer: nn.Module) -> nn.Module | None:
         return PackedConv2d(layer.weight.detach(), _bias(layer), layer.padding, layer.stride)
     if type(layer) is CausalConv:
         return PackedCausalConv(layer)
+    if type(layer) is TemporalConvBlock:
+        return PackedTemporalConvBlock(layer)
     return PackedGEGLU(layer) if type(layer) is GEGLU else None
 
 

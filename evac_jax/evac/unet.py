@@ -86,13 +86,14 @@ class TemporalConvBlock(nn.Module):
         """[B, T, V, H, W, C] to the same."""
         h = x
         for stage in (self.conv1, self.conv2, self.conv3, self.conv4):
-            h = _norm_per_view(h, stage[0])
+            h = norm_per_view(h, stage[0])
             for layer in stage[1:]:
                 h = layer(h)
         return x + h
 
 
-def _norm_per_view(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+def norm_per_view(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Group normalisation of all frames of a view [B, T, V, H, W, C] together."""
     batch, _, views = x.shape[:3]
     if views == 1:
         return group_norm(x, norm)

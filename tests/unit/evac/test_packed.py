@@ -8,7 +8,7 @@ from torch import nn
 
 from evac_jax.evac.attention import GEGLU, PointwiseConv
 from evac_jax.evac.packed import accelerate, pack
-from evac_jax.evac.unet import CausalConv
+from evac_jax.evac.unet import CausalConv, TemporalConvBlock
 from tests.integration import tiny_weights
 
 
@@ -27,13 +27,21 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
         (nn.Conv2d(16, 24, 3, padding=1), (2, 16, 7, 9)),
         (nn.Conv2d(16, 24, 3, stride=2, padding=1), (2, 16, 8, 8)),
         (nn.Conv2d(16, 24, 1, bias=False), (2, 16, 8, 8)),
+        (nn.Conv2d(16, 24, 3, padding=1), (2, 16, 2, 2)),
+        (nn.Conv2d(16, 24, 3, padding=1, bias=False), (2, 16, 1, 2)),
+        (nn.Conv2d(16, 24, 3, padding=1), (2, 16, 1, 1)),
+        (nn.Conv2d(16, 24, 3, stride=2, padding=1), (2, 16, 2, 2)),
         (CausalConv(16), (2, 5, 1, 4, 4, 16)),
+        (TemporalConvBlock(16, 4, 0.0), (2, 5, 1, 4, 4, 16)),
+        (TemporalConvBlock(16, 4, 0.0), (2, 5, 3, 4, 4, 16)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 @torch.no_grad()
 def test_packed_layer_gives_the_numbers_of_the_layer(layer, shape):
-    parent = nn.Sequential(layer)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.1)  # a block's last layer is zero when it is made
+    parent = nn.Sequential(layer).eval()
     packed = pack(copy.deepcopy(parent))
     assert type(packed[0]) is not type(layer)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
