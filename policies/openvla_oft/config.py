@@ -107,7 +107,7 @@ class OpenVLAOFTConfig:
         scan_layers: loop over stacked layers with one compiled body; False unrolls them. The
             parameters lie the same way in both.
         attention: implementation of jax.nn.dot_product_attention: "auto", "xla" or "cudnn"; on a
-            CPU "auto" is one of our own, see `layers.attend_on_cpu`.
+            CPU "auto" is one of our own, see `cpu_attention`.
         lora_rank: rank of the adapters that train while the base is frozen; 0 = no adapters, all
             weights train.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = lora_rank, a scale of 1.

@@ -8,7 +8,8 @@ from flax import nnx
 
 from evac_jax.evac.lean_imports import ensure_torchvision
 from policies.openvla_oft import hf_keys
-from policies.openvla_oft.layers import attend_on_cpu, matmul
+from policies.openvla_oft.cpu_attention import attend_on_cpu
+from policies.openvla_oft.layers import matmul
 from tests.unit.policies.tiny import CONFIG, make_model
 
 torch = pytest.importorskip("torch")
