@@ -19,12 +19,13 @@ COMPANIONS = ("scipy", "timm", "transformers", "wandb")
 def lean_imports(library: str) -> Iterator[None]:
     """Let `library`, imported within for the first time, find COMPANIONS missing.
 
-    It goes on without them for good; afterwards everyone else may import them. A library that has
-    looked before, or a companion that is there already, is left as it is.
+    It goes on without them for good; afterwards everyone else may import them. Nothing is hidden
+    from a library that has looked before, nor where a companion is there already: it may be in
+    the midst of needing the others, as transformers is.
     """
     ensure_torchvision()
-    new = library not in sys.modules
-    hidden = [name for name in COMPANIONS if new and name not in sys.modules]
+    there = any(name in sys.modules for name in (library, *COMPANIONS))
+    hidden = [] if there else COMPANIONS
     sys.modules |= dict.fromkeys(hidden)  # None: `import` says that there is no such module
     try:
         yield
