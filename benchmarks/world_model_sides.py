@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines.evac_model import NaiveEvac
+from evac_jax.bridge.process import KEEP_FREED_MEMORY
 from evac_jax.evac.config import (
     AutoencoderConfig,
     EvacConfig,
@@ -25,12 +26,6 @@ from evac_jax.sim.reward import RewardConfig, RewardNet
 
 ETA = 1.0
 STAGES = ("tower", "encode", "unet", "decode", "classifier")
-# What `bridge/process.py` sets for a simulator on a CPU.
-SIMULATOR_ENVIRON = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "-1",
-}
 
 
 def make_config(px: int) -> EvacConfig:
@@ -188,7 +183,8 @@ class OursInProcesses:
     def __init__(self, px: int, watch: Stopwatch, compiled: bool, processes: int):
         self.watch, context = watch, multiprocessing.get_context("spawn")
         before = os.environ.copy()
-        os.environ.update(SIMULATOR_ENVIRON)  # a process reads them before its first import
+        # As `WorkerProcess` does; a process reads them before its first import.
+        os.environ.update(KEEP_FREED_MEMORY, OMP_NUM_THREADS="1")
         self._connections = []
         for _ in range(processes):
             ours, theirs = context.Pipe()
