@@ -1,5 +1,6 @@
 """The two paths that `benchmarks.world_model` times: sizes, episodes, and who imagines where."""
 
+import abc
 import contextlib
 import multiprocessing
 import os
@@ -102,20 +103,20 @@ class Stopwatch:
         return sums
 
 
-class Side:
+class Side(abc.ABC):
     """One of the two paths; its frames go to a classifier of its own."""
 
     def __init__(self, watch: Stopwatch):
         self.watch = watch
         self.classifier = RewardNet(RewardConfig()).eval()
 
+    @abc.abstractmethod
     def begin(self, start: Tensor, capacity: int) -> None:
         """Begin an episode of at most `capacity` chunks."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def imagine(self, poses: Tensor, camera: Camera, noise: list[Tensor]) -> Tensor:
         """Return the frames [B, chunk, 3, H, W] of the next chunk."""
-        raise NotImplementedError
 
     def play(self, start: Tensor | None, capacity: int, *chunk: Any) -> tuple[Tensor, float]:
         """Return the frames of a chunk and the CPU seconds that they took.

@@ -18,7 +18,7 @@ def attend_on_cpu(
     values: Float[Array, "B T G D"],
     mask: Bool[Array, "B 1 1 T"] | None,
 ) -> Float[Array, "B S Q D"]:
-    """`jax.nn.dot_product_attention`, several times as fast on a CPU.
+    """`jax.nn.dot_product_attention`, made for a CPU.
 
     One head after the other, so that the scores of one head are the only ones in memory, and
     heads before positions, so that XLA's products read rows. The backward pass computes the scores
@@ -78,6 +78,7 @@ def _attend_backward(saved, gradient):
         weights = jnp.exp(_scores(queries, keys, mask) - top) / total
         through = jnp.sum((gradient * attended).astype(jnp.float32), axis=-1, keepdims=True)
         of_scores = weights * (product("bsd,btd->bst", gradient, values) - through)
+        of_scores = jnp.where(mask, of_scores, 0)  # a row that sees nothing has weights, too
         of_scores = (of_scores * queries.shape[-1] ** -0.5).astype(queries.dtype)
         weights = weights.astype(values.dtype)
         return (

@@ -77,22 +77,23 @@ def test_columns_that_are_read_are_those_of_the_whole_sequence(remat):
     np.testing.assert_allclose(rows[1], whole[1, 5:7], atol=1e-6)
 
 
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_attention_on_a_cpu_is_that_of_jax(kv_heads):
+@pytest.mark.parametrize(("kv_heads", "first_hidden"), [(2, 4), (4, 4), (4, 0)])
+def test_attention_on_a_cpu_is_that_of_jax(kv_heads, first_hidden):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(2, 5, 4, 8), (2, 7, kv_heads, 8), (2, 7, kv_heads, 8)]
     parts = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    mask = jnp.ones((2, 1, 1, 7), bool).at[1, ..., 4:].set(False)
+    mask = jnp.ones((2, 1, 1, 7), bool).at[1, ..., first_hidden:].set(False)
     golden = jax.nn.dot_product_attention(*parts, mask=mask)
     np.testing.assert_allclose(attend_on_cpu(*parts, mask), golden, atol=1e-6)
     ours, theirs = (
-        jax.grad(lambda q, f=f: jnp.sum(f(q, *parts[1:]) ** 2))(parts[0])
+        jax.grad(lambda *qkv, f=f: jnp.sum(f(*qkv) ** 2), argnums=(0, 1, 2))(*parts)
         for f in (
             lambda *qkv: attend_on_cpu(*qkv, mask),
             lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=mask),
         )
     )
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for mine, golden in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, golden, atol=1e-5)
 
 
 @pytest.mark.parametrize("wide", [False, True])
