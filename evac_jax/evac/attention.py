@@ -26,20 +26,22 @@ def _averaging(rows: int, channels: int, groups: int) -> tuple[Tensor, Tensor]:
         return torch.ones(1, rows), same_group / (size * rows)
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, out: Tensor | None = None) -> Tensor:
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Group normalisation of channel-last x [N, ..., C] over all but its first axis.
 
     In plain operations that keep the layout, with statistics in float32: the library's kernel
-    transposes on CUDA, and on a CPU takes up to six times as long for a few channels per group.
-
-    Args:
-        out: [N, cells, C] to write the result to, any strides; without gradients only.
+    transposes on CUDA. On a CPU it is taken where it is the faster one.
     """
     count, channels, groups = x.shape[0], x.shape[-1], norm.num_groups
     flat = x.reshape(count, -1, channels)
+    cells, group_size = flat.shape[1], channels // groups
     if x.device.type == "cpu" and x.dtype == torch.float32:
+        if group_size >= 8 or cells >= 1024 or cells <= 16:
+            channels_last = flat[:, :, None].permute(0, 3, 1, 2)
+            y = F.group_norm(channels_last, groups, norm.weight, norm.bias, norm.eps)
+            return y.permute(0, 2, 3, 1).reshape(x.shape)
         # Products with ones, as sums over all but a short last axis are not vectorised.
-        ones, mean_of_group = _averaging(flat.shape[1], channels, groups)
+        ones, mean_of_group = _averaging(cells, channels, groups)
         ones = ones.expand(count, -1, -1)
         sums = torch.cat((torch.bmm(ones, flat), torch.bmm(ones, flat * flat)), 1)  # [N 2 C]
         mean, square = (sums @ mean_of_group).unbind(1)
@@ -47,12 +49,10 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, out: Tensor | None = None) -> Tens
     else:
         grouped = flat.unflatten(-1, (groups, -1))
         moments = torch.var_mean(grouped.float(), dim=(1, 3), correction=0)
-        variance, mean = (m.repeat_interleave(channels // groups, 1) for m in moments)
+        variance, mean = (m.repeat_interleave(group_size, 1) for m in moments)
     scale = (variance + norm.eps).rsqrt() * norm.weight  # [N C]
     shift = torch.addcmul(norm.bias, mean, scale, value=-1)
     scale, shift = scale[:, None].to(x.dtype), shift[:, None].to(x.dtype)
-    if out is not None:
-        return torch.addcmul(shift, flat, scale, out=out)
     return torch.addcmul(shift, flat, scale).view(x.shape)
 
 

@@ -8,10 +8,9 @@ The operations are those that torch's own compiler emits for CPUs.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evac_jax.evac.attention import GEGLU, PointwiseConv, group_norm
+from evac_jax.evac.attention import GEGLU, PointwiseConv
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.unet import CausalConv, TemporalConvBlock, causal_image, norm_per_view
 
@@ -110,7 +109,7 @@ class PackedCausalConv(nn.Module):
 
 
 class PackedTemporalConvBlock(nn.Module):
-    """`TemporalConvBlock`, whose norms write what the convolutions read, without a copy."""
+    """`TemporalConvBlock`, whose activations write what the convolutions read, without a copy."""
 
     def __init__(self, source: TemporalConvBlock):
         super().__init__()
@@ -123,11 +122,7 @@ class PackedTemporalConvBlock(nn.Module):
         image = x.new_empty(batch, 2 + frames, views * height * width, channels)
         rows, h = image[:, 2:], x
         for stage in self.stages:
-            if views == 1:
-                group_norm(h, stage[0], out=rows.flatten(1, 2))
-            else:
-                rows.copy_(norm_per_view(h, stage[0]).flatten(2, 4))
-            F.silu(rows, inplace=True)
+            torch.ops.aten.silu.out(norm_per_view(h, stage[0]).flatten(2, 4), out=rows)
             image[:, :2] = rows[:, :1]
             h = stage[-1].conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).view(x.shape)
         return x + h
