@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evac_jax.evac.attention import GEGLU, PointwiseConv
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.unet import CausalConv, TemporalConvBlock, causal_image, norm_per_view
+from evac_jax.evac.winograd import WinogradConv2d
 
 _ops = torch.ops.mkldnn
 
@@ -63,11 +64,25 @@ def map_matrix(weight: Tensor, height: int, width: int) -> Tensor:
     return torch.cat(list(rows), 0)
 
 
+class MapLinear(PackedLinear):
+    """A 3x3 convolution of maps of one tiny size, as `map_matrix` makes it a linear layer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, height: int, width: int):
+        bias = None if bias is None else bias.repeat(height * width)
+        super().__init__(map_matrix(weight, height, width), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in, H, W] to [N, out, H, W], the latter in the channels-last memory format."""
+        y = super().forward(x.permute(0, 2, 3, 1).flatten(1))
+        return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
 class PackedConv2d(nn.Module):
     """A 2D convolution; its output is in the channels-last memory format.
 
-    Maps of at most 2 x 2 go through a linear layer of its own, made when the first one comes:
-    oneDNN multiplies their padding too, and is slow at it.
+    A 3x3 one with stride 1 has faster forms for some maps, `MapLinear` for maps of at most 2 x 2,
+    whose padding oneDNN multiplies too, and `WinogradConv2d`: each made, with a weight of its own,
+    when the first such map comes.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding, stride):
@@ -76,19 +91,29 @@ class PackedConv2d(nn.Module):
         packed = weight.contiguous().to_mkldnn()
         self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(packed, *self.options)
         self.bias = bias
-        self._mixes_neighbours = (*weight.shape[2:], *padding, *stride) == (3, 3, 1, 1, 1, 1)
-        self._of_map: dict[torch.Size, PackedLinear] = {}
+        self._has_forms = (*weight.shape[2:], *padding, *stride) == (3, 3, 1, 1, 1, 1)
+        self._forms: dict[torch.Size | None, nn.Module] = {}
+
+    def _form(self, shape: torch.Size) -> nn.Module | None:
+        """The faster form for inputs of this shape; None if there is none."""
+        if not self._has_forms:
+            return None
+        size = shape[2:]
+        if max(size) <= 2:
+            if size not in self._forms:
+                self._forms[size] = MapLinear(self.weight.to_dense(), self.bias, *size)
+            return self._forms[size]
+        if WinogradConv2d.pays(*self.weight.shape[1::-1], shape):
+            if None not in self._forms:
+                self._forms[None] = WinogradConv2d(self.weight.to_dense(), self.bias)
+            return self._forms[None]
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] to [N, out, H', W']."""
-        size = x.shape[2:]
-        if self._mixes_neighbours and max(size) <= 2:
-            if size not in self._of_map:
-                matrix = map_matrix(self.weight.to_dense(), *size)
-                bias = None if self.bias is None else self.bias.repeat(size.numel())
-                self._of_map[size] = PackedLinear(matrix, bias)
-            y = self._of_map[size](x.permute(0, 2, 3, 1).flatten(1))
-            return y.view(len(x), *size, -1).permute(0, 3, 1, 2)
+        form = self._form(x.shape)
+        if form is not None:
+            return form(x)
         x = x.contiguous(memory_format=torch.channels_last)
         return _ops._convolution_pointwise(
             x, self.weight, self.bias, *self.options, "none", [], None
