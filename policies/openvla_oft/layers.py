@@ -115,29 +115,13 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-@jax.custom_vjp
 def matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    """Return x @ kernel, with a backward pass that transposes the narrower of x and gradient.
+    """Return x @ kernel, as a product of two matrices.
 
-    JAX's own always transposes the gradient. XLA for CPUs computes what it transposes column by
-    column, activation functions included, which took longer than the product.
+    With more axes XLA for CPUs copies x and its gradient, transposed, before the backward pass
+    multiplies them; of matrices it multiplies either way round.
     """
-    return x @ kernel
-
-
-def _matmul_backward(saved, gradient):
-    x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    over_rows, over_outputs = ((rows, rows), ((), ())), (((x.ndim - 1,), (1,)), ((), ()))
-    if x.shape[-1] <= gradient.shape[-1]:
-        of_kernel = jax.lax.dot_general(x, gradient, over_rows)
-    else:
-        of_kernel = jax.lax.dot_general(gradient, x, over_rows).T
-    # Not `gradient @ kernel.T`: a kernel that is cut over devices would be gathered once more.
-    return jax.lax.dot_general(gradient, kernel, over_outputs), of_kernel
-
-
-matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class LayerNorm(nnx.Module):
@@ -169,9 +153,46 @@ class RMSNorm(nnx.Module):
         return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
 
 
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+@jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """Exact (erf) GELU."""
-    return jax.nn.gelu(x, approximate=False)
+    """Exact (erf) GELU, in float32 inside, as torch computes it.
+
+    Like `swiglu` it keeps nothing but its input for the backward pass: every intermediate of an MLP
+    that is kept costs more to write and to read again than to compute.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _gelu_backward(x, gradient):
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    return ((gradient * (_normal_cdf(wide) + wide * density)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """SiLU of the gate times the other half, of one shape."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(saved, gradient):
+    gate, up = saved
+    wide, gradient = gate.astype(jnp.float32), gradient.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(wide)
+    silu = wide * sigmoid
+    of_gate = gradient * up * (sigmoid + silu * (1 - sigmoid))
+    return of_gate.astype(gate.dtype), (gradient * silu).astype(up.dtype)
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
 def attend(

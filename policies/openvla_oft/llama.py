@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from policies.openvla_oft.config import OpenVLAOFTConfig
-from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, run_layers
+from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, run_layers, swiglu
 
 # Neighbouring columns of a sequence, [N] on the host where all rows have the same, else [B N].
 Columns = np.ndarray | jax.Array
@@ -89,7 +89,7 @@ class LlamaLayer(nnx.Module):
         queries = rotate(self.q_proj(normed).reshape(heads), cos, sin)
         x = x + self.o_proj(attend(self.config, queries, keys, values, key_mask))
         normed = self.post_attention_layernorm(x)
-        return x + self.down_proj(jax.nn.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        return x + self.down_proj(swiglu(self.gate_proj(normed), self.up_proj(normed)))
 
 
 class Llama(nnx.Module):

@@ -9,7 +9,7 @@ from flax import nnx
 from evac_jax.evac.lean_imports import ensure_torchvision
 from policies.openvla_oft import hf_keys
 from policies.openvla_oft.cpu_attention import attend_on_cpu
-from policies.openvla_oft.layers import matmul
+from policies.openvla_oft.layers import gelu, swiglu
 from tests.unit.policies.tiny import CONFIG, make_model
 
 torch = pytest.importorskip("torch")
@@ -96,16 +96,28 @@ def test_attention_on_a_cpu_is_that_of_jax(kv_heads, first_hidden):
         np.testing.assert_allclose(mine, golden, atol=1e-5)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_gradients_of_a_product_are_jaxs_own_when_either_side_is_the_wider(wide):
-    widths = (7, 3) if wide else (3, 7)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("activation", "plain", "inputs"),
+    [
+        (gelu, lambda x: jax.nn.gelu(x, approximate=False), 1),
+        (swiglu, lambda gate, up: jax.nn.silu(gate) * up, 2),
+    ],
+)
+def test_activations_and_their_gradients_are_jaxs_own(activation, plain, inputs, dtype):
     rng = np.random.default_rng(0)
-    x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, widths[0]), widths))
+    values = [jnp.asarray(3 * rng.normal(size=(64, 8)), dtype) for _ in range(inputs)]
+    values[0] = values[0].at[0, 0].set(-60).at[0, 1].set(60)  # nothing overflows
+    weight = rng.normal(size=(64, 8)).astype(np.float32)
 
-    def loss(product, x, kernel):
-        return jnp.sum(jnp.sin(product(x, kernel)))
+    def loss(function, *values):
+        return jnp.sum(weight * function(*values).astype(jnp.float32))
 
-    ours = jax.grad(loss, argnums=(1, 2))(matmul, x, kernel)
-    theirs = jax.grad(loss, argnums=(1, 2))(jnp.matmul, x, kernel)
-    for mine, own in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(mine, own, atol=1e-5)
+    every = tuple(range(1, 1 + inputs))
+    found = (activation(*values), *jax.grad(loss, argnums=every)(activation, *values))
+    wide = [value.astype(jnp.float32) for value in values]
+    exact = (plain(*wide), *jax.grad(loss, argnums=every)(plain, *wide))
+    rounding = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.02, "atol": 0.02}
+    for mine, own in zip(found, exact, strict=True):
+        assert mine.dtype == dtype
+        np.testing.assert_allclose(mine.astype(jnp.float32), own, **rounding)
