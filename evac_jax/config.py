@@ -28,13 +28,10 @@ class PolicyConfig:
     """Which policy, from which weights, sampled how.
 
     Attributes:
-        checkpoint: Hugging Face folder of the start policy (config.json, *.safetensors,
-            tokenizer.json, dataset_statistics.json). Imported once; a restored run overrides it.
-        lora_rank: rank of the LoRA adapters that train while all other weights but the value
-            head stay as they are; 0 = no adapters, everything trains.
+        checkpoint: Hugging Face folder of the start policy; a restored run overrides it.
+        lora_rank: of the LoRA adapters, which with the value head train alone; 0 = all trains.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = a scale of 1.
-        lora_adapter: PEFT adapter folder, "" = none. Merged into the weights on import; with
-            `lora_rank` > 0 the run goes on from it instead.
+        lora_adapter: PEFT folder, "" = none; merged on import, or trained on if lora_rank > 0.
         unnorm_key: key of the action statistics; "<key>_no_noops" is tried too.
         value_head: "none", "chunk_level" (one value a chunk) or "action_level" (one an action).
         max_prompt_length: tokens that every prompt is padded to; a longer prompt is an error.
@@ -48,6 +45,8 @@ class PolicyConfig:
         remat: what the backward pass recomputes of a layer: "none", "dots" (all but the results of
             matrix products) or "full". Less memory for more time, docs/policy_speed.md.
         scan_layers: compile one layer and loop over it; compile time no longer grows with depth.
+        merge_projections: one product for queries, keys and values and one for gate and up: for
+            CPUs, docs/policy_speed.md.
     """
 
     checkpoint: str = ""
@@ -65,6 +64,7 @@ class PolicyConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
+    merge_projections: bool = False
 
 
 @dataclass(frozen=True)

@@ -102,4 +102,5 @@ POLICY = OpenVLAOFTConfig(
     pad_token_id=640,
     max_prompt_length=28,
     scan_layers=False,  # four layers: unrolling costs little to compile and runs a fifth faster
+    merge_projections=True,
 )

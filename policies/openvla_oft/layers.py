@@ -109,10 +109,33 @@ class Linear(nnx.Module):
         self.lora: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = matmul(x, self.kernel[...].reshape(-1, self.width_out).astype(x.dtype))
+        return self.complete(x, matmul(x, self.matrix(x.dtype)))
+
+    def matrix(self, dtype: jnp.dtype) -> Float[Array, "i o"]:
+        """Return the kernel as a matrix."""
+        return self.kernel[...].reshape(-1, self.width_out).astype(dtype)
+
+    def complete(self, x: Float[Array, "... i"], y: Float[Array, "... o"]) -> Float[Array, "... o"]:
+        """Add what comes beside y = x W: the adapter's part and the bias."""
         if self.lora is not None:
             y = y + self.lora(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def project(
+    config: OpenVLAOFTConfig, x: Float[Array, "... i"], *layers: Linear
+) -> list[Float[Array, "... o"]]:
+    """Return the output of each layer, all of one product if `config.merge_projections`."""
+    if not config.merge_projections:
+        return [layer(x) for layer in layers]
+    kernel = jnp.concatenate([layer.matrix(x.dtype) for layer in layers], axis=1)
+    stops = np.cumsum([layer.width_out for layer in layers])
+    product = matmul(x, kernel)
+    # Slices and not a split: XLA for CPUs adds up their gradients in one pass, a split's it copies.
+    return [
+        layer.complete(x, product[..., stop - layer.width_out : stop])
+        for layer, stop in zip(layers, stops, strict=True)
+    ]
 
 
 def matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
@@ -153,25 +176,23 @@ class RMSNorm(nnx.Module):
         return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
 
 
-def _normal_cdf(x: Array) -> Array:
-    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
 @jax.custom_vjp
 def gelu(x: Array) -> Array:
     """Exact (erf) GELU, in float32 inside, as torch computes it.
 
     Like `swiglu` it keeps nothing but its input for the backward pass: every intermediate of an MLP
-    that is kept costs more to write and to read again than to compute.
+    that is kept costs more to write and to read again than to compute. So that XLA does not share
+    one after all, both spell it in another way there.
     """
     wide = x.astype(jnp.float32)
-    return (wide * _normal_cdf(wide)).astype(x.dtype)
+    return (wide * (0.5 * (1 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
 
 
 def _gelu_backward(x, gradient):
     wide = x.astype(jnp.float32)
+    probability = 0.5 * (1 - jax.lax.erf(wide * -(0.5**0.5)))
     density = jnp.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
-    return ((gradient * (_normal_cdf(wide) + wide * density)).astype(x.dtype),)
+    return ((gradient * (probability + wide * density)).astype(x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
@@ -186,7 +207,8 @@ def swiglu(gate: Array, up: Array) -> Array:
 def _swiglu_backward(saved, gradient):
     gate, up = saved
     wide, gradient = gate.astype(jnp.float32), gradient.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(wide)
+    grown = jnp.exp(jnp.minimum(wide, 80.0))  # finite
+    sigmoid = grown / (1 + grown)
     silu = wide * sigmoid
     of_gate = gradient * up * (sigmoid + silu * (1 - sigmoid))
     return of_gate.astype(gate.dtype), (gradient * silu).astype(up.dtype)

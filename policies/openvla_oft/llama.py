@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from policies.openvla_oft.config import OpenVLAOFTConfig
-from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, run_layers, swiglu
+from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, project, run_layers, swiglu
 
 # Neighbouring columns of a sequence, [N] on the host where all rows have the same, else [B N].
 Columns = np.ndarray | jax.Array
@@ -79,17 +79,20 @@ class LlamaLayer(nnx.Module):
         read: Columns | None = None,
     ) -> Float[Array, "B N D"]:
         """Return the new states, of the columns `read` alone if they are given."""
-        normed = self.input_layernorm(x)
-        heads = (*x.shape[:2], -1, cos.shape[-1])
-        keys = rotate(self.k_proj(normed).reshape(heads), cos, sin)
-        values = self.v_proj(normed).reshape(heads)
-        if read is not None:
-            x, normed, cos, sin = (columns(part, read) for part in (x, normed, cos, sin))
-            heads = (*x.shape[:2], -1, cos.shape[-1])
-        queries = rotate(self.q_proj(normed).reshape(heads), cos, sin)
-        x = x + self.o_proj(attend(self.config, queries, keys, values, key_mask))
+        config, normed = self.config, self.input_layernorm(x)
+        if read is None:
+            parts = project(config, normed, self.q_proj, self.k_proj, self.v_proj)
+            turns = (cos, sin)
+        else:
+            parts = project(config, normed, self.k_proj, self.v_proj)
+            x, normed, *turns = (columns(part, read) for part in (x, normed, cos, sin))
+            parts = [self.q_proj(normed), *parts]
+        queries, keys, values = (y.reshape(*y.shape[:2], -1, cos.shape[-1]) for y in parts)
+        queries, keys = rotate(queries, *turns), rotate(keys, cos, sin)
+        x = x + self.o_proj(attend(config, queries, keys, values, key_mask))
         normed = self.post_attention_layernorm(x)
-        return x + self.down_proj(swiglu(self.gate_proj(normed), self.up_proj(normed)))
+        gate, up = project(config, normed, self.gate_proj, self.up_proj)
+        return x + self.down_proj(swiglu(gate, up))
 
 
 class Llama(nnx.Module):
