@@ -19,15 +19,48 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from evac_jax.bridge import protocol
 from evac_jax.bridge.slots import CudaSlots, SharedSlots, SlotLayout
-from evac_jax.errors import ConfigError, EvacJaxError
+from evac_jax.bridge.types import EnvSpec, StepResult
+from evac_jax.errors import ConfigError, EvacJaxError, SimulatorError
 
 if TYPE_CHECKING:
     from evac_jax.sim.base import Environment
 
 # A busy simulator gets this long to notice that the trainer is gone before it is killed.
 ORPHAN_GRACE_S = 2.0
+
+
+def check_result(env: EnvSpec, result: StepResult) -> None:
+    """Check what the environment's author promised: shapes, kinds of numbers, finite rewards.
+
+    Raises:
+        SimulatorError: naming the field, what was expected and what came.
+    """
+    B, K = env.num_envs, env.action.chunk
+    checks = [
+        ("task", result.task, "i", (B,)),
+        ("proprio", result.proprio, "f", (B, env.proprio_dim)),
+        ("rewards", result.rewards, "f", (B, K)),
+        ("terminated", result.terminated, "b", (B,)),
+        ("truncated", result.truncated, "b", (B,)),
+        ("success", result.success, "b", (B,)),
+    ]
+    checks += [(f"episode {name}", value, "f", (B,)) for name, value in result.episode.items()]
+    for name, value, kind, shape in checks:
+        if not isinstance(value, np.ndarray) or (value.dtype.kind, value.shape) != (kind, shape):
+            got = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else repr(value)
+            raise SimulatorError(
+                f"simulator result {name!r}: expected kind {kind!r} with shape {shape}, got {got}; "
+                "see evac_jax.bridge.types.StepResult"
+            )
+    if not np.isfinite(result.rewards).all():
+        bad = np.flatnonzero(~np.isfinite(result.rewards).all(axis=1)).tolist()
+        raise SimulatorError(
+            f"simulator rewards: expected finite numbers, not so in environments {bad}"
+        )
 
 
 def build_environments(spec: dict) -> "list[Environment]":
@@ -118,6 +151,7 @@ def _serve(connection: Connection, slots_fd: int) -> None:
                 result = environment.reset(request.starts, request.seed, frames, clip)
             else:
                 result = environment.step(request.actions, frames, clip)
+            check_result(environment.spec, result)
             slots.finish()
             slots.publish(request.slot, request.request)
             reply = protocol.Reply(request.request, request.slot, result)

@@ -1,4 +1,3 @@
-import json
 import struct
 import subprocess
 import sys
@@ -48,17 +47,24 @@ def test_plain_values_keep_their_types_when_encoded():
     assert protocol.decode(protocol.encode(protocol.Start(spec))).spec == spec
 
 
+def test_reset_keeps_ids_of_keyframes_and_the_largest_seed():
+    starts = np.array([-1, 2**40, 3])
+    reset = protocol.decode(protocol.encode(protocol.Reset(1, 0, 1, starts, 2**32 - 1)))
+    assert (reset.part, reset.seed) == (1, 2**32 - 1)
+    np.testing.assert_array_equal(reset.starts, starts)
+
+
 def test_arrays_keep_shape_when_empty_or_transposed():
     actions = np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
     step = protocol.decode(protocol.encode(protocol.Step(1, 0, 0, actions)))
     np.testing.assert_array_equal(step.actions, actions)
-    empty = protocol.decode(protocol.encode(protocol.Step(1, 0, 0, np.zeros((0, 3), np.float32))))
-    assert empty.actions.shape == (0, 3)
+    nothing = protocol.Step(1, 0, 0, np.zeros((0, 3, 7), np.float32))
+    assert protocol.decode(protocol.encode(nothing)).actions.shape == (0, 3, 7)
 
 
 def test_encode_refuses_when_value_is_not_plain():
-    with pytest.raises(TypeError, match="Python objects"):
-        protocol.encode(protocol.Step(1, 0, 0, np.array([object()])))
+    with pytest.raises(TypeError, match="object"):
+        protocol.encode(protocol.Step(1, 0, 0, np.full((1, 1, 1), object())))
     with pytest.raises(TypeError, match="cannot send set"):
         protocol.encode(protocol.Start({"environment": {1, 2}}))
     with pytest.raises(TypeError, match="must not|must be strings"):
@@ -66,9 +72,8 @@ def test_encode_refuses_when_value_is_not_plain():
 
 
 def test_decode_explains_when_versions_differ():
-    text = json.dumps({"version": 99, "message": {}}).encode()
     with pytest.raises(SimulatorError, match="format 99.*different versions"):
-        protocol.decode(struct.pack("<4sI", b"EVJX", len(text)) + text)
+        protocol.decode(struct.pack("<4sHH", b"EVJX", 99, 0) + b"{}")
 
 
 @pytest.mark.parametrize(
@@ -77,13 +82,21 @@ def test_decode_explains_when_versions_differ():
         lambda data: b"",
         lambda data: b"hello world, this is not a message",
         lambda data: data[:-3],
-        lambda data: data.replace(b'"Reply"', b'"Popen"'),
-        lambda data: data.replace(b"<f4", b"|O8"),
+        lambda data: data + b"more",
+        lambda data: data[:6] + b"\x09" + data[7:],  # an unknown kind
+        lambda data: data[:24] + struct.pack("<q", -1) + data[32:],  # a negative size
+        lambda data: data[:24] + struct.pack("<q", 2**60) + data[32:],
     ],
 )
 def test_decode_raises_when_bytes_are_damaged(damage):
     with pytest.raises(SimulatorError, match="expected a bridge message"):
         protocol.decode(damage(protocol.encode(protocol.Reply(7, 1, _result()))))
+
+
+def test_decode_raises_when_a_class_is_not_one_of_the_messages():
+    data = protocol.encode(protocol.Close()).replace(b'"Close"', b'"Popen"')
+    with pytest.raises(SimulatorError, match="expected a bridge message"):
+        protocol.decode(data)
 
 
 def test_protocol_imports_neither_jax_nor_torch_when_alone():
