@@ -154,14 +154,14 @@ def flatness(px: int, chunks: int) -> dict[str, Any]:
             _, wall, cpu = timed(partial(side.play, start, chunks, poses, episode.camera, noise))
             states[name] = side.state
             rows[name].append({"wall_s": wall, "cpu_s": cpu, "peak_bytes": peak_bytes()})
-    last, first = rows["long"][-span:], rows["long"][FLAT_WARM_UP:][:span]
 
     def deviation(kind: str, first: list[dict[str, float]]) -> float:
-        one, other = (statistics.median(row[kind] for row in part) for part in (last, first))
+        parts = (rows["long"][-span:], first)
+        one, other = (statistics.median(row[kind] for row in part) for part in parts)
         return abs(one / other - 1)
 
     deviations = {kind: deviation(kind, rows["late"][-span:]) for kind in ("wall_s", "cpu_s")}
-    deviations["peak_bytes"] = deviation("peak_bytes", first)
+    deviations["peak_bytes"] = deviation("peak_bytes", rows["long"][FLAT_WARM_UP:][:span])
     return {"px": px, "steps": FLAT_STEPS, "span": span, "deviation": deviations, "chunks": rows}
 
 

@@ -190,7 +190,7 @@ class SimulatorClient:
 
         Raises:
             SlotOwnershipError: every slot is taken; release one first.
-            ValueError: wrong shape or unknown starts.
+            ValueError: wrong shape, unknown starts, or a seed beyond 64 bits.
             SimulatorError: the process failed.
         """
         env = self.env_spec
@@ -202,10 +202,10 @@ class SimulatorClient:
                 f"starts: expected {IDLE} (idle) to {env.num_starts - 1}, or one of "
                 f"{env.num_keyframes} keyframes from {KEYFRAMES} on, got {unknown}"
             )
+        if not -(2**63) <= (seed := int(seed)) < 2**63:
+            raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
         self._check_part(part)
-        self._send(
-            "reset", lambda request, slot: protocol.Reset(request, slot, part, starts, int(seed))
-        )
+        self._send("reset", lambda request, slot: protocol.Reset(request, slot, part, starts, seed))
         self._was_reset.add(part)
 
     def send_step(self, actions: np.ndarray, part: int = 0) -> None:

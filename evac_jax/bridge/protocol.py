@@ -194,6 +194,13 @@ def encode(message: Any) -> bytes:
     return _HEAD.pack(_MARK, VERSION, _JSON) + _to_json(_pack(message)).encode()
 
 
+def _decode_words(text: bytes) -> Any:
+    message = _unpack(json.loads(text))
+    if type(message) not in _FIELDS:
+        raise ValueError(f"a {type(message).__name__}")
+    return message
+
+
 class _Reader:
     """Takes a message's body apart: integers, then arrays and text.
 
@@ -216,7 +223,7 @@ class _Reader:
         return json.loads(self._data[self._offset - size : self._offset])
 
     def close(self) -> None:
-        """Raises ValueError if something is left."""
+        """Raise ValueError if something is left."""
         if self._offset != len(self._data):
             raise ValueError(f"{len(self._data) - self._offset} bytes too many")
 
@@ -258,7 +265,7 @@ def decode(data: bytes) -> Any:
         if mark != _MARK:
             raise ValueError(f"starts with {mark!r}")
         if version == VERSION and kind == _JSON:
-            return _unpack(json.loads(data[_HEAD.size :]))
+            return _decode_words(data[_HEAD.size :])
         if version == VERSION:
             return _decode_exchange(kind, bytearray(data))
     except (struct.error, ValueError, KeyError, TypeError) as error:

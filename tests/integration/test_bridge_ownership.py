@@ -118,6 +118,8 @@ def test_send_raises_when_arguments_do_not_fit(client):
         client.send_reset(np.array([0, 1, 2, 10]), 0)
     with pytest.raises(ValueError, match=rf"2 keyframes .* got \[{KEYFRAMES + 2}\]"):
         client.send_reset(np.array([0, IDLE, KEYFRAMES + 1, KEYFRAMES + 2]), 0)
+    with pytest.raises(ValueError, match="seed: expected an integer of 64 bits"):
+        client.send_reset(STARTS, 2**63)
     with pytest.raises(ValueError, match=r"actions: expected shape \(4, 2, 7\)"):
         client.send_step(np.zeros((4, 3, 7)))
     with pytest.raises(ValueError, match="finite"):

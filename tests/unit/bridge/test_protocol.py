@@ -93,10 +93,12 @@ def test_decode_raises_when_bytes_are_damaged(damage):
         protocol.decode(damage(protocol.encode(protocol.Reply(7, 1, _result()))))
 
 
-def test_decode_raises_when_a_class_is_not_one_of_the_messages():
-    data = protocol.encode(protocol.Close()).replace(b'"Close"', b'"Popen"')
+@pytest.mark.parametrize("words", [b'{"$type":"Popen","fields":[]}', b"{}", b"[1]", b"\xff"])
+def test_decode_raises_when_words_are_not_one_of_the_messages(words):
+    head = protocol.encode(protocol.Close())[:8]
+    assert protocol.decode(head + b'{"$type":"Close","fields":[]}') == protocol.Close()
     with pytest.raises(SimulatorError, match="expected a bridge message"):
-        protocol.decode(data)
+        protocol.decode(head + words)
 
 
 def test_protocol_imports_neither_jax_nor_torch_when_alone():
