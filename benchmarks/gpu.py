@@ -311,6 +311,7 @@ def largest_policy(memory_bytes: float) -> int:
     """Return the most Llama layers whose full fine-tuning should fit, 0 if none does."""
     from evac_jax import trainer_memory
     from evac_jax.config import default_config
+    from evac_jax.episode import Episode
     from evac_jax.memory_parts import peak
 
     config = default_config("grpo")
@@ -320,7 +321,7 @@ def largest_policy(memory_bytes: float) -> int:
         algo=dataclasses.replace(config.algo, global_batch=samples, micro_batch=MICRO_BATCH),
         env=dataclasses.replace(config.env, num_envs=samples),
     )
-    episode = trainer_memory.Episode((1, 256, 256, 3), 8, 1)
+    episode = Episode((1, 256, 256, 3), 8, 8)
     for layers in LAYERS_TRIED:
         parts = trainer_memory.trainer_parts(config, _full_policy(f"policy:{layers}"), episode, 1)
         if peak(parts)[0] < 0.85 * memory_bytes:

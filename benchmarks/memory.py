@@ -80,23 +80,21 @@ def measure(
     import jax
 
     from evac_jax import sharding, trainer_memory
-    from evac_jax.bridge.types import EnvSpec
+    from evac_jax.episode import Episode
     from evac_jax.learner import Learner
     from evac_jax.memory_parts import peak
     from policies.openvla_oft.import_hf import load_config
-    from policies.spec import ActionSpec
 
     config = train_config(folder, variant, micro_batch, remat=remat)
     sizes = trainer_memory.policy_sizes(config.policy, load_config(folder))
-    episode = trainer_memory.Episode((1, FRAME, FRAME, 3), sizes.chunk, 1)
+    episode = Episode((1, FRAME, FRAME, 3), sizes.chunk, sizes.chunk)
     estimate, _ = peak(trainer_memory.trainer_parts(config, sizes, episode, 1))
     told = {"estimate": estimate}
     if xla:
         told["xla"] = sum(trainer_memory.compiled_bytes(config, sizes, episode))
         jax.clear_caches()
 
-    spec = EnvSpec(config.env.num_envs, episode.image_shape, 7, ActionSpec(), ("push",), 1, 8)
-    learner = Learner(config, sharding.make_mesh(1, 1, jax.devices()[:1]), spec)
+    learner = Learner(config, sharding.make_mesh(1, 1, jax.devices()[:1]), episode)
     batch = learner.put(made_up_batch(config, sizes))
     metrics = learner.update(batch, jax.random.key(0))
     if metrics["actor/skipped_updates"] or not metrics["actor/grad_norm"] > 0:

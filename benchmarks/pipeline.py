@@ -66,13 +66,15 @@ class Side:
         import jax
 
         from evac_jax import sharding
+        from evac_jax.episode import Episode
         from evac_jax.learner import Learner
         from evac_jax.simulators import Simulators, training_specs
 
         mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
         self.simulators = Simulators(training_specs(config), mesh, config).wait_until_ready()
         pin_children(core)
-        self.learner = Learner(config, mesh, self.simulators.spec)
+        self.learner = Learner(config, mesh, Episode.of(self.simulators.spec))
+        self.learner.meet(self.simulators.spec)
 
     def collect(self) -> tuple[Any, dict[str, float]]:
         """Collect one iteration's episodes; return them and the seconds of their parts."""

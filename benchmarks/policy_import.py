@@ -161,15 +161,13 @@ def train(work: Path, variant: str) -> dict:
     import numpy as np
 
     from evac_jax import checkpoint, sharding
-    from evac_jax.bridge.types import EnvSpec
     from evac_jax.config import to_dict
+    from evac_jax.episode import Episode
     from evac_jax.learner import Learner
-    from policies.spec import ActionSpec
 
     config = train_config(work, variant)
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    env = EnvSpec(2, (1, 64, 64, 3), 7, ActionSpec(), TASKS, 1, 8)
-    learner = Learner(config, mesh, env)
+    learner = Learner(config, mesh, Episode((1, 64, 64, 3), 8, 8))
     for iteration in range(2):
         batch = _made_up_batch(learner, work / "source", iteration)
         metrics = learner.update(learner.put(batch), jax.random.key(iteration))

@@ -193,15 +193,14 @@ def update_once(algorithm: str, folder: Path, layout: Layout) -> tuple[dict, dic
 
     from evac_jax import learner as learners
     from evac_jax import sharding
-    from evac_jax.bridge.types import EnvSpec
-    from policies.spec import ActionSpec
+    from evac_jax.episode import Episode
 
     config, policy = train_config(algorithm, folder, layout), sizes()
     frame, steps = (1, policy.image_size, policy.image_size, 3), config.env.max_episode_steps
-    env = EnvSpec(EPISODES, frame, 7, ActionSpec(), INSTRUCTIONS, 1, steps)
+    episode = Episode(frame, policy.chunk, steps)
     mesh = sharding.make_mesh(layout.data, layout.fsdp)
     with mock.patch.object(learners, "make_optimizer", keep_gradient):
-        learner = learners.Learner(config, mesh, env)
+        learner = learners.Learner(config, mesh, episode)
     share = EPISODES // layout.processes
     own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     rows = jax.tree.map(lambda x: x[own], made_up_batch(learner.has_value_head))

@@ -1,11 +1,16 @@
 """Owns the policy on the trainer's devices: imports it, samples with it, updates it.
 
+    learner = Learner(config, mesh, episode)
+    learner.begin_to_compile()                 # beside what follows
+    learner.meet(simulators.spec)              # once they run
+
 Two jitted functions: `sample`, and the algorithm's update, whose state is donated. Where the
 devices that decide are not those that learn, or deciding goes on during an update, `sample` has a
 copy of the parameters of its own, made by `sync`. What goes in and comes out are this host's rows.
 """
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -20,11 +25,16 @@ from algos.types import RolloutBatch, TrainState, WeightedMetric
 from evac_jax import sharding
 from evac_jax.bridge.types import EnvSpec
 from evac_jax.config import TrainConfig
+from evac_jax.episode import Episode, batch_shapes
 from evac_jax.errors import ConfigError
 from evac_jax.policy_import import import_policy
 from evac_jax.simulators import BatchStep
 from policies.activations import activations_at
 from policies.types import ObsBatch, PolicyOutput
+
+
+def _shape(x, place) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 class Learner:
@@ -33,22 +43,22 @@ class Learner:
     Args:
         config: of the run.
         mesh: where parameters and batches lie.
-        env: the simulator's facts; instructions are tokenised once.
+        episode: what the policy sees and does.
         rollout_mesh: where it is decided; None = on `mesh`.
 
     Attributes:
         state: `algos.types.TrainState`, the only thing that training changes.
+        batch_shapes: of one iteration, `RolloutBatch` of `jax.ShapeDtypeStruct`s.
 
     Raises:
         CheckpointError: the start policy cannot be imported.
-        ConfigError: policy and simulator do not fit together.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         mesh: jax.sharding.Mesh,
-        env: EnvSpec,
+        episode: Episode,
         rollout_mesh: jax.sharding.Mesh | None = None,
     ):
         self._config, self._mesh, self._rollout_mesh = config, mesh, rollout_mesh or mesh
@@ -56,17 +66,13 @@ class Learner:
         loaded = import_policy(
             config.policy,
             seed=config.seed,
-            chunk=env.action.chunk,
-            num_images=env.image_shape[0],
+            chunk=episode.chunk,
+            num_images=episode.image_shape[0],
             shardings=partial(sharding.leaf_sharding, mesh),
         )
-        if loaded.model.action_spec != env.action:
-            raise ConfigError(
-                f"policy and simulator disagree about actions: {loaded.model.action_spec} against "
-                f"{env.action}; use a checkpoint and a world model of the same chunk and dimensions"
-            )
-        tokens, mask = loaded.tokenizer.encode(list(env.instructions))
-        self._prompts = jnp.asarray(tokens), jnp.asarray(mask)
+        self._action_spec, self._tokenizer = loaded.model.action_spec, loaded.tokenizer
+        self.batch_shapes = batch_shapes(config, loaded.model.config, episode)
+        self._episode, self._compiling = episode, None
         self.has_value_head = config.policy.value_head != "none"
 
         self._graphdef, params, self._rest = nnx.split(loaded.model, nnx.Param, ...)
@@ -77,6 +83,44 @@ class Learner:
         if self._rollout_mesh != mesh:
             self._deciding_rest = sharding.move(self._rollout_mesh, self._rest)
         self.sync()
+
+    def meet(self, env: EnvSpec) -> None:
+        """Get to know the simulators, before the first decision; instructions are tokenised once.
+
+        Raises:
+            ConfigError: policy and simulator do not fit together.
+        """
+        if self._action_spec != env.action:
+            raise ConfigError(
+                f"policy and simulator disagree about actions: {self._action_spec} against "
+                f"{env.action}; use a checkpoint and a world model of the same chunk and dimensions"
+            )
+        if (came := Episode.of(env)) != self._episode:
+            raise ConfigError(
+                f"simulator: expected {self._episode} from world_model.checkpoint, got {came}"
+            )
+        tokens, mask = self._tokenizer.encode(list(env.instructions))
+        self._prompts = jnp.asarray(tokens), jnp.asarray(mask)
+
+    def begin_to_compile(self) -> None:
+        """Compile the update in a thread, while simulators start and imagine the first episodes.
+
+        Where jax finds it in the cache on disk, it is traced and loaded. What goes wrong is raised
+        by the first `start_update`, which waits for the thread.
+        """
+
+        def shapes(tree):
+            return jax.tree.map(lambda x: _shape(x, x.sharding), tree)
+
+        state, rest = shapes(self.state), shapes(self._rest)
+        batch = jax.tree.map(lambda x: _shape(x, self._batch_sharding), self.batch_shapes)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        # A later call of the jitted function finds in JAX's own tables what this leaves there.
+        thread = ThreadPoolExecutor(1, "compile")
+        self._compiling = thread.submit(
+            lambda: self._update.lower(state, rest, batch, key).compile()
+        )
+        thread.shutdown(wait=False)
 
     def _initial_state(self, params, optimizer) -> TrainState:
         """Build the state directly on its shards; nothing is ever whole on one device."""
@@ -210,6 +254,9 @@ class Learner:
             self._move_optimizer(self._optimizer_shardings)
         if "sampler" in offload:
             self._deciding = None
+        if self._compiling:
+            self._compiling.result()
+            self._compiling = None
         self.state, metrics = self._update(self.state, self._rest, batch, key)
         return metrics
 

@@ -15,9 +15,9 @@ from absl import logging
 
 from algos import ALGORITHMS
 from evac_jax import checkpoint, cluster, report
-from evac_jax.bridge.types import EnvSpec
 from evac_jax.checkpoint import Checkpoints
 from evac_jax.config import TrainConfig, to_dict
+from evac_jax.episode import Episode, expected_episode
 from evac_jax.errors import (
     BridgeTimeoutError,
     CheckpointError,
@@ -151,7 +151,7 @@ def _rates(outcome: dict[str, Evaluation]) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def _simulators(config: TrainConfig, mesh, *, learning: bool = True):
-    """Start all simulator processes of this host; end them whatever happens."""
+    """Start all simulator processes of this host, unawaited; end them whatever happens."""
     with contextlib.ExitStack() as stack:
         imagined = real = None
         host = jax.process_index()
@@ -161,26 +161,30 @@ def _simulators(config: TrainConfig, mesh, *, learning: bool = True):
         if config.eval.ground_truth != "none":
             real = Simulators(ground_truth_specs(config), mesh, config, host)
             stack.callback(real.close)
-        for pool in (imagined, real):
-            if pool is not None:
-                pool.wait_until_ready()
         # Where nothing is learned in it, one pool of the ground truth is enough.
         yield imagined or real, real
 
 
-def check_sizes(config: TrainConfig, mesh, rollout_mesh, env: EnvSpec) -> None:
+def _introduce(learner: Learner, imagined: Simulators, real: Simulators | None) -> None:
+    """Wait for the simulators; let the learner know those that it learns in."""
+    for pool in filter(None, (real, imagined)):
+        pool.wait_until_ready()
+    learner.meet(imagined.spec)
+
+
+def check_sizes(config: TrainConfig, mesh, rollout_mesh, episode: Episode) -> None:
     """Check what depends on the devices and on the world model's chunk.
 
     Raises:
         ConfigError: batches cannot be cut as configured; all reasons in one message.
     """
     problems = []
-    if env.max_episode_steps % env.action.chunk:
+    if episode.max_steps % episode.chunk:
         problems.append(
             f"config.env.max_episode_steps: must be a multiple of the world model's chunk of "
-            f"{env.action.chunk} actions, got {env.max_episode_steps}"
+            f"{episode.chunk} actions, got {episode.max_steps}"
         )
-    samples = config.episodes_per_iteration * (env.max_episode_steps // env.action.chunk)
+    samples = config.episodes_per_iteration * episode.chunks
     algorithm = importlib.import_module(ALGORITHMS[config.algorithm])
     problems += algorithm.problems(
         config.algo, num_samples=samples, reward_coefficient=config.reward.coefficient
@@ -212,8 +216,11 @@ def run(config: TrainConfig) -> None:
         _simulators(config, rollout_mesh) as (imagined, real),
         cluster.one_for_all(config, folder.checkpoints),
     ):
-        check_sizes(config, mesh, rollout_mesh, imagined.spec)
-        learner = Learner(config, mesh, imagined.spec, rollout_mesh)
+        episode = expected_episode(config) or Episode.of(imagined.wait_until_ready().spec)
+        check_sizes(config, mesh, rollout_mesh, episode)
+        learner = Learner(config, mesh, episode, rollout_mesh)
+        learner.begin_to_compile()  # the simulators read their weights meanwhile
+        _introduce(learner, imagined, real)
         make_folder(folder, config)  # not before all that a configuration can get wrong
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         starts = StartSampler.from_config(
@@ -359,7 +366,9 @@ def evaluate_only(config: TrainConfig) -> None:
     path = Path(config.log.dir) / (config.log.run or "eval")
     mesh, rollout_mesh = cluster.make_meshes(config)
     with _simulators(config, rollout_mesh, learning=False) as (imagined, real):
-        learner = Learner(config, mesh, imagined.spec, rollout_mesh)
+        episode = expected_episode(config) or Episode.of(imagined.wait_until_ready().spec)
+        learner = Learner(config, mesh, episode, rollout_mesh)
+        _introduce(learner, imagined, real)
         iteration = 0
         if config.checkpoint.restore:
             run = checkpoint.find_run(config)

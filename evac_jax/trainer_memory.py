@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import importlib
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,9 +20,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from algos import ALGORITHMS
 from algos.optim import make_optimizer
-from algos.types import RolloutBatch, TrainState
+from algos.types import TrainState
 from evac_jax import sharding
 from evac_jax.config import PolicyConfig, TrainConfig
+from evac_jax.episode import Episode, batch_shapes
 from evac_jax.errors import ConfigError
 from evac_jax.memory_parts import Part
 from policies.openvla_oft.config import OpenVLAOFTConfig
@@ -39,21 +39,6 @@ WORKSPACE = 2.6
 # skipped needs the old ones to the end.
 MOMENTS_HELD_TWICE = 0.85
 ROLLOUT, BACKWARD, OPTIMISER = "the rollout", "the backward pass", "the optimiser's step"
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What the policy sees and does.
-
-    Attributes:
-        image_shape: (views, height, width, 3) of a frame.
-        chunk: actions of one decision.
-        chunks: decisions of an episode.
-    """
-
-    image_shape: tuple[int, int, int, int]
-    chunk: int
-    chunks: int
 
 
 def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any):
@@ -90,7 +75,7 @@ def trainer_parts(
     trained = held(jax.tree.map(lambda p: _like(p, jnp.float32), params))
     micro = -(-(config.algo.micro_batch or config.algo.global_batch) // devices)
     envs = -(-config.env.num_envs // devices)
-    batch = _bytes(_abstract_batch(config, sizes, episode)) / devices
+    batch = _bytes(batch_shapes(config, sizes, episode)) / devices
     layer = _layer_bytes(sizes)
     once_more = 2 if config.rollout.refill else 1
     moments = held(state.opt_state)
@@ -152,7 +137,7 @@ def compiled_bytes(
 
     state, rest = placed(_abstract_state(config, params)), placed(rest)
     batch = jax.tree.map(
-        lambda x: _like(x, x.dtype, on_batch), _abstract_batch(config, sizes, episode)
+        lambda x: _like(x, x.dtype, on_batch), batch_shapes(config, sizes, episode)
     )
 
     # The learner's own update (Learner._jit) on shapes.
@@ -199,28 +184,6 @@ def _abstract_state(config: TrainConfig, params) -> TrainState:
         updates=zero,
         skipped=zero,
         ref_params=params if config.algo.kl_beta > 0 else None,
-    )
-
-
-def _abstract_batch(config: TrainConfig, sizes: OpenVLAOFTConfig, episode: Episode):
-    def shape(*after, dtype):
-        return jax.ShapeDtypeStruct((config.episodes_per_iteration, *after), dtype)
-
-    chunks, chunk = episode.chunks, episode.chunk
-    tokens = (chunks, chunk, sizes.action_dim)
-    values = None
-    if sizes.num_values:
-        values = shape(chunks + 1, sizes.num_values, dtype=jnp.float32)
-    return RolloutBatch(
-        images=shape(chunks, *episode.image_shape, dtype=jnp.uint8),
-        prompt_tokens=shape(sizes.max_prompt_length, dtype=jnp.int32),
-        prompt_mask=shape(sizes.max_prompt_length, dtype=jnp.bool_),
-        tokens=shape(*tokens, dtype=jnp.int32),
-        log_probs=shape(*tokens, dtype=jnp.float32),
-        values=values,
-        rewards=shape(chunks, chunk, dtype=jnp.float32),
-        terminated=shape(chunks, chunk, dtype=jnp.bool_),
-        truncated=shape(chunks, chunk, dtype=jnp.bool_),
     )
 
 

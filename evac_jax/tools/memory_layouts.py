@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from evac_jax import trainer_memory
 from evac_jax.config import TrainConfig
+from evac_jax.episode import Episode
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
 from evac_jax.memory_parts import Part, peak, table
 from evac_jax.tools import memory_simulator
-from evac_jax.trainer_memory import Episode
 from policies.openvla_oft.config import OpenVLAOFTConfig
 
 # Resident size of either process before it holds anything, with torch's and JAX's CPU builds:
@@ -47,9 +47,7 @@ class Setup:
     @property
     def episode(self) -> Episode:
         """What the policy sees and does."""
-        model = self.world_model
-        chunks = -(-self.config.env.max_episode_steps // model.chunk)
-        return Episode((model.n_view, *model.image_size, 3), model.chunk, chunks)
+        return Episode.imagined_by(self.world_model, self.config.env.max_episode_steps)
 
     @property
     def imagines(self) -> bool:

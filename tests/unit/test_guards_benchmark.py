@@ -6,10 +6,9 @@ import pytest
 
 from benchmarks import guards
 from benchmarks.guards import Outcome
-from evac_jax.bridge.types import EnvSpec
+from evac_jax.episode import Episode
 from evac_jax.errors import ConfigError
 from evac_jax.train import check_sizes
-from policies.spec import ActionSpec
 
 
 def _line(iteration, imagined, real, false=None, alarm=0.0):
@@ -64,17 +63,9 @@ def _present(settings, tmp_path):
 def test_run_of_every_variant_passes_the_checks_before_training(variant, tmp_path):
     settings = guards.settings_of(variant, tmp_path)
     config = guards.config_of(_present(settings, tmp_path))
-    env = EnvSpec(
-        num_envs=1,
-        image_shape=(1, 64, 64, 3),
-        proprio_dim=8,
-        action=ActionSpec(dim=7, chunk=8),
-        instructions=(),
-        num_starts=1,
-        max_episode_steps=config.env.max_episode_steps,
-    )
+    episode = Episode((1, 64, 64, 3), chunk=8, max_steps=config.env.max_episode_steps)
     mesh = jax.make_mesh((1,), ("data",))
-    check_sizes(config, mesh, mesh, env)
+    check_sizes(config, mesh, mesh, episode)
 
 
 def test_every_guard_is_on_in_the_last_variant():

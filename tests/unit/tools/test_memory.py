@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from evac_jax import trainer_memory
+from evac_jax.episode import Episode
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import AutoencoderConfig, EvacConfig, ImageTowerConfig, ResamplerConfig
 from evac_jax.memory_parts import Part, peak
 from evac_jax.tools import memory, memory_advice, memory_layouts, memory_simulator
-from evac_jax.trainer_memory import Episode
 from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
 
 TOWER = VisionTowerConfig(width=16, depth=2, heads=2, mlp_width=32)
@@ -67,7 +67,7 @@ def test_published_sizes_are_taken_when_nothing_is_there():
     setup = memory.read_setup(config, "", "")
     assert sum(trainer_memory.count(setup.sizes)) == 7_541_237_184
     assert config.policy.checkpoint == ""
-    assert setup.episode == Episode((1, 256, 256, 3), 8, 32)
+    assert setup.episode == Episode((1, 256, 256, 3), 8, 256)
 
 
 def test_state_is_counted_as_the_learner_keeps_it(small):

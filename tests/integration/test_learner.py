@@ -1,0 +1,66 @@
+"""The update is compiled before there is anything to learn from."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from evac_jax import sharding
+from evac_jax.bridge.types import EnvSpec
+from evac_jax.episode import expected_episode
+from evac_jax.errors import ConfigError
+from evac_jax.learner import Learner
+from evac_jax.miniature.tasks import INSTRUCTIONS
+from policies.spec import ActionSpec
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_config):
+    return Learner(tiny_config, sharding.make_mesh(2, 2), expected_episode(tiny_config))
+
+
+def an_iteration(learner):
+    """Return episodes in which nothing happens, and the key of their update."""
+    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), learner.batch_shapes)
+    return learner.put(batch), jax.random.key(1)
+
+
+def test_update_is_compiled_once_and_beside_the_main_thread(learner):
+    iteration, compiled_by = an_iteration(learner), []
+
+    def listen(event, _seconds, **_):
+        compiled_by.extend([threading.current_thread()] if event == COMPILED else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        learner.begin_to_compile()
+        learner.start_update(*iteration)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled_by) == 1
+    assert compiled_by[0] is not threading.main_thread()
+
+
+def test_what_goes_wrong_beside_the_main_thread_is_raised_by_the_update(learner, monkeypatch):
+    class Broken:
+        def lower(self, *_):
+            raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(learner, "_update", Broken())
+    learner.begin_to_compile()
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        learner.update(*an_iteration(learner))
+
+
+def test_simulators_with_other_actions_or_episodes_are_refused(tiny_config, learner):
+    frames = expected_episode(tiny_config).image_shape
+    env = EnvSpec(8, frames, 8, ActionSpec(), INSTRUCTIONS, 1, 16)
+    learner.meet(env)
+    with pytest.raises(ConfigError, match="disagree about actions"):
+        learner.meet(dataclasses.replace(env, action=ActionSpec(chunk=4)))
+    with pytest.raises(ConfigError, match=r"expected Episode.*max_steps=16.*max_steps=24"):
+        learner.meet(dataclasses.replace(env, max_episode_steps=24))
