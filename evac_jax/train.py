@@ -212,12 +212,16 @@ def run(config: TrainConfig) -> None:
     check_policy(config.policy)  # before simulators take minutes to start
     folder = choose_folder(config)
     mesh, rollout_mesh = cluster.make_meshes(config)
+    episode = expected_episode(config)
+    if episode:
+        check_sizes(config, mesh, rollout_mesh, episode)
     with (
         _simulators(config, rollout_mesh) as (imagined, real),
         cluster.one_for_all(config, folder.checkpoints),
     ):
-        episode = expected_episode(config) or Episode.of(imagined.wait_until_ready().spec)
-        check_sizes(config, mesh, rollout_mesh, episode)
+        if not episode:
+            episode = Episode.of(imagined.wait_until_ready().spec)
+            check_sizes(config, mesh, rollout_mesh, episode)
         learner = Learner(config, mesh, episode, rollout_mesh)
         learner.begin_to_compile()  # the simulators read their weights meanwhile
         _introduce(learner, imagined, real)

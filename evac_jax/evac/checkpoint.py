@@ -274,7 +274,7 @@ def load_model(
         ) from error
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    name = description.get("model")
+    name = description.get("model") if isinstance(description, dict) else None
     if name not in MODELS or (kind is not None and name != kind):
         expected = kind or " or ".join(sorted(MODELS))
         raise CheckpointError(f"{path}: expected a model of kind {expected}, got {name!r}")

@@ -268,6 +268,9 @@ def test_folder_is_refused_when_it_is_not_the_expected_one(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         checkpoint.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="expected a model of kind .* got None"):
+        checkpoint.load_model(tmp_path)
 
 
 def test_saving_is_refused_when_the_class_is_not_known(tmp_path):
