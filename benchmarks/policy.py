@@ -7,8 +7,9 @@ parameters; the baseline (`baselines/policy_torch.py`) does what the public refe
 the same uint8 frames and ragged prompts, in float32. Each side has a process of its own, bound to
 so many cores; they take turns, and a ratio is the median over the turns, so that a busy machine
 slows both alike; the CPU time of each side stands beside. Before anything is timed, log-probs,
-entropies, values and all gradients of the two are compared. --remat times ours
-alone instead, by what its backward pass recomputes (`policy.remat`), scanned and unrolled.
+entropies, values and all gradients of the two are compared. Ours keeps freed memory, as a trainer
+does (`evac_jax/cpu_memory.py`); MALLOC_... variables before the command rule both. --remat
+times ours alone instead, by what its backward pass recomputes, scanned and unrolled.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import torch
 from flax import nnx
 
 from benchmarks import machine
+from evac_jax.cpu_memory import keep_freed_memory
 from evac_jax.evac.lean_imports import ensure_torchvision
 from policies.openvla_oft import hf_keys
 from policies.openvla_oft.config import REMAT_POLICIES, OpenVLAOFTConfig, VisionTowerConfig
@@ -202,6 +204,8 @@ def bind(threads: int) -> int:
 def serve(name: str, threads: int, batch: int, pipe: Connection) -> None:
     """Time one side's stages as they are asked for; the first time of each is its warm-up."""
     bind(threads)
+    if name == "ours":
+        keep_freed_memory()  # as a trainer does
     sides, _, _ = make_sides(batch)
     side = sides[name]()
     del sides
@@ -262,6 +266,7 @@ def run(threads: int, batch: int, repeats: int) -> dict[str, Any]:
 def run_remat(threads: int, batch: int, repeats: int) -> list[dict[str, Any]]:
     """Time a training step of ours by what it recomputes, in this process, taking turns."""
     bind(threads)
+    keep_freed_memory()
     inputs, sides = make_inputs(CONFIG, batch), {}
     for scan in (True, False):
         for remat in REMAT_POLICIES:

@@ -10,7 +10,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from evac_jax import sharding
+from evac_jax.cluster_config import ClusterConfig
 from evac_jax.config import TrainConfig
+from evac_jax.cpu_memory import keep_freed_memory
 from evac_jax.errors import ConfigError, EvacJaxError, HostError
 from evac_jax.placement import Placement, rollout_fsdp
 
@@ -33,9 +35,13 @@ def start(config: TrainConfig) -> None:
             folder = Path(config.log.dir, ".compiled")
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)
-    cluster = config.cluster
-    if cluster.num_nodes == 1:
-        return
+    if config.cluster.num_nodes > 1:
+        _join(config.cluster)
+    if not config.train.max_staleness:  # or an update would not let the rollout go on beside it
+        keep_freed_memory()
+
+
+def _join(cluster: ClusterConfig) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU devices only
     try:
         jax.distributed.initialize(

@@ -26,6 +26,7 @@ import optax
 from absl import logging
 from flax import nnx
 
+from evac_jax.cpu_memory import keep_freed_memory
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.env import to_policy_actions
 from evac_jax.miniature.expert import Expert, demonstrate
@@ -364,4 +365,5 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()
