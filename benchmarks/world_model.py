@@ -44,7 +44,7 @@ from benchmarks.world_model_sides import (
 
 ENVS, STEPS = 4, 10
 TOLERANCE = 1e-3  # largest difference of a pixel in [-1, 1]; float32 leaves about a tenth of it
-FLAT_STEPS, FLAT_WARM_UP, FLAT_SPAN = 2, 2, 8
+FLAT_STEPS, FLAT_WARM_UP, FLAT_SPAN = 2, 2, 16
 
 
 def timed(call: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
@@ -139,15 +139,16 @@ def peak_bytes(reset: bool = False) -> int:
 def flatness(px: int, chunks: int) -> dict[str, Any]:
     """Let our path imagine a long episode; return how its last chunks differ from first ones.
 
-    In time from those of another episode, which begins late and takes turns with it: a machine
-    whose speed drifts is not taken for growth. In memory from its own.
+    In time from those of another episode, which begins late and takes turns with it, the median of
+    the turns: a machine whose speed drifts is not taken for growth. In memory from its own.
     """
     config = make_config(px)
     side, episode = Ours(make_model(config), Stopwatch()), Episode(config, ENVS, 3)
     span = min(FLAT_SPAN, (chunks - FLAT_WARM_UP) // 2)
     states, rows = {"long": None, "late": None}, {"long": [], "late": []}
     for turn in range(chunks):
-        for name in ("long", "late") if turn >= chunks - span - FLAT_WARM_UP else ("long",):
+        both = ("long", "late") if turn % 2 else ("late", "long")
+        for name in both if turn >= chunks - span - FLAT_WARM_UP else ("long",):
             poses, noise = episode.chunk(FLAT_STEPS)
             peak_bytes(reset=True)
             start, side.state = None if rows[name] else episode.start, states[name]
@@ -155,13 +156,14 @@ def flatness(px: int, chunks: int) -> dict[str, Any]:
             states[name] = side.state
             rows[name].append({"wall_s": wall, "cpu_s": cpu, "peak_bytes": peak_bytes()})
 
-    def deviation(kind: str, first: list[dict[str, float]]) -> float:
-        parts = (rows["long"][-span:], first)
-        one, other = (statistics.median(row[kind] for row in part) for part in parts)
-        return abs(one / other - 1)
+    last, first = rows["long"][-span:], rows["long"][FLAT_WARM_UP:][:span]
 
-    deviations = {kind: deviation(kind, rows["late"][-span:]) for kind in ("wall_s", "cpu_s")}
-    deviations["peak_bytes"] = deviation("peak_bytes", rows["long"][FLAT_WARM_UP:][:span])
+    def growth(kind: str, others: list[dict[str, float]]) -> float:
+        pairs = zip(last, others, strict=True)
+        return abs(statistics.median(row[kind] / other[kind] for row, other in pairs) - 1)
+
+    deviations = {kind: growth(kind, rows["late"][-span:]) for kind in ("wall_s", "cpu_s")}
+    deviations["peak_bytes"] = growth("peak_bytes", first)
     return {"px": px, "steps": FLAT_STEPS, "span": span, "deviation": deviations, "chunks": rows}
 
 
