@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MEGABYTES = 128
 PROGRAM = """
-import resource
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: every fault is one small page
 import jax, jax.numpy as jnp
 from evac_jax.cpu_memory import keep_freed_memory
 
