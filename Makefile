@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REQUIREMENTS := requirements.txt requirements-dev.txt
 
-# More for pytest or the build, e.g. make test ARGS='tests/unit/test_config.py -x'
+# More for pytest or the build, e.g. make test ARGS='tests/unit/config/test_build.py -x'
 ARGS ?=
 # Folders of golden vectors for `make parity`, each with a manifest.json.
 GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json))
@@ -52,7 +52,7 @@ bench: $(STAMP)  ## Measure the frame exchange; names the benchmarks that take h
 	$(BIN)/python -m benchmarks.bridge
 
 miniature: $(STAMP)  ## Make every shipped weight from nothing (hours). ARGS='--ship' installs them.
-	$(BIN)/python -m evac_jax.tools.build_miniature $(ARGS)
+	$(BIN)/python -m evac_jax.tools.recipes.miniature $(ARGS)
 
 # LIBERO's simulator has an environment of its own; docs/libero.md tells what else is needed.
 LIBERO_VENV := .venv-libero

@@ -16,8 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from evac_jax import overrides
-from evac_jax.config import from_config_dict
+from evac_jax.config.build import from_config_dict
+from evac_jax.config.flags import check_flags
 from evac_jax.errors import ConfigError, EvacJaxError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
     module, function = {
         "train": ("evac_jax.train", "run"),
         "eval": ("evac_jax.train", "evaluate_only"),
-        "collect": ("evac_jax.tools.collect", "run"),
-        "export": ("evac_jax.tools.export_policy", "run"),
+        "collect": ("evac_jax.tools.episodes.collect", "run"),
+        "export": ("evac_jax.tools.policy.export", "run"),
     }[_MODE.value]
     more = {"export_dir": _EXPORT_DIR.value} if _EXPORT_DIR.value else {}
     getattr(importlib.import_module(module), function)(config, **more)
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 def cli() -> None:
     """Run `main`; a user's mistake ends with one message and status 2, without a traceback."""
     try:
-        overrides.check(sys.argv[1:], default_file="configs/grpo.py")
+        check_flags(sys.argv[1:], default_file="configs/grpo.py")
         app.run(main)
     except EvacJaxError as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")

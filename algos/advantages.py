@@ -133,7 +133,7 @@ def to_chunk_level(
     return rewards.sum(axis=-1, keepdims=True), dones.any(axis=-1, keepdims=True)
 
 
-def _valid_mean_and_count(x: Array, valid: Array | None) -> tuple[Array, Array, Array]:
+def valid_mean_and_count(x: Array, valid: Array | None) -> tuple[Array, Array, Array]:
     """Return (mean over valid entries, their number, entries − mean with invalid ones at 0)."""
     weight = jnp.ones_like(x) if valid is None else jnp.broadcast_to(valid, x.shape).astype(x.dtype)
     count = weight.sum()
@@ -154,47 +154,9 @@ def normalize(
     Source: RLinf `safe_normalize`. Differences: 1. a single valid entry leaves x finite; 2. under
     jit the statistics are those of the whole sharded batch, not of one rank's share.
     """
-    mean, count, centred = _valid_mean_and_count(x, valid)
+    mean, count, centred = valid_mean_and_count(x, valid)
     std = jnp.sqrt(jnp.sum(centred**2) / jnp.maximum(count - 1.0, 1.0))
     return jnp.where(count >= 2, (x - mean) / (std + epsilon), x)
-
-
-def moments(
-    x: Float[Array, "*shape"], valid: Bool[Array, "*shape"] | None = None
-) -> Float[Array, " 3"]:
-    """Return [count, sum, sum of squares] of the valid entries; moments of parts add up."""
-    entries = x if valid is None else jnp.where(valid, x, 0.0)
-    count = x.size if valid is None else jnp.broadcast_to(valid, x.shape).sum()
-    return jnp.stack([jnp.asarray(count, x.dtype), entries.sum(), jnp.sum(entries**2)])
-
-
-def normalize_by_moments(
-    x: Float[Array, "*shape"], statistics: Float[Array, " 3"], *, epsilon: float = NORMALIZE_EPSILON
-) -> Float[Array, "*shape"]:
-    """Return (x − mean) / √(variance + ε), population variance, ε inside the root.
-
-    Source: RLinf's pipelined trainer.
-    """
-    count = jnp.maximum(statistics[0], 1.0)
-    mean = statistics[1] / count
-    variance = jnp.maximum(statistics[2] / count - mean**2, 0.0)
-    return (x - mean) * jax.lax.rsqrt(variance + epsilon)
-
-
-def normalize_masked(
-    x: Float[Array, "*shape"],
-    valid: Bool[Array, "*shape"] | None = None,
-    *,
-    epsilon: float = NORMALIZE_EPSILON,
-) -> Float[Array, "*shape"]:
-    """Return (x·valid − mean) / (std + ε), population deviation; invalid entries become −mean/std.
-
-    Source: RLinf's asynchronous PPO.
-    """
-    mean, count, centred = _valid_mean_and_count(x, valid)
-    std = jnp.sqrt(jnp.sum(centred**2) / jnp.maximum(count, 1.0))
-    masked = x if valid is None else jnp.where(valid, x, 0.0)
-    return (masked - mean) / (std + epsilon)
 
 
 def flatten_steps(x: Array) -> Array:

@@ -9,9 +9,8 @@ Entries that do not count never reach a gradient: their log-ratios are zeroed be
 """
 
 import chex
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 LEVELS = ("token_level", "action_level", "chunk_level")
 KL_KINDS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl")
@@ -206,25 +205,6 @@ def clipped_surrogate(
     )
 
 
-def interpolate_log_probs(
-    log_probs: Float[Array, "..."],
-    old_log_probs: Float[Array, "..."],
-    versions: Float[Array, "..."],
-    current_version: float,
-) -> Float[Array, "..."]:
-    """Return proximal log-probabilities, one version behind the current policy, without gradient.
-
-    old + α·(new − old), α = clip((current − 1 − version) / (current − version), 0, 1); α = 0 where
-    the version is unknown (negative) or not older than the current one.
-
-    Source: RLinf's decoupled PPO loss.
-    """
-    age = current_version - versions
-    known = (age > 0) & (versions >= 0)
-    alpha = jnp.where(known, clip((age - 1.0) / jnp.where(known, age, 1.0), 0.0, 1.0), 0.0)
-    return jax.lax.stop_gradient(old_log_probs + alpha * (log_probs - old_log_probs))
-
-
 def decoupled_surrogate(
     log_probs: Float[Array, "..."],
     old_log_probs: Float[Array, "..."],
@@ -329,36 +309,3 @@ def entropy_weights(
         return raw / jnp.maximum(valid.sum(), 1)
     valid = valid.any(axis=1) if len(shape) == 1 else match_rank(valid, len(shape))
     return mean_weights(valid, shape)
-
-
-def action_log_probs(
-    logits: Float[Array, "... S"],
-    tokens: Int[Array, "..."],
-    *,
-    first_token: int,
-    end_token: int,
-    temperature: float = 1.0,
-    top_k: int = -1,
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Return (log-probability of the tokens, entropy), over the action tokens [first, end) only.
-
-    Computed on the action window in float32 (or wider), so that no −inf enters: gradients are
-    finite, and exactly 0 outside the window.
-
-    Args:
-        temperature: > 0; divides the logits.
-        top_k: keep the k largest of ALL logits before restricting; k <= 0 = off.
-
-    Source: RLinf's OpenVLA-OFT policy, which writes −inf over the other tokens; its entropy has NaN
-    gradients. Differences: 1. the window; 2. float32 whatever the logits' dtype.
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
-    window = logits[..., first_token:end_token]
-    kept = jnp.ones(window.shape, bool)
-    if 0 < top_k < logits.shape[-1]:
-        kept = window >= jax.lax.top_k(logits, top_k)[0][..., -1:]
-    all_log_probs = jax.nn.log_softmax(jnp.where(kept, window, -jnp.inf), axis=-1, where=kept)
-    safe = jnp.where(kept, all_log_probs, 0.0)
-    entropy = -jnp.sum(jnp.where(kept, jnp.exp(safe) * safe, 0.0), axis=-1)
-    index = tokens[..., None] - first_token
-    return jnp.take_along_axis(all_log_probs, index, axis=-1)[..., 0], entropy

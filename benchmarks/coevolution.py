@@ -22,44 +22,46 @@ from pathlib import Path
 from absl import logging
 
 from evac_jax import report
-from evac_jax.config import MINIATURE_WEIGHTS
+from evac_jax.config.schema import MINIATURE_WEIGHTS
 from evac_jax.errors import EvacJaxError
-from evac_jax.tools import build_miniature, recipes
-from evac_jax.tools.stages import WORK, Stage, Workshop
+from evac_jax.tools.recipes import commands, miniature
+from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
 
-CONFIG = build_miniature.CONFIG
+CONFIG = miniature.CONFIG
 POLICY = f"{MINIATURE_WEIGHTS}/policy"
-SIMULATED = build_miniature.SIMULATOR | {"policy.checkpoint": POLICY}
-EPISODES = {"base": build_miniature.COUNTS["base"] // 3, "rollouts": 800 // 3}
+SIMULATED = miniature.SIMULATOR | {"policy.checkpoint": POLICY}
+EPISODES = {"base": miniature.COUNTS["base"] // 3, "rollouts": 800 // 3}
 STEPS = {"pose_model": 4000, "world_model": 2500, "reward": 1500}
 IMAGINED, FINE_TUNING, ITERATIONS, SCENES = 1200, 1000, 8, 512
 SEED = 100  # of the recordings: other scenes than those of the shipped weights
 
 
 def make_stages(build: Path) -> list[Stage]:
-    """Return the poor simulator's recipe, that of `build_miniature` in small."""
-    at, stages = build_miniature.at, []
+    """Return the poor simulator's recipe, that of `recipes.miniature` in small."""
+    at, stages = miniature.at, []
 
     def add(name: str, command: tuple[str, ...], *inputs: str, cores=1, resumes=False) -> None:
         stages.append(Stage(name, command, inputs, name, cores, resumes))
 
     recordings = [at("base"), at("rollouts")]
-    add("base", recipes.record(at("base"), build_miniature.MIX, EPISODES["base"], SEED))
-    more = recipes.record_policy(CONFIG, {}, POLICY, at("rollouts"), EPISODES["rollouts"], SEED + 1)
+    add("base", commands.record(at("base"), miniature.MIX, EPISODES["base"], SEED))
+    more = commands.record_policy(
+        CONFIG, {}, POLICY, at("rollouts"), EPISODES["rollouts"], SEED + 1
+    )
     add("rollouts", more)
-    command = recipes.tool("train_action_model", data=recordings, out=at("pose_model"))
+    command = commands.tool("world_model.train_pose_model", data=recordings, out=at("pose_model"))
     add("pose_model", (*command, "--steps", str(STEPS["pose_model"])), "base", "rollouts")
-    command = recipes.tool("train_world_model", data=recordings, out=at("world_model"))
+    command = commands.tool("world_model.train", data=recordings, out=at("world_model"))
     settings = {"autoencoder": build / "autoencoder", "steps": STEPS["world_model"]}
-    command += recipes.options(**build_miniature.WORLD_MODEL, **settings)
+    command += commands.options(**miniature.WORLD_MODEL, **settings)
     both = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     inputs = ("base", "rollouts")
     add("world_model", (*both, *command, "--few_steps"), *inputs, cores=2, resumes=True)
-    simulator = build_miniature.SIMULATOR
-    dream = recipes.imagine(CONFIG, simulator, recordings, at("imagined"), IMAGINED)
+    simulator = miniature.SIMULATOR
+    dream = commands.imagine(CONFIG, simulator, recordings, at("imagined"), IMAGINED)
     add("imagined", dream, "world_model")
     reward = [at("imagined")]
-    command = recipes.train_reward(CONFIG, {}, at("reward"), recordings, reward, STEPS["reward"])
+    command = commands.train_reward(CONFIG, {}, at("reward"), recordings, reward, STEPS["reward"])
     add("reward", command, "imagined")
     return stages
 
@@ -67,7 +69,13 @@ def make_stages(build: Path) -> list[Stage]:
 def coevolve(work: Path) -> None:
     """Run two rounds; what is finished is kept."""
     settings = {name: str(path).replace(WORK, str(work)) for name, path in SIMULATED.items()}
-    command = ["-m", "evac_jax.tools.coevolve", f"--config={CONFIG}", "--out", work / "rounds"]
+    command = [
+        "-m",
+        "evac_jax.tools.recipes.coevolve",
+        f"--config={CONFIG}",
+        "--out",
+        work / "rounds",
+    ]
     command += ["--data", work / "base", work / "rollouts", "--rounds", 2, "--few_steps"]
     command += ["--patience", 2]  # a first round without success is what the second may mend
     command += ["--iterations", ITERATIONS, "--world_model_steps", FINE_TUNING]
@@ -80,10 +88,10 @@ def longer(stages: list[Stage]) -> list[Stage]:
     """Return the stages of plain RL as long as both rounds, and of its success."""
     settings = SIMULATED | {"train.iterations": 2 * ITERATIONS}
     inputs = ("pose_model", "world_model", "reward")
-    run = Stage("long", recipes.train(CONFIG, WORK, "long", settings, 4), inputs, "long", cores=2)
-    best = recipes.export(f"{WORK}/long", f"{WORK}/long_policy")
-    judged = {"policy.checkpoint": f"{WORK}/long_policy", "eval.starts": recipes.REPORT}
-    command = recipes.evaluate(CONFIG, f"{WORK}/success", "long_report", judged, SCENES)
+    run = Stage("long", commands.train(CONFIG, WORK, "long", settings, 4), inputs, "long", cores=2)
+    best = commands.export(f"{WORK}/long", f"{WORK}/long_policy")
+    judged = {"policy.checkpoint": f"{WORK}/long_policy", "eval.starts": commands.REPORT}
+    command = commands.evaluate(CONFIG, f"{WORK}/success", "long_report", judged, SCENES)
     return [
         *stages,
         run,

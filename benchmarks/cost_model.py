@@ -207,7 +207,7 @@ def iteration(
 
 def count_parameters(policy: OpenVLAOFTConfig) -> int:
     """Return the policy's trained parameters, from the shapes of the real module."""
-    from evac_jax.trainer_memory import count
+    from evac_jax.tools.memory.trainer import count
 
     return count(policy)[0]
 

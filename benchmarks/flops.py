@@ -1,8 +1,8 @@
 """Floating-point operations of the networks, from their configurations alone.
 
 A multiplication with its addition counts as 2; only convolutions, matrix products and attention
-count. tests/unit/test_cost_model.py holds these formulae against what torch and XLA count. Letters
-as in docs/scaling.md: n tokens, w width, t frames.
+count. tests/unit/benchmarks/test_cost_model.py holds these formulae against what torch and XLA
+count. Letters as in docs/scaling.md: n tokens, w width, t frames.
 """
 
 from evac_jax.evac.config import (

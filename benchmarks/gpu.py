@@ -309,10 +309,10 @@ def run_child(part: str, compiled: bool, environment: dict[str, str]) -> dict[st
 
 def largest_policy(memory_bytes: float) -> int:
     """Return the most Llama layers whose full fine-tuning should fit, 0 if none does."""
-    from evac_jax import trainer_memory
-    from evac_jax.config import default_config
-    from evac_jax.episode import Episode
-    from evac_jax.memory_parts import peak
+    from evac_jax.config.build import default_config
+    from evac_jax.shapes import Episode
+    from evac_jax.tools.memory import trainer
+    from evac_jax.tools.memory.parts import peak
 
     config = default_config("grpo")
     samples = MICRO_BATCH * MICRO_BATCHES
@@ -323,7 +323,7 @@ def largest_policy(memory_bytes: float) -> int:
     )
     episode = Episode((1, 256, 256, 3), 8, 8)
     for layers in LAYERS_TRIED:
-        parts = trainer_memory.trainer_parts(config, _full_policy(f"policy:{layers}"), episode, 1)
+        parts = trainer.trainer_parts(config, _full_policy(f"policy:{layers}"), episode, 1)
         if peak(parts)[0] < 0.85 * memory_bytes:
             return layers
     return 0

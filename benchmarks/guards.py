@@ -22,8 +22,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.learning import ARMS, ROOT, Bench
-from evac_jax import overrides, report
-from evac_jax.config import MINIATURE_WEIGHTS, TrainConfig, from_config_dict
+from evac_jax import report
+from evac_jax.config.build import from_config_dict
+from evac_jax.config.flags import load_preset
+from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
 from evac_jax.errors import ConfigError
 
 BAD = {"reward.threshold": 0.1, "reward.success_frames": 1}
@@ -148,7 +150,7 @@ def config_of(settings: Mapping[str, object]) -> TrainConfig:
     Raises:
         ConfigError: weights or recordings are missing, or fields do not fit together.
     """
-    config = overrides.load(str(ROOT / ARMS["grpo"][0]))
+    config = load_preset(str(ROOT / ARMS["grpo"][0]))
     for name, value in settings.items():
         section, field = name.split(".")
         config[section][field] = value
@@ -209,7 +211,7 @@ def prepare(variants: Sequence[str], work: Path) -> None:
     recordings = {s["env.keyframe_data"] for s in settings.values() if "env.keyframe_data" in s}
     for folder in recordings:
         if not Path(folder).is_dir():
-            command = [sys.executable, "-m", "evac_jax.tools.collect", "--out", folder]
+            command = [sys.executable, "-m", "evac_jax.tools.episodes.collect", "--out", folder]
             subprocess.run([*command, *DEMONSTRATIONS], cwd=ROOT, check=True)
     problems = []
     for variant, values in settings.items():

@@ -26,9 +26,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from evac_jax import overrides, report
-from evac_jax.telemetry.files import replacing
-from evac_jax.tools.recipes import REPORT, SELECTION
+from evac_jax import report
+from evac_jax.config.flags import load_preset
+from evac_jax.files.atomic import replacing
+from evac_jax.tools.recipes.commands import REPORT, SELECTION
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ("policy.checkpoint", "world_model.checkpoint", "reward.checkpoint", "env.pose_model")
@@ -178,7 +179,7 @@ class Bench:
 
     def _key(self, preset: str, settings: Mapping[str, object], extra: object = None) -> str:
         """Return a short hash of all that the outcome depends on, except for the code."""
-        config = overrides.load(str(ROOT / preset)).to_dict()
+        config = load_preset(str(ROOT / preset)).to_dict()
         folders = {}
         for name in WEIGHTS:
             section, field = name.split(".")

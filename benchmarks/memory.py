@@ -27,7 +27,8 @@ FRAME = 64
 
 def train_config(folder: Path, variant: str, micro_batch: int, *, remat: str):
     """Return a run's configuration: an iteration of two micro-batches, episodes of one chunk."""
-    from evac_jax.config import PolicyConfig, default_config
+    from evac_jax.config.build import default_config
+    from evac_jax.config.schema import PolicyConfig
 
     config = default_config("grpo")
     return dataclasses.replace(
@@ -79,19 +80,20 @@ def measure(
 
     import jax
 
-    from evac_jax import sharding, trainer_memory
-    from evac_jax.episode import Episode
+    from evac_jax.devices import sharding
     from evac_jax.learner import Learner
-    from evac_jax.memory_parts import peak
+    from evac_jax.shapes import Episode
+    from evac_jax.tools.memory import trainer
+    from evac_jax.tools.memory.parts import peak
     from policies.openvla_oft.import_hf import load_config
 
     config = train_config(folder, variant, micro_batch, remat=remat)
-    sizes = trainer_memory.policy_sizes(config.policy, load_config(folder))
+    sizes = trainer.policy_sizes(config.policy, load_config(folder))
     episode = Episode((1, FRAME, FRAME, 3), sizes.chunk, sizes.chunk)
-    estimate, _ = peak(trainer_memory.trainer_parts(config, sizes, episode, 1))
+    estimate, _ = peak(trainer.trainer_parts(config, sizes, episode, 1))
     told = {"estimate": estimate}
     if xla:
-        told["xla"] = sum(trainer_memory.compiled_bytes(config, sizes, episode))
+        told["xla"] = sum(trainer.compiled_bytes(config, sizes, episode))
         jax.clear_caches()
 
     learner = Learner(config, sharding.make_mesh(1, 1, jax.devices()[:1]), episode)

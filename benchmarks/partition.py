@@ -52,8 +52,8 @@ def compile_update(
     from algos import ALGORITHMS
     from algos.optim import OptimizerConfig, make_optimizer
     from algos.update import init_state
-    from evac_jax import sharding
-    from evac_jax.config import algorithm_config
+    from evac_jax.config.build import algorithm_config
+    from evac_jax.devices import sharding
     from policies.activations import activations_at
     from policies.openvla_oft.import_hf import abstract_model
 
@@ -100,7 +100,7 @@ def cut_entries(params, pattern: str = "") -> int:
     """Return how many entries of parameters lie cut; of those whose path matches `pattern`."""
     import jax
 
-    from evac_jax import sharding
+    from evac_jax.devices import sharding
 
     return sum(
         leaf.size
@@ -159,7 +159,7 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
     import jax
 
-    from evac_jax import sharding
+    from evac_jax.devices import sharding
     from policies.openvla_oft.config import OpenVLAOFTConfig
 
     sizes = OpenVLAOFTConfig(num_layers=args.layers, remat="full")

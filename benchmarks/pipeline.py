@@ -41,7 +41,7 @@ def write_policy(folder: Path, layers: int) -> None:
 
     from evac_jax.miniature.sizes import POLICY
     from evac_jax.miniature.tasks import INSTRUCTIONS
-    from evac_jax.tools.train_policy import NORM_STATS
+    from evac_jax.tools.policy.train import NORM_STATS
     from policies.openvla_oft.export_hf import create_policy_folder
     from policies.openvla_oft.model import OpenVLAOFT
 
@@ -65,9 +65,9 @@ class Side:
     def __init__(self, config, core: int):
         import jax
 
-        from evac_jax import sharding
-        from evac_jax.episode import Episode
+        from evac_jax.devices import sharding
         from evac_jax.learner import Learner
+        from evac_jax.shapes import Episode
         from evac_jax.simulators import Simulators, training_specs
 
         mesh = sharding.make_mesh(1, 1, jax.devices()[:1])

@@ -8,7 +8,7 @@ the same uint8 frames and ragged prompts, in float32. Each side has a process of
 so many cores; they take turns, and a ratio is the median over the turns, so that a busy machine
 slows both alike; the CPU time of each side stands beside. Before anything is timed, log-probs,
 entropies, values and all gradients of the two are compared. Ours keeps freed memory, as a trainer
-does (`evac_jax/cpu_memory.py`); MALLOC_... variables before the command rule both. --remat
+does (`evac_jax/devices/malloc.py`); MALLOC_... variables before the command rule both. --remat
 times ours alone instead, by what its backward pass recomputes, scanned and unrolled.
 """
 
@@ -35,7 +35,7 @@ import torch
 from flax import nnx
 
 from benchmarks import machine
-from evac_jax.cpu_memory import keep_freed_memory
+from evac_jax.devices.malloc import keep_freed_memory
 from evac_jax.evac.lean_imports import ensure_torchvision
 from policies.openvla_oft import hf_keys
 from policies.openvla_oft.config import REMAT_POLICIES, OpenVLAOFTConfig, VisionTowerConfig

@@ -109,7 +109,8 @@ def train_config(work: Path, variant: str):
     """Return a run's configuration: GRPO, groups of two, one sample at a time."""
     import dataclasses
 
-    from evac_jax.config import PolicyConfig, default_config
+    from evac_jax.config.build import default_config
+    from evac_jax.config.schema import PolicyConfig
 
     config = default_config("grpo")
     return dataclasses.replace(
@@ -134,7 +135,7 @@ def import_only(work: Path, parameters: float) -> dict:
 
     import jax
 
-    from evac_jax import sharding
+    from evac_jax.devices import sharding
     from evac_jax.policy_import import import_policy
 
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
@@ -160,10 +161,11 @@ def train(work: Path, variant: str) -> dict:
     import jax
     import numpy as np
 
-    from evac_jax import checkpoint, sharding
-    from evac_jax.config import to_dict
-    from evac_jax.episode import Episode
+    from evac_jax import checkpoint
+    from evac_jax.config.build import to_dict
+    from evac_jax.devices import sharding
     from evac_jax.learner import Learner
+    from evac_jax.shapes import Episode
 
     config = train_config(work, variant)
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
@@ -217,7 +219,8 @@ def verify(work: Path, variant: str) -> dict:
     """Import the export of WORK/<variant> and compare every bit with the run and the source."""
     import numpy as np
 
-    from evac_jax.tools import cards, export_policy
+    from evac_jax.files import cards
+    from evac_jax.tools.policy import export as export_policy
     from policies.openvla_oft import hf_keys, lora
     from policies.openvla_oft.checkpoint_files import CheckpointFiles
 

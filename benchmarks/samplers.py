@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from evac_jax.dataset import Episodes
-from evac_jax.sim.base import IDLE
+from evac_jax.bridge.environment import IDLE
+from evac_jax.files.recordings import Episodes
 from evac_jax.sim.env import WorldModelEnv
 from evac_jax.sim.recorded_starts import RecordedStarts
-from evac_jax.tools import validate_world_model as trust
-from evac_jax.tools.trust_replay import make_environment
-from evac_jax.tools.trust_scores import psnr
+from evac_jax.tools.trust import __main__ as trust
+from evac_jax.tools.trust.replay import make_environment
+from evac_jax.tools.trust.scores import psnr
 
 REFERENCE = ("ddim", 0.0, 50)  # solver, eta, steps
 OTHERS = (

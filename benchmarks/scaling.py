@@ -39,7 +39,7 @@ LAYOUTS = ("1p-1x1", "1p-1x2", "1p-1x4", "1p-1x8")
 def miniature_config(num_envs: int, chunks: int, stages: int = 1):
     """Return the shipped miniature's configuration at another size; episodes never end early."""
     from configs import grpo
-    from evac_jax.config import from_config_dict
+    from evac_jax.config.build import from_config_dict
 
     values = grpo.get_config("miniature").to_dict()
     values["env"] |= {"num_envs": num_envs, "max_episode_steps": 8 * chunks}

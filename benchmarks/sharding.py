@@ -115,7 +115,8 @@ def make_policy(folder: Path) -> None:
 
 def train_config(algorithm: str, folder: Path, layout: Layout):
     """Return a run whose iteration is one global batch of two micro-batches."""
-    from evac_jax.config import MeshConfig, PolicyConfig, default_config
+    from evac_jax.config.build import default_config
+    from evac_jax.config.schema import MeshConfig, PolicyConfig
 
     config, policy = default_config(algorithm), sizes()
     return dataclasses.replace(
@@ -192,8 +193,8 @@ def update_once(algorithm: str, folder: Path, layout: Layout) -> tuple[dict, dic
     from jax.experimental import multihost_utils
 
     from evac_jax import learner as learners
-    from evac_jax import sharding
-    from evac_jax.episode import Episode
+    from evac_jax.devices import sharding
+    from evac_jax.shapes import Episode
 
     config, policy = train_config(algorithm, folder, layout), sizes()
     frame, steps = (1, policy.image_size, policy.image_size, 3), config.env.max_episode_steps

@@ -7,8 +7,8 @@ UNet of 60.6 M parameters, autoencoder of 21 M, random weights; chunks of 8 fram
 history, 4 environments, 10 DDIM steps, eta 1, float32, the full-size success classifier on every
 new frame. The naive path (`baselines/evac_model.py`, `evac_unet.py`) does the work of the public
 code in one process with a thread per core. Ours deals its environments to a process per core with
-one thread each, as `configs/common.py` deals them to its simulators; `--processes 1` keeps all in
-the process of the naive path, with its threads. Both imagine the same episodes, taking turns
+one thread each, as `configs/miniature.py` deals them to its simulators; `--processes 1` keeps all
+in the process of the naive path, with its threads. Both imagine the same episodes, taking turns
 chunk by chunk, after a warm-up and a comparison of their frames; every later chunk is compared
 too. With --compile ours is compiled (`world_model.compile`), which takes minutes of the warm-up.
 Then our path alone, packed and in one process, imagines 34 chunks in a row, with fewer DDIM steps,

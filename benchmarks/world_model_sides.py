@@ -21,8 +21,8 @@ from evac_jax.evac.config import (
     ResamplerConfig,
     UNetConfig,
 )
+from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import Camera, EvacModel
-from evac_jax.evac.packed import accelerate
 from evac_jax.sim.reward import RewardConfig, RewardNet
 
 ETA = 1.0

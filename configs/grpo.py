@@ -10,11 +10,12 @@
 more about each.
 """
 
-from configs import common, libero
+from configs import libero, miniature
+from evac_jax.config.presets import base
 
 
 def _miniature(config) -> None:
-    common.miniature(config)
+    miniature.miniature(config)
     config.algo.group_size = 8
     config.algo.global_batch = 256
     config.algo.micro_batch = 32
@@ -27,4 +28,4 @@ PRESETS = {"miniature": _miniature} | libero.presets(libero.full_size_grpo)
 
 def get_config(preset: str = "miniature"):
     """Return the ConfigDict of a preset."""
-    return common.base("grpo", preset, PRESETS)
+    return base("grpo", preset, PRESETS)

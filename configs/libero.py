@@ -7,14 +7,29 @@ the user's. docs/presets.md tells hardware, memory and command of each preset.
 
 from ml_collections import config_dict
 
-from configs import common
-
 GPUS = 8  # of the published run
 
 
 def full_size(config: config_dict.ConfigDict) -> None:
     """The 7B policy and full-size EVAC on 8 GPUs, each of which trains and imagines."""
-    common.libero(config)
+    config.policy.value_head = "none"
+    config.policy.temperature = 1.6
+    config.policy.eval_temperature = 1.6
+    config.policy.param_dtype = "float32"
+    config.policy.compute_dtype = "bfloat16"
+    config.policy.remat = "full"
+    config.world_model.steps = 50
+    config.reward.coefficient = 5.0
+    config.env.initial_states = "npy"
+    config.env.max_episode_steps = 256
+    config.env.num_envs = 16
+    config.rollout.epochs = 16
+    config.simulator.devices = ("cuda",)
+    # Where eval.ground_truth is "libero": a process for each task (1.4 GB), ten episodes of each.
+    config.eval.ground_truth_envs = 10
+    config.eval.ground_truth_episodes = 100
+    config.train.iterations = 1000
+    config.seed = 1234
     config.policy.unnorm_key = "libero_spatial"
     config.policy.max_prompt_length = 128
     config.policy.top_k = -1

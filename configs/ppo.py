@@ -10,11 +10,12 @@ No PPO configuration for a world model was ever published; the full-size presets
 more about each.
 """
 
-from configs import common, libero
+from configs import libero, miniature
+from evac_jax.config.presets import base
 
 
 def _miniature(config) -> None:
-    common.miniature(config)
+    miniature.miniature(config)
     libero.chunk_level(config)
     config.algo.global_batch = 256
     config.algo.micro_batch = 32
@@ -29,4 +30,4 @@ PRESETS = {"miniature": _miniature} | libero.presets(libero.full_size_ppo)
 
 def get_config(preset: str = "miniature"):
     """Return the ConfigDict of a preset."""
-    return common.base("ppo", preset, PRESETS)
+    return base("ppo", preset, PRESETS)

@@ -15,9 +15,9 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from evac_jax.config import TrainConfig
+from evac_jax.config.schema import TrainConfig
+from evac_jax.devices.sharding import path_name
 from evac_jax.errors import CheckpointError
-from evac_jax.sharding import path_name
 
 CONFIG_FILE = "config.json"
 

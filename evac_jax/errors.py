@@ -3,6 +3,15 @@
 They live apart from the code that raises them so that both processes can import them.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return ' Did you mean ...?', or '' when nothing in `valid` is close to `name`."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
 
 class EvacJaxError(Exception):
     """Base of every error that is the user's to act on; launch.py prints it without a traceback."""

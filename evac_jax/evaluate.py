@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from evac_jax import sharding
 from evac_jax.bridge.types import IDLE
+from evac_jax.devices import sharding
 from evac_jax.learner import Learner
 from evac_jax.rollout import Stopwatch, env_metrics, episode_figures, padded, play, whole
 from evac_jax.simulators import Simulators

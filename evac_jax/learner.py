@@ -22,12 +22,12 @@ from flax import nnx
 from algos import ALGORITHMS
 from algos.optim import make_optimizer
 from algos.types import RolloutBatch, TrainState, WeightedMetric
-from evac_jax import sharding
 from evac_jax.bridge.types import EnvSpec
-from evac_jax.config import TrainConfig
-from evac_jax.episode import Episode, batch_shapes
+from evac_jax.config.schema import TrainConfig
+from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.policy_import import import_policy
+from evac_jax.shapes import Episode, batch_shapes
 from evac_jax.simulators import BatchStep
 from policies.activations import activations_at
 from policies.types import ObsBatch, PolicyOutput

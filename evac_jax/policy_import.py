@@ -7,10 +7,11 @@ from typing import Any
 
 from absl import logging
 
-from evac_jax.config import PolicyConfig
+from evac_jax.config.schema import PolicyConfig
 from evac_jax.errors import CheckpointError
 from evac_jax.telemetry.reading import ReadProgress
 from policies import POLICIES
+from policies.base import LoadedPolicy
 
 
 def check_policy(policy: PolicyConfig) -> None:
@@ -25,8 +26,8 @@ def check_policy(policy: PolicyConfig) -> None:
         _module().check_policy(policy.checkpoint, **options)
 
 
-def import_policy(policy: PolicyConfig, *, seed: int, **more: Any) -> Any:
-    """Return the loader's result (model, tokenizer, notes) for `policy`.
+def import_policy(policy: PolicyConfig, *, seed: int, **more: Any) -> LoadedPolicy:
+    """Return the loader's result for `policy`.
 
     Args:
         seed: of parameters that start fresh.

@@ -12,7 +12,8 @@ from typing import Any
 
 from absl import logging
 
-from evac_jax.config import TrainConfig, from_config_dict, to_dict
+from evac_jax.config.build import from_config_dict, to_dict
+from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, EvacJaxError, HostError
 
 PLACEMENT_TIMEOUT_S = 120
@@ -109,7 +110,7 @@ def _check(ray: Any, job: Any, host: int, names: list[str], config: TrainConfig)
             raise HostError(f"{where}: {error.cause}") from None
         raise HostError(f"{where} failed:\n{error}") from None
     except ray.exceptions.RayActorError as error:
-        from evac_jax.cluster import last_checkpoint
+        from evac_jax.devices.hosts import last_checkpoint
 
         folder = Path(config.checkpoint.dir or Path(config.log.dir, config.log.run, "checkpoints"))
         reason = str(error).strip().splitlines()[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evac_jax.errors import DataError
-from evac_jax.telemetry.files import replacing
+from evac_jax.files.atomic import replacing
 
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from algos.types import RolloutBatch
-from evac_jax import sharding
 from evac_jax.bridge.types import IDLE
+from evac_jax.devices import sharding
 from evac_jax.errors import SimulatorError
 from evac_jax.learner import Learner
 from evac_jax.simulators import BatchStep, Simulators

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evac_jax import sharding
 from evac_jax.bridge.client import Exchange, SimulatorClient
 from evac_jax.bridge.types import StepResult
-from evac_jax.config import TrainConfig
+from evac_jax.config.schema import TrainConfig
+from evac_jax.devices import sharding
+from evac_jax.devices.placement import env_devices
 from evac_jax.errors import SimulatorError
-from evac_jax.placement import env_devices
 from evac_jax.starts import noise_seed
 
 

@@ -4,15 +4,11 @@ NumPy only. The trainer draws ids here and hands them to a simulator, which alon
 id means (a file, a scene seed). Training, evaluation and reporting use disjoint id ranges.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from evac_jax.bridge.types import KEYFRAMES
+from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
-
-if TYPE_CHECKING:
-    from evac_jax.config import TrainConfig
 
 ORDERS = ("fixed", "ordered", "random")
 
@@ -80,7 +76,7 @@ class StartSampler:
 
     @classmethod
     def from_config(
-        cls, config: "TrainConfig", num_starts: int, num_keyframes: int = 0
+        cls, config: TrainConfig, num_starts: int, num_keyframes: int = 0
     ) -> "StartSampler":
         """Build the sampler of a run's training starts.
 

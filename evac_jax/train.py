@@ -14,10 +14,11 @@ import numpy as np
 from absl import logging
 
 from algos import ALGORITHMS
-from evac_jax import checkpoint, cluster, report
+from evac_jax import checkpoint, report
 from evac_jax.checkpoint import Checkpoints
-from evac_jax.config import TrainConfig, to_dict
-from evac_jax.episode import Episode, expected_episode
+from evac_jax.config.build import to_dict
+from evac_jax.config.schema import TrainConfig
+from evac_jax.devices import hosts
 from evac_jax.errors import (
     BridgeTimeoutError,
     CheckpointError,
@@ -30,6 +31,7 @@ from evac_jax.learner import Learner
 from evac_jax.policy_import import check_policy
 from evac_jax.refill import collect_informative
 from evac_jax.rollout import Stopwatch, collect
+from evac_jax.shapes import Episode, expected_episode
 from evac_jax.simulators import Simulators, ground_truth_specs, training_specs
 from evac_jax.starts import StartSampler
 from evac_jax.telemetry import progress, writers
@@ -62,7 +64,7 @@ def choose_folder(config: TrainConfig) -> RunFolder:
     else:
         name = config.log.run or time.strftime(f"{config.algorithm}-%Y%m%d-%H%M%S")
         path = Path(config.log.dir) / name
-        if cluster.is_first_host() and (path / checkpoint.CONFIG_FILE).exists():
+        if hosts.is_first_host() and (path / checkpoint.CONFIG_FILE).exists():
             raise CheckpointError(
                 f"{str(path)!r} already holds a run; continue it with "
                 f"--config.checkpoint.restore={path}, or choose another --config.log.run"
@@ -77,12 +79,12 @@ def choose_folder(config: TrainConfig) -> RunFolder:
 
 def make_folder(folder: RunFolder, config: TrainConfig) -> None:
     """Write the configuration there: from now on this is a run that can be continued."""
-    if cluster.is_first_host():
+    if hosts.is_first_host():
         folder.path.mkdir(parents=True, exist_ok=True)
         temporary = folder.path / f"{checkpoint.CONFIG_FILE}.tmp"
         temporary.write_text(json.dumps(to_dict(config), indent=2))
         os.replace(temporary, folder.path / checkpoint.CONFIG_FILE)
-    cluster.wait_for_all("run folder")
+    hosts.wait_for_all("run folder")
 
 
 class Evaluators:
@@ -127,7 +129,7 @@ class Evaluators:
             for name, value in result.metrics.items()
         }
         self.writer.write(iteration, scalars)
-        if not cluster.is_first_host():
+        if not hosts.is_first_host():
             return outcome
         for place, result in outcome.items():
             # Names of imagined films carry no place: that is what most films are.
@@ -208,16 +210,16 @@ def check_sizes(config: TrainConfig, mesh, rollout_mesh, episode: Episode) -> No
 def run(config: TrainConfig) -> None:
     """Train from the start, or from a checkpoint, to `train.iterations`; print the summary."""
     began = time.perf_counter()
-    cluster.start(config)
+    hosts.start(config)
     check_policy(config.policy)  # before simulators take minutes to start
     folder = choose_folder(config)
-    mesh, rollout_mesh = cluster.make_meshes(config)
+    mesh, rollout_mesh = hosts.make_meshes(config)
     episode = expected_episode(config)
     if episode:
         check_sizes(config, mesh, rollout_mesh, episode)
     with (
         _simulators(config, rollout_mesh) as (imagined, real),
-        cluster.one_for_all(config, folder.checkpoints),
+        hosts.one_for_all(config, folder.checkpoints),
     ):
         if not episode:
             episode = Episode.of(imagined.wait_until_ready().spec)
@@ -243,10 +245,10 @@ def run(config: TrainConfig) -> None:
             logging.info("restored %s at iteration %d", folder.path, finished)
 
         writer = writers.NullWriter()
-        if cluster.is_first_host():
+        if hosts.is_first_host():
             writer = writers.make_writer(folder.path, config, resume_step=finished)
         evaluators = Evaluators(config, learner, imagined, real, folder, writer)
-        watch, compiled = Stopwatch(), cluster.Compilations()
+        watch, compiled = Stopwatch(), hosts.Compilations()
         if before is None:
             outcome = evaluators.run(0)
             before = _rates(outcome)
@@ -340,7 +342,7 @@ def run(config: TrainConfig) -> None:
                     break
         checkpoints.close()
         writer.close()
-    if not cluster.is_first_host():
+    if not hosts.is_first_host():
         return
     report.finish(
         folder.path,
@@ -365,10 +367,10 @@ def evaluate_only(config: TrainConfig) -> None:
     Raises:
         CheckpointError: there is no such run, or it lacks the iteration `checkpoint.step`.
     """
-    cluster.start(config)
+    hosts.start(config)
     check_policy(config.policy)
     path = Path(config.log.dir) / (config.log.run or "eval")
-    mesh, rollout_mesh = cluster.make_meshes(config)
+    mesh, rollout_mesh = hosts.make_meshes(config)
     with _simulators(config, rollout_mesh, learning=False) as (imagined, real):
         episode = expected_episode(config) or Episode.of(imagined.wait_until_ready().spec)
         learner = Learner(config, mesh, episode, rollout_mesh)
@@ -393,7 +395,7 @@ def evaluate_only(config: TrainConfig) -> None:
     if config.eval.ground_truth == "libero":
         keys = ("suite", "episode_steps", "wait_steps", "seed", "image_size")
         settings["libero"] = {key: getattr(config.libero, key) for key in keys}
-    if not cluster.is_first_host():
+    if not hosts.is_first_host():
         return
     report.finish_evaluation(
         path,

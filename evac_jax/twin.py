@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from evac_jax import sharding
-from evac_jax.config import TrainConfig
+from evac_jax.config.schema import TrainConfig
+from evac_jax.devices import sharding
 from evac_jax.errors import DataError
 from evac_jax.rollout import Played, padded
 from evac_jax.simulators import Simulators

@@ -1,5 +1,6 @@
 """What the trainer expects of a policy. A structural type: policies do not inherit from it."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -58,3 +59,17 @@ class Tokenizer(Protocol):
     def encode(self, tasks: list[str]) -> tuple[Any, Any]:
         """Return (prompt_tokens [n L] int32, prompt_mask [n L] bool)."""
         ...
+
+
+class LoadedPolicy(Protocol):
+    """What a loader returns.
+
+    Attributes:
+        model: the policy, an NNX module.
+        tokenizer: of its prompts.
+        notes: what a user should know of the import, a line each.
+    """
+
+    model: Policy
+    tokenizer: Tokenizer
+    notes: Sequence[str]

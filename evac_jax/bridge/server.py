@@ -17,17 +17,15 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from evac_jax.bridge import protocol
+from evac_jax.bridge.environment import Environment
 from evac_jax.bridge.slots import CudaSlots, SharedSlots, SlotLayout
 from evac_jax.bridge.types import EnvSpec, StepResult
 from evac_jax.errors import ConfigError, EvacJaxError, SimulatorError
-
-if TYPE_CHECKING:
-    from evac_jax.sim.base import Environment
 
 # A busy simulator gets this long to notice that the trainer is gone before it is killed.
 ORPHAN_GRACE_S = 2.0
@@ -63,7 +61,7 @@ def check_result(env: EnvSpec, result: StepResult) -> None:
         )
 
 
-def build_environments(spec: dict) -> "list[Environment]":
+def build_environments(spec: dict) -> list[Environment]:
     """Return the parts of the environment that a worker spec names (see `evac_jax.sim.worker`).
 
     Raises:

@@ -1,9 +1,9 @@
 """Models in and out of folders, and whether the weights of a file fit a model.
 
 A folder is `config.json` ({"model": class name, "config": sizes}) beside `model.safetensors`;
-`evac_jax.tools.import_evac` makes one of a public file. Or write `config.json` beside such a file
-and name it under "weights": it is read as it is, see `weight_files`. Weights are fitted strictly:
-a key that the model lacks must be on the short list of those known to be unused.
+`evac_jax.tools.world_model.import_evac` makes one of a public file. Or write `config.json` beside
+such a file and name it under "weights": it is read as it is, see `weight_files`. Weights are fitted
+strictly: a key that the model lacks must be on the short list of those known to be unused.
 """
 
 import importlib

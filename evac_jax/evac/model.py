@@ -232,7 +232,7 @@ class EvacModel(nn.Module):
             rows: [b] environments to imagine; every other argument and the returned frames then
                 have b entries instead of B.
             deltas: [B, n, 14] replaces the deltas computed from `poses`; only for golden vectors
-                of upstream's `inference`, see `conditioning.upstream_delta_slice`.
+                of upstream's `inference`, see `tests.parity.evac_upstream`.
             guidance: classifier-free guidance scale; 1 is none, and the only tested choice for
                 the RLinf weights.
             solver: see `sampler.solve`.

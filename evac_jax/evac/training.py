@@ -18,9 +18,8 @@ from torch import Tensor
 from evac_jax.evac.conditioning import (
     concat_channels,
     image_condition,
-    window_deltas,
 )
-from evac_jax.evac.model import Camera, EvacModel
+from evac_jax.evac.model import EvacModel
 from evac_jax.evac.schedule import Schedule
 
 
@@ -61,28 +60,6 @@ class LossOptions:
 
 
 PLAIN = LossOptions(dropout=0.0, history_noise=False)
-
-
-@torch.no_grad()
-def encode_batch(model: EvacModel, frames: Tensor, poses: Tensor, camera: Camera) -> TrainingBatch:
-    """Run the frozen parts on raw data.
-
-    Args:
-        model: gives autoencoder and configuration.
-        frames: [B, V, T, 3, H, W] in [-1, 1].
-        poses: [B, T, 16] of the same frames.
-        camera: `c2w` at rest or along the T frames.
-    """
-    config = model.config
-    past = config.n_previous
-    c2w = camera.along(config.frames)
-    return TrainingBatch(
-        latents=model.encode(frames).transpose(2, 3),
-        map_latents=model.encode_maps(poses[:, past:], camera.intrinsic, c2w[:, :, past:]),
-        rays=model.rays(camera.intrinsic, c2w),
-        deltas=window_deltas(poses, config),
-        images=frames[:, :, :past],
-    )
 
 
 def training_loss(

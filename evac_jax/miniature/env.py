@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evac_jax.bridge.environment import whole_part
 from evac_jax.bridge.types import IDLE, KEYFRAMES, EnvSpec, StepResult
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.miniature import scene as world
@@ -19,7 +20,6 @@ from evac_jax.miniature.render import render
 from evac_jax.miniature.scene import ACTION_DIM, POSE_DIM, TABLETOP, Tabletop
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.actions import GRIPPER_RULES, apply_gripper_rule
-from evac_jax.sim.base import whole_part
 from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
 from evac_jax.sim.initial_states import StartCycle
 from evac_jax.sim.recorded_starts import Keyframes
@@ -101,7 +101,7 @@ def to_policy_actions(actions: np.ndarray) -> np.ndarray:
 
 
 class GroundTruthEnv:
-    """A batch of tabletop scenes; implements `evac_jax.sim.base.Environment`.
+    """A batch of tabletop scenes; implements `evac_jax.bridge.environment.Environment`.
 
     An episode that is over stays as it is until it is restarted. With auto-reset frames, task and
     pose of the result are the new episode's, rewards, flags and figures the finished one's.

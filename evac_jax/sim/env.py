@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evac_jax.bridge.environment import IDLE, EnvSpec, StepResult, whole_part
 from evac_jax.errors import ConfigError, DataError, SimulatorError
 from evac_jax.evac.checkpoint import load_model
+from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import Camera, EvacModel, EvacState
-from evac_jax.evac.packed import accelerate
 from evac_jax.sim.actions import (
     POSE_DIM,
     PoseWindow,
@@ -33,7 +34,6 @@ from evac_jax.sim.actions import (
     both_arms,
     integrate_poses,
 )
-from evac_jax.sim.base import IDLE, EnvSpec, StepResult, whole_part
 from evac_jax.sim.camera import resolve_camera
 from evac_jax.sim.env_config import WorldModelEnvConfig
 from evac_jax.sim.episodes import ChunkOutcome, Episodes
@@ -71,7 +71,7 @@ def to_uint8(frames: Tensor) -> Tensor:
 
 
 class WorldModelEnv:
-    """A batch of imagined environments; implements `evac_jax.sim.base.Environment`.
+    """A batch of imagined environments; implements `evac_jax.bridge.environment.Environment`.
 
     Args:
         world_model: an `EvacModel` on its device, in eval mode.

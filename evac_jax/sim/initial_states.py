@@ -16,13 +16,13 @@ import numpy as np
 
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
+from evac_jax.files.restricted_npy import load_objects
 from evac_jax.sim.camera import Matrices, libero_camera
-from evac_jax.sim.restricted_npy import load_objects
 
 INITIAL_STATES = {
     "npy": "evac_jax.sim.initial_states:NpyStarts",
     "recording": "evac_jax.sim.recorded_starts:FolderStarts",
-    "miniature": "evac_jax.sim.initial_states:MiniatureStarts",
+    "miniature": "evac_jax.miniature.starts:MiniatureStarts",
 }
 POSE_DIM = 8
 # Part of the name of RLinf's files that end at a frame to begin at, in the middle of an episode.
@@ -112,7 +112,7 @@ class _StoredStarts:
 
     def load(self, ids: np.ndarray) -> Starts:
         """Return the starts named by `ids`, int64 [B]."""
-        ids = _checked_ids(ids, self.num_starts)
+        ids = checked_ids(ids, self.num_starts)
         return Starts(self._images[ids], self._poses[ids], self._task[ids])
 
 
@@ -195,38 +195,10 @@ class NpyKeyframes:
         tasks = np.array([list(instructions).index(text) for text in self._texts], np.int32)
 
         def load(ids: np.ndarray) -> Starts:
-            places = _checked_ids(np.asarray(ids, np.int64) - KEYFRAMES, self.count)
+            places = checked_ids(np.asarray(ids, np.int64) - KEYFRAMES, self.count)
             return Starts(self._images[places], self._poses[places], tasks[places])
 
         return load
-
-
-class MiniatureStarts:
-    """Start scenes of the miniature tabletop: the start id is the scene's seed.
-
-    Args:
-        num_starts: seeds to offer; any number up to 2**62 costs nothing.
-        image_size: height and width of the pictures, pixels.
-    """
-
-    def __init__(self, num_starts: int = 3_000_000, image_size: int = 64):
-        # Imported here, so that an EVAC run does not need the miniature.
-        from evac_jax.miniature import render, scene, tasks
-
-        self._render, self._scene = render, scene
-        self._image_size = image_size
-        self.num_starts = num_starts
-        self.instructions = tasks.INSTRUCTIONS
-        intrinsic, c2w = render.camera(image_size)
-        self.camera = intrinsic[None], c2w[None]
-        self.camera_size = (image_size, image_size)
-
-    def load(self, ids: np.ndarray) -> Starts:
-        """Return the scenes named by `ids`, int64 [B]; each distinct one is drawn once."""
-        ids, rows = np.unique(_checked_ids(ids, self.num_starts), return_inverse=True)
-        scenes = self._scene.sample_scenes(ids)
-        images = self._render.render(scenes, self._image_size)[:, None]
-        return Starts(images[rows], scenes.pose[rows], scenes.task[rows])
 
 
 def pack_starts(source: InitialStates, ids: np.ndarray, folder: Path, **facts) -> None:
@@ -375,7 +347,12 @@ def _read_all(
     return np.stack(images), np.stack(poses), list(instructions)
 
 
-def _checked_ids(ids: np.ndarray, num_starts: int) -> np.ndarray:
+def checked_ids(ids: np.ndarray, num_starts: int) -> np.ndarray:
+    """Return `ids` as int64 [n].
+
+    Raises:
+        DataError: no vector, or an id outside 0..num_starts-1.
+    """
     ids = np.asarray(ids, np.int64)
     if ids.ndim != 1 or (len(ids) and not (ids.min() >= 0 and ids.max() < num_starts)):
         raise DataError(f"start ids: expected a vector within 0..{num_starts - 1}, got {ids}")

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evac_jax.bridge.environment import whole_part
 from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
+from evac_jax.config.libero import LiberoConfig
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.libero_config import LiberoConfig
 from evac_jax.sim.actions import GRIPPER_RULES, POSE_DIM, apply_gripper_rule
-from evac_jax.sim.base import whole_part
 from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
 from evac_jax.sim.initial_states import StartCycle
 from evac_jax.sim.libero_pool import LiberoPool
@@ -91,7 +91,7 @@ def to_libero(actions: np.ndarray, gripper_rule: str) -> np.ndarray:
 
 
 class LiberoEnv:
-    """A batch of LIBERO episodes; implements `evac_jax.sim.base.Environment`.
+    """A batch of LIBERO episodes; implements `evac_jax.bridge.environment.Environment`.
 
     The suite's number of actions need not be a multiple of the chunk: what a policy decides beyond
     it is not played. An episode that is over stays as it is until it is restarted; with auto-reset

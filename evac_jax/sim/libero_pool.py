@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from evac_jax.config.libero import LiberoConfig
 from evac_jax.errors import SimulatorError
-from evac_jax.libero_config import LiberoConfig
 from evac_jax.sim import libero_worker
 from evac_jax.sim.camera import Matrices, libero_camera
 from evac_jax.sim.libero_tasks import Suite, camera_matrices, load_suite

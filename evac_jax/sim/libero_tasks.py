@@ -74,7 +74,7 @@ def load_suite(file: Path) -> Suite:
     except (OSError, KeyError, ValueError) as error:
         raise DataError(
             f"{file}: not a suite's initial states ({error}); make it by python -m "
-            "evac_jax.tools.import_libero_states"
+            "evac_jax.tools.episodes.import_libero_states"
         ) from error
     _check(file.stem, tasks, states)
     return Suite(file.stem, tasks, states)

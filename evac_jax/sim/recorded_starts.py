@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evac_jax import dataset
 from evac_jax.bridge.types import KEYFRAMES
-from evac_jax.dataset import Episodes
 from evac_jax.errors import ConfigError, DataError
+from evac_jax.files import recordings
+from evac_jax.files.recordings import Episodes
 from evac_jax.sim.initial_states import InitialStates, NpyKeyframes, Starts
 
 
@@ -60,7 +60,7 @@ class FolderStarts(RecordedStarts):
     """`RecordedStarts` of the training part of a recording's folder."""
 
     def __init__(self, folder: str):
-        super().__init__(dataset.load(folder).split()[0])
+        super().__init__(recordings.load(folder).split()[0])
 
 
 class Keyframes:
@@ -78,7 +78,7 @@ class Keyframes:
     """
 
     def __init__(self, folder: str):
-        self.data = data = dataset.load(folder).split()[0]
+        self.data = data = recordings.load(folder).split()[0]
         ends = [int(data.length[n]) for n in range(data.num_episodes)]
         for n, length in enumerate(ends):
             success = np.asarray(data.success[data.rows(n, np.arange(length + 1))])

@@ -4,7 +4,8 @@ Started by `evac_jax.bridge.client.SimulatorClient`, never by hand: the process 
 descriptors, a socket to the trainer and the shared slots. The first message on the socket is the
 worker spec, a JSON object:
 
-    environment  "module:factory", where factory(config) returns an `evac_jax.sim.base.Environment`
+    environment  "module:factory", where factory(config) returns an `Environment`
+                 (evac_jax/bridge/environment.py)
     config       JSON object handed to the factory; default empty
     device       torch device, added to the config as "device"; default: left to the config
     parts        pipeline stages: the environments are cut in so many parts that are asked one by

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from evac_jax.telemetry.files import replacing
+from evac_jax.files.atomic import replacing
 
 MIN_SIZE = 256  # pixels; smaller frames are unreadable in a browser and leave no room for text
 TEXT_SIZE = 15

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import jax
 from absl import logging
 
-from evac_jax.config import TrainConfig, to_dict
+from evac_jax.config.build import to_dict
+from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
-from evac_jax.telemetry.files import replacing
+from evac_jax.files.atomic import replacing
 from evac_jax.telemetry.tensorboard import TensorBoardWriter, finite
 
 METRICS_FILE = "metrics.jsonl"

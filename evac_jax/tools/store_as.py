@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from evac_jax.errors import CheckpointError
-from evac_jax.tools import cards
+from evac_jax.files import cards
 
 DTYPES = ("float16", "bfloat16")
 

@@ -21,8 +21,8 @@ from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.layers import Maker
 from policies.openvla_oft.model import OpenVLAOFT, ValueHead
 from policies.openvla_oft.peft import LoraAdapter
-from policies.openvla_oft.placement import Shardings, place
 from policies.openvla_oft.prompt import PromptTokenizer
+from policies.openvla_oft.tensors import Shardings, place
 
 # Buffers that old exports hold and nobody reads.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -118,7 +118,7 @@ def load_policy(
     Args:
         folder: config.json, safetensors (sharded or single), tokenizer.json, statistics.
         shardings: (path such as "llama/layers/q_proj/kernel", shape) -> where that parameter lies.
-            The host holds one tensor and its cast at a time (`placement.place`). Default: the
+            The host holds one tensor and its cast at a time (`tensors.place`). Default: the
             default device.
         progress: called after every tensor.
         options: see `check_policy`.

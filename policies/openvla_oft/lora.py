@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from policies.openvla_oft import hf_keys
 from policies.openvla_oft.layers import Linear, Maker, UnusedParam
-from policies.openvla_oft.placement import fetch
+from policies.openvla_oft.tensors import fetch
 
 
 class LoraParam(nnx.Param):

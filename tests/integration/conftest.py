@@ -2,8 +2,8 @@
 
 import pytest
 
-from evac_jax import config as configuration
-from evac_jax import overrides
+from evac_jax.config.build import from_config_dict
+from evac_jax.config.flags import load_preset
 from tests.integration import tiny_weights
 from tests.integration.launcher import Launcher, write_weights
 
@@ -19,7 +19,7 @@ def tiny_config(repository, tmp_path_factory):
     """PPO with random weights and noise in every denoising step, on two simulator processes."""
     folder = tmp_path_factory.mktemp("pipeline")
     tiny_weights.write(folder)
-    values = overrides.load(str(repository / "configs/ppo.py"))
+    values = load_preset(str(repository / "configs/ppo.py"))
     values.policy.checkpoint = str(folder / "policy")
     values.world_model.checkpoint = str(folder / "world_model")
     values.world_model.eta = 1.0
@@ -32,4 +32,4 @@ def tiny_config(repository, tmp_path_factory):
     values.algo.micro_batch = 8
     values.eval.ground_truth = "none"
     values.video.episodes = 2
-    return configuration.from_config_dict(values.to_dict())
+    return from_config_dict(values.to_dict())

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from evac_jax.sim.base import EnvSpec, StepResult
+from evac_jax.bridge.environment import EnvSpec, StepResult
 from policies.spec import ActionSpec
 
 # Values of actions[0, 0, 0] that ask for trouble.

@@ -12,7 +12,7 @@ from flax import nnx
 from evac_jax import checkpoint
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import INSTRUCTIONS
-from evac_jax.tools.train_policy import NORM_STATS
+from evac_jax.tools.policy.train import NORM_STATS
 from policies.openvla_oft.export_hf import create_policy_folder
 from policies.openvla_oft.model import OpenVLAOFT
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from evac_jax import sharding
 from evac_jax.bridge.types import EnvSpec
-from evac_jax.episode import expected_episode
+from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.learner import Learner
 from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.shapes import expected_episode
 from policies.spec import ActionSpec
 
 COMPILED = "/jax/core/compile/backend_compile_duration"

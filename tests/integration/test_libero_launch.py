@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evac_jax import dataset
+from evac_jax.files import recordings
 from evac_jax.miniature.sizes import POLICY, WORLD_MODEL
 from evac_jax.sim.libero_tasks import instruction_of
 from evac_jax.telemetry import video
-from evac_jax.tools.train_policy import NORM_STATS
-from evac_jax.tools.world_model_data import WindowSampler
+from evac_jax.tools.policy.train import NORM_STATS
+from evac_jax.tools.world_model.data import WindowSampler
 from policies.openvla_oft.export_hf import create_policy_folder
 from policies.openvla_oft.model import OpenVLAOFT
 from tests.unit.sim import libero_fakes
@@ -98,8 +98,8 @@ def test_recording_repeats_in_the_simulator_and_feeds_the_world_model(launch):
     out = launch.folder / "recording"
     mix = "policy=0.5,random=0.5"
     launch("collect", collect__out=out, collect__episodes=8, collect__mix=mix)
-    dataset.verify(out)
-    data = dataset.load(out)
+    recordings.verify(out)
+    data = recordings.load(out)
     assert data.instructions == INSTRUCTIONS
     assert data.sources == ("policy:policy@0.5", "random")
     assert data.start.tolist() == [0, 1, 2, 3] * 2

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from evac_jax import config as configuration
-from evac_jax import sharding
-from evac_jax.episode import Episode
+from evac_jax.config.build import from_config_dict, to_dict
+from evac_jax.devices import sharding
+from evac_jax.errors import ConfigError
 from evac_jax.evaluate import evaluate
 from evac_jax.learner import Learner
 from evac_jax.rollout import Stopwatch, collect
+from evac_jax.shapes import Episode
 from evac_jax.simulators import Simulators, training_specs
 
 
@@ -64,7 +65,7 @@ def test_two_stages_give_the_numbers_of_one(tiny_config, one_stage):
 
 
 def test_stages_must_divide_the_environments_of_a_process(tiny_config):
-    values = configuration.to_dict(tiny_config)
+    values = to_dict(tiny_config)
     values["rollout"]["pipeline_stages"] = 3
-    with pytest.raises(configuration.ConfigError, match=r"pipeline_stages: must divide the 4"):
-        configuration.from_config_dict(values)
+    with pytest.raises(ConfigError, match=r"pipeline_stages: must divide the 4"):
+        from_config_dict(values)

@@ -45,7 +45,7 @@ def write_policy(folder: Path) -> None:
     """Write a policy folder."""
     from flax import nnx
 
-    from evac_jax.tools.train_policy import NORM_STATS
+    from evac_jax.tools.policy.train import NORM_STATS
     from policies.openvla_oft.export_hf import create_policy_folder
     from policies.openvla_oft.model import OpenVLAOFT
 

@@ -13,7 +13,7 @@ from evac_jax.evac import conditioning, schedule, trajectory_maps
 from evac_jax.evac.config import MapConfig
 from evac_jax.evac.model import Camera, Conditioning, EvacModel, history_places
 from evac_jax.evac.training import diffusion_loss
-from tests.parity import evac_pieces
+from tests.parity import evac_pieces, evac_upstream
 from tests.parity.evac_pieces import FORK, UPSTREAM, UPSTREAM_YAW, tiny_config
 from tests.parity.report import VectorResult, compare
 
@@ -265,14 +265,14 @@ def _check_inference(folder, manifest, golden, entry):
     raw = golden["abs_raw"][None]
     extended = torch.cat((raw[:, :1].expand(-1, past - 1, -1), raw), 1)
     poses = trajectory_maps.tool_yaw(extended, UPSTREAM_YAW)
-    deltas = conditioning.sequence_deltas(raw, config)
+    deltas = evac_upstream.sequence_deltas(raw, config)
     if "action_vis" in golden:
         yield compare("action_vis", poses[0], golden["action_vis"], atol=1e-5)
     if "delta_norm" in golden:
         yield compare("delta_norm", deltas[0], golden["delta_norm"], atol=1e-3)
 
     memory = golden["memory_u8"].permute(0, 3, 1, 2).float() / 255
-    frames = conditioning.resize_memory(memory, config.image_size)[None]
+    frames = evac_upstream.resize_memory(memory, config.image_size)[None]
     size = tuple(memory.shape[-2:])
     intrinsic = conditioning.scale_intrinsic(golden["K"], size, config.image_size)[None]
     chunks = sorted({int(m[1]) for key in golden if (m := CHUNK.search(key))})
@@ -295,7 +295,7 @@ def _check_inference(folder, manifest, golden, entry):
                     golden[f"chunk{k}.noise"].unflatten(0, (-1, config.n_view)),
                     steps=steps,
                     eta=eta,
-                    deltas=conditioning.upstream_delta_slice(deltas, k, config),
+                    deltas=evac_upstream.upstream_delta_slice(deltas, k, config),
                     guidance=float(scale),
                 )
             for name, value in ours.items():

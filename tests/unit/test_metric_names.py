@@ -12,7 +12,7 @@ import pytest
 from algos import grpo, losses, metrics, ppo
 from algos.optim import OptimizerConfig, make_optimizer
 from algos.types import RolloutBatch, TrainState
-from evac_jax.config import default_config
+from evac_jax.config.build import default_config
 from evac_jax.refill import collect_informative
 from evac_jax.rollout import Played, env_metrics
 from evac_jax.telemetry.writers import NON_FINITE

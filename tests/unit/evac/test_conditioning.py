@@ -5,6 +5,7 @@ import torch
 
 from evac_jax.evac import conditioning
 from evac_jax.evac.trajectory_maps import quaternion_to_matrix
+from tests.parity.evac_upstream import resize_memory, sequence_deltas, upstream_delta_slice
 from tests.unit.evac.tiny import TINY, poses
 
 
@@ -80,22 +81,20 @@ def test_window_gives_one_delta_per_frame_of_the_chunk():
     window = poses(2, TINY.frames)
     deltas = conditioning.window_deltas(window, TINY)
     assert deltas.shape == (2, TINY.chunk, 14)
-    torch.testing.assert_close(deltas, conditioning.sequence_deltas(window, TINY)[:, -TINY.chunk :])
+    torch.testing.assert_close(deltas, sequence_deltas(window, TINY)[:, -TINY.chunk :])
 
 
 def test_upstream_slices_are_late_and_run_out():
     deltas = torch.arange(7.0)[None, :, None]  # chunk 3, n_previous 3
-    rows = [conditioning.upstream_delta_slice(deltas, k, TINY)[0, :, 0].tolist() for k in range(3)]
+    rows = [upstream_delta_slice(deltas, k, TINY)[0, :, 0].tolist() for k in range(3)]
     assert rows == [[0, 1, 2], [5, 6], []]
 
 
 def test_resized_memory_keeps_constants_and_averages_when_shrinking():
     flat = torch.full((1, 3, 8, 8), 0.25)
-    torch.testing.assert_close(
-        conditioning.resize_memory(flat, (4, 4)), torch.full((1, 3, 4, 4), -0.5)
-    )
+    torch.testing.assert_close(resize_memory(flat, (4, 4)), torch.full((1, 3, 4, 4), -0.5))
     checker = ((torch.arange(16)[:, None] + torch.arange(16)) % 2).float().expand(1, 3, 16, 16)
-    assert conditioning.resize_memory(checker, (2, 2)).abs().max() < 0.05
+    assert resize_memory(checker, (2, 2)).abs().max() < 0.05
 
 
 def test_concat_channels_are_in_checkpoint_order():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from evac_jax.config_checks import SOLVER_ETAS
+from evac_jax.config.checks import SOLVER_ETAS
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.sampler import SOLVERS, check_solver, ddim_update, guide, sample, solve

@@ -8,11 +8,10 @@ from evac_jax.evac.training import (
     PLAIN,
     LossOptions,
     condition_dropout,
-    encode_batch,
     noise_history,
     training_loss,
 )
-from tests.unit.evac.tiny import TINY, camera, poses, tiny_model
+from tests.unit.evac.tiny import TINY, camera, encode_batch, poses, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """The smallest EVAC model that still has every part, for unit tests."""
 
 import torch
+from torch import Tensor
 
+from evac_jax.evac.conditioning import window_deltas
 from evac_jax.evac.config import (
     AutoencoderConfig,
     EvacConfig,
@@ -11,6 +13,7 @@ from evac_jax.evac.config import (
     UNetConfig,
 )
 from evac_jax.evac.model import Camera, EvacModel
+from evac_jax.evac.training import TrainingBatch
 
 RESAMPLER = ResamplerConfig(
     dim=32, depth=1, dim_head=16, heads=2, num_queries=2, ff_mult=2, output_dim=16
@@ -74,3 +77,25 @@ def start_frames(batch: int, n_view: int = 1) -> torch.Tensor:
     """Random frames [batch, V, 3, 32, 32] in [-1, 1]."""
     generator = torch.Generator().manual_seed(2)
     return torch.rand(batch, n_view, 3, 32, 32, generator=generator) * 2 - 1
+
+
+@torch.no_grad()
+def encode_batch(model: EvacModel, frames: Tensor, poses: Tensor, camera: Camera) -> TrainingBatch:
+    """Run the frozen parts on raw data.
+
+    Args:
+        model: gives autoencoder and configuration.
+        frames: [B, V, T, 3, H, W] in [-1, 1].
+        poses: [B, T, 16] of the same frames.
+        camera: `c2w` at rest or along the T frames.
+    """
+    config = model.config
+    past = config.n_previous
+    c2w = camera.along(config.frames)
+    return TrainingBatch(
+        latents=model.encode(frames).transpose(2, 3),
+        map_latents=model.encode_maps(poses[:, past:], camera.intrinsic, c2w[:, :, past:]),
+        rays=model.rays(camera.intrinsic, c2w),
+        deltas=window_deltas(poses, config),
+        images=frames[:, :, :past],
+    )

@@ -5,7 +5,9 @@ import torch
 from evac_jax.evac import checkpoint
 from evac_jax.sim.pose_model import PoseModelConfig
 from evac_jax.sim.reward import RewardConfig
-from evac_jax.tools import collect, train_action_model, train_reward
+from evac_jax.tools.episodes import collect
+from evac_jax.tools.reward import train as train_reward
+from evac_jax.tools.world_model import train_pose_model
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,9 @@ def test_classifier_learns_to_tell_success_apart(recording, tmp_path):
 
 
 def test_pose_model_follows_recorded_transitions(recording):
-    model = train_action_model.train(
+    model = train_pose_model.train(
         recording, PoseModelConfig(hidden=32, linear_skip=True), steps=300, batch=128
     )
-    scores = train_action_model.score(model, recording)
+    scores = train_pose_model.score(model, recording)
     assert scores["position_mm_mean"] < 60
     assert scores["opening_max"] < 0.4

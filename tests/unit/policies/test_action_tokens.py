@@ -5,6 +5,7 @@ import pytest
 
 from policies.openvla_oft import action_tokens
 from policies.openvla_oft.action_tokens import ActionStatistics
+from tests.parity.action_codec import actions_to_tokens, tokens_to_actions
 
 
 def test_bins_run_from_one_to_minus_one_when_ids_grow():
@@ -16,15 +17,15 @@ def test_bins_run_from_one_to_minus_one_when_ids_grow():
 
 def test_masked_dimension_stays_normalised_when_actions_are_unnormalised():
     statistics = ActionStatistics((0.0, 0.0), (10.0, 10.0), (True, False))
-    actions = action_tokens.tokens_to_actions(np.array([255, 255]), statistics, first_token=0)
+    actions = tokens_to_actions(np.array([255, 255]), statistics, first_token=0)
     np.testing.assert_allclose(actions, [10 * 0.5 / 255, -1 + 1 / 255], rtol=1e-6)
 
 
 def test_tokens_come_back_when_actions_are_encoded():
     statistics = ActionStatistics((-2.0,), (3.0,), (True,))
     tokens = np.arange(101, 101 + 255)[:, None]
-    actions = action_tokens.tokens_to_actions(tokens, statistics, first_token=100)
-    encoded = action_tokens.actions_to_tokens(actions, statistics, first_token=100)
+    actions = tokens_to_actions(tokens, statistics, first_token=100)
+    encoded = actions_to_tokens(actions, statistics, first_token=100)
     np.testing.assert_array_equal(encoded, tokens)
 
 

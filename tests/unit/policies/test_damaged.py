@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from evac_jax import train
-from evac_jax.config import PolicyConfig, default_config
+from evac_jax.config.build import default_config
+from evac_jax.config.schema import PolicyConfig
 from evac_jax.errors import CheckpointError
 from evac_jax.policy_import import check_policy, import_policy
 from policies.openvla_oft import peft

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from evac_jax import sharding
-from policies.openvla_oft import hf_keys, placement
+from evac_jax.devices import sharding
+from policies.openvla_oft import hf_keys, tensors
 from policies.openvla_oft.checkpoint_files import INDEX, SINGLE, VALUE_HEAD_FILE, CheckpointFiles
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.export_hf import create_policy_folder, export_policy
@@ -69,7 +69,7 @@ def test_import_gives_the_same_bits_when_exported_in_shards(folder, tmp_path):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_every_parameter_lies_where_it_is_wanted(folder, monkeypatch, streamed):
-    monkeypatch.setattr(placement, "STREAMED_BYTES", 1 if streamed else 2**40)
+    monkeypatch.setattr(tensors, "STREAMED_BYTES", 1 if streamed else 2**40)
     device = jax.devices()[0]
     asked = {}
 
@@ -97,12 +97,12 @@ def test_every_parameter_lies_where_it_is_wanted(folder, monkeypatch, streamed):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_one_layer_comes_back_when_it_is_fetched(monkeypatch, streamed):
-    monkeypatch.setattr(placement, "STREAMED_BYTES", 1 if streamed else 2**40)
+    monkeypatch.setattr(tensors, "STREAMED_BYTES", 1 if streamed else 2**40)
     stack = np.arange(24, dtype=np.float32).reshape(3, 2, 4)
-    array = placement.place(iter(stack), stack.shape, jnp.float32, None, stacked=True)
+    array = tensors.place(iter(stack), stack.shape, jnp.float32, None, stacked=True)
     for layer in range(3):
-        np.testing.assert_array_equal(placement.fetch(array, layer), stack[layer])
-    np.testing.assert_array_equal(placement.fetch(array), stack)
+        np.testing.assert_array_equal(tensors.fetch(array, layer), stack[layer])
+    np.testing.assert_array_equal(tensors.fetch(array), stack)
 
 
 def test_one_report_lists_everything_when_tensors_do_not_fit(folder, tmp_path):
@@ -255,13 +255,13 @@ def test_failed_export_leaves_nothing(folder, source, tmp_path):
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("shape", [(3, 8, 6), (8, 2, 6), (3, 5, 7)])
 def test_stack_is_cut_over_devices_as_its_sharding_says(monkeypatch, streamed, shape):
-    monkeypatch.setattr(placement, "STREAMED_BYTES", 1 if streamed else 2**40)
+    monkeypatch.setattr(tensors, "STREAMED_BYTES", 1 if streamed else 2**40)
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 1)
     mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
     wanted = sharding.leaf_sharding(mesh, "llama/layers/q_proj/kernel", shape)
     stack = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    array = placement.place(iter(stack), shape, jnp.float32, wanted, stacked=True)
+    array = tensors.place(iter(stack), shape, jnp.float32, wanted, stacked=True)
     assert array.sharding == wanted
     np.testing.assert_array_equal(np.asarray(array), stack)
     for layer in range(shape[0]):
-        np.testing.assert_array_equal(placement.fetch(array, layer), stack[layer])
+        np.testing.assert_array_equal(tensors.fetch(array, layer), stack[layer])

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from policies.base import Policy
-from policies.openvla_oft.action_tokens import tokens_to_actions
 from policies.openvla_oft.llama import rotary_tables
+from tests.parity.action_codec import tokens_to_actions
 from tests.unit.policies.tiny import CONFIG, make_model, make_obs
 
 

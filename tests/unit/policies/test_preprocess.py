@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from policies.openvla_oft import jpeg, preprocess
+from policies.openvla_oft import preprocess
+from tests.parity import jpeg
 from tests.unit.policies.tiny import CONFIG
 
 

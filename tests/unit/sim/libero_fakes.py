@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evac_jax.libero_config import LiberoConfig
+from evac_jax.config.libero import LiberoConfig
 from evac_jax.sim.libero_tasks import save_suite
 
 SIZE = 12

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from evac_jax.bridge.environment import IDLE
 from evac_jax.errors import ConfigError, DataError, SimulatorError
-from evac_jax.sim.base import IDLE
 from evac_jax.sim.env import make, to_model_range, to_uint8
 from tests.unit.sim.fakes import Driver
 

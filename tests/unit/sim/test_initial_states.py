@@ -6,6 +6,7 @@ import pytest
 
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
+from evac_jax.files.restricted_npy import load_objects
 from evac_jax.sim.initial_states import (
     NpyKeyframes,
     NpyStarts,
@@ -14,7 +15,6 @@ from evac_jax.sim.initial_states import (
     pack_starts,
 )
 from evac_jax.sim.recorded_starts import WithKeyframes, open_keyframes
-from evac_jax.sim.restricted_npy import load_objects
 
 
 class Payload:

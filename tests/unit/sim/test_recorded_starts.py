@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from evac_jax import dataset
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
+from evac_jax.files import recordings
 from evac_jax.miniature.env import GroundTruthConfig, GroundTruthEnv
-from evac_jax.sim.initial_states import MiniatureStarts, make_initial_states
+from evac_jax.miniature.starts import MiniatureStarts
+from evac_jax.sim.initial_states import make_initial_states
 from evac_jax.sim.recorded_starts import Keyframes, RecordedStarts, WithKeyframes
-from evac_jax.tools import collect
+from evac_jax.tools.episodes import collect
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 def test_starts_of_a_recording_are_the_first_frames_of_its_training_part(folder):
-    training = dataset.load(folder).split()[0]
+    training = recordings.load(folder).split()[0]
     source = make_initial_states({"kind": "recording", "folder": str(folder)})
     assert source.num_starts == training.num_episodes
     starts = source.load(np.array([3, 0]))
@@ -32,7 +33,7 @@ def test_starts_of_a_recording_are_the_first_frames_of_its_training_part(folder)
 
 def test_instruction_that_a_classifier_does_not_know_is_named(folder):
     with pytest.raises(ConfigError, match="the recording also has"):
-        RecordedStarts(dataset.load(folder), ["open the drawer"])
+        RecordedStarts(recordings.load(folder), ["open the drawer"])
 
 
 def test_keyframes_lie_behind_the_first_frame_and_before_success(folder):
@@ -93,8 +94,8 @@ def test_keyframe_ids_mean_nothing_to_a_ground_truth_without_them():
 
 
 def test_recording_without_start_ids_cannot_be_repeated_in_the_ground_truth(folder, monkeypatch):
-    data = dataset.load(folder)
+    data = recordings.load(folder)
     unknown = dataclasses.replace(data, start=np.full_like(data.start, -1))
-    monkeypatch.setattr(dataset, "load", lambda *folders: unknown)
+    monkeypatch.setattr(recordings, "load", lambda *folders: unknown)
     with pytest.raises(ConfigError, match="without a start id"):
         GroundTruthEnv(GroundTruthConfig(num_envs=1, keyframes=str(folder)))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evac_jax.config import default_config
+from evac_jax.config.build import default_config
+from evac_jax.files.atomic import replacing
 from evac_jax.telemetry import video, writers
-from evac_jax.telemetry.files import replacing
 
 
 def _lines(folder):

@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from evac_jax.errors import CheckpointError
-from evac_jax.tools import cards
+from evac_jax.files import cards
 from evac_jax.tools.store_as import store
 
 VALUES = np.array([1.0, 1 + 2**-10, -3.5, 0.1], np.float32)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evac_jax.dataset import EpisodeWriter
 from evac_jax.evac import checkpoint
+from evac_jax.files.recordings import EpisodeWriter
 from tests.unit.evac import tiny
 
 LENGTHS = (3, 8, 5, 11)  # one to three chunks of 3, and what is left over

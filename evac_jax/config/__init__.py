@@ -1,0 +1,1 @@
+"""What a run is told: its settings, their checks, presets and flags."""

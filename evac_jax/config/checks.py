@@ -1,0 +1,274 @@
+"""What a configuration must fulfil beyond its types. Looks at values and paths, loads nothing."""
+
+import importlib
+from pathlib import Path
+
+from algos import ALGORITHMS, optim
+from evac_jax.config import libero
+from evac_jax.config.cluster import OFFLOADED, parse_devices
+from evac_jax.config.schema import TrainConfig
+from evac_jax.errors import nearest
+
+# Solver of the world model -> its values of eta, () for all; as `evac.sampler.check_solver`, which
+# is on the other side of the bridge.
+SOLVER_ETAS = {"ddim": (), "dpm++": (0.0, 1.0), "unipc": (0.0,)}
+
+
+def _one_of(path: str, value: str, valid: tuple[str, ...]) -> list[str]:
+    if value in valid:
+        return []
+    return [f"config.{path}: expected one of {valid}, got {value!r}.{nearest(value, valid)}"]
+
+
+def _at_least(low: float, **values: float) -> list[str]:
+    return [
+        f"config.{path.replace('__', '.')}: expected at least {low}, got {value}"
+        for path, value in values.items()
+        if value < low
+    ]
+
+
+def validate(config: TrainConfig) -> list[str]:
+    """Return every problem that can be seen without loading anything, [] when there is none."""
+    c = config
+    algorithm = importlib.import_module(ALGORITHMS[c.algorithm])
+    problems = list(algorithm.problems(c.algo)) + optim.problems(c.optim)
+    problems += _missing_paths(c)
+    dtypes = ("float32", "bfloat16")
+    problems += _one_of("policy.param_dtype", c.policy.param_dtype, dtypes)
+    problems += _one_of("policy.compute_dtype", c.policy.compute_dtype, dtypes)
+    problems += _one_of("policy.remat", c.policy.remat, ("none", "dots", "full"))
+    problems += _one_of(
+        "policy.value_head", c.policy.value_head, ("none", "chunk_level", "action_level")
+    )
+    problems += _one_of("simulator.dtype", c.simulator.dtype, (*dtypes, "float16"))
+    problems += _one_of("env.simulator", c.env.simulator, ("world_model", "ground_truth"))
+    problems += _one_of(
+        "env.initial_states", c.env.initial_states, ("miniature", "npy", "recording")
+    )
+    problems += _one_of("env.start_order", c.env.start_order, ("random", "ordered", "fixed"))
+    problems += _one_of("env.gripper", c.env.gripper, ("libero", "binary", "none"))
+    problems += _one_of("eval.ground_truth", c.eval.ground_truth, ("miniature", "libero", "none"))
+    if c.eval.ground_truth == "libero":
+        problems += libero.problems(c.libero)
+    problems += _one_of("eval.twin_action", c.eval.twin_action, ("warn", "stop"))
+    problems += _one_of("log.wandb", c.log.wandb, ("disabled", "offline", "online"))
+    problems += _at_least(
+        1,
+        world_model__steps=c.world_model.steps,
+        reward__success_frames=c.reward.success_frames,
+        env__num_envs=c.env.num_envs,
+        env__max_episode_steps=c.env.max_episode_steps,
+        simulator__processes=c.simulator.processes,
+        simulator__threads=c.simulator.threads,
+        rollout__epochs=c.rollout.epochs,
+        rollout__pipeline_stages=c.rollout.pipeline_stages,
+        eval__ground_truth_envs=c.eval.ground_truth_envs,
+        eval__twin_window=c.eval.twin_window,
+        train__iterations=c.train.iterations,
+        checkpoint__interval=c.checkpoint.interval,
+        checkpoint__keep=c.checkpoint.keep,
+        video__fps=c.video.fps,
+    )
+    problems += _at_least(
+        0,
+        rollout__refill=c.rollout.refill,
+        eval__interval=c.eval.interval,
+        eval__episodes=c.eval.episodes,
+        simulator__restarts=c.simulator.restarts,
+        video__episodes=c.video.episodes,
+        policy__eval_temperature=c.policy.eval_temperature,
+    )
+    problems += _at_least(2, simulator__slots=c.simulator.slots)
+    if c.policy.temperature <= 0:
+        problems.append(f"config.policy.temperature: expected > 0, got {c.policy.temperature}")
+    if not 0.0 <= c.world_model.eta <= 1.0:
+        problems.append(f"config.world_model.eta: expected 0..1, got {c.world_model.eta}")
+    problems += _one_of("world_model.solver", c.world_model.solver, tuple(SOLVER_ETAS))
+    etas = SOLVER_ETAS.get(c.world_model.solver)
+    if etas and c.world_model.eta not in etas:
+        problems.append(
+            f"config.world_model.eta: solver {c.world_model.solver!r} has {etas}, got "
+            f"{c.world_model.eta}"
+        )
+    for name in ("lora_rank", "lora_alpha"):
+        if (value := getattr(c.policy, name)) < 0:
+            problems.append(f"config.policy.{name}: expected 0 (none) or more, got {value}")
+    for name in ("threshold", "veto"):
+        if not 0.0 <= (value := getattr(c.reward, name)) <= 1.0:
+            problems.append(f"config.reward.{name}: expected 0..1, got {value}")
+    if c.reward.veto and "," not in c.reward.checkpoint:
+        problems.append(
+            "config.reward.veto: needs two classifiers at least; join their folders by commas in "
+            "config.reward.checkpoint, or set it to 0"
+        )
+    if not 0.0 <= c.env.keyframes <= 1.0:
+        problems.append(f"config.env.keyframes: expected a share 0..1, got {c.env.keyframes}")
+    for name, value in (("fraction", c.eval.twin_fraction), ("alarm", c.eval.twin_alarm)):
+        if not 0.0 <= value <= 1.0:
+            problems.append(f"config.eval.twin_{name}: expected 0..1, got {value}")
+    problems += _cluster_problems(c)
+    if not problems:
+        problems += _combinations(c)
+    return problems
+
+
+def _cluster_problems(c: TrainConfig) -> list[str]:
+    """What cannot be placed or overlapped, whatever the machine has."""
+    problems, cluster = [], c.cluster
+    problems += _one_of("cluster.engine", cluster.engine, ("local", "ray"))
+    problems += _at_least(1, cluster__num_nodes=cluster.num_nodes)
+    if not 0 <= cluster.node < cluster.num_nodes:
+        problems.append(
+            f"config.cluster.node: expected 0 to {cluster.num_nodes - 1} (cluster.num_nodes), got "
+            f"{cluster.node}"
+        )
+    if cluster.num_nodes > 1 and cluster.engine == "local" and not cluster.coordinator:
+        problems.append(
+            "config.cluster.coordinator: where the trainers of several hosts meet; set it to "
+            '"ADDRESS:PORT" of host 0 on all of them, or cluster.engine to "ray"'
+        )
+    if cluster.num_nodes > 1 and not (c.log.run or c.checkpoint.restore):
+        problems.append("config.log.run: runs on several hosts need a name that all of them know")
+    if cluster.num_nodes > 1 and c.rollout.refill:
+        problems.append(
+            "config.rollout.refill: works on one host only, where all groups are seen; set it to 0"
+        )
+    for name in ("env", "rollout", "actor"):
+        try:
+            parse_devices(getattr(cluster.placement, name))
+        except ValueError as error:
+            problems.append(f"config.cluster.placement.{name}: {error}")
+    for what in cluster.offload:
+        problems += _one_of("cluster.offload", what, OFFLOADED)
+    if not 0.0 <= cluster.memory_fraction < 1.0:
+        problems.append(
+            f"config.cluster.memory_fraction: expected 0..1, got {cluster.memory_fraction}"
+        )
+    if c.train.max_staleness not in (0, 1):
+        problems.append(f"config.train.max_staleness: expected 0 or 1, got {c.train.max_staleness}")
+    if c.train.max_staleness and not c.algo.decoupled:
+        problems.append(
+            "config.algo.decoupled: episodes of an older policy (train.max_staleness = 1) need its "
+            "correction; expected True, got False"
+        )
+    if c.train.max_staleness and (busy := {"simulator", "sampler"} & set(cluster.offload)):
+        problems.append(
+            f"config.cluster.offload: {' and '.join(sorted(busy))} work during updates with "
+            "train.max_staleness = 1; expected at most ('optimizer',)"
+        )
+    if cluster.placement.env and not c.simulator.devices[0].startswith("cuda"):
+        problems.append(
+            f"config.cluster.placement.env: names CUDA devices, but simulator.devices is "
+            f"{c.simulator.devices}; set it to ('cuda',), or leave placement.env empty"
+        )
+    return problems
+
+
+def _missing_paths(c: TrainConfig) -> list[str]:
+    """Every path that the run needs: named together, so that one look tells what to fetch."""
+    needed = {"policy.checkpoint": (c.policy.checkpoint, "Hugging Face folder of the start policy")}
+    imagined = c.env.simulator == "world_model"
+    if imagined:
+        needed |= {
+            "world_model.checkpoint": (c.world_model.checkpoint, "folder of the EVAC weights"),
+            "env.pose_model": (c.env.pose_model, "folder of the action-to-pose network"),
+        }
+        for number, folder in enumerate(c.reward.checkpoint.split(",")):
+            name = "reward.checkpoint" + f"[{number}]" * (number > 0)
+            needed[name] = (folder, "folder of the success classifier")
+    if imagined and c.env.initial_states in ("npy", "recording"):
+        needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
+    if c.env.keyframes:
+        needed["env.keyframe_data"] = (c.env.keyframe_data, "recording to begin episodes in")
+    if c.policy.lora_adapter:
+        needed["policy.lora_adapter"] = (c.policy.lora_adapter, "PEFT adapter folder")
+    problems = []
+    for name, (path, meaning) in needed.items():
+        if not path:
+            problems.append(f"config.{name}: needed, the {meaning}; set --config.{name}=PATH")
+        elif not Path(path).exists():
+            problems.append(f"config.{name}: {path!r} does not exist (the {meaning})")
+    return problems
+
+
+def _combinations(c: TrainConfig) -> list[str]:
+    """Problems between sections, asked only of values that are valid one by one."""
+    problems = _twin_problems(c)
+    group = getattr(c.algo, "group_size", 1)
+    if c.rollout.refill and group == 1:
+        problems.append(
+            "config.rollout.refill: an algorithm without groups has none to replace; set it to 0"
+        )
+    hosts = c.cluster.num_nodes
+    if c.env.num_envs % (group * c.simulator.processes * hosts):
+        problems.append(
+            f"config.env.num_envs: must be a multiple of algo.group_size x simulator.processes x "
+            f"cluster.num_nodes = {group} x {c.simulator.processes} x {hosts}, so that groups stay "
+            f"whole; got {c.env.num_envs}"
+        )
+    if c.eval.ground_truth != "none" and c.eval.ground_truth_envs % hosts:
+        problems.append(
+            f"config.eval.ground_truth_envs: must be a multiple of cluster.num_nodes = {hosts}, "
+            f"got {c.eval.ground_truth_envs}"
+        )
+    share, stages = c.envs_per_process, c.rollout.pipeline_stages
+    if share % stages or stages > c.simulator.slots:
+        problems.append(
+            f"config.rollout.pipeline_stages: must divide the {share} environments of a simulator "
+            f"process and be at most simulator.slots = {c.simulator.slots}; got {stages}"
+        )
+    if stages > 1 and c.world_model.reference_compat:
+        problems.append(
+            "config.rollout.pipeline_stages: with world_model.reference_compat the environments "
+            f"restart together and cannot be cut; expected 1, got {stages}"
+        )
+    if len(c.simulator.devices) not in (1, c.simulator.processes):
+        problems.append(
+            f"config.simulator.devices: expected 1 entry or {c.simulator.processes} "
+            f"(simulator.processes), got {len(c.simulator.devices)}"
+        )
+    if c.env.simulator == "ground_truth" and c.eval.ground_truth == "none":
+        problems.append(
+            'config.eval.ground_truth: names the environment that env.simulator = "ground_truth" '
+            'learns in; got "none"'
+        )
+    if c.env.simulator == "ground_truth" and c.eval.episodes:
+        problems.append(
+            'config.eval.episodes: nothing is imagined with env.simulator = "ground_truth"; '
+            f"expected 0, got {c.eval.episodes}"
+        )
+    if c.algorithm == "ppo" and c.policy.value_head != c.algo.reward_type:
+        problems.append(
+            f"config.policy.value_head: PPO needs the level of algo.reward_type "
+            f"({c.algo.reward_type!r}), got {c.policy.value_head!r}"
+        )
+    for name in ("env.train_starts", "eval.starts"):
+        section, key = name.split(".")
+        low, high = getattr(getattr(c, section), key)
+        if low < 0 or (high != -1 and high <= low):
+            problems.append(f"config.{name}: expected 0 <= low < high (or -1), got ({low}, {high})")
+    return problems
+
+
+def _twin_problems(c: TrainConfig) -> list[str]:
+    """What keeps imagined episodes from being replayed in the ground truth."""
+    if not c.eval.twin_fraction:
+        return []
+    twin = f"config.eval.twin_fraction = {c.eval.twin_fraction}"
+    problems = []
+    if c.eval.ground_truth == "none":
+        problems.append(f"config.eval.ground_truth: {twin} needs one to replay in, got 'none'")
+    elif c.env.initial_states != c.eval.ground_truth:
+        problems.append(
+            f"config.env.initial_states: {twin} needs starts that the ground truth "
+            f"({c.eval.ground_truth!r}) can be put into, got {c.env.initial_states!r}"
+        )
+    if c.env.simulator != "world_model":
+        problems.append(f"config.env.simulator: {twin}, but nothing is imagined; set it to 0")
+    if c.algo.auto_reset:
+        problems.append(
+            f"config.algo.auto_reset: {twin} replays whole episodes from their own starts; "
+            "expected False"
+        )
+    return problems

@@ -1,0 +1,126 @@
+"""How LIBERO (MuJoCo) is run as the ground truth, and what it needs. Standard library only."""
+
+import importlib.util
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+# Actions of an episode, by suite. Source: moojink/openvla-oft, run_libero_eval.py (213c5ff).
+MAX_STEPS = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+PACKAGES = ("libero", "robosuite", "mujoco", "bddl")
+RENDERERS = ("egl", "osmesa")
+CAMERAS = ("true", "reference")
+_TOLD = "docs/libero.md tells what to install and to fetch"
+
+
+@dataclass(frozen=True)
+class LiberoConfig:
+    """LIBERO as `eval.ground_truth = "libero"` runs it; docs/libero.md is the protocol.
+
+    Attributes:
+        suite: "libero_spatial", "libero_object", "libero_goal", "libero_10" or "libero_90".
+        root: folder that holds LIBERO's `assets` and `bddl_files`.
+        states: folder of <suite>.npz, made by evac_jax.tools.episodes.import_libero_states.
+        python: interpreter that has LIBERO installed; "" = the one that runs evac_jax.
+        renderer: "egl" (GPU, or Mesa in software) or "osmesa" (software), MuJoCo's MUJOCO_GL.
+        image_size: height and width of the camera frames, pixels.
+        max_steps: actions of an episode; 0 = the suite's own.
+        wait_steps: actions without motion before an episode begins, while objects settle.
+        seed: of what LIBERO draws at a reset, the number of the initial state added.
+        camera: what recordings say of the camera: "true", where it really is, or "reference", the
+            fixed one that the public EVAC weights were trained with.
+    """
+
+    suite: str = "libero_spatial"
+    root: str = ""
+    states: str = ""
+    python: str = ""
+    renderer: str = "egl"
+    image_size: int = 256
+    max_steps: int = 0
+    wait_steps: int = 10
+    seed: int = 0
+    camera: str = "true"
+
+    @property
+    def episode_steps(self) -> int:
+        """Actions of an episode."""
+        return self.max_steps or MAX_STEPS[self.suite]
+
+    @property
+    def states_file(self) -> Path:
+        """The suite's initial states."""
+        return Path(self.states) / f"{self.suite}.npz"
+
+
+def problems(config: LiberoConfig) -> list[str]:
+    """Return all that keeps LIBERO from being run, [] when there is nothing."""
+    found = [
+        f"config.libero.{name}: expected one of {valid}, got {getattr(config, name)!r}"
+        for name, valid in (
+            ("suite", tuple(MAX_STEPS)), ("renderer", RENDERERS), ("camera", CAMERAS),
+        )
+        if getattr(config, name) not in valid
+    ]  # fmt: skip
+    found += [
+        f"config.libero.{name}: expected at least {least}, got {getattr(config, name)}"
+        for name, least in (("image_size", 8), ("max_steps", 0), ("wait_steps", 0), ("seed", 0))
+        if getattr(config, name) < least
+    ]
+    if found:
+        return found
+    return _missing_files(config) + _missing_packages(config)
+
+
+def _missing_files(config: LiberoConfig) -> list[str]:
+    found = []
+    if not config.root:
+        found.append(
+            "config.libero.root: needed, the folder that holds LIBERO's assets and bddl_files "
+            f"(libero/libero of its repository); {_TOLD}"
+        )
+    else:
+        for name in ("assets", f"bddl_files/{config.suite}"):
+            if not (Path(config.root) / name).is_dir():
+                found.append(f"config.libero.root: {config.root!r} has no folder {name!r}; {_TOLD}")
+    if not (config.states and config.states_file.is_file()):
+        where = f"{str(config.states_file)!r} does not exist" if config.states else "needed"
+        found.append(
+            f"config.libero.states: {where}; make the folder once by python -m "
+            "evac_jax.tools.episodes.import_libero_states --root LIBERO_ROOT --out FOLDER"
+        )
+    return found
+
+
+def _missing_packages(config: LiberoConfig) -> list[str]:
+    """Ask for the packages without importing them; another interpreter is asked by a command."""
+    if not config.python:
+        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+        who = "this Python has"
+    else:
+        who = f"{config.python!r} has"
+        code = "import importlib.util, sys; print(*(n for n in sys.argv[1:] if importlib.util."
+        code += "find_spec(n) is None))"
+        try:
+            done = subprocess.run(
+                [config.python, "-c", code, *PACKAGES],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            return [f"config.libero.python: {config.python!r} cannot be run: {error}"]
+        missing = done.stdout.split()
+    if not missing:
+        return []
+    return [
+        f"config.libero.python: {who} no {', '.join(missing)}; make an environment with "
+        "requirements-libero.txt (its first lines say how) and name its interpreter here"
+    ]

@@ -1,0 +1,155 @@
+"""Devices and hosts of a run: joins the trainers, keeps compiled programs, builds the meshes."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+from evac_jax.config.cluster import ClusterConfig
+from evac_jax.config.schema import TrainConfig
+from evac_jax.devices import sharding
+from evac_jax.devices.malloc import keep_freed_memory
+from evac_jax.devices.placement import Placement, rollout_fsdp
+from evac_jax.errors import ConfigError, EvacJaxError, HostError
+
+JOIN_TIMEOUT_S = 300
+MIN_COMPILE_S = 0.05  # a program that compiles faster is not worth a file
+
+
+def start(config: TrainConfig) -> None:
+    """Prepare this process: memory, compilation cache, and the other hosts' trainers.
+
+    Call before anything asks JAX for its devices.
+
+    Raises:
+        ConfigError: the other hosts cannot be reached.
+    """
+    _limit_memory(config)
+    folder = config.cluster.compilation_cache
+    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        if folder == "auto":
+            folder = Path(config.log.dir, ".compiled")
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)
+    if config.cluster.num_nodes > 1:
+        _join(config.cluster)
+    if not config.train.max_staleness:  # or an update would not let the rollout go on beside it
+        keep_freed_memory()
+
+
+def _join(cluster: ClusterConfig) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU devices only
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.num_nodes,
+            cluster.node,
+            initialization_timeout=JOIN_TIMEOUT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"config.cluster: host {cluster.node} of {cluster.num_nodes} could not join the others "
+            f"at cluster.coordinator = {cluster.coordinator!r} within {JOIN_TIMEOUT_S} s: {error}"
+        ) from error
+
+
+def _limit_memory(config: TrainConfig) -> None:
+    """Tell JAX how much of a GPU to take, before it takes it."""
+    settings = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    shared = any(device.startswith("cuda") for device in config.simulator.devices)
+    fraction = config.cluster.memory_fraction or (0.5 if shared else 0.0)
+    if fraction and not any(name in os.environ for name in settings):
+        os.environ[settings[0]] = str(fraction)
+
+
+class Compilations:
+    """Counts the programs that JAX builds or takes from the compilation cache from now on."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+def is_first_host() -> bool:
+    """Whether this process writes logs, videos and reports; every host writes checkpoints."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until every host's trainer has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def one_for_all(config: TrainConfig, checkpoints: Path):
+    """End this host's trainer with one message when it, or another host's, fails.
+
+    The trainers compute every step together, so none can go on, or save, without the others. They
+    find out when a connection closes; JAX's own watch over the hosts takes up to two minutes, then
+    ends the process with a message of its own. It does so at once when host 0 is lost.
+
+    Raises:
+        HostError: with Ray, which ends the others' processes; otherwise this one ends, status 2.
+    """
+    try:
+        yield
+    except Exception as error:  # JAX tells of a closed connection by several types
+        if jax.process_count() == 1:
+            raise
+        kind = "" if isinstance(error, EvacJaxError) else "another host may be gone, see its log: "
+        logging.debug("cause", exc_info=True)
+        message = (
+            f"host {jax.process_index()} of {jax.process_count()} stopped, and with it the run; "
+            f"{kind}{error}\n{last_checkpoint(config, checkpoints)}"
+        )
+        if config.cluster.engine == "ray":
+            raise HostError(message) from error
+        sys.stdout.flush()
+        sys.stderr.write(f"\n{HostError.__name__}: {message}\n")
+        sys.stderr.flush()
+        os._exit(2)  # a usual exit waits for the hosts that are gone; simulators end by themselves
+
+
+def last_checkpoint(config: TrainConfig, checkpoints: Path) -> str:
+    """Tell a user how to go on after a failure."""
+    stored = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
+    if not stored:
+        return "It had saved no checkpoint yet (config.checkpoint.interval)."
+    run = config.checkpoint.restore or Path(config.log.dir, config.log.run)
+    return (
+        f"Its last checkpoint is that of iteration {max(stored)}; go on from there with "
+        f"--config.checkpoint.restore={run}"
+    )
+
+
+def make_meshes(config: TrainConfig) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+    """Return the meshes of the devices that learn and of those that decide.
+
+    Every host contributes the devices of the same numbers.
+
+    Raises:
+        ConfigError: impossible placement or mesh.
+    """
+    placement = Placement.of(config, jax.local_device_count())
+    logging.info("who sits where, on each of %d hosts:\n%s", jax.process_count(), placement)
+    hosts: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        hosts.setdefault(device.process_index, []).append(device)
+
+    def pick(part: str) -> list[jax.Device]:
+        return [device for own in hosts.values() for device in placement.pick(part, own)]
+
+    actor = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, pick("actor"))
+    if not placement.separate:
+        return actor, actor
+    devices = pick("rollout")
+    fsdp = rollout_fsdp(len(devices), sharding.fsdp_size(actor))
+    return actor, sharding.make_mesh(-1, fsdp, devices)

@@ -1,0 +1,1 @@
+"""What makes large world models faster on a CPU."""

@@ -1,0 +1,215 @@
+"""Faster float32 imagination on a CPU: weights laid out once as oneDNN's kernels read them.
+
+A layer that is called as usual has its weight rearranged in every call, or takes a slower kernel.
+`pack` replaces such layers, for good: a packed network imagines, but cannot be trained, saved,
+copied or moved to another device.
+
+The operations are those that torch's own compiler emits for CPUs.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from evac_jax.evac.attention import GEGLU, PointwiseConv
+from evac_jax.evac.cpu.winograd import WinogradConv2d
+from evac_jax.evac.model import EvacModel
+from evac_jax.evac.unet import CausalConv, TemporalConvBlock, causal_image, norm_per_view
+
+_ops = torch.ops.mkldnn
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, or a pointwise convolution of channel-last features."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.bias = _ops._reorder_linear_weight(weight.contiguous(), None), bias
+
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        """[..., in] to [..., out]; `activation` "none" or "gelu"."""
+        return _ops._linear_pointwise(x, self.weight, self.bias, activation, [], "none")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """The layer's output [..., out] times a factor of its shape."""
+        return _ops._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+
+
+class PackedGEGLU(nn.Module):
+    """`GEGLU` without a pass over memory of its own for the GELU or the product."""
+
+    def __init__(self, source: GEGLU):
+        super().__init__()
+        weights, biases = (p.detach().chunk(2) for p in (source.proj.weight, source.proj.bias))
+        self.values, self.gates = (
+            PackedLinear(weight, bias.contiguous())
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] to [..., hidden]."""
+        return self.values.times(x, self.gates(x, "gelu"))
+
+
+def map_matrix(weight: Tensor, height: int, width: int) -> Tensor:
+    """[height width out, height width in] of a 3x3 convolution [out, in, 3, 3] of a tiny map.
+
+    On a map of at most 2 x 2, padded by one, every output sees every input: the convolution is a
+    matrix, cells first, then channels, and holds no zeros that a padded convolution would add up.
+    """
+    cells = [(y, x) for y in range(height) for x in range(width)]
+    rows = (
+        torch.cat([weight[:, :, 1 + y - out_y, 1 + x - out_x] for y, x in cells], 1)
+        for out_y, out_x in cells
+    )
+    return torch.cat(list(rows), 0)
+
+
+class MapLinear(PackedLinear):
+    """A 3x3 convolution of maps of one tiny size, as `map_matrix` makes it a linear layer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, height: int, width: int):
+        bias = None if bias is None else bias.repeat(height * width)
+        super().__init__(map_matrix(weight, height, width), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in, H, W] to [N, out, H, W], the latter in the channels-last memory format."""
+        y = super().forward(x.permute(0, 2, 3, 1).flatten(1))
+        return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+class PackedConv2d(nn.Module):
+    """A 2D convolution; its output is in the channels-last memory format.
+
+    A 3x3 one with stride 1 has faster forms for some maps, `MapLinear` for maps of at most 2 x 2,
+    whose padding oneDNN multiplies too, and `WinogradConv2d`: each made, with a weight of its own,
+    when the first such map comes.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding, stride):
+        super().__init__()
+        self.options = (list(padding), list(stride), [1, 1], 1)
+        packed = weight.contiguous().to_mkldnn()
+        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(packed, *self.options)
+        self.bias = bias
+        self._has_forms = (*weight.shape[2:], *padding, *stride) == (3, 3, 1, 1, 1, 1)
+        self._forms: dict[torch.Size | None, nn.Module] = {}
+
+    def _form(self, shape: torch.Size) -> nn.Module | None:
+        """The faster form for inputs of this shape; None if there is none."""
+        if not self._has_forms:
+            return None
+        size = shape[2:]
+        if max(size) <= 2:
+            if size not in self._forms:
+                self._forms[size] = MapLinear(self.weight.to_dense(), self.bias, *size)
+            return self._forms[size]
+        if WinogradConv2d.pays(*self.weight.shape[1::-1], shape):
+            if None not in self._forms:
+                self._forms[None] = WinogradConv2d(self.weight.to_dense(), self.bias)
+            return self._forms[None]
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in, H, W] to [N, out, H', W']."""
+        form = self._form(x.shape)
+        if form is not None:
+            return form(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return _ops._convolution_pointwise(
+            x, self.weight, self.bias, *self.options, "none", [], None
+        )
+
+
+class PackedCausalConv(nn.Module):
+    """`CausalConv`."""
+
+    def __init__(self, source: CausalConv):
+        super().__init__()
+        weight = source.weight.detach().squeeze(-1)
+        self.conv = PackedConv2d(weight, _bias(source), (0, 0), (1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, V, H, W, C] to the same."""
+        return self.conv(causal_image(x)).permute(0, 2, 3, 1).reshape(x.shape)
+
+
+class PackedTemporalConvBlock(nn.Module):
+    """`TemporalConvBlock`, whose activations write what the convolutions read, without a copy."""
+
+    def __init__(self, source: TemporalConvBlock):
+        super().__init__()
+        # Their convolutions are replaced after this block, as for every other parent.
+        self.stages = nn.ModuleList((source.conv1, source.conv2, source.conv3, source.conv4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, V, H, W, C] to the same."""
+        batch, frames, views, height, width, channels = x.shape
+        image = x.new_empty(batch, 2 + frames, views * height * width, channels)
+        rows, h = image[:, 2:], x
+        for stage in self.stages:
+            torch.ops.aten.silu.out(norm_per_view(h, stage[0]).flatten(2, 4), out=rows)
+            image[:, :2] = rows[:, :1]
+            h = stage[-1].conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).view(x.shape)
+        return x + h
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.detach()
+
+
+def _packed(layer: nn.Module) -> nn.Module | None:
+    """The replacement of a layer; None if it has none."""
+    if type(layer) in (nn.Linear, PointwiseConv):
+        return PackedLinear(layer.weight.detach().flatten(1), _bias(layer))
+    if type(layer) is nn.Conv2d:
+        return PackedConv2d(layer.weight.detach(), _bias(layer), layer.padding, layer.stride)
+    if type(layer) is CausalConv:
+        return PackedCausalConv(layer)
+    if type(layer) is TemporalConvBlock:
+        return PackedTemporalConvBlock(layer)
+    return PackedGEGLU(layer) if type(layer) is GEGLU else None
+
+
+@torch.no_grad()
+def pack(network: nn.Module) -> nn.Module:
+    """Replace the layers of a float32 `network` on a CPU that have a faster form; returns it.
+
+    Results differ from the unpacked network's by rounding alone (1e-6 relative).
+
+    Raises:
+        ValueError: the network is elsewhere, or of another type.
+    """
+    weight = next(network.parameters())
+    if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+        raise ValueError(
+            f"pack: expected float32 weights on a CPU, got {weight.dtype} on {weight.device}"
+        )
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            replacement = _packed(child)
+            if replacement is not None:
+                setattr(parent, name, replacement)
+    return network
+
+
+def accelerate(model: EvacModel, compiled: bool = False) -> EvacModel:
+    """Make a model fit for fast imagination and nothing else; returns it.
+
+    Args:
+        model: with its final weights, type and device.
+        compiled: let `torch.compile` make the denoiser's kernels, at its first call for each
+            batch size (minutes; on a CPU it needs a C++ compiler).
+
+    A float32 model on a CPU is packed, its denoiser where it is not compiled; any other stays as
+    it is.
+    """
+    model.eval().requires_grad_(False)
+    weight = next(model.parameters())
+    packs = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+    if compiled:
+        model.unet.compile(dynamic=False)
+    elif packs:
+        pack(model.unet)
+    if packs:
+        pack(model.first_stage_model)
+    return model

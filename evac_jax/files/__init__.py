@@ -1,0 +1,1 @@
+"""What the project writes and reads: recordings, cards, whole files."""

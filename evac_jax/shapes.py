@@ -1,0 +1,85 @@
+"""What the policy sees and does in a run, as shapes: known before anything is imagined."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from algos.types import RolloutBatch
+from evac_jax.bridge.types import EnvSpec
+from evac_jax.config.schema import TrainConfig
+from evac_jax.errors import ConfigError
+from evac_jax.evac.config import EvacConfig
+from policies.openvla_oft.config import OpenVLAOFTConfig
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An episode's shapes.
+
+    Attributes:
+        image_shape: (views, height, width, 3) of a frame.
+        chunk: actions of one decision.
+        max_steps: actions after which it is cut off.
+    """
+
+    image_shape: tuple[int, int, int, int]
+    chunk: int
+    max_steps: int
+
+    @property
+    def chunks(self) -> int:
+        """Decisions of an episode."""
+        return -(-self.max_steps // self.chunk)
+
+    @classmethod
+    def of(cls, env: EnvSpec) -> "Episode":
+        """Return what a simulator that runs says of its episodes."""
+        return cls(env.image_shape, env.action.chunk, env.max_episode_steps)
+
+    @classmethod
+    def imagined_by(cls, model: EvacConfig, max_steps: int) -> "Episode":
+        """Return the episodes of a world model of these sizes."""
+        return cls((model.n_view, *model.image_size, 3), model.chunk, max_steps)
+
+
+def expected_episode(config: TrainConfig) -> Episode | None:
+    """Return what the run's simulators are going to say, as the world model's config.json tells.
+
+    None where that is no guide: in the ground truth, and where the file is not that of a world
+    model, of which the simulator complains better.
+    """
+    if config.env.simulator != "world_model":
+        return None
+    try:
+        text = Path(config.world_model.checkpoint, "config.json").read_text()
+        model = EvacConfig.from_dict(json.loads(text)["config"])
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        return None
+    return Episode.imagined_by(model, config.env.max_episode_steps)
+
+
+def batch_shapes(config: TrainConfig, sizes: OpenVLAOFTConfig, episode: Episode) -> RolloutBatch:
+    """Return one iteration's batch, of all hosts, as `jax.ShapeDtypeStruct`s."""
+
+    def shape(*after, dtype):
+        return jax.ShapeDtypeStruct((config.episodes_per_iteration, *after), dtype)
+
+    chunks, chunk = episode.chunks, episode.chunk
+    tokens = (chunks, chunk, sizes.action_dim)
+    values = None
+    if sizes.num_values:
+        values = shape(chunks + 1, sizes.num_values, dtype=jnp.float32)
+    return RolloutBatch(
+        images=shape(chunks, *episode.image_shape, dtype=jnp.uint8),
+        prompt_tokens=shape(sizes.max_prompt_length, dtype=jnp.int32),
+        prompt_mask=shape(sizes.max_prompt_length, dtype=jnp.bool_),
+        tokens=shape(*tokens, dtype=jnp.int32),
+        log_probs=shape(*tokens, dtype=jnp.float32),
+        values=values,
+        rewards=shape(chunks, chunk, dtype=jnp.float32),
+        terminated=shape(chunks, chunk, dtype=jnp.bool_),
+        truncated=shape(chunks, chunk, dtype=jnp.bool_),
+    )

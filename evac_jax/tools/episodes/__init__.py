@@ -1,0 +1,1 @@
+"""Commands that record or import episodes and start states."""

@@ -1,0 +1,246 @@
+"""Records episodes in the ground truth, played by scripts or policies.
+
+    python -m evac_jax.tools.episodes.collect --out DIR --episodes 2000 --seed 0 \
+        --mix noisy=0.3,near_miss=0.4,random=0.1,policy:FOLDER@0.5=0.2
+    python launch.py --mode=collect --config=configs/grpo.py --config.collect.out=DIR
+
+The first records the tabletop, the second whatever `eval.ground_truth` names (`collect_libero`).
+More than half of the default mixture fails: a world model that has only seen success imagines
+success. The recording is a pure function of its arguments.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from absl import logging
+
+from evac_jax.errors import ConfigError, DataError
+from evac_jax.files import recordings
+from evac_jax.miniature import scene as world
+from evac_jax.miniature.expert import KINDS, Expert, demonstrate
+from evac_jax.miniature.render import camera, render
+from evac_jax.miniature.scene import Scenes
+from evac_jax.miniature.tasks import INSTRUCTIONS
+
+if TYPE_CHECKING:
+    from evac_jax.config.schema import TrainConfig
+
+DEFAULT_MIX = {
+    "noisy": 0.18,
+    "near_miss": 0.37,
+    "random_midway": 0.17,
+    "random": 0.10,
+    "sloppy": 0.18,
+}
+STEPS = 32  # an episode of the miniature: 4 chunks of 8
+FIRST_SCENE = 10_000_000  # scene seeds of recordings, above all that RL trains or evaluates on
+SCENES_PER_SEED = 1_000_000
+POLICY = "policy:"
+_BATCH = 64  # episodes played at once
+
+# Scenes and a generator in, actions as executed [N T 7] and the T + 1 states out.
+Player = Callable[[Scenes, np.random.Generator], tuple[np.ndarray, list[Scenes]]]
+
+
+def collect(
+    out: str | Path,
+    num_episodes: int,
+    mix: Mapping[str, float] | None = None,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    image_size: int = 64,
+) -> recordings.Episodes:
+    """Record episodes into the new folder `out` and return them.
+
+    Args:
+        out: appears only when the recording is complete.
+        num_episodes: of all kinds together; shares are rounded to whole episodes.
+        mix: player -> share; shares are divided by their sum. A player is a kind of script (see
+            `expert.KINDS`) or "policy:FOLDER@T", a policy folder sampled at temperature T (1 if
+            left out, 0 = greedy).
+        seed: recordings of different seeds share no scene.
+        steps: actions per episode.
+        image_size: pixels.
+
+    Raises:
+        DataError: the folder exists, or the mixture is not one.
+    """
+    out = Path(out)
+    mix = dict(DEFAULT_MIX if mix is None else mix)
+    if out.exists():
+        raise DataError(f"{out} exists; choose another folder or remove it")
+    unknown = sorted(k for k in mix if k not in KINDS and not k.startswith(POLICY))
+    if unknown:
+        raise DataError(f"mix: no such kind {unknown}; there are {KINDS} and {POLICY}FOLDER@T")
+    if not mix or min(mix.values()) < 0 or sum(mix.values()) <= 0:
+        raise DataError(f"mix: expected shares that are positive in sum, got {mix}")
+    if not 1 <= num_episodes <= SCENES_PER_SEED:
+        raise DataError(f"episodes: expected 1..{SCENES_PER_SEED}, got {num_episodes}")
+
+    began = time.perf_counter()
+    counts = _counts(mix, num_episodes)
+    players = [_player(kind, steps) for kind in counts]
+    scene_seeds = FIRST_SCENE + seed * SCENES_PER_SEED + np.arange(num_episodes)
+    intrinsic, c2w = camera(image_size)
+    facts = {
+        "command": "python -m evac_jax.tools.episodes.collect --out DIR "
+        f"--episodes {num_episodes} --mix {_shown(mix)} --seed {seed} --steps {steps} "
+        f"--image-size {image_size}",
+        "pose": "xyz in metres, quaternion xyzw, gripper opening 0..1",
+        "action": "delta_ee_7 in [-1, 1]; gripper -1 opens, +1 closes",
+        "versions": {"python": sys.version.split()[0], "numpy": np.__version__},
+    }
+    with recordings.EpisodeWriter(
+        out,
+        image_shape=(1, image_size, image_size, 3),
+        instructions=INSTRUCTIONS,
+        sources=[_named(kind) for kind in counts],
+        intrinsic=intrinsic[None],
+        c2w=c2w[None],
+        facts=facts,
+    ) as writer:
+        first = 0
+        for source, (count, play) in enumerate(zip(counts.values(), players, strict=True)):
+            for low in range(first, first + count, _BATCH):
+                seeds = scene_seeds[low : min(low + _BATCH, first + count)]
+                scenes = world.sample_scenes(seeds)
+                actions, states = play(scenes, np.random.default_rng([seed, source, low]))
+                _write(writer, scenes, seeds, actions, states, source, image_size)
+            first += count
+    logging.info("%d episodes in %.0f s", num_episodes, time.perf_counter() - began)
+    return recordings.load(out)
+
+
+def _write(writer, scenes, seeds, actions, states, source: int, image_size: int) -> None:
+    frames = np.stack([render(state, image_size) for state in states], 1)[:, :, None]
+    poses = np.stack([state.pose for state in states], 1)
+    success = np.stack([world.is_success(state) for state in states], 1)
+    for n in range(len(scenes)):
+        writer.add(
+            frames=frames[n],
+            actions=actions[n],
+            poses=poses[n],
+            success=success[n],
+            task=int(scenes.task[n]),
+            source=source,
+            start=int(seeds[n]),
+        )
+
+
+def _player(kind: str, steps: int) -> Player:
+    if not kind.startswith(POLICY):
+        return lambda scenes, rng: demonstrate(scenes, Expert(kind, rng), steps)
+    # JAX is only imported when a policy plays.
+    from evac_jax.tools.episodes.policy_player import PolicyPlayer
+
+    folder, temperature = _policy(kind)
+    policy = PolicyPlayer(folder, temperature=temperature)
+    return lambda scenes, rng: policy.play(scenes, steps, seed=int(rng.integers(2**31)))
+
+
+def _policy(kind: str) -> tuple[str, float]:
+    folder, _, temperature = kind.removeprefix(POLICY).partition("@")
+    try:
+        return folder, float(temperature or 1.0)
+    except ValueError as error:
+        raise DataError(f"mix: expected policy:FOLDER@TEMPERATURE, got {kind!r}") from error
+
+
+def _named(kind: str) -> str:
+    """A policy's folder by its own name: where it lay on the machine is nobody's business."""
+    if not kind.startswith(POLICY):
+        return kind
+    folder, temperature = _policy(kind)
+    return f"{POLICY}{Path(folder).name}@{temperature:g}"
+
+
+def _counts(mix: Mapping[str, float], total: int) -> dict[str, int]:
+    """Whole episodes per kind, `total` together, each within one of its share."""
+    edges = np.rint(np.cumsum(list(mix.values())) / sum(mix.values()) * total).astype(int)
+    return dict(zip(mix, np.diff(edges, prepend=0).tolist(), strict=True))
+
+
+def _shown(mix: Mapping[str, float]) -> str:
+    return ",".join(f"{_named(kind)}={share:g}" for kind, share in mix.items())
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """Return {"noisy": 0.3, ...} for "noisy=0.3,..."."""
+    try:
+        pairs = [entry.rsplit("=", 1) for entry in text.split(",")]
+        return {kind.strip(): float(share) for kind, share in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected kind=share,..., got {text!r}") from error
+
+
+def run(config: "TrainConfig") -> None:
+    """Record what `config.collect` asks for; "policy" is the configured policy and temperature.
+
+    Raises:
+        ConfigError: no folder, no mixture, or no ground truth to record in.
+    """
+    wanted = config.collect
+    if not wanted.out:
+        raise ConfigError("config.collect.out: expected a new folder for the episodes, got nothing")
+    if config.eval.ground_truth == "none":
+        raise ConfigError(
+            "config.eval.ground_truth: episodes are recorded in a ground truth, got 'none'"
+        )
+    try:
+        mix = parse_mix(wanted.mix)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"config.collect.mix: {error}") from error
+    own = f"{POLICY}{config.policy.checkpoint}@{config.policy.temperature}"
+    mix = {own if kind == "policy" else kind: share for kind, share in mix.items()}
+    if config.eval.ground_truth == "libero":
+        _run_libero(config, mix)
+        return
+    steps = config.env.max_episode_steps
+    data = collect(wanted.out, wanted.episodes, mix, seed=config.seed, steps=steps)
+    logging.info("success by source: %s", data.card["success_once"])
+
+
+def _run_libero(config: "TrainConfig", mix: Mapping[str, float]) -> None:
+    from evac_jax.tools.episodes import collect_libero
+
+    unknown = [k for k in mix if k != collect_libero.RANDOM and not k.startswith(POLICY)]
+    if unknown or min(mix.values()) < 0 or sum(mix.values()) <= 0:
+        raise ConfigError(
+            f"config.collect.mix: expected shares of {collect_libero.RANDOM}, policy and "
+            f"{POLICY}FOLDER@T, which play LIBERO; got {config.collect.mix!r}"
+        )
+    kinds = {_named(k): _policy(k) if k.startswith(POLICY) else (k, 0.0) for k in mix}
+    counts = list(_counts(mix, config.collect.episodes).values())
+    collect_libero.run(config, kinds, counts)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="new folder")
+    parser.add_argument("--episodes", type=int, default=2000)
+    parser.add_argument("--mix", type=parse_mix, default=DEFAULT_MIX, help="player=share,...")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--image-size", type=int, default=64)
+    args = parser.parse_args()
+    logging.set_verbosity(logging.INFO)
+    data = collect(
+        args.out,
+        args.episodes,
+        args.mix,
+        seed=args.seed,
+        steps=args.steps,
+        image_size=args.image_size,
+    )
+    logging.info("success by source: %s", data.card["success_once"])
+
+
+if __name__ == "__main__":
+    main()

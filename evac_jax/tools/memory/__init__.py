@@ -1,0 +1,1 @@
+"""What a configuration needs of each device's memory."""

@@ -1,0 +1,253 @@
+"""Tells what memory a run will need, per device and host, before any weight is there.
+
+    python -m evac_jax.tools.memory --config=configs/grpo.py:libero_spatial --devices 8
+    python -m evac_jax.tools.memory --config=configs/ppo.py:lora --config.algo.micro_batch=8 \
+        --policy_config FOLDER/config.json --device_gb 48 --xla 600
+
+Sizes come from the configuration and, where their folders are there, from the policy's and the
+world model's config.json; else those of the published 7B OpenVLA-OFT and of EVAC for LIBERO are
+taken. `--devices 0`: everything on the host. docs/memory.md tells how the numbers are made.
+"""
+
+import argparse
+import ast
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evac_jax.config.build import from_config_dict
+from evac_jax.config.flags import check_flags, load_preset
+from evac_jax.config.schema import TrainConfig
+from evac_jax.errors import ConfigError, EvacJaxError
+from evac_jax.evac.config import EvacConfig
+from evac_jax.tools.memory.advice import advice, presets_table
+from evac_jax.tools.memory.layouts import CUDA_CONTEXT, Layout, Setup, layouts
+from evac_jax.tools.memory.parts import GB, peak
+from policies.openvla_oft.config import OpenVLAOFTConfig
+
+DEFAULT_FILE = "configs/grpo.py"
+# Fields that name files of the user, which need not exist here.
+PATHS = (
+    *("policy.checkpoint", "policy.lora_adapter", "world_model.checkpoint", "reward.checkpoint"),
+    *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
+)
+EXISTING = "."
+BUILT_IN = "miniature"  # has weights of its own; no choice for a 7B policy
+
+
+def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:
+    """Return a preset changed by `--config.a.b=value` flags, checked but for the files it names.
+
+    Raises:
+        ConfigError: unknown fields, wrong values, impossible combinations.
+    """
+    check_flags([f"--config={file}", *flags], DEFAULT_FILE)
+    values = load_preset(file).to_dict()
+    names = iter(flags)
+    for flag in names:
+        name, _, text = flag.removeprefix("--config.").partition("=")
+        _set(values, name, text if "=" in flag else next(names))
+    given = {name: _get(values, name) for name in PATHS}
+    for name, path in given.items():
+        if path or name not in ("policy.lora_adapter", "env.keyframe_data"):
+            _set(values, name, ",".join(EXISTING for _ in str(path).split(",")))
+    config = from_config_dict(values)
+    for name, path in given.items():
+        section, field = name.split(".")
+        part = dataclasses.replace(getattr(config, section), **{field: path})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def preset_names(file: str) -> list[str]:
+    """Return the presets of a file in its own order."""
+    spec = importlib.util.spec_from_file_location("evac_jax_presets", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config: {file!r} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(getattr(module, "PRESETS", ()))
+
+
+def _get(values: dict, name: str) -> Any:
+    for key in name.split("."):
+        values = values[key]
+    return values
+
+
+def _set(values: dict, name: str, text: str) -> None:
+    """Set a field to a flag's text, read as a literal unless the field holds text."""
+    *path, last = name.split(".")
+    section = _get(values, ".".join(path)) if path else values
+    if isinstance(section[last], str):
+        section[last] = text
+        return
+    try:
+        section[last] = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(f"--config.{name}: cannot read {text!r}") from error
+
+
+def read_setup(config: TrainConfig, policy_file: str, world_model_file: str) -> Setup:
+    """Return the run with its networks' sizes, from config.json files or as published.
+
+    Raises:
+        ConfigError: a file that is named cannot be read.
+    """
+    policy = _json(policy_file, config.policy.checkpoint)
+    world_model = _json(world_model_file, config.world_model.checkpoint)
+    try:
+        return Setup(
+            config,
+            OpenVLAOFTConfig.from_hf(policy) if policy else OpenVLAOFTConfig(),
+            EvacConfig.from_dict(world_model.get("config", world_model)),
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--policy_config or --world_model_config: {error}") from error
+
+
+def _json(file: str, folder: str) -> dict[str, Any]:
+    path = Path(file) if file else Path(folder or "") / "config.json"
+    if not file and (not folder or not path.is_file()):
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def compiled(argv: Sequence[str], devices: int, seconds: float) -> tuple[int, int] | None:
+    """Return XLA's (arguments, temporaries) of a device, by a process with so many CPU devices.
+
+    None if it takes longer than `seconds`.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "evac_jax.tools.memory", *argv, "--compile_here"]
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode:
+        raise ConfigError("the compilation failed; its own message is above")
+    arguments, temporaries = done.stdout.strip().splitlines()[-1].split()
+    return int(arguments), int(temporaries)
+
+
+def compile_here(setup: Setup) -> None:
+    """Compile the update and print what XLA says about it."""
+    from evac_jax.tools.memory.trainer import compiled_bytes
+
+    arguments, temporaries = compiled_bytes(setup.config, setup.sizes, setup.episode)
+    _say(f"{arguments} {temporaries}")
+
+
+def _say(text: str = "") -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
+        epilog="and --config.FIELD=VALUE",
+    )
+    parser.add_argument("--config", default=DEFAULT_FILE, help="preset file:preset")
+    parser.add_argument("--devices", type=int, default=1, help="accelerators of the host; 0 = none")
+    parser.add_argument("--device_gb", type=float, default=80.0, help="memory of one, 1e9 bytes")
+    parser.add_argument("--policy_config", default="", help="config.json of a policy")
+    parser.add_argument("--world_model_config", default="", help="config.json of a world model")
+    parser.add_argument("--xla", type=float, default=0.0, help="let XLA compile, so many seconds")
+    parser.add_argument("--no_presets", action="store_true", help="leave the other presets out")
+    parser.add_argument("--compile_here", action="store_true", help=argparse.SUPPRESS)
+    args, flags = parser.parse_known_args(argv)
+    if args.devices < 0 or args.device_gb <= 0:
+        parser.error("--devices must be at least 0 and --device_gb positive")
+    if flags and not flags[0].startswith("--config."):
+        parser.error(f"unknown option {flags[0]}")
+    return args, flags
+
+
+def _verdict(setup: Setup, found: Layout, devices: int, limit: float) -> str:
+    if not devices:
+        return f"{found.name}: {found.line}"
+    if found.device_bytes <= limit:
+        return f"{found.name}: fits into {limit / GB:.0f} GB a device: {found.line}"
+    return (
+        f"{found.name}: does NOT fit into {limit / GB:.0f} GB a device: {found.line}\n"
+        f"  {advice(setup, devices, found.name, limit)}"
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Print everything."""
+    args, flags = _options(argv)
+    setup = read_setup(read_config(args.config, flags), args.policy_config, args.world_model_config)
+    if args.compile_here:
+        compile_here(setup)
+        return
+    from evac_jax.tools.memory.trainer import count
+
+    trained, frozen = count(setup.sizes)
+    _say(f"policy: {trained:,} parameters that train, {frozen:,} that do not")
+    limit, possible = args.device_gb * GB, layouts(setup, args.devices)
+    for found in possible:
+        _say(f"\n{found.name}" + (f" on {args.devices} devices" if args.devices else ""))
+        _say("\n".join(place.describe() for place in (*found.devices, found.host)))
+    if args.xla:
+        _print_compiled(argv, args, possible[0])
+    _say()
+    for found in possible:
+        _say(_verdict(setup, found, args.devices, limit))
+    file = args.config.partition(":")[0]
+    if args.devices and not args.no_presets:
+        names = [name for name in preset_names(file) if name != BUILT_IN]
+
+        def setup_of(name: str) -> Setup:
+            config = read_config(f"{file}:{name}")
+            return read_setup(config, args.policy_config, args.world_model_config)
+
+        _say(f"\npresets of {file}\n{presets_table(names, setup_of, limit)}")
+
+
+def _print_compiled(argv: Sequence[str], args: argparse.Namespace, found: Layout) -> None:
+    devices = max(args.devices, 1)
+    told = compiled(argv, devices, args.xla)
+    if told is None:
+        _say(f"\nXLA took longer than {args.xla:.0f} s; the numbers above stand alone")
+        return
+    place = found.devices[0] if found.devices else found.host
+    parts = next(parts for title, parts, _ in place.held if title == "trainer")
+    parts = [part for part in parts if part != CUDA_CONTEXT]
+    _say(
+        f"\nXLA, update compiled for {devices} CPU devices: {sum(told) / GB:.2f} GB "
+        f"({told[0] / GB:.2f} arguments + {told[1] / GB:.2f} temporaries); "
+        f"the trainer's table says {peak(parts)[0] / GB:.2f} GB"
+    )
+
+
+def main() -> None:
+    """Run; a user's mistake ends with one message and status 2."""
+    try:
+        run(sys.argv[1:])
+    except EvacJaxError as error:
+        sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Recorded episodes as training data of a policy: what it saw when asked, what was done next."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evac_jax.errors import DataError
+from evac_jax.files.recordings import ACTION_DIM, Episodes
+
+# What a policy says for a recorded gripper entry, -1 opens .. +1 closes; the inverses of the rules
+# that env.gripper names. "binary" has none: recordings do not hold its 0 and 1.
+GRIPPER_RULES = {"libero": lambda gripper: (1 - gripper) / 2, "none": lambda gripper: gripper}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B moments of V cameras, and the K actions after each.
+
+    Attributes:
+        frames: uint8 [B V H W 3].
+        task: index into the recording's instructions, [B].
+        actions: as the policy says them, normalised and clipped to [-1, 1], float32 [B K A].
+        valid: which of them exist, bool [B K]; an episode may end within a chunk.
+    """
+
+    frames: np.ndarray
+    task: np.ndarray
+    actions: np.ndarray
+    valid: np.ndarray
+
+
+def policy_actions(actions: np.ndarray, gripper: str) -> np.ndarray:
+    """Return executed actions [.. A] as the policy says them, gripper last; float64."""
+    actions = np.asarray(actions, np.float64)
+    return np.concatenate((actions[..., :-1], GRIPPER_RULES[gripper](actions[..., -1:])), axis=-1)
+
+
+def action_statistics(data: Episodes, gripper: str) -> dict[str, Any]:
+    """Return an entry of `norm_stats` over every action of `data`; the gripper is left as it is."""
+    steps = np.concatenate([f + np.arange(n) for f, n in zip(data.first, data.length, strict=True)])
+    actions = policy_actions(data.actions[steps], gripper)
+    low, high = np.quantile(actions, (0.01, 0.99), axis=0)
+    facts = {"q01": low, "q99": high, "min": actions.min(0), "max": actions.max(0)}
+    facts |= {"mean": actions.mean(0), "std": actions.std(0)}
+    return {
+        "action": {name: values.tolist() for name, values in facts.items()}
+        | {"mask": [True] * (ACTION_DIM - 1) + [False]},
+        "num_transitions": len(actions),
+        "num_trajectories": data.num_episodes,
+    }
+
+
+class Chunks:
+    """Every moment of some episodes at which a policy is asked: steps 0, K, 2 K ..
+
+    Args:
+        data: the episodes.
+        chunk: actions per decision, K.
+        statistics: what `action_statistics` returned, of the training episodes.
+        gripper: a key of `GRIPPER_RULES`.
+
+    Raises:
+        DataError: there is no episode with an action.
+    """
+
+    def __init__(self, data: Episodes, chunk: int, statistics: dict[str, Any], gripper: str):
+        self._data, self._chunk, self._gripper = data, chunk, gripper
+        self._statistics = {name: np.array(x) for name, x in statistics["action"].items()}
+        counts = -(-data.length // chunk)
+        self._episode = np.repeat(np.arange(data.num_episodes), counts)
+        if not len(self._episode):
+            raise DataError("the recording has no episode with an action; record some")
+        self._step = chunk * np.concatenate([np.arange(count) for count in counts])
+
+    def __len__(self) -> int:
+        """Moments in all."""
+        return len(self._episode)
+
+    def read(self, which: np.ndarray) -> Batch:
+        """Return the moments of numbers [B]."""
+        data, stats = self._data, self._statistics
+        episode, step = self._episode[which], self._step[which]
+        steps = step[:, None] + np.arange(self._chunk)
+        # Of an action that does not exist, the (zero) row of the episode's last frame is read.
+        rows = data.rows(episode[:, None], np.minimum(steps, data.length[episode][:, None]))
+        said = policy_actions(data.actions[rows], self._gripper)
+        # The inverse of `action_tokens.action_table`, for a dimension that never moves too.
+        scaled = 2 * (said - stats["q01"]) / (stats["q99"] - stats["q01"] + 1e-8) - 1
+        return Batch(
+            frames=np.asarray(data.frames[data.rows(episode, step)]),
+            task=data.task[episode],
+            actions=np.where(stats["mask"], scaled, said).clip(-1, 1).astype(np.float32),
+            valid=steps < data.length[episode][:, None],
+        )

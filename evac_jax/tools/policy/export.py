@@ -1,0 +1,200 @@
+"""Writes a policy as a Hugging Face folder that any run, and the public tools, can start from.
+
+    python launch.py --mode=export --config=configs/grpo.py \
+        --config.policy.checkpoint=SOURCE --export_dir=OUT
+    python -m evac_jax.tools.policy.export --run SOURCE --out OUT [--adapter] [--dtype float32]
+
+SOURCE is a run, one of its checkpoints (RUN/checkpoints/40) or a Hugging Face folder. No simulator
+is started: of a run's checkpoint only the parameters are read. Keys, files and dtypes are those of
+the folder that the policy started from; LoRA adapters are merged, --adapter writes them alone, in
+PEFT's layout.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from flax import nnx
+
+from evac_jax import checkpoint, report
+from evac_jax.config.schema import PolicyConfig, TrainConfig
+from evac_jax.errors import CheckpointError
+from evac_jax.files import cards
+from evac_jax.policy_import import import_policy, told_as_checkpoint_error
+from policies.openvla_oft.checkpoint_files import CheckpointFiles, read_json
+from policies.openvla_oft.export_hf import export_policy
+from policies.openvla_oft.model import OpenVLAOFT
+from policies.openvla_oft.peft import save_adapter
+
+VALUE_OUTPUTS = "params/value_head/fc3/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run as an export needs it; its simulators' files need not be there any more.
+
+    Attributes:
+        policy: the start policy and how it was imported.
+        checkpoints: folder of the run's checkpoints.
+        step: iteration; -1 = the newest, 0 = the start policy.
+        facts: algorithm, seed and simulator, for the data card.
+    """
+
+    policy: PolicyConfig
+    checkpoints: Path
+    step: int
+    seed: int
+    facts: dict[str, Any]
+
+
+def find_run(source: Path, step: int = -1) -> Run | None:
+    """Return the run that `source` is, or is a checkpoint of; None for a Hugging Face folder.
+
+    Args:
+        source: RUN, RUN/checkpoints, RUN/checkpoints/<iteration> or a Hugging Face folder.
+        step: iteration, unless `source` names it.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    folder = source
+    if source.name.isdigit() and source.parent.name == "checkpoints":
+        folder, step = source.parent, int(source.name)
+    if folder.name == "checkpoints":
+        folder = folder.parent
+    with told_as_checkpoint_error("policy to export"):
+        values = read_json(folder / checkpoint.CONFIG_FILE)
+    if values is None:
+        raise CheckpointError(
+            f"{source}: expected a run, a checkpoint of a run (RUN/checkpoints/N) or a Hugging "
+            f"Face folder; {folder / checkpoint.CONFIG_FILE} is not there"
+        )
+    if not {"algorithm", "policy", "checkpoint"} <= set(values):
+        return None
+    known = {field.name for field in dataclasses.fields(PolicyConfig)}
+    return Run(
+        policy=PolicyConfig(**{k: v for k, v in values["policy"].items() if k in known}),
+        checkpoints=Path(values["checkpoint"].get("dir") or folder / "checkpoints"),
+        step=step,
+        seed=values["seed"],
+        facts={
+            "algorithm": values["algorithm"],
+            "seed": values["seed"],
+            "simulator": values["env"]["simulator"],
+        },
+    )
+
+
+def trained_model(run: Run) -> tuple[OpenVLAOFT, int]:
+    """Return the policy of a run at an iteration, and which.
+
+    Raises:
+        CheckpointError: no such checkpoint, or its parameters are not those of the start policy.
+    """
+    if run.step == 0:
+        return import_policy(run.policy, seed=run.seed).model, 0
+    checkpoints = checkpoint.Checkpoints(run.checkpoints, keep=None)
+    iteration = checkpoints.existing(run.step)
+    more = {}
+    if run.policy.value_head == "action_level":
+        # One output per action of the simulator's chunk, which only the checkpoint still tells.
+        outputs = checkpoints.shapes(iteration).get(VALUE_OUTPUTS)
+        more = {"chunk": outputs.shape[-1]} if outputs else {}
+    model = import_policy(run.policy, seed=run.seed, **more).model
+    graphdef, start, rest = nnx.split(model, nnx.Param, ...)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), start)
+    # What trained is about to be read: without this it would be in memory twice.
+    del model, start
+    params = checkpoints.restore_part(iteration, "params", shapes)
+    return nnx.merge(graphdef, params, rest), iteration
+
+
+def stored_model(folder: Path, lora_adapter: str = "") -> OpenVLAOFT:
+    """Return the policy of a Hugging Face folder in a dtype that loses nothing of it.
+
+    Args:
+        lora_adapter: PEFT folder to merge, "" = none.
+
+    Raises:
+        CheckpointError: it cannot be imported.
+    """
+    with told_as_checkpoint_error("policy to export"):
+        dtypes = {entry.dtype for entry in CheckpointFiles(folder).entries.values()}
+    dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
+    policy = PolicyConfig(checkpoint=str(folder), param_dtype=dtype, lora_adapter=lora_adapter)
+    return import_policy(policy, seed=0).model
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    step: int = -1,
+    adapter: bool = False,
+    dtype: str | None = None,
+    lora_adapter: str = "",
+) -> None:
+    """Write the policy of `source` to the new folder `out`, whole or not at all.
+
+    Args:
+        source, step: see `find_run`.
+        adapter: write a LoRA run's adapters alone.
+        dtype: "float32" or "bfloat16"; None = as the start policy's folder has each tensor.
+        lora_adapter: adapter to merge into a Hugging Face folder.
+
+    Raises:
+        CheckpointError: nothing to export, `out` exists, or it cannot be written.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists already; remove it or name another export folder")
+    run = find_run(source, step)
+    start = Path(run.policy.checkpoint) if run else source
+    facts: dict[str, Any] = {"start": cards.read(start)}
+    if run:
+        model, iteration = trained_model(run)
+        facts |= run.facts | {"iteration": iteration}
+    else:
+        model = stored_model(source, lora_adapter)
+    card = cards.card(**facts)
+    with told_as_checkpoint_error(f"cannot export {source}"):
+        if adapter:
+            save_adapter(model, out, base=start)
+            cards.write_json(out / "card.json", card)
+        else:
+            extra = {"card.json": (json.dumps(card, indent=2) + "\n").encode()}
+            export_policy(model, out, source=start, like_source=True, dtype=dtype, extra=extra)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    logging.info("%s, %d parameters -> %s", source, parameters, out)
+
+
+def run(config: TrainConfig, export_dir: str) -> None:
+    """Export `config.policy.checkpoint`, for launch.py."""
+    policy = config.policy
+    export(Path(policy.checkpoint), Path(export_dir), lora_adapter=policy.lora_adapter)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", required=True, type=Path, help="run, checkpoint or HF folder")
+    parser.add_argument("--step", type=int, default=-1, help="iteration; -1 = the newest")
+    parser.add_argument(
+        "--best", action="store_true", help="the iteration with the best ground-truth success"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="new folder")
+    parser.add_argument("--adapter", action="store_true", help="LoRA adapters alone, as PEFT does")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: as the start policy's folder"
+    )
+    args = parser.parse_args()
+    logging.set_verbosity(logging.INFO)
+    step = report.best_iteration(args.run) if args.best else args.step
+    export(args.run, args.out, step=step, adapter=args.adapter, dtype=args.dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Supervised fine-tuning of a policy folder on recorded episodes; `train_policy --data` runs it.
+
+One device. Everything random comes from the step, so that a resumed run sees what an unbroken one
+would have seen.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from evac_jax.devices.sharding import path_name
+from evac_jax.errors import CheckpointError, DataError
+from evac_jax.files import cards, recordings
+from evac_jax.files.atomic import replacing
+from evac_jax.files.recordings import Episodes
+from evac_jax.tools.policy.data import Batch, Chunks, action_statistics
+from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
+from policies.openvla_oft.export_hf import export_policy
+from policies.openvla_oft.import_hf import LoadedPolicy, load_policy
+from policies.openvla_oft.peft import save_adapter
+from policies.openvla_oft.prompt import PromptTokenizer
+from policies.types import ObsBatch
+
+HELD_OUT_CHUNKS = 1024  # at most so many are scored, evenly spaced
+ANY_LENGTH = 10**6  # of a prompt, while the longest one is looked for
+# Arguments that make another run of it when they change.
+SETUP = (
+    *("steps", "batch", "lr", "sd_bins", "seed", "chunk", "gripper", "unnorm_key"),
+    *("start", "successful", "lora_rank", "lora_alpha", "compute_dtype", "keep_stop_token"),
+)
+
+
+def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
+    """Return AdamW with clipping, a short warm-up and a cosine decay to 0.01 of `lr`."""
+    warmup = min(200, steps // 5)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, 0.01 * lr)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
+    )
+
+
+def soft_targets(
+    actions: jax.Array, statistics: ActionStatistics, sd_bins: float, num_bins: int = 256
+) -> jax.Array:
+    """Return probabilities [B K A num_bins], lowest token id first, around actions [B K A]."""
+    low, high, mask = (jnp.asarray(x) for x in (statistics.low, statistics.high, statistics.mask))
+    normalised = jnp.where(mask, 2 * (actions - low) / (high - low) - 1, actions)
+    centres = jnp.asarray(bin_centres(num_bins), jnp.float32)
+    sd = sd_bins * 2 / (num_bins - 1)
+    return jax.nn.softmax(-0.5 * ((centres - normalised[..., None]) / sd) ** 2)
+
+
+def finetune(args: argparse.Namespace) -> dict[str, float]:
+    """Train, write the policy folder `args.out` and return its held-out scores.
+
+    Raises:
+        DataError: the recordings do not fit, or `args.out` exists.
+        CheckpointError: the progress kept beside `args.out` is another run's.
+    """
+    out = Path(args.out)
+    if out.exists():
+        raise DataError(f"--out: {out} exists; choose another folder or remove it")
+    training, held_out = _episodes(args)
+    stats = action_statistics(training, args.gripper)
+    loaded = _load(args, training)
+    prompts = tuple(jnp.asarray(x) for x in loaded.tokenizer.encode(list(training.instructions)))
+    parts = [Chunks(part, args.chunk, stats, args.gripper) for part in (training, held_out)]
+    logging.info("%d chunks for training, %d held out", *map(len, parts))
+    digests = [cards.sha256(Path(folder) / "card.json") for folder in args.data]
+    setup = {name: getattr(args, name) for name in SETUP} | {"data": digests}
+    progress = out.with_name(out.name + ".progress.safetensors")
+    began = time.perf_counter()
+    model, history = _train(args, loaded.model, prompts, *parts, setup, progress)
+
+    partial_out = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    export_policy(model, partial_out, source=args.start, norm_stats={args.unnorm_key: stats})
+    if args.lora_rank:
+        save_adapter(model, partial_out / "adapter", base=args.start)
+    facts = cards.card(
+        data=digests,
+        start=cards.read(Path(args.start)),
+        history=history,
+        scores=history[-1],
+        seconds=time.perf_counter() - began,
+    )
+    cards.write_json(partial_out / "card.json", facts)
+    os.replace(partial_out, out)
+    progress.unlink(missing_ok=True)
+    return history[-1]
+
+
+def _episodes(args: argparse.Namespace) -> tuple[Episodes, Episodes]:
+    data = recordings.load(*args.data)
+    if args.successful:
+        data = data.select(data.success_once())
+    training, held_out = data.split()
+    if not (training.num_episodes and held_out.num_episodes):
+        raise DataError(
+            f"--data: {training.num_episodes} training and {held_out.num_episodes} held-out "
+            f"{'successful ' * args.successful}episodes; both are needed: record more"
+        )
+    return training, held_out
+
+
+def _load(args: argparse.Namespace, data: Episodes) -> LoadedPolicy:
+    """Load the start policy for the recording's cameras; labels are normalised before it."""
+    # Numbers do not depend on the padding, so prompts are as long as the longest one needs.
+    tokenizer = PromptTokenizer(args.start, ANY_LENGTH)
+    loaded = load_policy(
+        args.start,
+        unnorm_key="",
+        action_dim=recordings.ACTION_DIM,
+        chunk=args.chunk,
+        num_images=data.frames.shape[1],
+        max_prompt_length=max(len(tokenizer.prompt_ids(text)) for text in data.instructions),
+        lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        # Weights that train need float32 for small steps; a frozen base does not.
+        param_dtype=args.compute_dtype if args.lora_rank else "float32",
+        compute_dtype=args.compute_dtype,
+        keep_stop_token=args.keep_stop_token,
+        remat="full" if args.remat else "none",
+        seed=args.seed,
+    )
+    for note in loaded.notes:
+        logging.info("policy import: %s", note)
+    return loaded
+
+
+def _train(args, model, prompts, training: Chunks, held_out: Chunks, setup, progress: Path):
+    """Return the trained model and the held-out scores on the way."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    optimizer = make_optimizer(args.lr, args.steps)
+    state, history = (params, jax.jit(optimizer.init)(params)), []
+    done = 0
+    if progress.exists():
+        state, facts = load_progress(progress, setup, state)
+        done, history = facts["step"], facts["history"]
+        logging.info("resumed at step %d", done)
+    step, score = _compile(graphdef, optimizer, args.sd_bins)
+    losses, began = [], time.perf_counter()
+    for i in range(done, args.steps):
+        which = np.random.default_rng((args.seed, i)).integers(len(training), size=args.batch)
+        state, loss = step(state, rest, *_inputs(training.read(which), prompts))
+        losses.append(loss)
+        last = i + 1 == args.steps
+        if (i + 1) % 100 == 0:
+            rate, mean = (i + 1 - done) / (time.perf_counter() - began), np.mean(losses[-100:])
+            logging.info("step %d/%d  loss %.4f  %.2f steps/s", i + 1, args.steps, mean, rate)
+        if (i + 1) % args.score_every == 0 or last:
+            scores = validate(partial(score, state[0], rest), held_out, prompts, args.batch)
+            history.append({"step": i + 1, **scores})
+            logging.info("held-out: %s", history[-1])
+        if (i + 1) % args.save_every == 0 or last:
+            save_progress(progress, setup, state, {"step": i + 1, "history": history})
+    return nnx.merge(graphdef, state[0], rest), history
+
+
+def _compile(graphdef, optimizer, sd_bins: float):
+    """Return jitted (state, rest, batch) -> state, loss and (params, rest, batch) -> sums [3]."""
+
+    def sums(params, rest, obs, actions, valid):
+        """Summed cross-entropy, right tokens and tokens; the latter two of valid actions only."""
+        model = nnx.merge(graphdef, params, rest)
+        pixels = model.pixel_values(obs.images)
+        forward = model.forward(pixels, obs.prompt_tokens, obs.prompt_mask)
+        logits = model.action_logits(forward.slots).reshape(*actions.shape, -1)
+        num_bins, dim = logits.shape[-1], actions.shape[-1]
+        targets = soft_targets(actions, ActionStatistics.identity(dim), sd_bins, num_bins)
+        # The two lowest ids stand for the same action, so values are compared instead of ids.
+        centres = jnp.asarray(bin_centres(num_bins))
+        right = centres[logits.argmax(-1)] == centres[targets.argmax(-1)]
+        losses = optax.softmax_cross_entropy(logits, targets)
+        counted = jnp.broadcast_to(valid[..., None], actions.shape)
+        return jnp.stack([(x * counted).sum() for x in (losses, right, jnp.ones_like(losses))])
+
+    def loss_fn(params, *batch):
+        loss, _, count = sums(params, *batch)
+        return loss / count
+
+    # `rest` is an argument: what a jitted function closes over is copied into its program.
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, rest, *batch):
+        params, opt_state = state
+        loss, gradient = jax.value_and_grad(loss_fn)(params, rest, *batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    return step, jax.jit(sums)
+
+
+def _inputs(batch: Batch, prompts) -> tuple[ObsBatch, jax.Array, jax.Array]:
+    obs = ObsBatch(
+        images=jnp.asarray(batch.frames),
+        prompt_tokens=prompts[0][batch.task],
+        prompt_mask=prompts[1][batch.task],
+    )
+    return obs, jnp.asarray(batch.actions), jnp.asarray(batch.valid)
+
+
+def validate(score, chunks: Chunks, prompts, size: int) -> dict[str, float]:
+    """Return loss per token (nats) and token accuracy (0..1) on at most HELD_OUT_CHUNKS chunks.
+
+    Args:
+        score: (obs, actions, valid) -> sums of losses, right tokens, tokens.
+        size: of a batch; the last one is filled up with rows that do not count.
+    """
+    chosen = np.linspace(0, len(chunks) - 1, min(len(chunks), HELD_OUT_CHUNKS)).round().astype(int)
+    total = np.zeros(3)
+    for first in range(0, len(chosen), size):
+        which = chosen[first : first + size]
+        obs, actions, valid = _inputs(chunks.read(np.resize(which, size)), prompts)
+        total += np.asarray(score(obs, actions, valid & (np.arange(size) < len(which))[:, None]))
+    return {"loss": float(total[0] / total[2]), "token_accuracy": float(total[1] / total[2])}
+
+
+def save_progress(path: Path, setup: dict[str, Any], state: Any, facts: dict[str, Any]) -> None:
+    """Write a tree of arrays, `facts` and what the run was started with."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    arrays = {path_name(name): np.asarray(leaf) for name, leaf in leaves}
+    texts = {"setup": setup, "facts": facts}
+    with replacing(path) as temporary:
+        save_file(arrays, temporary, metadata={k: json.dumps(v) for k, v in texts.items()})
+
+
+def load_progress(path: Path, setup: dict[str, Any], like: Any) -> tuple[Any, dict[str, Any]]:
+    """Return (state, facts) of `save_progress`, shaped as `like`.
+
+    Raises:
+        CheckpointError: it was made with other arguments, so that going on would be another run.
+    """
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+        saved = json.loads(metadata["setup"])
+        differing = [
+            f"{name} was {saved.get(name)!r} and is {setup.get(name)!r}"
+            for name in sorted({*saved, *setup})
+            if saved.get(name) != setup.get(name)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{path} belongs to another run: {'; '.join(differing)}. Run with the same "
+                "arguments to go on, or remove the file to start anew"
+            )
+        state = jax.tree_util.tree_map_with_path(
+            lambda name, _: jnp.asarray(file.get_tensor(path_name(name))), like
+        )
+    return state, json.loads(metadata["facts"])

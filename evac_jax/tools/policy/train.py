@@ -1,0 +1,369 @@
+"""Supervised fine-tuning of OpenVLA-OFT's token head, on the tabletop or on recordings, in JAX.
+
+On the tabletop every sample is a fresh scene, so nothing can be memorised: the picture at a moment
+when the policy would be asked, and the demonstrator's next actions. The tokens' targets are
+Gaussians over neighbouring bins; their width becomes the exploration noise that reinforcement
+learning starts with.
+
+    python -m evac_jax.tools.policy.train --out DIR --labels expert --steps 6000
+    python -m evac_jax.tools.policy.train --start DIR --out DIR2 --labels sloppy --steps 800
+    python -m evac_jax.tools.policy.train --start DIR --out DIR2 --lora_rank 8 --lr 3e-3
+    python -m evac_jax.tools.policy.train --start DIR --out DIR2 --data RECORDING --unnorm_key robot
+
+--data takes recorded episodes of any robot instead (docs/episodes.md, docs/lora.md), --lora_rank
+trains adapters alone.
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx
+
+from evac_jax.devices.malloc import keep_freed_memory
+from evac_jax.files import cards
+from evac_jax.miniature import scene as world
+from evac_jax.miniature.env import to_policy_actions
+from evac_jax.miniature.expert import Expert, demonstrate
+from evac_jax.miniature.render import project, render
+from evac_jax.miniature.sizes import POLICY
+from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
+from evac_jax.tools.policy.data import GRIPPER_RULES
+from evac_jax.tools.policy.finetune import finetune, make_optimizer, soft_targets
+from policies.openvla_oft.action_tokens import ActionStatistics
+from policies.openvla_oft.export_hf import create_policy_folder
+from policies.openvla_oft.import_hf import load_policy
+from policies.openvla_oft.model import OpenVLAOFT
+from policies.openvla_oft.peft import save_adapter
+from policies.openvla_oft.prompt import PromptTokenizer
+from policies.types import ObsBatch
+
+UNNORM_KEY = "miniature"
+# Deltas use the whole of -1..1; the gripper's 0 (close) .. 1 (open) stays as it is.
+NORM_STATS = {
+    UNNORM_KEY: {
+        "action": {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+    }
+}
+FIRST_SCENE = 100_000_000  # seeds of supervised scenes, above those of RL and of recordings
+FRESH_SCENES = 2_000_000  # seeds of the scores below, used nowhere else
+ASKED_AT = (0, 8, 16, 24)  # steps of an episode at which the policy is asked
+# Who has played until then: mostly the demonstrator, at times somebody who leaves its path.
+PLAYERS = ((0.5, None), (0.3, "noisy"), (0.2, "near_miss"))
+OBJECTS = len(COLORS) + 2
+
+
+def samples(labels: str, num_scenes: int, seed: int, chunk: int):
+    """Return frames [n H W 3], tasks [n], policy actions [n K A] and goals [n 8], n = 4 num_scenes.
+
+    Args:
+        labels: kind of demonstrator (see `miniature.expert.KINDS`) whose actions are the targets.
+        seed: batches of different seeds share no scene.
+    """
+    rng = np.random.default_rng(seed)
+    scenes = world.sample_scenes(FIRST_SCENE + seed * num_scenes + np.arange(num_scenes))
+    kind = PLAYERS[rng.choice(len(PLAYERS), p=[share for share, _ in PLAYERS])][1] or labels
+    _, states = demonstrate(scenes, Expert(kind, rng), max(ASKED_AT))
+    moments = world.concatenate([states[t] for t in ASKED_AT])
+    actions, _ = demonstrate(moments, Expert(labels, rng), chunk)
+    frames = render(moments, POLICY.image_size)
+    return frames, moments.task, to_policy_actions(actions), goals_of(moments)
+
+
+def object_targets(scenes: world.Scenes) -> tuple[np.ndarray, np.ndarray]:
+    """Return where things are: index of the patch that shows them [n O], and xyz [n O 3] in 10 cm.
+
+    The objects are the blocks by colour (index -1 where one is not seen), the plate and the tip.
+    """
+    count = len(scenes)
+    points = np.full((count, OBJECTS, 3), np.nan)
+    for block in (0, 1):
+        points[np.arange(count), scenes.colors[:, block]] = scenes.blocks[:, block]
+    points[:, -2, :2], points[:, -2, 2] = scenes.plate, 0.0
+    points[:, -1] = scenes.position
+    cells = project(points, POLICY.image_size) / POLICY.patch_size
+    grid = POLICY.image_size // POLICY.patch_size
+    inside = ((cells >= 0) & (cells < grid)).all(-1)
+    column, row = np.moveaxis(np.where(inside[..., None], cells, 0).astype(int), -1, 0)
+    return np.where(inside, row * grid + column, -1), np.where(inside[..., None], 10 * points, 0.0)
+
+
+def goals_of(scenes: world.Scenes) -> np.ndarray:
+    """Return what actions depend on, float32 [n 8]: target, plate (x, y) and tip, in 10 cm."""
+    parts = (scenes.blocks[:, world.TARGET], scenes.plate, scenes.position)
+    return 10 * np.concatenate(parts, axis=1, dtype=np.float32)
+
+
+def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, seed: int):
+    """Teach a fresh model to see and to read, in place of a pretrained vision-language model.
+
+    Through linear read-outs, thrown away afterwards, every patch must tell which objects are in it
+    and where, and every word of the instruction where its target, the plate and the tip are. There
+    are no action slots yet, which makes steps cheap; and words find the thing that they name
+    many times sooner than 56 slots do that have actions to learn as well.
+
+    Args:
+        prompts: (tokens [M L], mask [M L]) of the instructions.
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    rng = np.random.default_rng(seed)
+
+    def readout(outputs: int) -> jax.Array:
+        return jnp.asarray(0.05 * rng.normal(size=(POLICY.hidden_size, outputs)), jnp.float32)
+
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 100, steps, 0.02 * lr)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
+    )
+    trained = params, readout(4 * OBJECTS), readout(8)
+    opt_state = optimizer.init(trained)
+    slots, words = POLICY.num_action_tokens, POLICY.max_prompt_length
+
+    def loss_fn(trained, images, tokens, mask, patch, points, goals):
+        params, see, read = trained
+        model = nnx.merge(graphdef, params, rest)
+        patches = model.projector(model.vision(model.pixel_values(images), collect=False)[0])
+        seen = (patches @ see).reshape(*patches.shape[:2], OBJECTS, 4)  # [B P O 4]
+        present = jax.nn.one_hot(patch, patches.shape[1], axis=1)  # [B P O]; none for -1
+        found = optax.sigmoid_binary_cross_entropy(seen[..., 0], present).mean()
+        away = jnp.abs(seen[..., 1:] - points[:, None]).mean(-1)
+        seen_error = (away * present).sum() / present.sum()
+
+        embedded = [x[:, :-slots] for x in model.sequence(patches, tokens, mask)]
+        hidden, _ = model.llama(*embedded, collect=False)
+        valid = embedded[1][:, -words:, None].astype(hidden.dtype)
+        error = jnp.abs(hidden[:, -words:] @ read - goals[:, None])
+        read_error = (error * valid).sum() / (valid.sum() * goals.shape[1])
+        return 10 * found + 3 * seen_error + 3 * read_error, jnp.stack((seen_error, read_error))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(trained, opt_state, *batch):
+        (_, errors), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trained, *batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, errors
+
+    errors = []
+    for i in range(steps):
+        if i % 16 == 0:
+            seeds = FIRST_SCENE // 2 + seed * 10_000_000 + i * 4 * batch + np.arange(4 * batch)
+            _, states = demonstrate(world.sample_scenes(seeds), Expert("near_miss", rng), 24)
+            scenes = world.concatenate([states[t] for t in ASKED_AT])
+            order = rng.permutation(len(scenes)).reshape(16, batch)
+            frames, goals = render(scenes, POLICY.image_size), goals_of(scenes)
+            patch, points = object_targets(scenes)
+        rows = order[i % 16]
+        trained, opt_state, error = step(
+            trained,
+            opt_state,
+            jnp.asarray(frames[rows])[:, None],
+            *(part[scenes.task[rows]] for part in prompts),
+            jnp.asarray(patch[rows]),
+            jnp.asarray(points[rows], jnp.float32),
+            jnp.asarray(goals[rows]),
+        )
+        errors.append(error)
+        if (i + 1) % 100 == 0:
+            seen, read = 10 * np.mean(errors[-100:], axis=0)
+            logging.info(
+                "pretraining step %d/%d  seen to %.1f cm, read to %.1f cm", i + 1, steps, seen, read
+            )
+    return nnx.merge(graphdef, trained[0], rest)
+
+
+def make_step(graphdef, optimizer, statistics, sd_bins, goal_weight):
+    """Return the jitted step: (trained, opt_state, rest, batch..) -> trained, opt_state, losses.
+
+    A batch is obs, actions, goals; `rest` is what does not train, under LoRA nearly everything.
+    Beside its token every action slot must tell the goals, through a linear read-out that is
+    thrown away afterwards: a small trunk that was never a language model finds out what the
+    instruction's colour has to do with the picture several times sooner.
+    """
+
+    def loss_fn(trained, rest, obs, actions, goals):
+        params, readout = trained
+        model = nnx.merge(graphdef, params, rest)
+        pixels = model.pixel_values(obs.images)
+        forward = model.forward(pixels, obs.prompt_tokens, obs.prompt_mask)
+        logits = model.action_logits(forward.slots)
+        logits = logits.reshape(*actions.shape, logits.shape[-1])
+        targets = soft_targets(actions, statistics, sd_bins)
+        token_loss = optax.softmax_cross_entropy(logits, targets).mean()
+        goal_error = jnp.abs(forward.slots @ readout - goals[:, None]).mean()
+        return token_loss + goal_weight * goal_error, jnp.stack((token_loss, goal_error))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(trained, opt_state, *batch):
+        (_, losses), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trained, *batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, losses
+
+    return step
+
+
+def play(model: OpenVLAOFT, prompts, starts: np.ndarray, *, greedy: bool, seed: int = 0) -> float:
+    """Return the ground-truth success rate of whole episodes from scenes `starts` (seeds)."""
+    scenes = world.sample_scenes(starts)
+    tokens, mask = prompts[0][scenes.task], prompts[1][scenes.task]
+    graphdef, state = nnx.split(model)
+    act = jax.jit(lambda state, *a: nnx.merge(graphdef, state).sample(*a, greedy=greedy).actions)
+    done = np.zeros(len(scenes), bool)
+    for t in range(len(ASKED_AT)):
+        images = jnp.asarray(render(scenes, POLICY.image_size))[:, None]
+        obs = ObsBatch(images=images, prompt_tokens=tokens, prompt_mask=mask)
+        actions = np.array(act(state, obs, jax.random.key(seed * len(ASKED_AT) + t)))
+        actions[..., 6] = -np.sign(2 * actions[..., 6] - 1)  # the environment's gripper rule
+        for k in range(actions.shape[1]):
+            scenes = world.step(scenes, actions[:, k])
+            done |= world.is_success(scenes)
+    return float(done.mean())
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="policy folder to write; must not exist")
+    parser.add_argument("--start", help="policy folder to go on from; default: fresh weights")
+    parser.add_argument(
+        "--lora_rank",
+        type=int,
+        default=0,
+        help="train adapters of this rank alone; 0 = all weights",
+    )
+    parser.add_argument(
+        "--lora_alpha", type=float, default=0.0, help="adapters' scale x rank; 0 = a scale of 1"
+    )
+    parser.add_argument("--labels", default="expert", help="demonstrator: expert, sloppy ..")
+    parser.add_argument(
+        "--pretrain_steps", type=int, default=0, help="of seeing and reading, first"
+    )
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--sd_bins", type=float, default=8.0, help="width of the soft targets")
+    parser.add_argument("--goal_weight", type=float, default=1.0, help="of the goal read-out")
+    parser.add_argument("--score_scenes", type=int, default=512)
+    parser.add_argument("--score_every", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    data = parser.add_argument_group("recorded episodes instead of the tabletop")
+    data.add_argument("--data", nargs="+", metavar="RECORDING", help="folders of episodes")
+    data.add_argument("--unnorm_key", help="name of the recording's action statistics")
+    data.add_argument("--chunk", type=int, default=8, help="actions per decision")
+    data.add_argument("--successful", action="store_true", help="leave failed episodes out")
+    data.add_argument("--gripper", choices=GRIPPER_RULES, default="libero", help="as env.gripper")
+    data.add_argument("--keep_stop_token", action="store_true", help="as the policy's own field")
+    data.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
+    data.add_argument("--remat", action="store_true", help="recompute activations: less memory")
+    data.add_argument("--save_every", type=int, default=500, help="steps between saves")
+    args = parser.parse_args(argv)
+    if (args.lora_rank or args.data) and not args.start:
+        parser.error("--lora_rank and --data need --start, the policy folder to begin with")
+    if args.lora_rank < 0 or args.lora_alpha < 0 or args.lora_alpha > 0 == args.lora_rank:
+        parser.error("--lora_rank must be 0 or more, and above 0 for --lora_alpha (0 or more)")
+    if args.data and not args.unnorm_key:
+        parser.error("--data needs --unnorm_key, a name for the action statistics")
+    own = ("labels", "pretrain_steps", "goal_weight", "score_scenes")
+    foreign = own if args.data else [a.dest for a in data._group_actions]
+    if changed := [n for n in foreign if getattr(args, n) != parser.get_default(n)]:
+        parser.error(f"{', '.join(changed)}: not {'for' if args.data else 'without'} --data")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    args = _arguments(argv)
+    logging.set_verbosity(logging.INFO)
+    if args.data:
+        finetune(args)
+    else:
+        _train_on_tabletop(args)
+
+
+def _train_on_tabletop(args: argparse.Namespace) -> None:
+    """Train on fresh scenes, write the policy folder."""
+    statistics = ActionStatistics.from_norm_stats(NORM_STATS, UNNORM_KEY)
+    out = Path(args.out)
+    if args.start:
+        loaded = load_policy(
+            args.start,
+            unnorm_key=UNNORM_KEY,
+            max_prompt_length=POLICY.max_prompt_length,
+            lora_rank=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            seed=args.seed,
+        )
+        model, tokenizer_file = loaded.model, Path(args.start) / "tokenizer.json"
+        prompts = loaded.tokenizer.encode(list(INSTRUCTIONS))
+    else:
+        model, tokenizer_file = OpenVLAOFT(POLICY, statistics, rngs=nnx.Rngs(args.seed)), None
+        scratch = create_policy_folder(
+            model, out.with_name(out.name + ".tokenizer"), tasks=INSTRUCTIONS, norm_stats=NORM_STATS
+        )
+        tokenizer_file = scratch / "tokenizer.json"
+        prompts = PromptTokenizer(scratch, POLICY.max_prompt_length).encode(list(INSTRUCTIONS))
+    prompts = tuple(jnp.asarray(x) for x in prompts)
+
+    if args.pretrain_steps:
+        model = pretrain(
+            *(model, prompts),
+            steps=args.pretrain_steps,
+            batch=args.batch,
+            lr=args.lr,
+            seed=args.seed,
+        )
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    optimizer = make_optimizer(args.lr, args.steps)
+    rng = np.random.default_rng(args.seed)
+    readout = jnp.asarray(0.05 * rng.normal(size=(POLICY.hidden_size, 8)), jnp.float32)
+    trained = params, readout
+    opt_state = optimizer.init(trained)
+    step = make_step(graphdef, optimizer, statistics, args.sd_bins, args.goal_weight)
+    scenes_per_draw = 4 * args.batch  # 4 moments each: 16 batches a draw
+    began, losses, history, pool = time.perf_counter(), [], [], []
+    for i in range(args.steps):
+        if not pool:
+            draw = args.seed * 100_000 + i
+            drawn = samples(args.labels, scenes_per_draw, draw, POLICY.chunk)
+            order = np.random.default_rng(draw).permutation(len(drawn[0])).reshape(-1, args.batch)
+            pool = [tuple(part[rows] for part in drawn) for rows in order]
+        frames, tasks, actions, goals = pool.pop()
+        obs = ObsBatch(
+            images=jnp.asarray(frames)[:, None],
+            prompt_tokens=prompts[0][tasks],
+            prompt_mask=prompts[1][tasks],
+        )
+        trained, opt_state, loss = step(
+            trained, opt_state, rest, obs, jnp.asarray(actions, jnp.float32), jnp.asarray(goals)
+        )
+        losses.append(loss)
+        if (i + 1) % 100 == 0:
+            rate = (i + 1) / (time.perf_counter() - began)
+            token, goal = np.mean(losses[-100:], axis=0)
+            logging.info(
+                "step %d/%d  loss %.4f  goals off by %.1f cm  %.2f steps/s",
+                *(i + 1, args.steps, token, 10 * goal, rate),
+            )
+        if (i + 1) % args.score_every == 0 or i + 1 == args.steps:
+            policy = nnx.merge(graphdef, jax.tree.map(jnp.copy, trained[0]), rest)
+            starts = FRESH_SCENES + np.arange(args.score_scenes)
+            score = {
+                "step": i + 1,
+                "greedy": play(policy, prompts, starts, greedy=True),
+                "sampled": play(policy, prompts, starts, greedy=False),
+            }
+            history.append(score)
+            logging.info("ground-truth success on fresh scenes: %s", score)
+    create_policy_folder(policy, out, tokenizer=tokenizer_file, norm_stats=NORM_STATS)
+    if args.lora_rank:
+        save_adapter(policy, out / "adapter", base=args.start)
+    facts = cards.card(history=history, seconds=time.perf_counter() - began)
+    cards.write_json(out / "card.json", facts)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()

@@ -1,0 +1,1 @@
+"""Tables of commands that make weights from nothing."""

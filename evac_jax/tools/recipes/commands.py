@@ -1,0 +1,146 @@
+"""Command lines that more than one recipe needs; `{work}` in them as in `stages.Stage`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evac_jax.config.flags import load_preset
+from evac_jax.tools.recipes.stages import ROOT
+
+SELECTION = (1_000_000, 2_000_000)  # scenes of the miniature on which choices are made
+REPORT = (2_000_000, 3_000_000)  # scenes of figures that are told
+TRUST_FILE = "report.json"
+# Option of the tools that imagine -> field of the configuration.
+IMAGINATION = {
+    "world_model": "world_model.checkpoint",
+    "reward": "reward.checkpoint",
+    "pose_model": "env.pose_model",
+    "threshold": "reward.threshold",
+    "success_frames": "reward.success_frames",
+    "judged_frames": "reward.judged_frames",
+    "steps": "world_model.steps",
+    "eta": "world_model.eta",
+}
+
+
+def launch(
+    config: str, folder: str, run: str, settings: Mapping[str, object], mode: str = "train"
+) -> tuple[str, ...]:
+    """launch.py with its traces in `folder`/`run` and `settings` as flags."""
+    settings = {"log.dir": folder, "log.run": run, "video.save": False} | dict(settings)
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    return "launch.py", f"--config={config}", f"--mode={mode}", *flags
+
+
+def train(
+    config: str, folder: str, run: str, settings: Mapping[str, object], interval: int
+) -> tuple[str, ...]:
+    """A run that keeps a checkpoint of every evaluation, so that the best can be taken."""
+    kept = {
+        "eval.interval": interval,
+        "checkpoint.interval": interval,
+        "checkpoint.keep": 1_000_000,
+    }
+    return launch(config, folder, run, kept | dict(settings))
+
+
+def evaluate(
+    config: str, folder: str, run: str, settings: Mapping[str, object], scenes: int
+) -> tuple[str, ...]:
+    """Greedy success in the ground truth; nothing is imagined, no simulator of that kind starts."""
+    alone = {
+        "env.simulator": "ground_truth",
+        "eval.episodes": 0,
+        "eval.twin_fraction": 0.0,
+        "eval.ground_truth_episodes": scenes,
+        "policy.eval_temperature": 0.0,
+    }
+    return launch(config, folder, run, alone | dict(settings), mode="eval")
+
+
+def export(run: str, out: str, *, best: bool = True, dtype: str = "") -> tuple[str, ...]:
+    """The policy of a run's best evaluation, or its last one, as a folder."""
+    command = ["-m", "evac_jax.tools.policy.export", f"--run={run}", f"--out={out}"]
+    return (*command, *["--best"] * best, *[f"--dtype={dtype}"] * bool(dtype))
+
+
+def store(source: str, out: str, dtype: str) -> tuple[str, ...]:
+    """A folder of weights in half precision."""
+    return tool("store_as", source=source, out=out, dtype=dtype)
+
+
+def tool(name: str, *, data: Sequence[str] = (), **settings: object) -> tuple[str, ...]:
+    """`python -m evac_jax.tools.NAME --data A B --option value ...`."""
+    recordings = ("--data", *data) if data else ()
+    return ("-m", f"evac_jax.tools.{name}", *recordings, *options(**settings))
+
+
+def options(**settings: object) -> tuple[str, ...]:
+    """`--option value ...`."""
+    return tuple(str(part) for name, value in settings.items() for part in (f"--{name}", value))
+
+
+def record(out: str, mix: str, episodes: int, seed: int) -> tuple[str, ...]:
+    """Episodes of scripted players of the miniature."""
+    return tool("episodes.collect", out=out, episodes=episodes, mix=mix, seed=seed)
+
+
+def record_policy(
+    config: str, settings: Mapping[str, object], policy: str, out: str, episodes: int, seed: int
+) -> tuple[str, ...]:
+    """Episodes of a policy in the ground truth: half sampled as in training, half greedy."""
+    temperature = value_of(config, settings, "policy.temperature")
+    mix = f"policy:{policy}@{temperature}=0.5,policy:{policy}@0=0.5"
+    return record(out, mix, episodes, seed)
+
+
+def fine_tune_world_model(
+    start: str, out: str, data: Sequence[str], steps: int, **settings: object
+) -> tuple[str, ...]:
+    """The world model `start` after more steps on `data`."""
+    return tool("world_model.train", data=data, start=start, out=out, steps=steps, **settings)
+
+
+def imagine(
+    config: str, settings: Mapping[str, object], data: Sequence[str], out: str, episodes: int = 0
+) -> tuple[str, ...]:
+    """What a world model imagines from the first frames and the poses of recordings; 0 = all."""
+    names = ("world_model", "steps", "eta")
+    values = {name: value_of(config, settings, IMAGINATION[name]) for name in names}
+    return tool("world_model.imagine_dataset", data=data, out=out, episodes=episodes, **values)
+
+
+def train_reward(
+    config: str,
+    settings: Mapping[str, object],
+    out: str,
+    data: Sequence[str],
+    imagined: Sequence[str],
+    steps: int,
+) -> tuple[str, ...]:
+    """A classifier of real and imagined frames, calibrated on imagined ones as runs judge them."""
+    names = ("success_frames", "judged_frames")
+    values = {name: value_of(config, settings, IMAGINATION[name]) for name in names}
+    command = tool("reward.train", data=data, out=out, steps=steps, **values)
+    return (*command, "--imagined", *imagined)
+
+
+def validate(
+    config: str, settings: Mapping[str, object], data: Sequence[str], out: str
+) -> tuple[str, ...]:
+    """The trust report on the held-out part of recordings, imagined as runs do it."""
+    values = {option: value_of(config, settings, name) for option, name in IMAGINATION.items()}
+    return tool("trust", data=data, out=out, **values)
+
+
+def value_of(config: str, settings: Mapping[str, object], name: str) -> object:
+    """Return "section.field" of a preset file, or what `settings` says instead."""
+    section, field = name.split(".")
+    default = load_preset(str(ROOT / config))[section][field]
+    return settings.get(name, default)
+
+
+def trust_figures(folder: Path) -> dict:
+    """Return the figures of a trust report, {} if it was not made."""
+    path = folder / TRUST_FILE
+    return json.loads(path.read_text())["figures"] if path.is_file() else {}

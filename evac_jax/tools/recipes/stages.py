@@ -1,0 +1,244 @@
+"""Runs commands that depend on one another, several at a time, and skips what is done already.
+
+A stage is one public command. Its stamp is the hash of its command line and of its inputs' stamps,
+so a changed number runs that stage and all that rest on it again, and nothing else. In a command
+line `{work}` stands for the folder that everything is written to: stamps and cards are the same
+wherever that is.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from absl import logging
+
+from evac_jax.errors import ConfigError, DataError, EvacJaxError
+from evac_jax.files import cards
+
+WORK = "{work}"
+ROOT = Path(__file__).resolve().parents[3]
+POLL_S = 0.1
+TAIL_LINES = 30  # of a failed stage's output, in the error
+
+# glibc gives the large buffers of every training step back to the system and then pays for the
+# same pages again: about a quarter of a PyTorch stage's time at the miniature's sizes.
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: unique; names its log and its stamp.
+        command: arguments of the Python interpreter, `{work}` for the folder of the outputs.
+        inputs: names of the stages whose outputs it reads.
+        output: file or folder that it makes, relative to `{work}`. Its absence means: not done.
+        cores: cores it gets for itself.
+        resumes: a killed one finds its own traces under `output` and goes on; otherwise whatever
+            is there is removed first.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    output: str = ""
+    cores: int = 1
+    resumes: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The command as one would type it."""
+        return " ".join(["python", *self.command])
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """Refuse a table that cannot be run.
+
+    Raises:
+        ConfigError: a name comes twice, or an input is not made by an earlier stage.
+    """
+    seen: set[str] = set()
+    for stage in stages:
+        if stage.name in seen:
+            raise ConfigError(f"stage {stage.name!r} comes twice")
+        if missing := [name for name in stage.inputs if name not in seen]:
+            raise ConfigError(f"stage {stage.name!r} needs {missing}, made by no earlier stage")
+        seen.add(stage.name)
+
+
+def stamps(stages: Sequence[Stage]) -> dict[str, str]:
+    """Return {stage: hash of its command line and of its inputs' stamps}."""
+    check(stages)
+    result: dict[str, str] = {}
+    for stage in stages:
+        facts = [stage.command, stage.output, [result[name] for name in stage.inputs]]
+        result[stage.name] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return result
+
+
+class Workshop:
+    """A folder with the outputs of stages, their stamps and their logs.
+
+    Args:
+        work: the folder; made if needed. One process at a time works in it.
+        cores: stages share this many; at most what this process may use. None = all, up to 2.
+
+    Raises:
+        DataError: another process, or a stage that outlived one, is still at work in it.
+    """
+
+    def __init__(self, work: str | Path, cores: int | None = None):
+        self.work = Path(work).absolute()
+        self._stamps, self._logs = self.work / "stamps", self.work / "logs"
+        for folder in (self._stamps, self._logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        usable = sorted(os.sched_getaffinity(0))
+        self._cores = usable[: min(cores or 2, len(usable))]
+        # The stages inherit the lock: it is free again when the last of them has ended too.
+        self._lock = (self.work / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{self.work}: another process is at work in there; wait for it, or end it"
+            ) from None
+
+    def record(self, name: str) -> dict:
+        """Return what is known of a stage: stamp, seconds, done, command; {} if it never began."""
+        path = self._stamps / f"{name}.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def is_done(self, stage: Stage, stamp: str) -> bool:
+        """Whether the stage's output is there and was made by this very command."""
+        record = self.record(stage.name)
+        exists = not stage.output or (self.work / stage.output).exists()
+        return exists and record.get("done", False) and record["stamp"] == stamp
+
+    def clock(self) -> float:
+        """Seconds that all runs in this folder took together, by the wall clock."""
+        path = self.work / "clock.json"
+        return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+
+    def _set_clock(self, seconds: float) -> None:
+        cards.write_json(self.work / "clock.json", {"seconds": seconds})
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Run what is not done yet, in the table's order as far as inputs and cores allow.
+
+        Raises:
+            EvacJaxError: a stage failed; the others are ended. Calling again goes on from there.
+        """
+        marks = stamps(stages)
+        waiting = [stage for stage in stages if not self.is_done(stage, marks[stage.name])]
+        logging.info("%d of %d stages are done already", len(stages) - len(waiting), len(stages))
+        ready = {stage.name for stage in stages} - {stage.name for stage in waiting}
+        running: list[_Running] = []
+        earlier, began = self.clock(), time.perf_counter()
+        try:
+            while waiting or running:
+                for stage in list(waiting):
+                    free = [c for c in self._cores if all(c not in r.cores for r in running)]
+                    needed = min(stage.cores, len(self._cores))
+                    if set(stage.inputs) <= ready and needed <= len(free):
+                        waiting.remove(stage)
+                        running.append(self._start(stage, marks[stage.name], free[:needed]))
+                for part in [part for part in running if part.process.poll() is not None]:
+                    running.remove(part)
+                    self._finish(part)
+                    ready.add(part.stage.name)
+                    self._set_clock(earlier + time.perf_counter() - began)
+                time.sleep(POLL_S if running else 0)
+        finally:
+            for part in running:
+                part.process.terminate()
+            for part in running:
+                with contextlib.suppress(EvacJaxError):
+                    self._finish(part)
+            self._set_clock(earlier + time.perf_counter() - began)
+
+    def _start(self, stage: Stage, stamp: str, cores: list[int]) -> "_Running":
+        record, output = self.record(stage.name), self.work / stage.output
+        same = record.get("stamp") == stamp
+        if stage.output and not (same and stage.resumes):
+            # Beside it may lie what a killed one left, under names such as <output>.partial.
+            for path in (output, *output.parent.glob(f"{output.name}.*")):
+                _remove(path)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "stamp": stamp,
+            "done": False,
+            "seconds": record["seconds"] if same and stage.resumes else 0.0,
+            "command": stage.shown,
+        }
+        cards.write_json(self._stamps / f"{stage.name}.json", record)
+        command = [part.replace(WORK, str(self.work)) for part in stage.command]
+        logging.info("%s: begins on %d core(s)", stage.name, len(cores))
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {"OMP_NUM_THREADS": "1", **MEMORY, **os.environ, "PYTHONPATH": path}
+        with (self._logs / f"{stage.name}.log").open("ab") as log, _on(cores):
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(self._lock.fileno(),),
+            )
+        return _Running(stage, record, process, cores, time.perf_counter())
+
+    def _finish(self, part: "_Running") -> None:
+        """Write down how a stage ended."""
+        status = part.process.wait()
+        stage, log = part.stage, self._logs / f"{part.stage.name}.log"
+        made = not stage.output or (self.work / stage.output).exists()
+        record = part.record | {
+            "done": status == 0 and made,
+            "seconds": part.record["seconds"] + time.perf_counter() - part.began,
+        }
+        cards.write_json(self._stamps / f"{stage.name}.json", record)
+        if record["done"]:
+            logging.info("%s: done after %.0f s", stage.name, record["seconds"])
+            return
+        what = f"exit status {status}" if status else f"it made no {stage.output}"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+        raise EvacJaxError(
+            f"stage {stage.name!r} failed: {what}\n{stage.shown}\n--- end of {log} ---\n{tail}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    stage: Stage
+    record: dict
+    process: subprocess.Popen
+    cores: list[int]
+    began: float
+
+
+@contextlib.contextmanager
+def _on(cores: list[int]) -> Iterator[None]:
+    """Let the process started inside inherit these cores: thread pools count them."""
+    all_cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_cores)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

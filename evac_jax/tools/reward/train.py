@@ -1,0 +1,281 @@
+"""Trains the success classifier on recorded frames and chooses its threshold.
+
+    python -m evac_jax.tools.reward.train --data DIR --imagined DIR2 --out DIR3 --steps 2000
+
+It will judge imagined frames, which are blurred and slightly off in colour, so it is trained on
+disturbed ones, with --autoencoder also on frames that went through the world model's codec, and
+with --imagined on imagined episodes (evac_jax.tools.world_model.imagine_dataset) labelled with
+what really happened. Those that failed in reality and look like success are its hard negatives:
+they are looked for twice during the training and drawn more often. In the end it is calibrated on
+held-out imagined episodes, so that a threshold of 0.5 claims at most --false_success wrongly (see
+`calibration`). No flips: they would show scenes that the camera cannot see.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from absl import logging
+from torch import Tensor, nn
+
+from evac_jax.evac import checkpoint
+from evac_jax.files import cards, recordings
+from evac_jax.files.recordings import Episodes
+from evac_jax.sim.reward import RewardConfig, RewardNet
+from evac_jax.tools import torch_training
+from evac_jax.tools.reward import calibration
+
+POSITIVES, OTHER_TASK = 0.35, 0.15  # of a batch; the rest fails
+NEAR_END = 0.7  # of the failing frames come from the second half of their episodes
+HARD = 0.15  # of a batch, once hard negatives are known
+MINE_AT = (0.4, 0.7)  # shares of the training after which they are looked for
+MINED = 4096  # frames looked at each time
+IMAGINED = "imagined:"  # sources of imagined episodes begin so
+
+
+class FrameSampler:
+    """Draws class-balanced batches from recorded episodes.
+
+    Besides successes and failures a batch holds successes asked about with another instruction,
+    which are failures: without them the classifier may ignore the instruction. A classifier that
+    is not told the instruction (`num_instructions` 0) gets none.
+    """
+
+    def __init__(self, data: Episodes, num_instructions: int, rng: np.random.Generator):
+        self._data, self._rng, self._num_instructions = data, rng, num_instructions
+        # Rows of frames, and the episode and the step that each belongs to.
+        episode = np.repeat(np.arange(data.num_episodes), data.length + 1)
+        step = np.concatenate([np.arange(length + 1) for length in data.length])
+        self._row, self._task = data.first[episode] + step, data.task[episode]
+        success, late = np.asarray(data.success)[self._row], step > (data.length // 2)[episode]
+        self._success = np.flatnonzero(success)
+        self._late, self._early = np.flatnonzero(~success & late), np.flatnonzero(~success & ~late)
+        imagined = np.array([source.startswith(IMAGINED) for source in data.sources])
+        failed = imagined[data.source] & ~data.success_once()
+        self._suspects, self._hard = np.flatnonzero(failed[episode] & late), np.array([], int)
+
+    def draw(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return frames uint8 [N H W 3], instructions [N] int64 and labels [N] float32."""
+        positives = int(size * POSITIVES)
+        other = int(size * OTHER_TASK) if self._num_instructions > 1 else 0
+        hard = int(size * HARD) if len(self._hard) else 0
+        late = int((size - positives - other - hard) * NEAR_END)
+        early = size - positives - other - hard - late
+        pools = (self._success, self._success, self._hard, self._late, self._early)
+        where = np.concatenate(
+            [
+                pool[self._rng.integers(len(pool), size=count)]
+                for pool, count in zip(pools, (positives, other, hard, late, early), strict=True)
+                if count
+            ]
+        )
+        frames, task = self._read(where)
+        if other:
+            shift = torch.from_numpy(self._rng.integers(1, self._num_instructions, size=other))
+            asked = slice(positives, positives + other)
+            task[asked] = (task[asked] + shift) % self._num_instructions
+        labels = torch.zeros(size)
+        labels[:positives] = 1
+        return frames, task, labels
+
+    def mine(self, model: RewardNet) -> int:
+        """Look for imagined frames of failed episodes that `model` takes for success.
+
+        Returns how many were found; batches hold them from now on.
+        """
+        if not len(self._suspects):
+            return 0
+        some = self._rng.choice(self._suspects, min(MINED, len(self._suspects)), replace=False)
+        chances = [
+            score(model, *self._read(part)) for part in np.array_split(some, len(some) // 64 + 1)
+        ]
+        self._hard = some[np.concatenate(chances) > 0]
+        return len(self._hard)
+
+    def _read(self, where: np.ndarray) -> tuple[Tensor, Tensor]:
+        frames = np.ascontiguousarray(self._data.frames[self._row[where], 0])
+        return torch.from_numpy(frames), torch.from_numpy(self._task[where].astype(np.int64))
+
+
+@torch.inference_mode()
+def score(model: RewardNet, frames: Tensor, task: Tensor) -> np.ndarray:
+    """Return the logits [N] of frames uint8 [N H W 3] under their instructions."""
+    training_mode = model.training
+    model.eval()
+    logits = model(to_network(frames), task if model.config.num_instructions else None)
+    model.train(training_mode)
+    return logits.numpy()
+
+
+def to_network(frames: Tensor) -> Tensor:
+    """uint8 [N H W 3] as the classifier takes it, float32 [N 3 H W] in [-1, 1]."""
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def disturb(frames: Tensor) -> Tensor:
+    """Return frames [N 3 H W] in [-1, 1] as an imperfect world model might show them.
+
+    Each with its own strength: blur, noise, brightness, a tint, and a ghost of another frame.
+    """
+    count = len(frames)
+
+    def strength(low: float, high: float, channels: int = 1) -> Tensor:
+        return torch.empty(count, channels, 1, 1).uniform_(low, high)
+
+    coarse = F.interpolate(F.avg_pool2d(frames, 2), scale_factor=2, mode="bilinear")
+    frames = frames.lerp(coarse, strength(0, 1))
+    frames = frames.lerp(frames.roll(1, 0), strength(0, 0.1))
+    shift = strength(-0.08, 0.08) + strength(-0.05, 0.05, channels=3)
+    frames = torch.addcmul(shift, frames, strength(0.9, 1.1))
+    return frames.addcmul_(torch.randn_like(frames), strength(0, 0.06)).clamp_(-1, 1)
+
+
+@torch.inference_mode()
+def through_codec(codec: nn.Module, frames: Tensor) -> Tensor:
+    """Return frames [N 3 H W] after the world model's encoder and decoder."""
+    return codec.decode(codec.encode(frames)[0]).clamp(-1, 1)
+
+
+def train(
+    data: Episodes,
+    config: RewardConfig,
+    *,
+    steps: int,
+    batch: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+    codec: nn.Module | None = None,
+) -> RewardNet:
+    """Return a classifier fitted to the frames of `data`."""
+    torch.manual_seed(seed)
+    sampler = FrameSampler(data, config.num_instructions, np.random.default_rng(seed))
+    model = RewardNet(config).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
+    losses: list[float] = []
+    mine_at = {int(share * steps) for share in MINE_AT}
+    for step in range(steps):
+        if step in mine_at:
+            logging.info("step %d: %d hard negatives", step, sampler.mine(model))
+        torch_training.set_lr(optimizer, torch_training.cosine_lr(step, steps, lr, warmup=100))
+        frames, task, labels = sampler.draw(batch)
+        images = to_network(frames)
+        if codec is not None:
+            images[::2] = through_codec(codec, images[::2])
+        images = disturb(images).contiguous(memory_format=torch.channels_last)
+        logits = model(images, task if config.num_instructions else None)
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 200 == 0:
+            logging.info("step %d/%d  loss %.4f", step + 1, steps, np.mean(losses[-200:]))
+    return model.eval()
+
+
+def scores(model: RewardNet, data: Episodes, codec: nn.Module | None = None) -> np.ndarray:
+    """Return the logits of every frame of every episode, see `by_episode`."""
+    flat = np.zeros(len(data.success), np.float32)
+    for n in range(data.num_episodes):
+        rows = data.rows(n, np.arange(data.length[n] + 1))
+        frames = torch.from_numpy(np.array(data.frames[rows, 0]))
+        if codec is not None:
+            seen = through_codec(codec, to_network(frames))
+            frames = ((seen.permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8)
+        flat[rows] = score(model, frames, torch.full((len(frames),), int(data.task[n])))
+    return by_episode(data, flat, -np.inf)
+
+
+def by_episode(data: Episodes, flat: np.ndarray, empty: float | bool = 0) -> np.ndarray:
+    """Return values per frame [F] as [N T+1], T the longest episode; `empty` behind a shorter."""
+    steps = np.arange(int(data.length.max()) + 1)
+    inside = steps <= data.length[:, None]
+    rows = data.first[:, None] + np.where(inside, steps, 0)
+    return np.where(inside, np.asarray(flat)[rows], np.array(empty, flat.dtype))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", required=True, nargs="+", help="folders of recorded episodes")
+    add("--imagined", nargs="+", default=[], help="folders of imagined episodes")
+    add("--out", required=True, help="folder for weights, config and card")
+    add("--steps", type=int, default=2000)
+    add("--width", type=int, default=12, help="channels of the first stage; published ones have 64")
+    add("--single_task", action="store_true", help="do not tell it the instruction, as published")
+    add("--autoencoder", help="folder of the world model's codec")
+    add("--success_frames", type=int, default=2, help="in a row that make a success, as in RL")
+    add("--chunk", type=int, default=8, help="frames that are imagined together")
+    add("--judged_frames", type=int, default=0, help="last frames of a chunk judged; 0 = all")
+    add("--false_success", type=float, default=0.1, help="largest share of claims to be false")
+    add("--threads", type=int, default=1)
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if not 0 <= args.false_success < 1:
+        parser.error(f"--false_success: expected a share in [0, 1), got {args.false_success}")
+    if not args.success_frames <= (args.judged_frames or args.chunk) <= args.chunk:
+        parser.error(
+            "expected --success_frames <= --judged_frames <= --chunk, got "
+            f"{args.success_frames}, {args.judged_frames}, {args.chunk}"
+        )
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = parse(argv)
+    logging.set_verbosity(logging.INFO)
+    torch.set_num_threads(args.threads)
+    train_part, held_out = recordings.load(*args.data, *args.imagined).split()
+    if args.imagined:  # what it will judge
+        _, held_out = recordings.load(*args.imagined).split()
+    began = time.process_time()
+    codec = None
+    if args.autoencoder:
+        codec = checkpoint.load_model(args.autoencoder, kind="Autoencoder")
+    instructions = () if args.single_task else train_part.instructions
+    config = RewardConfig(width=args.width, num_instructions=len(instructions))
+    model = train(train_part, config, steps=args.steps, seed=args.seed, codec=codec)
+
+    steps = int(held_out.length.max())
+    judged = calibration.judged_steps(steps, args.chunk, args.judged_frames)
+    success = by_episode(held_out, np.asarray(held_out.success))
+
+    def judged_scores() -> np.ndarray:
+        return np.where(judged, scores(model, held_out, codec), -np.inf)
+
+    fitted = calibration.calibrate(
+        model, judged_scores(), success, args.success_frames, args.false_success
+    )
+    out = Path(args.out)
+    # Half precision halves the file; what is scored below is what was stored.
+    checkpoint.save_model(out, model, torch.float16)
+    model = checkpoint.load_model(out, kind="RewardNet")
+    verdict = calibration.judge(judged_scores(), success, 0.0, args.success_frames)
+    facts = cards.card(
+        scores=verdict | {"threshold": 0.5},
+        calibration=fitted,
+        allowed_false_success=args.false_success,
+        held_out_episodes=held_out.num_episodes,
+        cpu_seconds=round(time.process_time() - began),
+        instructions=instructions,
+        data=train_part.card,
+        sha256=cards.sha256(out / checkpoint.WEIGHTS_FILE),
+    )
+    cards.write_json(out / "card.json", facts)
+    logging.info("held-out: %s", facts["scores"])
+    if verdict["false_success"] > args.false_success:
+        logging.warning(
+            "%.0f %% of the claimed successes are false, more than the %.0f %% asked for",
+            *(100 * verdict["false_success"], 100 * args.false_success),
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How far imagination can be trusted, as a report."""

@@ -1,0 +1,275 @@
+"""The trust report: how far what happens in a world model is what would really happen.
+
+    python -m evac_jax.tools.trust --preset=miniature --out DIR
+    python -m evac_jax.tools.trust --world_model DIR --reward DIR \
+        --pose_model DIR --data RECORDING --threshold 0.8 --out DIR
+
+The actions of recorded episodes are played in imagination, from the first frame on, the way
+training does it; the recording tells what they really led to. Recordings are yours; with a preset
+and no --data they are made in its ground truth, from scenes that nothing else uses. Writes
+report.json, report.png, films.png and report.html (self-contained); the last line is for programs.
+"""
+
+import argparse
+import dataclasses
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import logging
+
+from evac_jax import report
+from evac_jax.config.build import from_config_dict
+from evac_jax.config.flags import load_preset
+from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
+from evac_jax.errors import ConfigError, DataError, EvacJaxError
+from evac_jax.files import cards, recordings
+from evac_jax.files.recordings import Episodes
+from evac_jax.miniature.render import BLOCK_COLORS
+from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.sim.recorded_starts import RecordedStarts
+from evac_jax.simulators import world_model_specs
+from evac_jax.tools import torch_training
+from evac_jax.tools.episodes import collect
+from evac_jax.tools.trust import charts, page
+from evac_jax.tools.trust.replay import Film, make_environment, replay
+from evac_jax.tools.trust.scores import summarise
+
+ROOT = Path(__file__).parents[3]
+PRESETS = {"miniature": "configs/grpo.py:miniature"}
+TRAINED_POLICY = Path(MINIATURE_WEIGHTS) / "policy_trained"
+SEED = 100_000  # of the recording that a preset makes: far from the seeds of others
+BATCH = 64  # episodes played side by side
+CPU_BATCH = 8  # of which the networks see so many at once: more do not fit into its caches
+# Flag -> field of the environment's settings.
+FIELDS = {
+    "world_model": "world_model",
+    "reward": "reward",
+    "veto": "reward_veto",
+    "pose_model": "pose_model",
+    "threshold": "success_threshold",
+    "success_frames": "success_frames",
+    "judged_frames": "judged_frames",
+    "steps": "steps",
+    "eta": "eta",
+    "dtype": "dtype",
+}
+
+
+def preset_config(name: str) -> TrainConfig:
+    """Return the configuration that runs of a preset have."""
+    return from_config_dict(load_preset(str(ROOT / PRESETS[name])).to_dict())
+
+
+def settings_of(args: argparse.Namespace, config: TrainConfig | None) -> dict:
+    """Return the settings of the imagination: the preset's, with those of the command line."""
+    settings = dict(world_model_specs(config)[0]["config"]) if config else {}
+    given = {field: getattr(args, flag) for flag, field in FIELDS.items()}
+    settings |= {field: value for field, value in given.items() if value is not None}
+    at_once = CPU_BATCH if args.device == "cpu" else 0
+    return settings | {"device": args.device, "seed": args.seed, "max_batch": at_once}
+
+
+def record(config: TrainConfig, trained: Path | None, per_kind: int, seed: int) -> Episodes:
+    """Play fresh scenes of the miniature's ground truth, `per_kind` of each kind, and load them.
+
+    Args:
+        config: names the start policy and the temperature that policies are sampled with.
+        trained: folder of a policy after training, or None: then there are three kinds.
+        per_kind: episodes of each.
+        seed: of scenes and players.
+    """
+    players, heat = {"expert": "expert", "noisy": "noisy"}, config.policy.temperature
+    players["start policy"] = f"policy:{config.policy.checkpoint}@{heat}"
+    if trained is not None:
+        players["trained policy"] = f"policy:{trained}@{heat}"
+    folder = Path(tempfile.mkdtemp(prefix="episodes-"))
+    try:
+        out = folder / "recording"
+        collect.collect(
+            out,
+            per_kind * len(players),
+            dict.fromkeys(players.values(), 1.0),
+            seed=seed,
+            steps=config.env.max_episode_steps,
+        )
+        # Its arrays are mapped, so they stay readable after the files are gone.
+        data = recordings.load(out)
+    finally:
+        shutil.rmtree(folder)
+    return dataclasses.replace(data, card=data.card | {"sources": list(players)})
+
+
+def choose(data: Episodes, part: str, per_kind: int, seed: int) -> Episodes:
+    """Return at most `per_kind` episodes of every source, drawn by `seed`.
+
+    Args:
+        data: a recording.
+        part: "held_out" or "all".
+        per_kind: 0 = all there are.
+        seed: of the draw.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    if part == "held_out":
+        data = data.split()[1]
+    if not data.num_episodes:
+        raise DataError(
+            "--data: no episode of the recording is held out; record more, or give --part=all if "
+            "nothing was trained on it"
+        )
+    rng, chosen = np.random.default_rng(seed), []
+    for source in np.unique(data.source):
+        rows = rng.permutation(np.flatnonzero(data.source == source))
+        chosen.append(rows[: per_kind or None])
+    return data.select(np.sort(np.concatenate(chosen)))
+
+
+def known_instructions(reward: str, data: Episodes) -> tuple[str, ...]:
+    """Return the instructions in the classifier's order; the recording's, if it has no card."""
+    first = Path(reward.split(",")[0])
+    return tuple(cards.read(first).get("instructions", data.instructions))
+
+
+def validate(
+    data: Episodes, settings: dict, *, seed: int = 0, batch: int = BATCH, pictures: float = 1.0
+) -> tuple[dict, list[Film]]:
+    """Return the figures of the report and the films, see `scores` and `replay`.
+
+    Args:
+        data: the truth.
+        settings: fields of `WorldModelEnvConfig`.
+        seed: of the imagination's noise.
+        batch: episodes played side by side.
+        pictures: share of them whose pictures are compared, success being judged of all.
+    """
+    if not settings.get("reward"):
+        raise ConfigError("--reward: expected the folder of the success classifier, got nothing")
+    source = RecordedStarts(data, known_instructions(settings["reward"], data))
+    batch = min(batch, data.num_episodes)
+    filmed = max(1, round(pictures * batch))
+    env = make_environment(settings, source, int(data.length.max()), batch, filmed)
+    # Only in the miniature it is known what things look like.
+    tabletop = set(data.instructions) <= set(INSTRUCTIONS)
+    colors = BLOCK_COLORS if tabletop else None
+    records, films = replay(env, data, seed=seed, colors=colors)
+    chunk = env.spec.action.chunk
+    env.close()
+    figures = summarise(records, data.sources, chunk)
+    figures["notes"] = [] if tabletop else [OBJECTS_SKIPPED]
+    names = ("steps", "eta", "success_threshold", "success_frames", "judged_frames", "dtype")
+    used = {name: settings[name] for name in names if name in settings}
+    figures["settings"] = {"chunk": chunk, **used, "seed": seed}
+    return figures, films
+
+
+OBJECTS_SKIPPED = (
+    "Object error was not measured: things are found by their colour, which is known of the "
+    "miniature's blocks only."
+)
+NO_TRAINED_POLICY = (
+    "There is no trained policy among the episodes: three kinds only. Give its folder to --trained."
+)
+
+
+def last_line(figures: dict) -> str:
+    """Return the line for programs; a figure that does not exist is nan."""
+    values = {name: math.nan if v is None else v for name, v in figures.items()}
+    return (
+        f"agreement={values['agreement']:.2f} false_success={values['false_success']:.2f} "
+        f"psnr_1={values['psnr_1']:.1f} psnr_4={values['psnr_4']:.1f}"
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="settings, weights, recording")
+    parser.add_argument("--out", default="runs/trust", help="folder of the report, written anew")
+    parser.add_argument("--data", nargs="+", help="recordings to compare with")
+    parser.add_argument(
+        "--part", choices=("held_out", "all"), default="held_out", help="episodes of --data to use"
+    )
+    parser.add_argument(
+        "--episodes", type=int, default=128, help="of every kind at most; 0 = all of --data"
+    )
+    parser.add_argument("--trained", type=Path, help="policy after training, a Hugging Face folder")
+    parser.add_argument("--world_model", help="folder of weights; default: the preset's")
+    parser.add_argument("--reward", help="likewise of the success classifier, or several: A,B")
+    parser.add_argument("--veto", type=float, help="of several classifiers that disagree; 0 = none")
+    parser.add_argument("--pose_model", help="likewise of the pose network")
+    parser.add_argument("--threshold", type=float, help="probability that counts as success")
+    parser.add_argument("--success_frames", type=int, help="frames in a row that must show it")
+    parser.add_argument("--judged_frames", type=int, help="last frames of a chunk judged; 0 = all")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--eta", type=float, help="denoising noise, 0..1")
+    parser.add_argument("--dtype", help="precision of the world model")
+    parser.add_argument("--device", default=torch_training.default_device())
+    parser.add_argument("--batch", type=int, default=BATCH, help="episodes played side by side")
+    parser.add_argument(
+        "--pictures", type=float, default=0.5, help="share of episodes whose pictures are compared"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of imagination, scenes and players")
+    args = parser.parse_args(argv)
+    if not args.preset and not args.data:
+        parser.error("expected --data RECORDING, or --preset to make one in its ground truth")
+    if not 0 < args.pictures <= 1:
+        parser.error(f"--pictures: expected a share in (0, 1], got {args.pictures}")
+    if args.batch < 1 or args.episodes < (0 if args.data else 1):
+        parser.error(f"--batch, --episodes: too small, got {args.batch}, {args.episodes}")
+    return args
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Write the report of a command line; return it."""
+    began = time.process_time()
+    config = preset_config(args.preset) if args.preset else None
+    settings, notes = settings_of(args, config), []
+    if args.data:
+        data = choose(recordings.load(*args.data), args.part, args.episodes, args.seed)
+    else:
+        trained = args.trained or (TRAINED_POLICY if TRAINED_POLICY.is_dir() else None)
+        notes += [NO_TRAINED_POLICY] if trained is None else []
+        data = record(config, trained, args.episodes, SEED + args.seed)
+    result, films = validate(
+        data, settings, seed=args.seed, batch=args.batch, pictures=args.pictures
+    )
+    result["notes"] = notes + result["notes"]
+    result |= cards.card(cpu_seconds=round(time.process_time() - began), data=_provenance(data))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = charts.draw(out, result, films)
+    page.write(out / "report.html", result, pictures)
+    cards.write_json(out / "report.json", result)
+    return result
+
+
+def _provenance(data: Episodes) -> dict:
+    """What the recording says of itself, without its long lists."""
+    return {name: data.card[name] for name in ("command", "seed", "sha256") if name in data.card}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = parse(argv)
+    logging.set_verbosity(logging.INFO)
+    torch.set_num_threads(args.threads)
+    try:
+        result = run(args)
+    except EvacJaxError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    said = [page.judge(result["overall"])[1], *page.findings(result), *result["notes"]]
+    report.show("\n".join([*said, f"\n{Path(args.out) / 'report.html'}", ""]))
+    sys.stdout.write(last_line(result["figures"]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

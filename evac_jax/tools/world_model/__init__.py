@@ -1,0 +1,1 @@
+"""Commands that train, import and show world models."""

@@ -1,0 +1,175 @@
+"""What a world model trains on: windows of episodes, and batches of them out of a latent cache.
+
+A window holds the frames that imagination would remember at that moment (the history rule), not
+simply the last ones, and the chunk that follows. Episodes may have any length and any number of
+views; what a batch holds depends on the step alone, not on how many processes share it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evac_jax.errors import ConfigError, DataError
+from evac_jax.evac.conditioning import window_deltas
+from evac_jax.evac.config import EvacConfig
+from evac_jax.evac.model import history_places
+from evac_jax.evac.training import TrainingBatch
+from evac_jax.files.recordings import Episodes
+from evac_jax.sim.actions import both_arms
+from evac_jax.tools.world_model.imagine import to_images
+from evac_jax.tools.world_model.latent_cache import Latents
+
+# A latent cell that moved by this much (latents have unit spread) against the last history frame
+# shows what the action did; the table around it would otherwise drown it.
+MOVED = 0.5
+EPISODE_STARTS = 0.5  # share of windows that begin where episodes do, as rollouts do
+
+
+@dataclass(frozen=True)
+class Windows:
+    """B windows, by steps of their episodes.
+
+    Attributes:
+        episodes: int64 [B].
+        start: int64 [B] step at which the imagined episode begins.
+        columns: int64 [B, n_previous + chunk] steps of the history and of the chunk.
+    """
+
+    episodes: np.ndarray
+    start: np.ndarray
+    columns: np.ndarray
+
+    def __getitem__(self, which: slice) -> "Windows":
+        return Windows(self.episodes[which], self.start[which], self.columns[which])
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+
+def window_columns(start: np.ndarray, number: np.ndarray, config: EvacConfig) -> np.ndarray:
+    """Steps [B, n_previous + chunk] of the windows of chunk `number` [B] after `start` [B].
+
+    They are those that `EvacModel.imagine` would remember: n_previous copies of the start frame
+    are stored first, then start + 1, start + 2 and so on.
+    """
+    past, chunk = config.n_previous, config.chunk
+    stored = np.where(number == 0, 0, past + number * chunk)
+    places = history_places(torch.from_numpy(stored), past).numpy()
+    history = start[:, None] + np.maximum(places - (past - 1), 0)
+    ahead = (start + number * chunk)[:, None] + 1 + np.arange(chunk)
+    return np.concatenate((history, ahead), axis=1)
+
+
+class WindowSampler:
+    """Draws windows: every chunk of the data equally often, but for the weights of the sources.
+
+    Args:
+        data: episodes; those shorter than a chunk are never drawn.
+        config: gives chunk and history.
+        weights: source -> factor, 1 if not named. "policy" names all of "policy:start",
+            "policy:7" and so on that are not named themselves.
+
+    Raises:
+        ConfigError: a weight for a source that is not there, or below zero.
+        DataError: nothing is left to draw.
+    """
+
+    def __init__(
+        self, data: Episodes, config: EvacConfig, weights: Mapping[str, float] | None = None
+    ):
+        self._config = config
+        self._length = np.asarray(data.length)
+        share = source_weights(data.sources, weights or {})[data.source]
+        share = share * (self._length // config.chunk)
+        if not share.sum() > 0:
+            raise DataError(
+                f"no window to train on: {data.num_episodes} episodes, none of them with a weight "
+                f"above 0 and at least {config.chunk} actions (one chunk)"
+            )
+        self._edges = np.cumsum(share)
+        self._edges /= self._edges[-1]
+
+    def draw(self, size: int, rng: np.random.Generator) -> Windows:
+        """Return `size` windows."""
+        chunk = self._config.chunk
+        episodes = np.searchsorted(self._edges, rng.random(size), side="right")
+        length = self._length[episodes]
+        number = rng.integers(length // chunk)
+        room = length - (number + 1) * chunk
+        start = np.where(rng.random(size) < EPISODE_STARTS, 0, rng.integers(0, room + 1))
+        return Windows(episodes, start, window_columns(start, number, self._config))
+
+
+def source_weights(sources: tuple[str, ...], weights: Mapping[str, float]) -> np.ndarray:
+    """Factor [sources] of each source; see `WindowSampler`."""
+    families = {source.split(":")[0] for source in sources}
+    if unknown := sorted(set(weights) - set(sources) - families):
+        raise ConfigError(f"--weight: no such source {unknown}; the episodes have {list(sources)}")
+    if wrong := {name: value for name, value in weights.items() if not value >= 0}:
+        raise ConfigError(f"--weight: expected numbers >= 0, got {wrong}")
+    family = [weights.get(source.split(":")[0], 1.0) for source in sources]
+    return np.array([weights.get(s, f) for s, f in zip(sources, family, strict=True)], float)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Episodes with the latents of all their rows.
+
+    Attributes:
+        data: the episodes, or a selection of those that `latents` was made of.
+        latents: by the same rows as `data.frames`.
+        rays: [1, V, 6, T, h, w] of the resting cameras, on the training device.
+    """
+
+    data: Episodes
+    latents: Latents
+    rays: Tensor
+
+    def batch(self, windows: Windows, config: EvacConfig) -> TrainingBatch:
+        """Gather windows, onto the device of the rays."""
+        data, past, device = self.data, config.n_previous, self.rays.device
+        rows = data.rows(windows.episodes[:, None], windows.columns)
+        # The pose window is contiguous, its beginning held at the episode's start.
+        now = windows.columns[:, past] - 1
+        steps = now[:, None] + np.arange(1 - past, config.chunk + 1)
+        steps = np.maximum(steps, windows.start[:, None])
+        poses = torch.from_numpy(np.array(data.poses[data.rows(windows.episodes[:, None], steps)]))
+        start_frames = data.frames[data.rows(windows.episodes, windows.start)]
+        return TrainingBatch(
+            latents=_to_batch(self.latents.frames[rows], device),
+            map_latents=_to_batch(self.latents.maps[rows[:, past:]], device),
+            rays=self.rays,
+            deltas=window_deltas(both_arms(poses), config).to(device),
+            images=to_images(start_frames, device)[:, :, None],
+        )
+
+
+def _to_batch(latents: np.ndarray, device: torch.device) -> Tensor:
+    """float32 [B, V, 4, T, h, w] of float16 [B, T, V, 4, h, w]."""
+    return torch.from_numpy(latents).to(device).float().permute(0, 2, 3, 1, 4, 5)
+
+
+def moving_weight(batch: TrainingBatch, config: EvacConfig, moving: float) -> Tensor:
+    """Weight [B, V, 1, chunk, h, w] of every latent cell: `moving` where it moved, else 1."""
+    past = config.n_previous
+    last = batch.latents[:, :, :, past - 1 : past]
+    change = (batch.latents[:, :, :, past:] - last).abs().amax(2, keepdim=True)
+    return 1 + (moving - 1) * (change > MOVED).float()
+
+
+def mean_moving_weight(corpus: Corpus, config: EvacConfig, moving: float, count: int) -> float:
+    """Mean of `moving_weight` over `count` windows that are always the same.
+
+    Weights are divided by it. A batch's own mean would make the loss depend on how a batch is cut
+    over processes and accumulation steps.
+    """
+    windows = WindowSampler(corpus.data, config).draw(count, np.random.default_rng(0))
+    total = 0.0
+    for first in range(0, count, 16):
+        part = windows[first : first + 16]
+        weight = moving_weight(corpus.batch(part, config), config, moving)
+        total += float(weight.mean()) * len(part)
+    return total / count

@@ -1,0 +1,85 @@
+"""One picture of held-out episodes: what the world model imagines above, what happened below.
+
+Both rows follow the same poses from the same first frame; the world model sees nothing else.
+
+    python -m evac_jax.tools.world_model.filmstrip --world_model DIR --data DIR \
+        --out docs/imagined.png
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evac_jax.evac import checkpoint
+from evac_jax.files import recordings
+from evac_jax.telemetry.video import filmstrip
+from evac_jax.tools.torch_training import default_device
+from evac_jax.tools.world_model.imagine import imagine_episodes
+
+GAP = 6  # pixels between episodes
+
+
+def compare(real: np.ndarray, imagined: np.ndarray, count: int, scale: int = 1) -> Image.Image:
+    """Return one picture of episodes: `count` imagined frames above the real ones, for each.
+
+    Args:
+        real: uint8 [N T+1 V H W 3].
+        imagined: uint8 [N T V H W 3], from the first real frame on.
+        count: frames shown of each episode; views lie side by side.
+        scale: enlarge by.
+    """
+    strips, gaps = [], []
+    for true, dreamt in zip(real, imagined, strict=True):
+        films = (np.concatenate((true[:1], dreamt)), true)
+        strips += [filmstrip(_side_by_side(film), count) for film in films]
+        gaps += [1, GAP]
+    page = stack(strips, [*gaps[:-1], 0])
+    return page.resize((page.width * scale, page.height * scale), Image.NEAREST)
+
+
+def _side_by_side(frames: np.ndarray) -> np.ndarray:
+    """uint8 [T H V*W 3] of [T V H W 3]."""
+    return np.concatenate(list(frames.swapaxes(0, 1)), 2)
+
+
+def stack(strips: list[Image.Image], gaps: list[int]) -> Image.Image:
+    """Return pictures of equal width one below the other, `gaps[i]` white pixels after each."""
+    height = sum(strip.height for strip in strips) + sum(gaps)
+    page = Image.new("RGB", (strips[0].width, height), "white")
+    top = 0
+    for strip, gap in zip(strips, gaps, strict=True):
+        page.paste(strip, (0, top))
+        top += strip.height + gap
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--world_model", required=True)
+    parser.add_argument("--data", required=True, nargs="+", help="folders of episodes")
+    parser.add_argument("--out", required=True, help="PNG file")
+    parser.add_argument("--episodes", type=int, nargs="+", default=[0, 1, 2], help="held-out ones")
+    parser.add_argument("--length", type=int, help="actions imagined; default: whole episodes")
+    parser.add_argument("--frames", type=int, default=9, help="frames shown of each episode")
+    parser.add_argument("--steps", type=int, default=3, help="denoising steps")
+    parser.add_argument("--eta", type=float, default=1.0)
+    parser.add_argument("--scale", type=int, default=2, help="enlarge by")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    model = checkpoint.load_model(args.world_model, kind="EvacModel", device=args.device)
+    _, held_out = recordings.load(*args.data).split()
+    chosen = held_out.select(np.array(args.episodes))
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    imagined = imagine_episodes(
+        model, chosen, steps=args.steps, eta=args.eta, generator=generator, length=args.length
+    )
+    real = chosen.stacked("frames", args.length)
+    compare(real, imagined, args.frames, args.scale).save(args.out)
+
+
+if __name__ == "__main__":
+    main()

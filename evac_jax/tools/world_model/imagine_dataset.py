@@ -1,0 +1,108 @@
+"""Writes what a world model imagines of recorded episodes as a recording of its own.
+
+    python -m evac_jax.tools.world_model.imagine_dataset --world_model DIR --data DIR --out DIR
+
+First frames, poses, actions and success are those of the real episode; all other frames are
+imagined. A classifier trained on it learns what real success looks like in imagination, blurs and
+ghosts included, and a failure that imagination shows as a success is its hardest negative.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import logging
+
+from evac_jax.evac import checkpoint
+from evac_jax.evac.cpu.packed import accelerate
+from evac_jax.evac.model import EvacModel
+from evac_jax.files import cards, recordings
+from evac_jax.files.recordings import Episodes, EpisodeWriter
+from evac_jax.tools.world_model.imagine import imagine_episodes
+
+_BATCH = 32
+
+
+def write(
+    model: EvacModel, data: Episodes, out: str | Path, *, steps: int, eta: float, seed: int, **facts
+) -> Episodes:
+    """Imagine every episode into the new folder `out` and return the recording.
+
+    Args:
+        model: in eval mode.
+        data: the real episodes, of any lengths.
+        steps, eta: of the sampler; use those of the reinforcement learning.
+        seed: of the noise.
+        **facts: more entries of the data card.
+
+    Raises:
+        DataError: the folder exists, or the pictures do not fit the model.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    with EpisodeWriter(
+        out,
+        image_shape=data.frames.shape[1:],
+        instructions=data.instructions,
+        sources=[f"imagined:{source}" for source in data.sources],
+        intrinsic=data.intrinsic,
+        c2w=data.c2w,
+        facts=facts,
+    ) as writer:
+        for length in np.unique(data.length):
+            same = np.flatnonzero(data.length == length)
+            for first in range(0, len(same), _BATCH):
+                part = data.select(same[first : first + _BATCH])
+                imagined = imagine_episodes(model, part, steps=steps, eta=eta, generator=generator)
+                actions, poses, success, frames = (
+                    part.stacked(name) for name in ("actions", "poses", "success", "frames")
+                )
+                for n in range(part.num_episodes):
+                    writer.add(
+                        frames=np.concatenate((frames[n, :1], imagined[n])),
+                        actions=actions[n, :-1],
+                        poses=poses[n],
+                        success=success[n],
+                        task=int(part.task[n]),
+                        source=int(part.source[n]),
+                        start=int(part.start[n]),
+                    )
+    return recordings.load(out)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world_model", required=True)
+    parser.add_argument("--data", required=True, nargs="+", help="folders of real episodes")
+    parser.add_argument("--out", required=True, help="new folder")
+    parser.add_argument("--episodes", type=int, default=0, help="random ones; 0 = all")
+    parser.add_argument("--steps", type=int, default=3, help="denoising steps")
+    parser.add_argument("--eta", type=float, default=0.0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.set_verbosity(logging.INFO)
+    torch.set_num_threads(args.threads)
+    model = checkpoint.load_model(Path(args.world_model), kind="EvacModel", device=args.device)
+    weights = Path(args.world_model) / checkpoint.WEIGHTS_FILE
+    facts = cards.card(world_model=cards.sha256(weights))
+    source = recordings.load(*args.data)
+    if args.episodes:
+        order = np.random.default_rng(args.seed).permutation(source.num_episodes)
+        source = source.select(np.sort(order[: args.episodes]))
+    data = write(
+        accelerate(model.float()),
+        source,
+        args.out,
+        steps=args.steps,
+        eta=args.eta,
+        seed=args.seed,
+        **facts,
+    )
+    logging.info("%d imagined episodes", data.num_episodes)
+
+
+if __name__ == "__main__":
+    main()

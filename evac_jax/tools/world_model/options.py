@@ -1,0 +1,149 @@
+"""The command line of `world_model.train`, and the model that it asks for."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from evac_jax.errors import CheckpointError, ConfigError
+from evac_jax.evac import checkpoint
+from evac_jax.evac.autoencoder import Autoencoder
+from evac_jax.evac.config import EvacConfig
+from evac_jax.evac.model import EvacModel
+from evac_jax.miniature.sizes import WORLD_MODEL
+from evac_jax.tools import torch_training
+
+# What --train may name -> child of EvacModel. The autoencoder never trains here.
+PARTS = {
+    "unet": "model",
+    "image_resampler": "image_proj_model",
+    "action_resampler": "cond_stage_model",
+    "image_tower": "embedder",
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the checked arguments; exits with a message if they do not fit together."""
+    parser = argparse.ArgumentParser(
+        description="Trains an EVAC world model on episodes; see the module's docstring."
+    )
+    add = parser.add_argument
+    add("--data", required=True, nargs="+", help="folders of episodes")
+    add("--autoencoder", help="from scratch: folder of train_autoencoder, or of a world model")
+    add("--config", help="from scratch: JSON file of an EvacConfig; default: the miniature's sizes")
+    add("--start", help="fine-tune: folder of a world model to go on from")
+    add("--out", required=True, help="folder for weights, card, progress and events")
+    add("--cache", help="folder of latents, may be shared by runs; default <out>/cache")
+    add("--encode_processes", type=int, default=1, help="that fill the cache, CPU only")
+    add("--train", default="all", help=f"all, or parts joined by +: {', '.join(PARTS)}")
+    add("--weight", type=_weight, nargs="+", default=[], help="source=factor, e.g. policy=2")
+    add("--steps", type=int, default=8000)
+    add("--batch", type=int, default=16, help="windows per process and pass")
+    add("--accumulate", type=int, default=1, help="passes per step")
+    add("--optimizer", choices=torch_training.OPTIMIZERS, default="adamw")
+    add("--lr", type=float, default=1.2e-3)
+    add("--warmup", type=int, default=200, help="steps")
+    add("--weight_decay", type=float, default=0.01)
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--ema", type=float, default=0.997, help="decay of the moving average of the weights")
+    add("--dtype", choices=tuple(torch_training.DTYPES), default="float32", help="of the passes")
+    add("--dropout", type=float, default=0.05, help="p of the condition dropout, 0 to 0.25")
+    add(
+        "--few_steps",
+        action="store_true",
+        help="train on the timesteps of --ddim_steps alone: for a model that is always sampled so",
+    )
+    add("--moving_weight", type=float, default=5.0, help="of latent cells that move; 1 is none")
+    add("--patience", type=int, default=0, help="validations without a better one; 0: no stop")
+    add("--validation_windows", type=int, default=96, help="of the held-out loss")
+    add("--rollouts", type=int, default=48, help="held-out episodes imagined per validation")
+    add("--rollout_chunks", type=int, default=4)
+    add("--ddim_steps", type=int, default=4, help="denoising steps of the roll-outs")
+    add("--eta", type=float, default=0.0, help="of the roll-outs")
+    add("--save_every", type=int, default=500, help="steps between validations")
+    add("--log_every", type=int, default=100)
+    add("--device", choices=("cpu", "cuda"), default=torch_training.default_device())
+    add("--threads", type=int, default=1)
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if bool(args.autoencoder) == bool(args.start):
+        parser.error("give either --autoencoder (from scratch) or --start (fine-tuning)")
+    if args.start and args.config:
+        parser.error("--config goes with --autoencoder; with --start the folder has its own sizes")
+    counts = "steps batch accumulate save_every log_every rollouts rollout_chunks"
+    for name in (*counts.split(), "validation_windows", "encode_processes", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if not 0 <= args.dropout <= 0.25:
+        parser.error(f"--dropout: expected 0 to 0.25, got {args.dropout}")
+    args.weight = dict(args.weight)
+    return args
+
+
+def _weight(text: str) -> tuple[str, float]:
+    source, _, factor = text.rpartition("=")
+    try:
+        return source, float(factor)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected source=factor, got {text!r}") from error
+
+
+def make_model(args: argparse.Namespace, views: int) -> EvacModel:
+    """Return the model to train, with random or earlier weights; frozen where it does not train.
+
+    Args:
+        args: of `parse`.
+        views: cameras of the episodes; a model from scratch is made for as many.
+
+    Raises:
+        CheckpointError: a folder does not hold what it should.
+        ConfigError: unknown parts in --train, or a configuration that cannot be.
+    """
+    if args.start:
+        model = checkpoint.load_model(args.start, kind="EvacModel").float()
+    else:
+        torch.manual_seed(args.seed)
+        autoencoder = _load_autoencoder(args.autoencoder)
+        config = read_config(args.config)
+        model = EvacModel(config.replace(autoencoder=autoencoder.config, n_view=views))
+        model.first_stage_model.load_state_dict(autoencoder.state_dict())
+    freeze(model, args.train)
+    return model
+
+
+def freeze(model: EvacModel, train: str) -> None:
+    """Let only the named parts get gradients; see --train."""
+    names = list(PARTS) if train == "all" else train.split("+")
+    if unknown := sorted(set(names) - set(PARTS)):
+        raise ConfigError(f"--train: no such part {unknown}; there are {list(PARTS)}, or all")
+    model.requires_grad_(False)
+    for name in names:
+        getattr(model, PARTS[name]).requires_grad_(True)
+
+
+def _load_autoencoder(folder: str) -> Autoencoder:
+    model = checkpoint.load_model(folder)
+    model = model.first_stage_model if isinstance(model, EvacModel) else model
+    if not isinstance(model, Autoencoder):
+        raise CheckpointError(
+            f"--autoencoder={folder}: expected an Autoencoder or an EvacModel, got a "
+            f"{type(model).__name__}"
+        )
+    return model.float()
+
+
+def read_config(path: str | None) -> EvacConfig:
+    """Return the configuration in a JSON file; None gives the miniature's.
+
+    Raises:
+        ConfigError: no such file, or not a configuration.
+    """
+    if path is None:
+        return WORLD_MODEL
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config={path}: not a readable JSON file ({error})") from error
+    # The config.json of a model folder serves as well as the bare sizes.
+    return EvacConfig.from_dict(values.get("config", values))

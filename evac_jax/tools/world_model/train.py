@@ -1,0 +1,326 @@
+"""Trains an EVAC world model on episodes, from scratch or from earlier weights.
+
+    python -m evac_jax.tools.world_model.train --data DIR --autoencoder DIR --out DIR --steps 8000
+    torchrun --nproc_per_node 8 -m evac_jax.tools.world_model.train --data DIR --start DIR \
+        --out DIR --train unet+image_resampler --lr 5e-5 --clip 0.5 --dropout 0.1 --dtype bfloat16
+
+The second line is the released recipe, from an EVAC folder. <out> gets the best weights so far (a
+moving average, judged by the loss on held-out episodes), `card.json`, TensorBoard events,
+`rollouts.png` (imagined above, real below) and `progress.pt`: the same command goes on where a
+killed one stopped, with the very numbers that it would have had.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from absl import logging
+
+from evac_jax.errors import TrainingError
+from evac_jax.evac import checkpoint
+from evac_jax.evac.config import EvacConfig
+from evac_jax.evac.model import EvacModel
+from evac_jax.evac.schedule import Schedule, ddim_table
+from evac_jax.evac.training import LossOptions, training_loss
+from evac_jax.files import cards, recordings
+from evac_jax.telemetry.tensorboard import TensorBoardWriter
+from evac_jax.tools import torch_training
+from evac_jax.tools.distributed import Ranks
+from evac_jax.tools.world_model.data import (
+    Corpus,
+    Windows,
+    WindowSampler,
+    mean_moving_weight,
+    moving_weight,
+)
+from evac_jax.tools.world_model.imagine import camera_of, check_fits
+from evac_jax.tools.world_model.latent_cache import autoencoder_digest, cached_latents
+from evac_jax.tools.world_model.options import make_model, parse
+from evac_jax.tools.world_model.validation import BestSoFar, Validation
+
+MEAN_WEIGHT_WINDOWS = 256
+PROGRESS = "progress.pt"
+# Arguments that a resumed run must share with the one that it continues.
+SETUP = (
+    *("steps", "seed", "lr", "warmup", "optimizer", "weight_decay", "clip", "ema", "dtype"),
+    *("train", "dropout", "moving_weight", "weight", "few_steps"),
+)
+
+
+class Trainer:
+    """One training run: a model, its data, and everything that a resumed run needs.
+
+    Args:
+        model: on the device of `ranks`; parameters that do not train are frozen.
+        corpus: training episodes.
+        validation: of the held-out ones.
+        args: see `options.parse`.
+        ranks: processes that share the run.
+        setup: what a saved progress must agree in.
+    """
+
+    def __init__(
+        self,
+        model: EvacModel,
+        corpus: Corpus,
+        validation: Validation,
+        mean_weight: float,
+        args: argparse.Namespace,
+        ranks: Ranks,
+        setup: dict[str, Any],
+    ):
+        self.model, self._corpus, self._validation = model, corpus, validation
+        self._args, self._ranks, self._setup = args, ranks, setup
+        self._mean_weight = mean_weight
+        self._out = Path(args.out)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimizers = torch_training.make_optimizers(
+            model, args.optimizer, weight_decay=args.weight_decay
+        )
+        self._ema = torch_training.Ema(model, args.ema)
+        self._sampler = WindowSampler(corpus.data, model.config, args.weight)
+        self._schedule = Schedule.create(model.config, ranks.device)
+        self._timesteps = few_timesteps(model.config, args)
+        self.best = BestSoFar(args.patience)
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self._saved = 0  # step of the progress on disk
+
+    def run(self) -> None:
+        """Train to the end, from the progress that lies in <out>.
+
+        Raises:
+            TrainingError: loss or gradient is not finite; <out> keeps its last good state.
+        """
+        args = self._args
+        self._resume()
+        writer = (
+            TensorBoardWriter(self._out / "tensorboard", self.step) if self._ranks.first else None
+        )
+        began, before, since = time.perf_counter(), self.seconds, self.step
+        losses: list[float] = []
+        stop = self.best.exhausted
+        self.model.train()
+        while self.step < args.steps and not stop:
+            lr = torch_training.cosine_lr(self.step, args.steps, args.lr, args.warmup)
+            loss, norm = self._update(lr)
+            losses.append(loss)
+            self.step += 1
+            self.seconds = before + time.perf_counter() - began
+            last = self.step == args.steps
+            if writer and (self.step % args.log_every == 0 or last):
+                rate = (self.step - since) / (self.seconds - before)
+                mean = float(np.mean(losses[-args.log_every :]))
+                logging.info("step %d/%d  loss %.4f  %.2f/s", self.step, args.steps, mean, rate)
+                figures = {"loss": mean, "gradient_norm": norm, "lr": lr, "steps_per_s": rate}
+                writer.write(self.step, {f"train/{k}": v for k, v in figures.items()})
+            if self.step % args.save_every == 0 or last:
+                if writer:
+                    self._validate(float(np.mean(losses)), writer)
+                self._saved = self.step
+                stop, losses = self._ranks.agree(self.best.exhausted), []
+        if writer:
+            writer.close()
+
+    def _update(self, lr: float) -> tuple[float, float]:
+        """Make one step; return its loss and the norm of its gradient, before it was clipped."""
+        args, ranks = self._args, self._ranks
+        # One generator per step: a resumed run sees the batches that an unbroken one would have.
+        total = ranks.world * args.accumulate * args.batch
+        windows = self._sampler.draw(total, np.random.default_rng((args.seed, self.step)))
+        loss = torch.zeros((), device=ranks.device)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for k in range(args.accumulate):
+            first = (ranks.rank * args.accumulate + k) * args.batch
+            part = self._loss(windows, first) / args.accumulate
+            part.backward()
+            loss += part.detach()
+        ranks.average_gradients(self._parameters)
+        mean = self._check(float(ranks.mean(loss)), "loss")
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, args.clip)
+        norm = self._check(float(norm), "norm of the gradient")
+        for optimizer in self._optimizers:
+            torch_training.set_lr(optimizer, lr)
+            optimizer.step()
+        self._ema.update(self.model)
+        return mean, norm
+
+    def _loss(self, windows: Windows, first: int) -> torch.Tensor:
+        """Loss of this process's part of the windows of a step, from `first` on."""
+        args, config = self._args, self.model.config
+        batch = self._corpus.batch(windows[first : first + args.batch], config)
+        seed = args.seed * 1_000_003 + self.step
+        timesteps = None
+        if self._timesteps is not None:
+            rng = np.random.default_rng((args.seed, self.step, 1))
+            drawn = rng.choice(self._timesteps, len(windows))[first : first + args.batch]
+            timesteps = torch.from_numpy(drawn).to(self._ranks.device)
+        torch.manual_seed(seed * len(windows) + first)  # dropout inside the networks
+        with torch_training.autocast(self._ranks.device, args.dtype):
+            return training_loss(
+                self.model,
+                batch,
+                options=LossOptions(dropout=args.dropout),
+                generator=torch.Generator().manual_seed(seed),
+                weight=moving_weight(batch, config, args.moving_weight) / self._mean_weight,
+                timesteps=timesteps,
+                schedule=self._schedule,
+                share=(first, len(windows)),
+            )
+
+    def _validate(self, loss: float, writer: TensorBoardWriter) -> None:
+        """Judge the moving average, keep it if it is the best, and save the progress."""
+        self._ema.swap(self.model)
+        self.model.eval()
+        context = torch_training.autocast(self._ranks.device, self._args.dtype)
+        held_out = self._check(self._validation.loss(self.model, context), "held-out loss")
+        psnr, picture = self._validation.rollouts(self.model)
+        if self.best.update(held_out, self.step):
+            checkpoint.save_model(self._out, self.model)
+        self._ema.swap(self.model.train())
+        figures = {"step": self.step, "loss": loss, "held_out_loss": held_out, "psnr": psnr}
+        self.history.append(figures)
+        shown = " ".join(f"{x:.1f}" for x in psnr)
+        logging.info("held-out loss %.4f, PSNR per chunk: %s", held_out, shown)
+        by_chunk = {f"eval/psnr_{k + 1}": value for k, value in enumerate(psnr)}
+        writer.write(self.step, {"eval/held_out_loss": held_out, **by_chunk})
+        writer.image("rollouts", picture, self.step)
+        picture.save(self._out / "rollouts.png")
+        self._save()
+
+    def _check(self, value: float, name: str) -> float:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"step {self.step + 1}: the {name} is {value}. Nothing of it was saved: "
+                f"{self._out} holds the state of step {self._saved}. Remove {PROGRESS} there and "
+                "try a lower --lr, a longer --warmup or --dtype float32"
+            )
+        return value
+
+    def _save(self) -> None:
+        state = {
+            "setup": self._setup,
+            "parameters": torch_training.trainable_state(self.model),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "ema": self._ema.state_dict(),
+            "best": self.best.state_dict(),
+            "step": self.step,
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+        torch_training.save_progress(self._out / PROGRESS, state)
+
+    def _resume(self) -> None:
+        path = self._out / PROGRESS
+        if not path.exists():
+            return
+        state = torch_training.load_progress(path, self._setup, self._ranks.device)
+        torch_training.load_trainable(self.model, state["parameters"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self._ema.load_state_dict(state["ema"])
+        self.best.load_state_dict(state["best"])
+        self.step, self.history, self.seconds = (state[k] for k in ("step", "history", "seconds"))
+        self._saved = self.step
+        logging.info("resumed at step %d", self.step)
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Train as told and write the data card."""
+    out, folders = Path(args.out), [Path(folder) for folder in args.data]
+    out.mkdir(parents=True, exist_ok=True)
+    data = recordings.load(*folders)
+    model = make_model(args, views=data.frames.shape[1]).to(ranks.device)
+    check_fits(model.config, data)
+    latents = cached_latents(
+        Path(args.cache or out / "cache"),
+        folders,
+        model.first_stage_model,
+        model.config,
+        processes=args.encode_processes,
+        ranks=ranks,
+    )
+    camera = camera_of(data, ranks.device)
+    rays = model.rays(camera.intrinsic, camera.along(model.config.frames))
+    train_part, held_out = (Corpus(part, latents, rays) for part in data.split())
+    mean_weight = mean_moving_weight(
+        train_part, model.config, args.moving_weight, MEAN_WEIGHT_WINDOWS
+    )
+    validation = Validation(
+        held_out,
+        model,
+        windows=args.validation_windows,
+        episodes=args.rollouts,
+        chunks=args.rollout_chunks,
+        steps=args.ddim_steps,
+        eta=args.eta,
+        moving=args.moving_weight,
+        mean_weight=mean_weight,
+        timesteps=few_timesteps(model.config, args),
+    )
+    facts = {
+        "data": [cards.sha256(folder / "card.json") for folder in folders],
+        "autoencoder": autoencoder_digest(model.first_stage_model),
+        "batch": args.batch * args.accumulate * ranks.world,
+        **_start_of(args),
+    }
+    setup = {name: getattr(args, name) for name in SETUP}
+    setup |= facts | {"config": model.config.to_dict()}
+    trainer = Trainer(model, train_part, validation, mean_weight, args, ranks, setup)
+    trainer.run()
+    if ranks.first:
+        _write_card(out, trainer, train_part, facts, ranks)
+
+
+def few_timesteps(config: EvacConfig, args: argparse.Namespace) -> np.ndarray | None:
+    """Timesteps that --few_steps trains on, int64; None for all."""
+    return ddim_table(config, args.ddim_steps, args.eta).timesteps if args.few_steps else None
+
+
+def _start_of(args: argparse.Namespace) -> dict[str, str]:
+    """SHA-256 of the weights that a fine-tuning began with."""
+    if not args.start:
+        return {}
+    description = json.loads((Path(args.start) / checkpoint.CONFIG_FILE).read_text())
+    weights = Path(args.start) / description.get("weights", checkpoint.WEIGHTS_FILE)
+    return {"start": cards.sha256(weights)}
+
+
+def _write_card(out: Path, trainer: Trainer, part: Corpus, facts: dict, ranks: Ranks) -> None:
+    sources = np.bincount(part.data.source, minlength=len(part.data.sources)).tolist()
+    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    device = str(ranks.device.type)
+    if device == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+    values = cards.card(
+        **facts,
+        episodes=dict(zip(part.data.sources, sources, strict=True)),
+        trained_parameters=parameters,
+        best={"step": trainer.best.step, "held_out_loss": trainer.best.loss},
+        history=trainer.history,
+        seconds=round(trainer.seconds, 1),
+        device=f"{ranks.world} x {device}",
+        sha256={checkpoint.WEIGHTS_FILE: cards.sha256(out / checkpoint.WEIGHTS_FILE)},
+    )
+    cards.write_json(out / "card.json", values)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    ranks = Ranks.join(args.device)
+    logging.set_verbosity(logging.INFO if ranks.first else logging.ERROR)
+    try:
+        run(args, ranks)
+    finally:
+        ranks.leave()
+
+
+if __name__ == "__main__":
+    main()

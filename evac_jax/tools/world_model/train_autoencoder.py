@@ -1,0 +1,235 @@
+"""Trains a small image autoencoder for a world model of small frames.
+
+The full-size model uses the published one; a 64-pixel miniature needs its own, which must code
+camera frames and trajectory maps alike. The same command goes on where a killed one stopped.
+
+    python -m evac_jax.tools.world_model.train_autoencoder --data DIR --out DIR --steps 2000
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from absl import logging
+from torch import Tensor
+
+from evac_jax.errors import DataError
+from evac_jax.evac import checkpoint
+from evac_jax.evac.autoencoder import Autoencoder
+from evac_jax.evac.config import EvacConfig
+from evac_jax.files import cards, recordings
+from evac_jax.files.recordings import Episodes
+from evac_jax.tools import torch_training
+from evac_jax.tools.world_model.imagine import camera_of, check_fits, to_images
+from evac_jax.tools.world_model.latent_cache import draw_pose_maps
+from evac_jax.tools.world_model.options import read_config
+
+MAP_SHARE = 0.25  # of a batch; maps are simple pictures, but their discs must sit exactly
+KL_WEIGHT = 1e-6
+FOREGROUND_WEIGHT = 4.0  # blocks and gripper cover few pixels; without it they come out blurred
+LATENT_NOISE = 0.3  # of the latents' own spread: the denoiser's latents will not be exact
+# A linear map of the latents must tell how each cell's colour differs from the background's.
+# Without it a block's colour takes 2 to 6 % of what varies in the latents, in the pictures 47 %,
+# and a world model, whose loss is measured in latents, lets blocks change colour.
+COLOR_WEIGHT = 0.5
+PROGRESS = "progress.pt"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Frames, then trajectory maps, of random rows and views.
+
+    Attributes:
+        images: [N, 3, H, W] in [-1, 1].
+        views: int64 [N].
+        num_frames: how many of them are frames.
+    """
+
+    images: Tensor
+    views: np.ndarray
+    num_frames: int
+
+
+def draw_pictures(
+    data: Episodes, config: EvacConfig, size: int, rng: np.random.Generator, device
+) -> Pictures:
+    """Draw `size` pictures, every episode and every one of its steps equally often."""
+    num_frames = size - int(size * MAP_SHARE)
+    episodes = rng.integers(data.num_episodes, size=size)
+    rows = data.rows(episodes, rng.integers(data.length[episodes] + 1))
+    views = rng.integers(data.frames.shape[1], size=size)
+    frames = to_images(data.frames[rows[:num_frames], views[:num_frames]], device)
+    poses = torch.from_numpy(np.array(data.poses[rows[num_frames:]])).to(device)
+    maps = draw_pose_maps(poses, camera_of(data, device), config)
+    maps = maps[torch.arange(len(maps)), torch.from_numpy(views[num_frames:])]
+    return Pictures(torch.cat((frames, maps)), views, num_frames)
+
+
+def foreground(frames: Tensor, background: Tensor) -> Tensor:
+    """Per-pixel weight [N, 1, H, W], mean 1: more where a frame differs from its background."""
+    different = ((frames - background).abs().amax(1, keepdim=True) > 0.1).float()
+    weight = 1 + FOREGROUND_WEIGHT * different
+    return weight / weight.mean()
+
+
+def backgrounds(data: Episodes, config: EvacConfig, seed: int, device) -> Tensor:
+    """Median frame of each view, [V, 3, H, W], of 192 frames."""
+    drawn = draw_pictures(data, config, 256, np.random.default_rng((seed, 0)), device)
+    frames, views = drawn.images[: drawn.num_frames], drawn.views[: drawn.num_frames]
+    medians = []
+    for view in range(data.frames.shape[1]):
+        of_view = frames[torch.from_numpy(views == view)]
+        medians.append(of_view.median(0).values if len(of_view) else frames.median(0).values)
+    return torch.stack(medians)
+
+
+def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: dict[str, Any]):
+    """Return the trained autoencoder and the reconstruction error of its last 100 steps."""
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    model = Autoencoder(config.autoencoder).to(device, memory_format=torch.channels_last)
+    colors = torch.nn.Conv2d(config.autoencoder.latent_channels, 3, 1).to(device)
+    both = torch.nn.ModuleList((model, colors))
+    optimizer = torch.optim.AdamW(both.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
+    ema = torch_training.Ema(model, 0.995)
+    background = backgrounds(data, config, args.seed, device)
+    errors: list[float] = []
+    done, progress = 0, Path(args.out) / PROGRESS
+    if progress.exists():
+        state = torch_training.load_progress(progress, setup, device)
+        torch_training.load_trainable(both, state["parameters"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        done, errors = state["step"], state["errors"]
+        logging.info("resumed at step %d", done)
+    began = time.perf_counter()
+    for step in range(done, args.steps):
+        # Everything random comes from the step, so that a resumed run sees what an unbroken one
+        # would have seen; 0 is the background's.
+        rng = np.random.default_rng((args.seed, step + 1))
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        torch_training.set_lr(
+            optimizer, torch_training.cosine_lr(step, args.steps, args.lr, warmup=100)
+        )
+        drawn = draw_pictures(data, config, args.batch, rng, device)
+        loss, error = _loss(model, colors, drawn, background)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model)
+        errors = [*errors[-99:], float(error.detach())]
+        if (step + 1) % 100 == 0:
+            rate = (step + 1 - done) / (time.perf_counter() - began)
+            mean = np.mean(errors)
+            logging.info("step %d/%d  error %.4f  %.2f/s", step + 1, args.steps, mean, rate)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            state = {
+                "setup": setup,
+                "parameters": torch_training.trainable_state(both),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state_dict(),
+                "step": step + 1,
+                "errors": errors,
+            }
+            torch_training.save_progress(progress, state)
+    ema.swap(model)
+    return model.eval(), float(np.mean(errors))
+
+
+def _loss(model: Autoencoder, colors: torch.nn.Conv2d, drawn: Pictures, background: Tensor):
+    """Loss, and the weighted mean absolute error in it."""
+    images, count = drawn.images, drawn.num_frames
+    mean, logvar = model.encode(images.to(memory_format=torch.channels_last))
+    spread = mean.detach().std()
+    noise = LATENT_NOISE * spread + (0.5 * logvar).exp()
+    latents = mean + noise * torch.randn_like(mean)
+    decoded = model.decode(latents)
+    own = background[torch.from_numpy(drawn.views[:count]).to(background.device)]
+    weight = torch.ones_like(images[:, :1])
+    weight[:count] = foreground(images[:count], own)
+    error = (weight * (decoded - images).abs()).mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    different = torch.cat((images[:count] - own, images[count:]))
+    per_cell = F.adaptive_avg_pool2d(weight, mean.shape[-2:])
+    cells = F.adaptive_avg_pool2d(weight * different, mean.shape[-2:]) / per_cell
+    color = (per_cell * (colors(latents / spread) - cells).square()).mean()
+    return error + COLOR_WEIGHT * color + KL_WEIGHT * kl, error
+
+
+@torch.inference_mode()
+def score(model: Autoencoder, data: Episodes, config: EvacConfig, seed: int) -> dict[str, float]:
+    """PSNR in dB of frames and maps, and the spread of the latents, on 512 pictures."""
+    device = next(model.parameters()).device
+    drawn = draw_pictures(data, config, 512, np.random.default_rng(seed), device)
+    images, count = drawn.images, drawn.num_frames
+    mean = torch.cat([model.encode(part)[0] for part in images.split(64)])
+    decoded = torch.cat([model.decode(part) for part in mean.split(64)]).clamp(-1, 1)
+
+    def psnr(a: Tensor, b: Tensor) -> float:
+        return float(10 * torch.log10(4 / (a - b).square().mean()))
+
+    return {
+        "psnr_frames": psnr(decoded[:count], images[:count]),
+        "psnr_maps": psnr(decoded[count:], images[count:]),
+        "latent_std": float(mean[:count].std()),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, nargs="+", help="folders of episodes")
+    parser.add_argument("--out", required=True, help="folder for the autoencoder and its card")
+    parser.add_argument("--config", help="JSON file of an EvacConfig; default: the miniature's")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--save_every", type=int, default=500, help="steps between saves")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=torch_training.default_device()
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    logging.set_verbosity(logging.INFO)
+    torch.set_num_threads(args.threads)
+    data = recordings.load(*args.data)
+    config = read_config(args.config).replace(n_view=data.frames.shape[1])
+    check_fits(config, data)
+    train_part, held_out = data.split()
+    if not (train_part.num_episodes and held_out.num_episodes):
+        raise DataError(
+            f"{train_part.num_episodes} training and {held_out.num_episodes} held-out episodes; "
+            "both are needed: record more"
+        )
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    digests = [cards.sha256(Path(folder) / "card.json") for folder in args.data]
+    setup = {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed")}
+    setup |= {"config": config.to_dict(), "data": digests}
+    began = time.perf_counter()
+    model, error = train(train_part, config, args, setup)
+    scores = score(model, held_out, config, args.seed)
+    # Latents are stored with unit spread, as the denoiser's noise has.
+    scale_factor = round(1 / scores["latent_std"], 5)
+    model.config = config.autoencoder.replace(scale_factor=scale_factor)
+    checkpoint.save_model(out, model)
+    facts = cards.card(
+        data=digests,
+        scores=scores,
+        train_error=error,
+        seconds=time.perf_counter() - began,
+        sha256={checkpoint.WEIGHTS_FILE: cards.sha256(out / checkpoint.WEIGHTS_FILE)},
+    )
+    cards.write_json(out / "card.json", facts)
+    logging.info("held-out: %s", scores)
+
+
+if __name__ == "__main__":
+    main()

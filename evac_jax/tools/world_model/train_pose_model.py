@@ -1,0 +1,150 @@
+"""Trains the pose model: where an action takes the gripper.
+
+Fitted on recorded transitions, several steps in a row, because a rollout feeds it its own output.
+Its metric is the drift at the end of whole episodes, in mm.
+
+    python -m evac_jax.tools.world_model.train_pose_model --data DIR --out DIR --steps 6000
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import logging
+from torch import Tensor
+
+from evac_jax.evac import checkpoint
+from evac_jax.files import cards, recordings
+from evac_jax.files.recordings import Episodes
+from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
+from evac_jax.tools import torch_training
+
+UNROLL = 6  # steps predicted in a row while training
+# Entries that hardly vary (an upright gripper's quaternion) would otherwise be magnified until
+# their rare large values dominate everything.
+MIN_STD = 0.05
+
+
+def fit_statistics(model: PoseModel, poses: np.ndarray) -> None:
+    """Store mean and spread of the poses [F 8] in the model."""
+    flat = torch.from_numpy(np.array(poses))
+    model.abs_action_mean.copy_(flat.mean(0, keepdim=True))
+    model.abs_action_std.copy_(flat.std(0, keepdim=True).clamp_min(MIN_STD))
+
+
+def rollout(model: PoseModel, actions: Tensor, pose: Tensor) -> Tensor:
+    """Return the poses [B T 8] after each action [B T 7] from `pose` [B 8]."""
+    poses = []
+    for action in actions.unbind(1):
+        pose = model.get_ee_pose(action, pose)
+        poses.append(pose)
+    return torch.stack(poses, 1)
+
+
+def train(
+    data: Episodes,
+    config: PoseModelConfig,
+    *,
+    steps: int,
+    batch: int = 256,
+    lr: float = 3e-3,
+    seed: int = 0,
+) -> PoseModel:
+    """Return a model fitted to the transitions of `data`."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = PoseModel(config)
+    every = np.concatenate([data.rows(n, np.arange(t + 1)) for n, t in enumerate(data.length)])
+    fit_statistics(model, data.poses[every])
+    actions = torch.from_numpy(np.array(data.actions))
+    poses = torch.from_numpy(np.array(data.poses))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    ema = torch_training.Ema(model, 0.998)
+    unroll = min(UNROLL, int(data.length.min()))
+    ahead = torch.arange(unroll)
+    for step in range(steps):
+        torch_training.set_lr(
+            optimizer, torch_training.cosine_lr(step, steps, lr, warmup=100, floor=0.002)
+        )
+        episodes = rng.integers(data.num_episodes, size=batch)
+        moments = rng.integers(data.length[episodes] - unroll + 1)
+        first = torch.from_numpy(data.rows(episodes, moments))
+        rows = first[:, None] + ahead
+        predicted = rollout(model, actions[rows], poses[first])
+        error = (predicted - poses[rows + 1]) / model.abs_action_std
+        # Absolute error: most transitions are exact, those at the workspace's walls are not.
+        loss = error.abs().mean() + error.square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model)
+        if (step + 1) % 1000 == 0:
+            logging.info("step %d/%d  loss %.5f", step + 1, steps, loss.item())
+    ema.swap(model)
+    return model.eval()
+
+
+@torch.inference_mode()
+def score(model: PoseModel, data: Episodes) -> dict:
+    """Drift: errors after whole episodes predicted from their first pose and actions alone.
+
+    Longer episodes are cut to the length of the shortest.
+    """
+    steps = int(data.length.min())
+    actions, poses = (torch.from_numpy(data.stacked(n, steps)) for n in ("actions", "poses"))
+    predicted = rollout(model, actions[:, :-1], poses[:, 0])
+    error = (predicted - poses[:, 1:]).abs()
+    distance = error[:, -1, :3].norm(dim=1) * 1000
+    return {
+        "steps": error.shape[1],
+        "position_mm_mean": distance.mean().item(),
+        "position_mm_p95": distance.quantile(0.95).item(),
+        # Random players run into the workspace's walls; a policy hardly does.
+        "position_mm_by_source": {
+            name: distance[torch.from_numpy(data.source == number)].mean().item()
+            for number, name in enumerate(data.sources)
+            if (data.source == number).any()
+        },
+        "quaternion_mean": error[:, -1, 3:7].mean().item(),
+        "opening_max": error[..., 7].max().item(),
+        "opening_p99": error[..., 7].flatten().quantile(0.99).item(),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, nargs="+", help="folders of recorded episodes")
+    parser.add_argument("--out", required=True, help="folder for weights, config and card")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument(
+        "--plain", action="store_true", help="the published network, without the linear skip"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.set_verbosity(logging.INFO)
+    torch.set_num_threads(args.threads)
+    train_part, held_out = recordings.load(*args.data).split()
+    began = time.process_time()
+    config = PoseModelConfig(hidden=args.hidden, linear_skip=not args.plain)
+    model = train(train_part, config, steps=args.steps, seed=args.seed)
+    scores = score(model, held_out)
+    out = Path(args.out)
+    checkpoint.save_model(out, model)
+    facts = cards.card(
+        scores=scores,
+        cpu_seconds=round(time.process_time() - began),
+        data=train_part.card,
+        sha256=cards.sha256(out / checkpoint.WEIGHTS_FILE),
+    )
+    cards.write_json(out / "card.json", facts)
+    logging.info("held-out: %s", scores)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+import dataclasses
+import re
+
+import pytest
+
+from configs import grpo, ppo
+from evac_jax.config.build import default_config, from_config_dict, to_dict
+from evac_jax.config.schema import TrainConfig
+from evac_jax.errors import ConfigError
+
+
+def test_every_field_has_a_description_in_its_docstring():
+    config = default_config("ppo")
+    sections = [getattr(config, f.name) for f in dataclasses.fields(TrainConfig)]
+    for section in filter(dataclasses.is_dataclass, sections):
+        for field in dataclasses.fields(section):
+            text = "".join(base.__doc__ or "" for base in type(section).__mro__[:-1])
+            assert re.search(rf"\b{field.name}\b[^\n]*: ", text), (type(section), field.name)
+
+
+@pytest.mark.parametrize("preset", [grpo, ppo])
+def test_miniature_preset_is_valid_and_round_trips(preset):
+    config = from_config_dict(preset.get_config().to_dict())
+    assert from_config_dict(to_dict(config)) == config
+
+
+def test_all_problems_come_in_one_message():
+    values = grpo.get_config().to_dict()
+    values["algo"]["clip_hihg"] = 0.3
+    values["env"]["num_envs"] = 8.5
+    values["trian"] = {}
+    with pytest.raises(ConfigError) as error:
+        from_config_dict(values)
+    message = str(error.value)
+    assert "algo.clip_hihg" in message
+    assert "clip_high" in message
+    assert "env.num_envs: expected int, got 8.5" in message
+    assert "Did you mean 'train'" in message
+
+
+def test_all_missing_paths_are_named_when_a_real_preset_is_asked_for():
+    with pytest.raises(ConfigError) as error:
+        from_config_dict(grpo.get_config("libero_spatial").to_dict())
+    for name in ("policy", "world_model", "reward"):
+        assert f"config.{name}.checkpoint" in str(error.value)
+    assert "config.env.initial_states_path" in str(error.value)
+    assert "config.env.pose_model" in str(error.value)
+
+
+def test_groups_must_stay_whole():
+    values = grpo.get_config().to_dict()
+    values["env"]["num_envs"] = 12
+    with pytest.raises(ConfigError, match=r"multiple of algo\.group_size x simulator\.processes"):
+        from_config_dict(values)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match="Did you mean 'libero_spatial'"):
+        grpo.get_config("libero_spacial")
+
+
+def test_learning_in_the_ground_truth_needs_one_and_no_weights_of_simulators():
+    values = grpo.get_config().to_dict()
+    values["env"]["simulator"] = "ground_truth"
+    values["world_model"]["checkpoint"] = values["reward"]["checkpoint"] = ""
+    values["eval"] |= {"episodes": 0, "ground_truth": "none"}
+    with pytest.raises(ConfigError, match=r"config\.eval\.ground_truth: names the environment"):
+        from_config_dict(values)
+    values["eval"] |= {"episodes": 4, "ground_truth": "miniature"}
+    with pytest.raises(ConfigError, match=r"config\.eval\.episodes: nothing is imagined"):
+        from_config_dict(values)
+    values["eval"]["episodes"] = 0
+    assert from_config_dict(values).env.simulator == "ground_truth"

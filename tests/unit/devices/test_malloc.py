@@ -1,0 +1,55 @@
+"""Freed memory is kept for the next computation, unless a user or a GPU says otherwise."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+MEGABYTES = 128
+PROGRAM = """
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: every fault is one small page
+import jax, jax.numpy as jnp
+from evac_jax.devices.malloc import keep_freed_memory
+
+{before}
+keep_freed_memory()
+wide = jax.jit(lambda x: jnp.sin(x[:, None] + x).sort(axis=0).sum())  # sorting needs all of it
+x = jnp.ones(({side},))
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    wide(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def pages_cleared(before: str = "", **environment: str) -> float:
+    """Return the share of a computation's pages that the system cleared at its third run."""
+    side = int((MEGABYTES * 2**20 / 4) ** 0.5)
+    keep = {name: text for name, text in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(side=side, before=before)],
+        cwd=ROOT,
+        env=keep | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout) * resource.getpagesize() / (MEGABYTES * 2**20)
+
+
+def test_memory_that_a_computation_freed_is_used_again():
+    assert pages_cleared() < 0.05
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"MALLOC_ARENA_MAX": "8"}, {"before": 'jax.default_backend = lambda: "gpu"'}],
+    ids=["user", "gpu"],
+)
+def test_malloc_stays_as_it_is_where_it_was_told_or_computes_nothing(told):
+    assert pages_cleared(**told) > 0.9

@@ -1,0 +1,14 @@
+import sys
+
+from evac_jax.files import cards
+
+
+def test_card_tells_the_command_without_the_folders_of_this_machine(monkeypatch):
+    arguments = ["--config.policy.checkpoint=/home/me/weights", "--out", "/home/me/new", "--lr=0.1"]
+    monkeypatch.setattr(sys, "argv", ["/home/me/repo/launch.py", *arguments])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    told = cards.card(steps=3)
+    assert told["command"] == (
+        "python launch.py --config.policy.checkpoint=weights --out new --lr=0.1"
+    )
+    assert told["steps"] == 3

@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evac_jax.errors import DataError
+from evac_jax.files import recordings
+
+SHAPE = (2, 8, 6, 3)
+
+
+def write(folder, lengths, *, instructions=("a", "b"), sources=("x",), shape=SHAPE, seed=0):
+    rng = np.random.default_rng(seed)
+    added = []
+    with recordings.EpisodeWriter(
+        folder,
+        image_shape=shape,
+        instructions=instructions,
+        sources=sources,
+        intrinsic=np.tile(np.eye(3), (2, 1, 1)),
+        c2w=np.tile(np.eye(4), (2, 1, 1)),
+        facts={"command": "test"},
+    ) as writer:
+        for index, steps in enumerate(lengths):
+            episode = {
+                "frames": rng.integers(0, 256, (steps + 1, *shape), dtype=np.uint8),
+                "actions": rng.uniform(-1, 1, (steps, 7)).astype(np.float32),
+                "poses": rng.normal(size=(steps + 1, 8)).astype(np.float32),
+                "success": rng.random(steps + 1) < 0.3,
+            }
+            task = index % len(instructions)
+            writer.add(**episode, task=task, source=index % len(sources), start=index)
+            added.append(episode)
+    return added
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_what_was_written_is_read(tmp_path_factory, lengths):
+    folder = tmp_path_factory.mktemp("r") / "data"
+    added = write(folder, lengths)
+    data = recordings.load(folder)
+    assert data.length.tolist() == lengths
+    for n, episode in enumerate(added):
+        rows = data.rows(n, np.arange(lengths[n] + 1))
+        for name in ("frames", "poses", "success"):
+            np.testing.assert_array_equal(getattr(data, name)[rows], episode[name])
+        np.testing.assert_array_equal(data.actions[rows[:-1]], episode["actions"])
+        assert not data.actions[rows[-1]].any()
+    expected = [bool(e["success"].any()) for e in added]
+    assert data.success_once().tolist() == expected
+    recordings.verify(folder)
+
+
+def test_selected_episodes_keep_their_frames(tmp_path):
+    added = write(tmp_path / "d", [3, 4, 3])
+    chosen = recordings.load(tmp_path / "d").select(np.array([2, 0]))
+    np.testing.assert_array_equal(chosen.stacked("frames")[0], added[2]["frames"])
+    assert chosen.start.tolist() == [2, 0]
+
+
+def test_stacked_refuses_unequal_lengths_unless_cut(tmp_path):
+    write(tmp_path / "d", [3, 4])
+    data = recordings.load(tmp_path / "d")
+    with pytest.raises(DataError, match=r"3\.\.4"):
+        data.stacked("poses")
+    assert data.stacked("poses", 2).shape == (2, 3, 8)
+    with pytest.raises(DataError, match="outside"):
+        data.stacked("poses", 4)
+
+
+def test_joined_folders_merge_texts(tmp_path):
+    write(tmp_path / "one", [2, 2], instructions=("a", "b"), sources=("x",))
+    added = write(tmp_path / "two", [3], instructions=("b", "c"), sources=("y",), seed=1)
+    data = recordings.load(tmp_path / "one", tmp_path / "two")
+    assert data.instructions == ("a", "b", "c")
+    assert [data.instructions[t] for t in data.task] == ["a", "b", "b"]
+    assert [data.sources[s] for s in data.source] == ["x", "x", "y"]
+    np.testing.assert_array_equal(data.frames[data.rows(2, np.arange(4))], added[0]["frames"])
+
+
+def test_a_scene_is_on_one_side_of_the_split_only():
+    frames = np.random.default_rng(0).integers(0, 256, (400, 1, 4, 4, 3), dtype=np.uint8)
+    sides = [recordings.is_held_out(frame, "go") for frame in frames]
+    assert sides == [recordings.is_held_out(frame, "go") for frame in frames]
+    assert 20 < sum(sides) < 60
+
+
+def test_an_exception_leaves_nothing_behind(tmp_path):
+    with pytest.raises(DataError, match="expected uint8"), recordings.EpisodeWriter(
+        tmp_path / "d", image_shape=SHAPE, instructions=["a"], sources=["x"],
+        intrinsic=np.tile(np.eye(3), (2, 1, 1)), c2w=np.tile(np.eye(4), (2, 1, 1)), facts={},
+    ) as writer:  # fmt: skip
+        writer.add(
+            frames=np.zeros((2, *SHAPE)), actions=np.zeros((1, 7)), poses=np.zeros((2, 8)),
+            success=np.zeros(2, bool), task=0, source=0,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_named(tmp_path):
+    write(tmp_path / "d", [2, 3])
+    np.save(tmp_path / "d" / "poses.npy", np.zeros((3, 8), np.float32))
+    (tmp_path / "d" / "task.npy").unlink()
+    with pytest.raises(DataError, match=r"(?s)poses: expected float32 \[F 8\].*task"):
+        recordings.load(tmp_path / "d")
+    with pytest.raises(DataError, match=r"poses\.npy.*changed"):
+        recordings.verify(tmp_path / "d")
+
+
+def test_lengths_beyond_the_frames_are_refused(tmp_path):
+    write(tmp_path / "d", [2, 3])
+    np.save(tmp_path / "d" / "length.npy", np.array([2, 9]))
+    with pytest.raises(DataError, match="first and length"):
+        recordings.load(tmp_path / "d")
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    write(tmp_path / "d", [2])
+    np.save(tmp_path / "d" / "start.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="start"):
+        recordings.load(tmp_path / "d")
+
+
+def test_a_folder_that_is_no_recording_is_refused(tmp_path):
+    with pytest.raises(DataError, match="not a recording"):
+        recordings.load(tmp_path)
+    (tmp_path / "card.json").write_text(json.dumps({"sources": []}))
+    with pytest.raises(DataError, match="instructions, sha256"):
+        recordings.load(tmp_path)

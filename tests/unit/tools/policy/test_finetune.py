@@ -1,0 +1,187 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file
+
+from evac_jax.errors import CheckpointError, DataError
+from evac_jax.files import recordings
+from evac_jax.tools.policy import data as policy_data
+from evac_jax.tools.policy import finetune
+from evac_jax.tools.policy import train as train_policy
+from policies.openvla_oft.action_tokens import (
+    ActionStatistics,
+)
+from policies.openvla_oft.export_hf import create_policy_folder
+from policies.openvla_oft.import_hf import load_policy, read_norm_stats
+from policies.openvla_oft.model import OpenVLAOFT
+from tests.parity.action_codec import actions_to_tokens, tokens_to_actions
+from tests.unit.policies.tiny import CONFIG
+from tests.unit.tools import tiny_recording
+
+IDENTITY = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [False] * 7}
+RANK = ["--lora_rank", "2", "--lora_alpha", "4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiles(tmp_path_factory):
+    """Compile every program once for all runs of this file, and without optimising it."""
+    wanted = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    return tiny_recording.write(tmp_path_factory.mktemp("data") / "noise")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    config = dataclasses.replace(CONFIG, action_dim=7, num_images=1, value_type="none")
+    folder = tmp_path_factory.mktemp("policy") / "start"
+    model = OpenVLAOFT(config, rngs=nnx.Rngs(0))
+    return create_policy_folder(
+        model, folder, tasks=["do it"], norm_stats={"other": {"action": IDENTITY}}
+    )
+
+
+def _command(start, recording, out, *more):
+    folders = ["--start", str(start), "--data", str(recording), "--out", str(out)]
+    options = "--unnorm_key robot --chunk 2 --steps 8 --batch 4 --lr 0.02 --save_every 4"
+    return [*folders, *options.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def tuned(start, recording, tmp_path_factory):
+    """A run that was stopped after its first save, started with another rank, then resumed."""
+    out = tmp_path_factory.mktemp("tuned") / "policy"
+    save = finetune.save_progress
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "save_progress", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy.main(_command(start, recording, out, *RANK))
+    assert not out.exists()
+    with pytest.raises(CheckpointError, match="lora_rank was 2 and is 4"):
+        train_policy.main(_command(start, recording, out, "--lora_rank", "4", "--lora_alpha", "4"))
+    train_policy.main(_command(start, recording, out, *RANK))
+    return out
+
+
+def test_chunk_holds_the_frame_it_is_decided_on_and_the_actions_that_exist(recording):
+    data = recordings.load(recording)
+    chunks = policy_data.Chunks(data, 3, {"action": IDENTITY}, "none")
+    assert len(chunks) == sum(-(-n // 3) for n in data.length)
+    batch = chunks.read(np.arange(4))  # an episode of 3 actions, then one of 8
+    np.testing.assert_array_equal(batch.valid, [[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]])
+    np.testing.assert_array_equal(batch.frames[2], data.frames[data.first[1] + 3])
+    np.testing.assert_array_equal(batch.actions[2], data.actions[data.first[1] + 3 :][:3])
+
+
+def test_policy_says_recorded_actions_when_it_says_the_labels(recording):
+    data = recordings.load(recording)
+    entry = policy_data.action_statistics(data, "libero")
+    assert entry["num_transitions"] == data.length.sum()
+    batch = policy_data.Chunks(data, 3, entry, "libero").read(np.arange(3))
+    statistics = ActionStatistics.from_norm_stats({"robot": entry}, "robot")
+    tokens = actions_to_tokens(batch.actions, ActionStatistics.identity(7), 0)
+    said = tokens_to_actions(tokens, statistics, 0)
+    low, high = statistics.low[:6], statistics.high[:6]
+    wanted = data.actions[data.first[0] :][:3]
+    np.testing.assert_allclose(said[0, :, :6], np.clip(wanted[:, :6], low, high), atol=5e-3)
+    np.testing.assert_allclose(said[0, :, 6], (1 - wanted[:, 6]) / 2, atol=5e-3)
+    inside = (data.actions[: data.length[0], :6] >= low).mean()
+    assert inside > 0.9
+
+
+def test_merged_folder_is_the_start_with_the_saved_adapter_and_nothing_else_changed(start, tuned):
+    base, merged = load_file(start / "model.safetensors"), load_file(tuned / "model.safetensors")
+    pairs = load_file(tuned / "adapter" / "adapter_model.safetensors")
+    adapted = {
+        name.removeprefix("base_model.model.").replace(".lora_B", "")
+        for name, tensor in pairs.items()
+        if ".lora_B." in name and tensor.any()
+    }
+    changed = {name for name in base if not np.array_equal(base[name], merged[name])}
+    assert changed == adapted
+    assert len(changed) > 20
+    again = load_policy(start, unnorm_key="", lora_adapter=tuned / "adapter", chunk=2).model
+    kernel = again.llama.layers.q_proj.kernel[...][1].T
+    expected = merged["language_model.model.layers.1.self_attn.q_proj.weight"]
+    np.testing.assert_allclose(kernel, expected, atol=1e-6)
+
+
+def test_statistics_stand_beside_those_of_the_start_and_the_card_tells_the_scores(tuned):
+    stats = read_norm_stats(tuned)
+    assert set(stats) == {"other", "robot"}
+    assert stats["robot"]["action"]["mask"] == [True] * 6 + [False]
+    scores = json.loads((tuned / "card.json").read_text())["scores"]
+    assert scores["step"] == 8
+    assert 0 <= scores["token_accuracy"] <= 1
+    assert 0 < scores["loss"] < 10
+
+
+def test_resumed_run_repeats_an_unbroken_one(start, recording, tuned, tmp_path):
+    train_policy.main(_command(start, recording, tmp_path / "policy", *RANK))
+    one, other = (
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (tuned, tmp_path / "policy")
+    )
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def test_rows_that_fill_the_last_batch_up_do_not_count(recording):
+    data = recordings.load(recording)
+    chunks = policy_data.Chunks(data, 3, {"action": IDENTITY}, "none")
+    prompts = np.zeros((1, 4), np.int32), np.ones((1, 4), bool)
+
+    def score(obs, actions, valid):
+        return np.array([(actions[..., 0] * valid).sum(), 0, valid.sum()])
+
+    one, other = (
+        finetune.validate(score, chunks, prompts, size)["loss"] for size in (len(chunks), 7)
+    )
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_existing_folder_and_recording_without_success_are_refused(start, recording, tmp_path):
+    with pytest.raises(DataError, match="exists"):
+        train_policy.main(_command(start, recording, start))
+    with pytest.raises(DataError, match="0 training and 0 held-out successful episodes"):
+        train_policy.main(_command(start, recording, tmp_path / "out", "--successful"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora_rank", "2"], "need --start"),
+        (["--start", "x", "--lora_alpha", "2"], "--lora_rank must be"),
+        (["--start", "x", "--data", "y"], "needs --unnorm_key"),
+        (["--start", "x", "--data", "y", "--unnorm_key", "z", "--labels", "sloppy"], "labels: not"),
+        (["--gripper", "none"], "gripper: not without --data"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        train_policy.main(["--out", "o", *arguments])
+    assert message in capsys.readouterr().err

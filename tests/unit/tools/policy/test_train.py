@@ -1,0 +1,78 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from evac_jax.miniature import scene
+from evac_jax.miniature.render import project
+from evac_jax.tools.policy import train as train_policy
+from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
+from policies.openvla_oft.model import OpenVLAOFT
+
+SIZE, PATCH = train_policy.POLICY.image_size, train_policy.POLICY.patch_size
+STATISTICS = ActionStatistics.from_norm_stats(train_policy.NORM_STATS, train_policy.UNNORM_KEY)
+
+
+def test_objects_are_told_to_the_patch_that_shows_them():
+    scenes = scene.sample_scenes(np.arange(20))
+    patch, points = train_policy.object_targets(scenes)
+    for n in range(20):
+        target = scenes.colors[n, scene.TARGET]
+        column, row = np.floor(project(scenes.blocks[n, scene.TARGET], SIZE) / PATCH)
+        assert patch[n, target] == row * (SIZE // PATCH) + column
+        np.testing.assert_allclose(points[n, target], 10 * scenes.blocks[n, scene.TARGET])
+        np.testing.assert_allclose(points[n, -1], 10 * scenes.position[n])
+    scenes.blocks[0, scene.TARGET, 0] = 9.0  # far outside of the picture
+    patch, points = train_policy.object_targets(scenes)
+    assert patch[0, scenes.colors[0, scene.TARGET]] == -1
+    assert not points[0, scenes.colors[0, scene.TARGET]].any()
+
+
+def test_goals_name_target_plate_and_tip_in_units_of_10_cm():
+    scenes = scene.sample_scenes(np.arange(3))
+    goals = train_policy.goals_of(scenes)
+    np.testing.assert_allclose(goals[:, :3], 10 * scenes.blocks[:, scene.TARGET], rtol=1e-6)
+    np.testing.assert_allclose(goals[:, 3:5], 10 * scenes.plate, rtol=1e-6)
+    np.testing.assert_allclose(goals[:, 5:], 10 * scenes.position, rtol=1e-6)
+
+
+def test_soft_targets_are_centred_on_the_action_and_as_wide_as_asked():
+    action = jnp.array([0.3, -0.2, 0.0, 0.0, 0.0, 0.0, 0.5])[None, None]
+    targets = np.asarray(train_policy.soft_targets(action, STATISTICS, 6.0))[0, 0]
+    centres = bin_centres(256)
+    np.testing.assert_allclose(targets.sum(-1), 1, rtol=1e-5)
+    mean = targets @ centres
+    np.testing.assert_allclose(mean[:2], (0.3, -0.2), atol=2e-3)
+    spread = np.sqrt(targets[0] @ (centres - mean[0]) ** 2)
+    assert spread == pytest.approx(6 * 2 / 255, rel=0.02)
+
+
+def test_batches_of_different_seeds_share_no_scene():
+    one = train_policy.samples("expert", 4, 0, chunk=8)
+    other = train_policy.samples("expert", 4, 1, chunk=8)
+    assert one[0].shape == (16, SIZE, SIZE, 3)
+    assert one[2].shape == (16, 8, 7)
+    starts = {tuple(goal[:5]) for goal in one[3]} & {tuple(goal[:5]) for goal in other[3]}
+    assert not starts
+
+
+def test_pretraining_teaches_patches_what_they_show(monkeypatch):
+    config = dataclasses.replace(
+        train_policy.POLICY,
+        dinov2=dataclasses.replace(train_policy.POLICY.dinov2, width=32, mlp_width=64),
+        siglip=dataclasses.replace(train_policy.POLICY.siglip, width=32, mlp_width=64),
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=1,
+    )
+    monkeypatch.setattr(train_policy, "POLICY", config)
+    lines = []
+    monkeypatch.setattr(train_policy.logging, "info", lambda text, *a: lines.append(a))
+    model = OpenVLAOFT(config, STATISTICS, rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(np.arange(3)[:, None] + 5 + np.arange(config.max_prompt_length))
+    prompts = tokens, jnp.ones_like(tokens, bool)
+    train_policy.pretrain(model, prompts, steps=200, batch=4, lr=3e-3, seed=0)
+    (_, _, first, _), (_, _, last, _) = lines  # centimetres
+    assert last < 0.9 * first

@@ -1,0 +1,140 @@
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from evac_jax.config.flags import check_flags
+from evac_jax.errors import CheckpointError, ConfigError
+from evac_jax.tools.recipes import miniature as build
+from evac_jax.tools.recipes.stages import Stage, Workshop, check, stamps
+
+
+def test_recipe_names_every_recording_and_weight_that_a_command_reads():
+    stages = build.make_stages()
+    check(stages)
+    names = {stage.name for stage in stages}
+    for stage in stages:
+        used = set(re.findall(r"\{work\}/(\w+)", " ".join(stage.command))) & names
+        assert used - {stage.name} == set(stage.inputs), stage.name
+
+
+def _options(tool: str) -> set[str]:
+    """Options in the source of a tool and of the `options.py` beside it."""
+    path = Path(build.__file__).parents[3] / tool.replace(".", "/")
+    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    beside = path.with_name("options.py")
+    source = path.read_text() + (beside.read_text() if beside.is_file() else "")
+    return set(re.findall(r"\"--([\w-]+)\"", source))
+
+
+def test_every_flag_of_the_recipe_exists():
+    for stage in build.make_stages():
+        command = stage.command
+        if command[1] == "torch.distributed.run":
+            command = command[command.index("-m", 1) :]
+        if command[0] == "launch.py":
+            check_flags(command[1:], default_file="")
+        else:
+            used = {part.split("=")[0][2:] for part in command if part.startswith("--")}
+            assert used <= _options(command[1]), stage.name
+
+
+def test_recipe_makes_what_is_shipped():
+    stages = build.make_stages()
+    assert set(build.SHIPPED.values()) <= {stage.output for stage in stages}
+    assert stages[-1].name == "trust"
+
+
+def test_scale_divides_every_count_but_keeps_floors():
+    assert build.scaled(1.0) == build.COUNTS
+    assert build.scaled(0.1)["base"] == round(0.1 * build.COUNTS["base"])
+    assert build.scaled(0.01)["base"] == build.FLOORS["base"]
+    assert build.scaled(0.01)["rl"] == 1
+    for wrong in (0, 1.5):
+        with pytest.raises(ConfigError, match="--scale"):
+            build.scaled(wrong)
+
+
+def test_changed_count_runs_only_what_rests_on_it(monkeypatch):
+    before = stamps(build.make_stages())
+    monkeypatch.setitem(build.COUNTS, "sloppy", 601)
+    after = stamps(build.make_stages())
+    changed = {name for name in before if before[name] != after[name]}
+    late = {"rollouts_start", "pose_model", "world_model_full", "reward", "rl", "trust"}
+    assert {"policy", *late} <= changed
+    assert not changed & {"base", "autoencoder", "policy_expert", "rollouts_expert"}
+
+
+def _made(tmp_path, monkeypatch, size=10):
+    """A build of one fake stage per shipped folder."""
+    script = (
+        "import json, pathlib, sys; out = pathlib.Path(sys.argv[1]); out.mkdir(); "
+        "(out / 'model.safetensors').write_bytes(bytes(int(sys.argv[2]))); "
+        "(out / 'progress.pt').write_text('not shipped'); "
+        "(out / 'card.json').write_text(json.dumps({'scores': {'psnr': 26.5}}))"
+    )
+    stages = [
+        Stage(source, ("-c", script, f"{{work}}/{source}", str(size)), output=source)
+        for source in build.SHIPPED.values()
+    ]
+    monkeypatch.setattr(build, "make_stages", lambda scale: stages)
+    monkeypatch.setattr(build.commands, "trust_figures", lambda folder: {"agreement": 0.9})
+    return stages
+
+
+def _main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["miniature", *map(str, arguments)])
+    build.main()
+
+
+def test_build_ships_weights_with_a_card_that_verifies(tmp_path, monkeypatch, capsys):
+    stages = _made(tmp_path, monkeypatch)
+    target = tmp_path / "shipped"
+    shutil.copytree(tmp_path, target, ignore=lambda *_: [])  # an older version is in the way
+    monkeypatch.setattr(build, "MINIATURE_WEIGHTS", str(target))
+    _main(monkeypatch, "--work", tmp_path / "work", "--ship", "--cores", 1)
+    assert "bytes=" in capsys.readouterr().out.splitlines()[-1]
+
+    card = json.loads((target / "card.json").read_text())
+    assert [stage["name"] for stage in card["stages"]] == [stage.name for stage in stages]
+    assert all(stage["seconds"] > 0 for stage in card["stages"])
+    assert card["scores"]["reward"] == {"psnr": 26.5}
+    assert card["trust"] == {"agreement": 0.9}
+    assert card["machine"]["cores"] >= 1
+    assert str(tmp_path) not in json.dumps(card)  # of no use to anybody else
+    assert sorted(p.name for p in (target / "reward").iterdir()) == [
+        "card.json",
+        "model.safetensors",
+    ]
+    _main(monkeypatch, "--verify", "--weights", target)
+
+    (target / "policy" / "model.safetensors").write_bytes(b"other")
+    (target / "reward" / "model.safetensors").unlink()
+    (target / "new.json").write_text("{}")
+    with pytest.raises(SystemExit) as error:
+        _main(monkeypatch, "--verify", "--weights", target)
+    assert "policy/model.safetensors: changed" in str(error.value)
+    assert "reward/model.safetensors: missing" in str(error.value)
+    assert "new.json: not in the card" in str(error.value)
+
+
+def test_weights_that_are_too_large_are_not_assembled(tmp_path, monkeypatch):
+    stages = _made(tmp_path, monkeypatch, size=build.MAX_BYTES // len(build.SHIPPED) + 1)
+    workshop = Workshop(tmp_path / "work", cores=1)
+    workshop.run(stages)
+    with pytest.raises(ConfigError, match="at most 12000000 may be shipped"):
+        build.assemble(workshop, stages, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_without_a_card_cannot_be_verified(tmp_path):
+    with pytest.raises(CheckpointError, match="not a card of build_miniature"):
+        build.verify(tmp_path)
+
+
+def test_scaled_weights_are_never_shipped():
+    with pytest.raises(SystemExit):
+        build.parse(["--ship", "--scale", "0.5"])
