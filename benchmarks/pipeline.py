@@ -80,7 +80,8 @@ class Side:
         """Collect one iteration's episodes; return them and the seconds of their parts."""
         import jax
 
-        from evac_jax.rollout import Stopwatch, collect
+        from evac_jax.rollout import collect
+        from evac_jax.telemetry.stopwatch import Stopwatch
 
         watch, starts = Stopwatch(), np.arange(self.simulators.num_envs)[None]
         began = time.perf_counter()

@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices.sharding import path_name
 from evac_jax.errors import CheckpointError
@@ -194,6 +195,17 @@ def find_run(config: TrainConfig) -> Path:
         f"config.checkpoint.restore=latest: no {config.algorithm} run under {str(root)!r}; "
         "set config.log.dir to the folder that holds it, or leave restore empty to start anew"
     )
+
+
+def resumable_run(config: TrainConfig) -> Path:
+    """Return the run folder that `checkpoint.restore` names, if this configuration can go on there.
+
+    Raises:
+        CheckpointError: there is no such run, or its arrays have other shapes.
+    """
+    path = find_run(config)
+    check_resumable(json.loads((path / CONFIG_FILE).read_text()), to_dict(config))
+    return path
 
 
 def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -7,12 +7,14 @@ import jax
 import numpy as np
 
 from evac_jax.bridge.types import IDLE
+from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.learner import Learner
-from evac_jax.rollout import Stopwatch, env_metrics, episode_figures, padded, play, whole
+from evac_jax.rollout import env_metrics, episode_figures, padded, play, whole
 from evac_jax.simulators import Simulators
 from evac_jax.starts import noise_seed
 from evac_jax.telemetry import video
+from evac_jax.telemetry.stopwatch import Stopwatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,53 @@ def evaluate(
         metrics={k.removeprefix("env/"): v for k, v in env_metrics(merged).items()},
         films=filmed,
     )
+
+
+class Evaluators:
+    """Evaluates in imagination and, where there is one, in the ground truth, from the same starts.
+
+    Args:
+        config: reads `eval`, `video` and `seed`.
+        imagined: simulators that imagine; only asked where `eval.episodes` is above 0.
+        real: the ground truth, or None.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        learner: Learner,
+        imagined: Simulators,
+        real: Simulators | None,
+    ):
+        self._config, self._learner = config, learner
+        self._imagined, self._real = imagined, real
+
+    def run(self) -> dict[str, Evaluation]:
+        """Return {"imagined": ..., "ground_truth": ...}, those that the configuration asks for."""
+        options, video_options = self._config.eval, self._config.video
+        outcome = {}
+        if options.episodes:
+            films = video_options.episodes if video_options.save else 0
+            outcome["imagined"] = self._evaluate(self._imagined, options.episodes, films)
+        if self._real is not None:
+            films = self._real.spec.clip_envs
+            episodes = options.ground_truth_episodes
+            outcome["ground_truth"] = self._evaluate(self._real, episodes, films)
+        return outcome
+
+    def _evaluate(self, simulators: Simulators, episodes: int, films: int) -> Evaluation:
+        low, high = self._config.eval.starts
+        available = simulators.spec.num_starts
+        high = available if high == -1 else min(high, available)
+        starts = low + np.arange(episodes) % max(high - low, 1)
+        return evaluate(
+            self._learner,
+            simulators,
+            starts,
+            seed=self._config.seed,
+            watch=Stopwatch(),  # an evaluation's time is no part of an iteration's
+            films=films,
+        )
 
 
 def _figures(results: list) -> dict[str, np.ndarray]:

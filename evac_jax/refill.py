@@ -9,6 +9,7 @@ number of tries is bounded and a batch that is not full keeps groups that teach 
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ import numpy as np
 from algos import advantages
 from algos.policy_gradient import PolicyGradientConfig, read_episodes
 from algos.types import RolloutBatch
-from evac_jax.rollout import Played
 
-Collected = tuple[RolloutBatch, dict[str, float], Played]
+Record = TypeVar("Record")  # of the episodes that were played; passed on as it is
+Collected = tuple[RolloutBatch, dict[str, float], Record]
 
 
 def informative(batch: RolloutBatch, algo: PolicyGradientConfig) -> np.ndarray:

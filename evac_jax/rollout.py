@@ -1,12 +1,11 @@
 """Plays episodes: the policy decides on a chunk, the simulator imagines it, and so on.
 
-`play` is the one driver; training rollouts record what it yields, evaluation only counts.
+`play` drives every episode; `collect` records training episodes as a batch, and the `Collector`
+decides when and from which starts an iteration's episodes are collected.
 """
 
-import contextlib
 import dataclasses
 import itertools
-import time
 from collections.abc import Iterator
 
 import jax
@@ -15,11 +14,14 @@ import numpy as np
 
 from algos.types import RolloutBatch
 from evac_jax.bridge.types import IDLE
+from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.errors import SimulatorError
 from evac_jax.learner import Learner
+from evac_jax.refill import collect_informative
 from evac_jax.simulators import BatchStep, Simulators
-from evac_jax.starts import noise_seed
+from evac_jax.starts import StartSampler, noise_seed
+from evac_jax.telemetry.stopwatch import Stopwatch
 from policies.types import ObsBatch, PolicyOutput
 
 
@@ -55,29 +57,6 @@ class Played:
     starts: np.ndarray
     actions: np.ndarray
     success: np.ndarray
-
-
-class Stopwatch:
-    """Seconds spent per phase, summed until `take`."""
-
-    def __init__(self):
-        self._seconds: dict[str, float] = {}
-
-    def add(self, name: str, seconds: float) -> None:
-        """Add `seconds` to a phase."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add what the block takes to a phase."""
-        began = time.perf_counter()
-        yield
-        self.add(name, time.perf_counter() - began)
-
-    def take(self) -> dict[str, float]:
-        """Return the sums and start again from zero."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
 
 
 def play(
@@ -175,6 +154,78 @@ def collect(
     success = merged["success_once"].astype(bool)
     played = Played(starts.reshape(-1), np.concatenate(actions), success)
     return learner.put(batch), env_metrics(sharding.gather(merged)), played
+
+
+def iteration_key(seed: int, iteration: int) -> jax.Array:
+    """Return the key of all draws of an iteration; it depends on nothing before it."""
+    return jax.random.fold_in(jax.random.key(seed), iteration)
+
+
+class Collector:
+    """Collects the episodes of one iteration after another.
+
+    With `train.max_staleness` 1, `begin` collects the next iteration's episodes while an update is
+    computed, and `take` returns them.
+
+    Args:
+        config: of the run.
+        simulators: that imagine the episodes, ready.
+        watch: counts the seconds of each phase.
+    """
+
+    def __init__(
+        self, config: TrainConfig, learner: Learner, simulators: Simulators, watch: Stopwatch
+    ):
+        self._config, self._learner, self._simulators = config, learner, simulators
+        self._watch = watch
+        spec = simulators.spec
+        self._starts = StartSampler.from_config(config, spec.num_starts, spec.num_keyframes)
+        self._drawn = self._starts.state_dict()
+        self._ahead: tuple[RolloutBatch, dict[str, float], Played] | None = None
+
+    def take(self, iteration: int) -> tuple[RolloutBatch, dict[str, float], Played]:
+        """Return the episodes of `iteration`, see `collect`."""
+        ahead, self._ahead = self._ahead, None
+        return ahead or self._collect(iteration)
+
+    def begin(self, iteration: int) -> None:
+        """Collect the episodes of `iteration` already now, if there is such an iteration to be.
+
+        Called once the update of the iteration before it is under way: a checkpoint saved from here
+        on draws the starts of `iteration` again.
+        """
+        self._drawn = self._starts.state_dict()
+        if self._config.train.max_staleness and iteration < self._config.train.iterations:
+            self._ahead = self._collect(iteration)
+
+    def _collect(self, iteration: int) -> tuple[RolloutBatch, dict[str, float], Played]:
+        config, simulators = self._config, self._simulators
+        own = slice(simulators.first, simulators.first + simulators.num_envs)
+
+        def once(number: int) -> tuple[RolloutBatch, dict[str, float], Played]:
+            """Collect; `number` 1, 2 .. gives other episodes of the same iteration."""
+            starts = self._starts.next(config.rollout.epochs, config.env.num_envs)[:, own]
+            seed, key = self._starts.seed(iteration, number), iteration_key(config.seed, iteration)
+            key = jax.random.fold_in(key, 2**30 + number) if number else key
+            return collect(self._learner, simulators, starts, seed=seed, key=key, watch=self._watch)
+
+        collected = collect_informative(once, config.algo, config.rollout.refill)
+        if "simulator" in config.cluster.offload:
+            simulators.park()
+        return collected
+
+    def state_dict(self) -> dict:
+        """Return the state of the starts' sampler as of the last `begin`, plain values."""
+        return self._drawn
+
+    def load_state_dict(self, state: dict) -> None:
+        """Draw what an unbroken run would have drawn after `state`.
+
+        Raises:
+            ConfigError: the state belongs to other settings.
+        """
+        self._starts.load_state_dict(state)
+        self._drawn = self._starts.state_dict()
 
 
 def whole(parts: list, rows: list[np.ndarray], library=np):

@@ -1,5 +1,6 @@
 """What the policy sees and does in a run, as shapes: known before anything is imagined."""
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from algos import ALGORITHMS
 from algos.types import RolloutBatch
 from evac_jax.bridge.types import EnvSpec
 from evac_jax.config.schema import TrainConfig
@@ -83,3 +85,41 @@ def batch_shapes(config: TrainConfig, sizes: OpenVLAOFTConfig, episode: Episode)
         terminated=shape(chunks, chunk, dtype=jnp.bool_),
         truncated=shape(chunks, chunk, dtype=jnp.bool_),
     )
+
+
+def check_sizes(
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    rollout_mesh: jax.sharding.Mesh,
+    episode: Episode,
+) -> None:
+    """Check what depends on the devices and on the world model's chunk.
+
+    Raises:
+        ConfigError: batches cannot be cut as configured; all reasons in one message.
+    """
+    problems = []
+    if episode.max_steps % episode.chunk:
+        problems.append(
+            f"config.env.max_episode_steps: must be a multiple of the world model's chunk of "
+            f"{episode.chunk} actions, got {episode.max_steps}"
+        )
+    samples = config.episodes_per_iteration * episode.chunks
+    algorithm = importlib.import_module(ALGORITHMS[config.algorithm])
+    problems += algorithm.problems(
+        config.algo, num_samples=samples, reward_coefficient=config.reward.coefficient
+    )
+    micro_batch = config.algo.micro_batch or config.algo.global_batch
+    part = config.env.num_envs // config.rollout.pipeline_stages
+    for name, count, grid, what in (
+        ("env.num_envs / rollout.pipeline_stages", part, rollout_mesh, "decide"),
+        ("env.num_envs x rollout.epochs", config.episodes_per_iteration, mesh, "learn"),
+        ("algo.micro_batch", micro_batch, mesh, "learn"),
+    ):
+        if count % grid.size:
+            problems.append(
+                f"config.{name}: must be a multiple of the {grid.size} devices that {what}, got "
+                f"{count}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -4,8 +4,9 @@ Environments are divided among the processes in contiguous blocks, so groups sta
 arrive by DLPack (`bridge`); with one process and one device they are never copied on the way.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -266,3 +267,32 @@ def _ground_truth_spec(config: TrainConfig, num_envs: int, **settings) -> dict:
         settings["max_episode_steps"] = config.env.max_episode_steps
     environment = GROUND_TRUTHS[name]
     return {"environment": environment, "config": settings, "device": "cpu", "threads": 1}
+
+
+@contextlib.contextmanager
+def started(
+    config: TrainConfig, mesh: jax.sharding.Mesh, *, learning: bool = True
+) -> Iterator[tuple[Simulators, Simulators | None]]:
+    """Start all simulator processes of this host, unawaited; end them whatever happens.
+
+    Args:
+        mesh: where the frames go.
+        learning: False starts nothing that only learning needs.
+
+    Yields:
+        The simulators of training, and the ground truth or None. Where nothing is imagined and
+        nothing is learned, both are the one pool of the ground truth.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def start(specs: list[dict]) -> Simulators:
+            pool = Simulators(specs, mesh, config, jax.process_index())
+            stack.callback(pool.close)
+            return pool
+
+        imagined = real = None
+        if learning or config.env.simulator == "world_model":
+            imagined = start(training_specs(config))
+        if config.eval.ground_truth != "none":
+            real = start(ground_truth_specs(config))
+        yield imagined or real, real

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 from absl import logging
 
 from evac_jax.config.build import to_dict
@@ -222,7 +221,7 @@ class FanOut:
 
 
 def make_writer(folder: Path, config: TrainConfig, *, resume_step: int = 0) -> MetricWriter:
-    """Return the writer that `config.log` asks for; processes other than the first get none.
+    """Return the writer that `config.log` asks for.
 
     Args:
         folder: the run's own folder.
@@ -232,8 +231,6 @@ def make_writer(folder: Path, config: TrainConfig, *, resume_step: int = 0) -> M
     Raises:
         ConfigError: Weights & Biases cannot start.
     """
-    if jax.process_index() != 0:
-        return NullWriter()
     writers: list[MetricWriter] = [JsonlWriter(folder / METRICS_FILE, resume_step)]
     if config.log.tensorboard:
         tensorboard = TensorBoardWriter(folder / "tensorboard", resume_step)

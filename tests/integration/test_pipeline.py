@@ -11,9 +11,10 @@ from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.evaluate import evaluate
 from evac_jax.learner import Learner
-from evac_jax.rollout import Stopwatch, collect
+from evac_jax.rollout import collect
 from evac_jax.shapes import Episode
 from evac_jax.simulators import Simulators, training_specs
+from evac_jax.telemetry.stopwatch import Stopwatch
 
 
 def play(config, stages: int):

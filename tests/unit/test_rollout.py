@@ -23,11 +23,3 @@ def test_environment_metrics_have_both_names_and_weigh_steps():
     assert metrics["env/reward"] == pytest.approx(1 / 16)
     assert metrics["env/termination_rate"] == 0.5
     assert metrics["env/episode_len"] == 20
-
-
-def test_stopwatch_sums_phases_and_starts_again():
-    watch = rollout.Stopwatch()
-    watch.add("env", 1.0)
-    watch.add("env", 2.0)
-    assert watch.take() == {"env": 3.0}
-    assert watch.take() == {}

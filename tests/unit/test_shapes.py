@@ -8,8 +8,7 @@ from evac_jax.config.build import default_config
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.miniature.sizes import WORLD_MODEL
-from evac_jax.shapes import Episode, expected_episode
-from evac_jax.train import check_sizes
+from evac_jax.shapes import Episode, check_sizes, expected_episode
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import pytest
 from benchmarks import guards
 from benchmarks.guards import Outcome
 from evac_jax.errors import ConfigError
-from evac_jax.shapes import Episode
-from evac_jax.train import check_sizes
+from evac_jax.shapes import Episode, check_sizes
 
 
 def _line(iteration, imagined, real, false=None, alarm=0.0):

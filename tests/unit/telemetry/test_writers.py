@@ -137,15 +137,6 @@ def test_earlier_events_are_hidden_when_a_run_resumes(tmp_path):
     ]
 
 
-def test_nothing_is_written_when_the_process_is_not_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("jax.process_index", lambda: 1)
-    writer = writers.make_writer(tmp_path, _config())
-    writer.write(1, {"a": 1.0})
-    writer.close()
-    assert isinstance(writer, writers.NullWriter)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_event_files_are_left_out_when_tensorboard_is_off(tmp_path):
     writers.make_writer(tmp_path, _config(tensorboard=False)).close()
     assert [path.name for path in tmp_path.iterdir()] == [writers.METRICS_FILE]
