@@ -71,6 +71,7 @@ TRAINER_STEPS = [
     ("tensorboard.summary.writer.event_file_writer", ("torch", "tensorflow")),
     ("wandb", ("torch", "tensorflow")),
     ("evac_jax.report", ("torch", "ray")),
+    ("evac_jax.devices.found", ("torch", "ray")),
     ("evac_jax.train", ("torch", "ray", "transformers", "evac_jax.sim", "evac_jax.evac.model")),
 ]
 SIMULATOR_STEPS = [

@@ -1,0 +1,140 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from evac_jax.devices.found import Found, count_gpus, describe, read_torch_build
+
+LAPTOP = Found(
+    gpus=0,
+    tpus=0,
+    jax_platform="cpu",
+    jax_devices=("cpu",),
+    jax_wanted="",
+    jax_cuda="",
+    torch_version="2.13.0+cpu",
+    torch_cuda="",
+)
+SERVER = Found(
+    gpus=2,
+    tpus=0,
+    jax_platform="gpu",
+    jax_devices=("NVIDIA H200", "NVIDIA H200"),
+    jax_wanted="",
+    jax_cuda="13",
+    torch_version="2.13.0+cu130",
+    torch_cuda="13.0",
+)
+VERSION_FILE = """from typing import Optional
+
+__all__ = ['__version__', 'debug', 'cuda', 'git_version', 'hip', 'rocm', 'xpu']
+__version__ = '2.13.0+cu130'
+debug = False
+cuda: Optional[str] = '13.0'
+hip: Optional[str] = None
+"""
+
+
+def test_one_line_is_enough_when_there_is_no_gpu():
+    line, warnings = describe(LAPTOP, ("cpu", "cpu"))
+    assert line == (
+        "devices: JAX computes on 1 x cpu (cpu); simulators on cpu; torch 2.13.0+cpu (CPU build); "
+        "this host has no NVIDIA GPU"
+    )
+    assert warnings == ()
+
+
+def test_nothing_is_warned_of_when_both_use_the_gpus():
+    line, warnings = describe(SERVER, ("cuda:0", "cuda:1"))
+    assert line == (
+        "devices: JAX computes on 2 x NVIDIA H200 (gpu); simulators on cuda:0, cuda:1; "
+        "torch 2.13.0+cu130 (CUDA 13.0 build); this host has 2 NVIDIA GPUs"
+    )
+    assert warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "simulators", "expected"),
+    [
+        (
+            {"jax_platform": "cpu", "jax_cuda": ""},
+            ("cuda",),
+            ["JAX computes on the CPU", "make install-cuda"],
+        ),
+        (
+            {"jax_platform": "cpu", "jax_wanted": "cpu"},
+            ("cuda",),
+            ["JAX computes on the CPU", "JAX_PLATFORMS=cpu", "unset it"],
+        ),
+        (
+            {"jax_platform": "cpu"},
+            ("cuda",),
+            ["JAX computes on the CPU", "plugin for CUDA 13 is installed", "docs/install.md"],
+        ),
+        (
+            {"torch_version": "2.13.0+cpu", "torch_cuda": ""},
+            ("cpu",),
+            ["torch 2.13.0+cpu is no CUDA build", "2 NVIDIA GPUs", "make install-cuda"],
+        ),
+        ({}, ("cpu", "cpu"), ["('cpu', 'cpu')", "--config.simulator.devices='(\"cuda\",)'"]),
+        ({"jax_cuda": "12"}, ("cuda",), ["CUDA 12", "CUDA 13.0", "make install-cuda"]),
+    ],
+)
+def test_one_warning_says_what_to_do_when_gpus_are_there_in_vain(changed, simulators, expected):
+    _, warnings = describe(dataclasses.replace(SERVER, **changed), simulators)
+    assert len(warnings) == 1
+    assert [part for part in expected if part not in warnings[0]] == []
+
+
+def test_every_library_is_named_when_neither_uses_the_gpu():
+    _, warnings = describe(dataclasses.replace(LAPTOP, gpus=1), ("cpu",))
+    assert [warning.split()[0] for warning in warnings] == ["JAX", "torch"]
+
+
+def test_install_command_is_named_when_jax_leaves_a_tpu_unused():
+    _, warnings = describe(dataclasses.replace(LAPTOP, tpus=4), ("cpu",))
+    assert len(warnings) == 1
+    assert "4 TPUs" in warnings[0]
+    assert "make install-tpu" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, 0),
+    ],
+)
+def test_gpus_are_counted_when_the_environment_shows_them(tmp_path, environment, expected):
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert count_gpus(environment, tmp_path) == expected
+
+
+def test_build_is_read_when_torch_is_not_imported():
+    assert read_torch_build(VERSION_FILE) == ("2.13.0+cu130", "13.0")
+    cpu = VERSION_FILE.replace("'13.0'", "None").replace("+cu130", "+cpu")
+    assert read_torch_build(cpu) == ("2.13.0+cpu", "")
+
+
+def test_installed_torch_is_described_when_a_process_has_not_loaded_it(repository):
+    code = (
+        "import sys\n"
+        "from absl import logging\n"
+        "from evac_jax.devices import found\n"
+        "logging.set_verbosity(logging.INFO)\n"
+        "found.log_devices(('cpu',))\n"
+        "build = found.look()\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch\n"
+        "assert build.torch_version == torch.__version__, build\n"
+        "assert build.torch_cuda == (torch.version.cuda or ''), build\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "devices: JAX computes on" in done.stderr
