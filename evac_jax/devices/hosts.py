@@ -48,6 +48,9 @@ def _join(cluster: ClusterConfig) -> None:
             cluster.coordinator,
             cluster.num_nodes,
             cluster.node,
+            # Under Slurm or MPI JAX would otherwise take one device per process: the first GPU of
+            # each host, since there is one trainer per host.
+            cluster_detection_method="deactivate",
             initialization_timeout=JOIN_TIMEOUT_S,
         )
     except (RuntimeError, ValueError) as error:

@@ -1,0 +1,38 @@
+import os
+import socket
+import subprocess
+import sys
+
+# What `srun` tells the first task of two on a host; JAX looks for these five.
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+JOIN = """
+import sys
+import jax
+from evac_jax import cluster
+from evac_jax.cluster_config import ClusterConfig
+cluster._join(ClusterConfig(num_nodes=1, node=0, coordinator=sys.argv[1]))
+print("visible:", jax.config.read("jax_cuda_visible_devices"))
+jax.distributed.shutdown()
+"""
+
+
+def test_all_gpus_of_a_host_are_kept_when_slurm_starts_the_trainers(repository):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN, address],
+        cwd=repository,
+        env=os.environ | SLURM,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "visible: all" in done.stdout
