@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-REQUIREMENTS := requirements.txt requirements-dev.txt
+# What is installed beside the CPU: "", "cuda" or "tpu". The stamp remembers it, so that a changed
+# requirement never takes the accelerator away.
+ACCELERATOR := $(shell cat $(STAMP) 2>/dev/null)
+REQUIREMENTS := requirements.txt requirements-dev.txt $(ACCELERATOR:%=requirements-%.txt)
 
 # More for pytest or the build, e.g. make test ARGS='tests/unit/config/test_build.py -x'
 ARGS ?=
@@ -11,21 +14,28 @@ ARGS ?=
 GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format type parity bench miniature libero libero-check clean
+.PHONY: help install-cuda install-tpu demo test lint format type parity bench miniature libero \
+	libero-check clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
 		| awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 # One pip command for everything, so that no later one can replace the pinned torch or jax.
-# The stamp is younger than both lists when the environment is complete and up to date.
+# The stamp is younger than all lists when the environment is complete and up to date.
 $(STAMP): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, $(PYTHON) is: $$($(PYTHON) --version 2>&1)." \
 			"Name another one with: make PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(addprefix -r ,$(REQUIREMENTS))
-	@touch $@
+	@echo $(ACCELERATOR) > $@
+
+install-cuda:  ## Install into .venv with CUDA builds of JAX and torch: docs/install.md.
+	$(MAKE) --always-make $(STAMP) ACCELERATOR=cuda
+
+install-tpu:  ## Install into .venv with JAX for TPUs: docs/install.md.
+	$(MAKE) --always-make $(STAMP) ACCELERATOR=tpu
 
 demo: $(STAMP)  ## Train in the miniature world model on this CPU: videos, curves, a summary.
 	$(BIN)/python launch.py --config=configs/grpo.py
