@@ -12,8 +12,9 @@ from jax.experimental import multihost_utils
 from evac_jax.config.cluster import ClusterConfig
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
+from evac_jax.devices.found import log_devices
 from evac_jax.devices.malloc import keep_freed_memory
-from evac_jax.devices.placement import Placement, rollout_fsdp
+from evac_jax.devices.placement import Placement, env_devices, rollout_fsdp
 from evac_jax.errors import ConfigError, EvacJaxError, HostError
 
 JOIN_TIMEOUT_S = 300
@@ -21,7 +22,7 @@ MIN_COMPILE_S = 0.05  # a program that compiles faster is not worth a file
 
 
 def start(config: TrainConfig) -> None:
-    """Prepare this process: memory, compilation cache, and the other hosts' trainers.
+    """Prepare this process: memory, compilation cache, the other hosts' trainers; log the devices.
 
     Call before anything asks JAX for its devices.
 
@@ -39,6 +40,7 @@ def start(config: TrainConfig) -> None:
         _join(config.cluster)
     if not config.train.max_staleness:  # or an update would not let the rollout go on beside it
         keep_freed_memory()
+    log_devices(env_devices(config))
 
 
 def _join(cluster: ClusterConfig) -> None:

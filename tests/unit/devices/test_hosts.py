@@ -14,9 +14,9 @@ SLURM = {
 JOIN = """
 import sys
 import jax
-from evac_jax import cluster
-from evac_jax.cluster_config import ClusterConfig
-cluster._join(ClusterConfig(num_nodes=1, node=0, coordinator=sys.argv[1]))
+from evac_jax.config.cluster import ClusterConfig
+from evac_jax.devices import hosts
+hosts._join(ClusterConfig(num_nodes=1, node=0, coordinator=sys.argv[1]))
 print("visible:", jax.config.read("jax_cuda_visible_devices"))
 jax.distributed.shutdown()
 """
