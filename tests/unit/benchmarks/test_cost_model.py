@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -166,3 +167,17 @@ def test_more_gpus_send_more_and_compute_the_same_each():
 def test_gpus_that_do_not_fill_hosts_are_refused():
     with pytest.raises(ValueError, match="multiple of 8 per host"):
         cost_model.iteration(12, Hardware(), Work(), EvacConfig(), OpenVLAOFTConfig(), 7.5e9)
+
+
+def test_page_of_scaling_holds_what_the_command_prints(monkeypatch, capsys):
+    page = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
+    table = page.split("| GPUs | episodes |")[1].split("\n\n")[0].splitlines()[2:]
+    shown = [line.strip("| ").split(" | ") for line in table]
+    monkeypatch.setattr("sys.argv", ["cost_model"])
+    cost_model.main()
+    printed = [line.split()[:10] for line in capsys.readouterr().out.splitlines()[3:-1]]
+    assert len(shown) == len(printed) == 4
+    for row, expected in zip(shown, printed, strict=True):
+        for cell, value in zip(row, expected, strict=True):
+            decimals = len(cell.partition(".")[2])
+            assert float(cell) == round(float(value), decimals)
