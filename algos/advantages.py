@@ -19,7 +19,7 @@ def valid_until_done(
 
     Args:
         dones: the episode is done after this step.
-        done_before: done before the first step already: nothing of that row is valid.
+        done_before: the episode was done before the first step: nothing of that row is valid.
     """
     earlier = jnp.cumsum(dones, axis=1) - dones  # dones strictly before each step
     valid = earlier == 0
@@ -103,7 +103,7 @@ def group_relative(
 
 
 def has_no_spread(groups: Float[Array, "N G"]) -> Bool[Array, "N 1"]:
-    """Return True for groups whose scores are all equal: nothing to learn from them."""
+    """Return True for groups whose scores are all equal, from which nothing can be learned."""
     return groups.max(axis=1, keepdims=True) == groups.min(axis=1, keepdims=True)
 
 

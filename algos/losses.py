@@ -75,7 +75,7 @@ def length_weights(
     """Return valid / length_share / (number of ALL entries): each episode weighs the same.
 
     Masked entries, those of filtered groups too, stay in the denominator; so the loss shrinks with
-    the share of filtered groups. Adam does not mind a constant factor.
+    the share of filtered groups. Adam is invariant to a constant factor.
 
     Args:
         valid: broadcastable to `shape`.

@@ -1,6 +1,6 @@
-"""Training metrics as `WeightedMetric`s, under RLinf's names and under those its guides promise.
+"""Training metrics as `WeightedMetric`s, under the names in RLinf's code and those in its guides.
 
-Counts are of the entries a mask covers after broadcasting, so that means are means whatever the
+Counts are those of the entries that a mask covers after broadcasting, so means are right at every
 granularity. Definitions: docs/metrics.md.
 """
 
@@ -17,7 +17,7 @@ NOISE_SHARE = 1e-12
 
 
 def once(value: Float[Array, ""], defined: Bool[Array, ""] | bool = True) -> WeightedMetric:
-    """Return a figure that counts once, or not at all where it is not defined."""
+    """Return a figure of weight 1, or of weight 0 where it is not defined."""
     return WeightedMetric(
         sum=jnp.where(defined, value, 0.0), weight=jnp.asarray(defined, jnp.float32)
     )
@@ -33,7 +33,7 @@ def masked(x: Array, valid: Bool[Array, "..."] | None) -> WeightedMetric:
 def policy_metrics(
     surrogate: Surrogate, valid: Bool[Array, "..."] | None, *, reference: bool = False
 ) -> dict[str, WeightedMetric]:
-    """Return what a clipped surrogate tells about the step: ratios, clipping, distance.
+    """Return the metrics of a clipped surrogate: ratios, clipping, distance.
 
     Args:
         reference: divide ratios per action by the count of a mask per chunk (RLinf, which expands

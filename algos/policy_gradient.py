@@ -1,4 +1,4 @@
-"""What GRPO and PPO share: configuration, the reading of episodes, and the policy's loss.
+"""What GRPO and PPO share: configuration, masks and returns of episodes, and the policy's loss.
 
 Called by `grpo` and `ppo`, which add how advantages are estimated and, for PPO, the critic.
 """
@@ -25,7 +25,7 @@ class PolicyGradientConfig:
         group_size: episodes that share their start, neighbours in the batch; >= 1 (GRPO: >= 2).
         reward_type: "action_level" (one advantage per action) or "chunk_level" (rewards of a chunk
             summed, one advantage per chunk).
-        logprob_type: what one probability ratio is of: "token_level", "action_level" (product over
+        logprob_type: the unit of one probability ratio: "token_level", "action_level" (product over
             A tokens) or "chunk_level" (product over the chunk; needs chunk-level rewards).
         entropy_type: the same for the entropy bonus.
         clip_low: ratios below 1 - clip_low are clipped, 0..1.
@@ -35,8 +35,8 @@ class PolicyGradientConfig:
         clip_log_ratio_min: clip of the log-ratio before exp, <= 0; None = off.
         clip_log_ratio_max: the same from above, >= 0; None = off.
         decoupled: for episodes of an older policy (train.max_staleness): clip around the policy
-            at the start of the update, at the price of a forward pass more, and weigh by its
-            probability over that of the policy that acted.
+            at the start of the update, which costs one more forward pass, and weigh entries by
+            its probability over that of the policy that acted.
         behave_weight_threshold: entries with a larger such weight are dropped, > 0; None = none.
         length_weighting: give every episode the same total weight whatever its length. Acts only
             where episodes have ends: not with auto_reset or ignore_terminations.
@@ -60,7 +60,7 @@ class PolicyGradientConfig:
         micro_batch: samples of one forward pass, over all devices; divides global_batch, and is
             a multiple of the number of devices; None = global_batch.
         reference_micro_batch_mean: average within each micro-batch, then over them (RLinf), instead
-            of over the global batch; gradients then depend on the cut.
+            of over the global batch; gradients then depend on the micro-batch size.
         reference_mask_count: count masks before broadcasting (RLinf), which makes masked means of
             token-level losses A times too large; no effect under length weighting.
     """
@@ -185,7 +185,7 @@ def shared_problems(
 
 @chex.dataclass(frozen=True)
 class Episodes:
-    """Rewards and ends at the granularity of `reward_type`, and what of them trains.
+    """Rewards and ends at the granularity of `reward_type`, and the mask of entries that train.
 
     Attributes:
         rewards: per action, or summed per chunk.

@@ -3,7 +3,7 @@
 Source: Schulman et al. 2017, "Proximal Policy Optimization" (arXiv:1707.06347), as RLinf applies it
 to chunked VLA policies. Differences, each with a field or function that names it:
 1. means and advantage statistics are over the global batch, not a rank or a micro-batch;
-2. `normalize_advantages` is honoured, and leaves fewer than two valid entries alone;
+2. `normalize_advantages` is honoured, and does not change fewer than two valid entries;
 3. truncated ends can be bootstrapped;
 4. a global batch without a valid entry is skipped.
 """
@@ -29,13 +29,13 @@ class Config(PolicyGradientConfig):
         gamma: discount per step (action, or chunk with chunk-level rewards), 0..1.
         gae_lambda: trace decay of generalised advantage estimation, 0..1.
         normalize_advantages: to mean 0 and deviation 1 over the iteration's valid entries.
-        bootstrap_truncated: use the value after a time limit as what would have come; False treats
-            it as an end, as RLinf does. Not with auto_reset, where that value belongs to the next
-            episode.
+        bootstrap_truncated: use the value after a time limit as the estimate of later rewards;
+            False treats the limit as an end, as RLinf does. Not with auto_reset, where that value
+            belongs to the next episode.
         value_clip: largest change of a value that counts, > 0.
         huber_delta: error from which the value loss grows linearly, > 0.
-        value_coefficient: weight of the value loss, >= 0; matters for what policy and value head
-            share, the head itself has optim.value_lr. RLinf has none, that is 1.
+        value_coefficient: weight of the value loss, >= 0. It affects the parameters that policy and
+            value head share; the head itself has optim.value_lr. RLinf has none, that is 1.
         critic_warmup_updates: first optimiser steps that train the value head alone, >= 0; then
             optimiser and schedule start anew.
     """

@@ -50,7 +50,7 @@ class Targets:
         advantages: one per action or chunk; 0 where a mask hides them under GRPO.
         returns: targets of the value head; None without one.
         values: estimates at sampling time, the centre of the value clip; None without a head.
-        valid: entries that train; None = all of them (environments that never wait for others).
+        valid: entries that train; None = all (environments that restart by themselves).
         num_valid: actions up to the end of the entry's episode, before any filter; None where
             `valid` does not come from episode ends.
     """

@@ -1,7 +1,7 @@
 """One iteration's learning as one traced function: epochs x global batches x micro-batches.
 
 Frames stay uint8 and where they are until a micro-batch gathers its own. No host callbacks, no mesh
-axis names: inputs may be sharded, `constrain` is where the caller says how a micro-batch lies.
+axis names: inputs may be sharded, and the caller states a micro-batch's sharding by `constrain`.
 """
 
 from collections.abc import Callable
@@ -75,13 +75,13 @@ def observations(batch: RolloutBatch, indices: Int[Array, " b"]) -> ObsBatch:
 
 @chex.dataclass(frozen=True)
 class UpdateLog:
-    """What happened, U global batches by M micro-batches.
+    """Results of the steps: U global batches by M micro-batches.
 
     Attributes:
         outputs: of each micro-batch, leaves [U M].
         metrics: of each global batch, leaves [U].
         finite: loss and gradient were finite.
-        any_valid: some entry counted.
+        any_valid: at least one entry was valid.
     """
 
     outputs: LossOutput
@@ -104,7 +104,7 @@ def run_updates(
 ) -> tuple[TrainState, UpdateLog]:
     """Take one optimiser step per global batch of `order`, `cfg.update_epochs` times over.
 
-    A non-finite loss or gradient, or a batch in which nothing counts, leaves parameters and
+    A non-finite loss or gradient, or a batch without a valid entry, leaves parameters and
     optimiser as they are. Gradients are accumulated in float32.
 
     Raises:
@@ -260,7 +260,7 @@ def make_update(
         apply: (params, obs, tokens [b K A]) -> evaluation of the tokens by the policy; may close
             over frozen parameters.
         optimizer: see `optim.make_optimizer`; any optax transformation works.
-        constrain: lays a micro-batch (a tree with the batch axis first) over the devices.
+        constrain: shards a micro-batch (a tree with the batch axis first) over the devices.
     """
 
     def update(state: TrainState, batch: RolloutBatch, key: Array) -> tuple[TrainState, Metrics]:

@@ -5,9 +5,9 @@
     python launch.py --config=configs/grpo.py:lora             # the same with LoRA
     python launch.py --config=configs/grpo.py:one_gpu_80gb     # LoRA, one GPU
 
-`libero_spatial` holds the hyper-parameters of RLinf's EVAC run (configs/libero.py). Hardware there:
-8 GPUs. Time and score here: not measured, because the weights are not public. docs/presets.md tells
-more about each.
+`libero_spatial` holds the hyper-parameters of RLinf's EVAC run (configs/libero.py). It used 8
+GPUs. Time and score were not measured here, because the weights are not public. docs/presets.md
+describes each preset.
 """
 
 from configs import libero, miniature

@@ -1,8 +1,8 @@
 """Published LIBERO runs and what a lab with less hardware can start from.
 
 Values are those of RLinf's EVAC run on LIBERO-Spatial (RLinf at commit c9f1d8471, its example for
-GRPO) unless a line says otherwise. Only the paths of weights and start frames stay empty: they are
-the user's. docs/presets.md tells hardware, memory and command of each preset.
+GRPO) unless a line says otherwise. Only the paths of weights and start frames are empty, because
+the user brings them. docs/presets.md lists hardware, memory and command of each preset.
 """
 
 from ml_collections import config_dict

@@ -8,7 +8,7 @@ from evac_jax.config.schema import MINIATURE_WEIGHTS
 def miniature(config: config_dict.ConfigDict) -> None:
     """Built-in tabletop: 64-pixel frames, shipped weights, two CPU cores, minutes.
 
-    Scene ids are seeds: 0 .. 10^6 train, the two ranges above choose and report.
+    Scene ids are seeds: 0 .. 10^6 for training, the next 10^6 for choices, the next for reports.
     """
     weights = MINIATURE_WEIGHTS
     config.policy.checkpoint = f"{weights}/policy"

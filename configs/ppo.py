@@ -6,8 +6,8 @@
     python launch.py --config=configs/ppo.py:one_gpu_80gb     # LoRA, one GPU
 
 No PPO configuration for a world model was ever published; the full-size presets are a careful start
-(chunk level throughout, value head warmed up first), not a reproduced run. docs/presets.md tells
-more about each.
+(chunk level throughout, value head warmed up first), not a reproduced run. docs/presets.md
+describes each preset.
 """
 
 from configs import libero, miniature

@@ -15,7 +15,7 @@ from policies.base import LoadedPolicy
 
 
 def check_policy(policy: PolicyConfig) -> None:
-    """See that `policy` can be imported, as far as its files tell without reading weights.
+    """Check that `policy` can be imported, as far as possible without reading weights.
 
     Raises:
         CheckpointError: it cannot; says why.

@@ -1,7 +1,7 @@
 """`cluster.engine = "ray"`: one trainer on every host of a Ray cluster, and a watch over them.
 
 Ray places the trainers and notices when one dies; each starts its host's simulators itself. Frames
-stay on their host and gradients go through JAX's own collectives, so nothing heavy passes Ray.
+stay on their host and gradients go through JAX's own collectives; Ray carries neither.
 Every host needs this project and its environment at the same path, and the same log.dir.
 """
 
@@ -23,7 +23,7 @@ PASSED_ON = ("JAX_", "XLA_", "NCCL_", "TF_CPP_", "WANDB_", "OMP_", "LD_LIBRARY_P
 def run(config: TrainConfig, mode: str) -> None:
     """Train or evaluate on all hosts of the Ray cluster that RAY_ADDRESS or Ray itself names.
 
-    Without a cluster Ray starts one of this host alone.
+    Without a cluster, Ray starts one that consists of this host only.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster has too few hosts.
@@ -83,7 +83,7 @@ def _run(ray: Any, config: TrainConfig, mode: str) -> None:
 
 
 def _reserve(ray: Any, config: TrainConfig) -> Any:
-    """Reserve a place with all GPUs of its host on as many hosts as are wanted."""
+    """Reserve all GPUs of as many hosts as the run needs."""
     hosts = config.cluster.num_nodes
     alive = [node for node in ray.nodes() if node["Alive"]]
     gpus = min(int(node["Resources"].get("GPU", 0)) for node in alive)
@@ -101,7 +101,7 @@ def _reserve(ray: Any, config: TrainConfig) -> Any:
 
 
 def _check(ray: Any, job: Any, host: int, names: list[str], config: TrainConfig) -> None:
-    """Raise what ended a trainer, if it failed."""
+    """Raise the error that ended a trainer, if one failed."""
     where = f"host {host} of {len(names)} ({names[host]})"
     try:
         ray.get(job)

@@ -1,4 +1,4 @@
-"""The last words of a run: what training changed, where the time went, where everything lies."""
+"""The summary of a run: what training changed, where the time went, where the files are."""
 
 import json
 import math
@@ -113,7 +113,7 @@ def summary(
         seconds: by phase, summed over all iterations of all processes of the run; "step" is all
             of an iteration, "env/reward" a part of "env".
         wall_seconds: duration of this process.
-        places: what lies where; None is left out.
+        places: {what: path} of files; None is left out.
     """
     lies = [[f"{what}:", str(where)] for what, where in places.items() if where is not None]
     width = max((len(what) for what, _ in lies), default=0)
@@ -214,6 +214,6 @@ def best_iteration(folder: Path) -> int:
 
 
 def show(text: str) -> None:
-    """Write a result to standard output, which holds nothing else."""
+    """Write a result to standard output, which is used for nothing else."""
     sys.stdout.write(f"\n{text}\n")
     sys.stdout.flush()

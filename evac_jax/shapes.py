@@ -1,4 +1,4 @@
-"""What the policy sees and does in a run, as shapes: known before anything is imagined."""
+"""Shapes of a run's frames, actions and batches, known before anything is imagined."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ class Episode:
     Attributes:
         image_shape: (views, height, width, 3) of a frame.
         chunk: actions of one decision.
-        max_steps: actions after which it is cut off.
+        max_steps: actions after which the episode is cut off.
     """
 
     image_shape: tuple[int, int, int, int]
@@ -38,7 +38,7 @@ class Episode:
 
     @classmethod
     def of(cls, env: EnvSpec) -> "Episode":
-        """Return what a simulator that runs says of its episodes."""
+        """Return the shapes that a running simulator reports."""
         return cls(env.image_shape, env.action.chunk, env.max_episode_steps)
 
     @classmethod
@@ -48,10 +48,10 @@ class Episode:
 
 
 def expected_episode(config: TrainConfig) -> Episode | None:
-    """Return what the run's simulators are going to say, as the world model's config.json tells.
+    """Return what the run's simulators will report, read from the world model's config.json.
 
-    None where that is no guide: in the ground truth, and where the file is not that of a world
-    model, of which the simulator complains better.
+    None if the file does not tell: in the ground truth, and if it is not that of a world model; the
+    simulator then reports the mistake with a better message.
     """
     if config.env.simulator != "world_model":
         return None

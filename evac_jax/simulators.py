@@ -69,7 +69,7 @@ def _join(results: Sequence[StepResult]) -> StepResult:
 class Simulators:
     """This host's pool of simulator processes, driven in lockstep.
 
-    Making it starts them; `wait_until_ready` comes before anything else.
+    The constructor starts them; call `wait_until_ready` before anything else.
 
     Args:
         specs: one JSON-able worker spec per process (see `sim.worker`).
@@ -109,7 +109,7 @@ class Simulators:
         self._host = host
 
     def wait_until_ready(self) -> "Simulators":
-        """Wait for the processes, which start side by side, other pools' too; return this pool.
+        """Wait for the processes and return this pool; all pools' processes start in parallel.
 
         Raises:
             SimulatorError: one did not start, or they disagree.
@@ -242,7 +242,7 @@ def ground_truth_specs(config: TrainConfig) -> list[dict]:
 
 
 def training_specs(config: TrainConfig) -> list[dict]:
-    """Return the worker specs of the processes that the policy learns in, see `env.simulator`."""
+    """Return the worker specs of the simulators in which the policy learns, see `env.simulator`."""
     if config.env.simulator == "world_model":
         return world_model_specs(config)
     processes, share, algo = config.simulator.processes, config.envs_per_process, config.algo

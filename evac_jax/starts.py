@@ -16,7 +16,7 @@ ORDERS = ("fixed", "ordered", "random")
 def noise_seed(*numbers: int) -> int:
     """Return one seed in [0, 2**32) for (seed, iteration), (seed, epoch), (seed, rank) ..
 
-    Sums would meet: epoch 1 of rank 0 would repeat the noise of epoch 0 of rank 1.
+    Sums would collide: epoch 1 of rank 0 would repeat the noise of epoch 0 of rank 1.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -24,8 +24,8 @@ def noise_seed(*numbers: int) -> int:
 class StartSampler:
     """Draws start ids from the half-open range [low, high), in groups.
 
-    Members of a group get the same id, so they share first frame, pose and instruction; what
-    differs between them is the policy's sampling and the world model's noise. Without that, a
+    Members of a group get the same id, so they share first frame, pose and instruction; only
+    the policy's sampling and the world model's noise differ between them. Otherwise a
     group-relative baseline would compare different tasks.
 
     Orders:
@@ -163,8 +163,8 @@ class StartSampler:
         """Continue where `state` was taken.
 
         Raises:
-            ConfigError: if the state belongs to other settings, because the run would then not
-                continue the sequence it claims to continue.
+            ConfigError: if the state belongs to other settings, so that the run would not continue
+                the sequence.
         """
         own = self.state_dict()
         state = {"keyframes": [0.0, 0]} | state  # older checkpoints have none

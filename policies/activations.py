@@ -1,8 +1,8 @@
-"""Where activations lie while a policy is traced; the trainer says so, layers ask.
+"""Sharding of activations while a policy is traced: the trainer sets it, layers apply it.
 
-Parameters are cut over devices, and nothing in a policy says how what it computes is cut. Left to
-itself XLA then multiplies some layers by tensor parallelism: it gathers the activations of a whole
-micro-batch and waits for their sums, where weights could be gathered ahead (docs/scaling.md).
+Parameters are cut over devices, but a policy does not state the sharding of its activations. On its
+own XLA then computes some layers by tensor parallelism: it gathers the activations of a whole
+micro-batch and waits for their sums, while weights could be gathered ahead (docs/scaling.md).
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _place: ContextVar[jax.sharding.Sharding | None] = ContextVar("activations", def
 
 @contextmanager
 def activations_at(place: jax.sharding.Sharding | None) -> Iterator[None]:
-    """Let `held` hold activations to `place`, a cut of their first axis; None leaves them free."""
+    """Make `held` keep activations to `place`, a cut of their first axis; None leaves them free."""
     token = _place.set(place)
     try:
         yield
@@ -26,6 +26,6 @@ def activations_at(place: jax.sharding.Sharding | None) -> Iterator[None]:
 
 
 def held(x: Array) -> Array:
-    """Return `x` [B ...], cut as the trainer says; B must be a multiple of its devices."""
+    """Return `x` [B ...] with the trainer's sharding; B must be a multiple of its devices."""
     place = _place.get()
     return x if place is None else jax.lax.with_sharding_constraint(x, place)

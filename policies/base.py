@@ -12,7 +12,7 @@ from policies.types import ObsBatch, PolicyEvaluation, PolicyOutput
 
 @runtime_checkable
 class Policy(Protocol):
-    """An NNX module that draws action chunks and judges given ones.
+    """An NNX module that samples action chunks and evaluates given ones.
 
     Both methods are pure: under `nnx.split` / `nnx.merge` and `jax.jit` they depend on their
     arguments and the parameters only. For the same parameters, observation, tokens, temperature
@@ -36,8 +36,8 @@ class Policy(Protocol):
     ) -> PolicyOutput:
         """Draw one chunk per row (the likeliest one if greedy).
 
-        `rows` names the rows, None = 0 .. B - 1. A row's draw depends on the key and this name, so
-        cutting a batch changes nobody's actions.
+        `rows` gives each row a number, None = 0 .. B - 1. A row's draw depends on the key and this
+        number only, so dividing a batch changes no actions.
         """
         ...
 
@@ -67,7 +67,7 @@ class LoadedPolicy(Protocol):
     Attributes:
         model: the policy, an NNX module.
         tokenizer: of its prompts.
-        notes: what a user should know of the import, a line each.
+        notes: remarks on the import for the user, one line each.
     """
 
     model: Policy

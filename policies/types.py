@@ -44,7 +44,7 @@ class PolicyOutput:
 
 @chex.dataclass(frozen=True)
 class PolicyEvaluation:
-    """Given tokens, judged by the current policy.
+    """Given tokens, evaluated by the current policy.
 
     Attributes:
         log_probs: log-probability of the given tokens, nats.

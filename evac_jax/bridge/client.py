@@ -126,7 +126,7 @@ class SimulatorClient:
         return self._slots
 
     def wait_until_ready(self) -> None:
-        """Wait until the environment is built and the slots are shared; does so once.
+        """Wait until the environment is built and the slots are shared; later calls return at once.
 
         Raises:
             SimulatorError: the process failed; never restarted, since loading again fails again.

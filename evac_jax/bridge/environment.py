@@ -1,4 +1,4 @@
-"""What every simulator process offers: imagined or ground truth, the trainer cannot tell."""
+"""The interface of all environments, imagined or ground truth, that simulator processes serve."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +17,7 @@ def whole_part(num_envs: int, parts: int) -> int:
     """Return the environments of one of `parts` equal parts.
 
     Raises:
-        ConfigError: they cannot be cut so.
+        ConfigError: `num_envs` is not a multiple of `parts`.
     """
     if parts < 1 or num_envs % parts:
         raise ConfigError(f"{num_envs} environments cannot be cut in {parts} equal parts")
@@ -32,11 +32,12 @@ class Environment(Protocol):
     def parts(self, count: int) -> "list[Environment]":
         """Cut into `count` environments of equal size, contiguous blocks that share the weights.
 
-        Each is reset and stepped by itself, and together they give the numbers of the whole;
-        only starts drawn by auto-reset come from a cycle of each part's own. `self` is spent.
+        Each part is reset and stepped separately. Together they give the numbers of the whole,
+        except that auto-reset draws starts from a separate cycle in each part. Do not use `self`
+        afterwards.
 
         Raises:
-            ConfigError: the simulator cannot be cut, or not in so many parts.
+            ConfigError: the simulator cannot be divided, or not into so many parts.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Frames on loan: a JAX array over a slot's memory, and the proof that nobody reads it any more.
+"""Frames on loan: a JAX array over a slot's memory, and a check that nobody reads it any more.
 
 `jax.dlpack.from_dlpack` aliases: the simulator's next chunk would show through the "immutable"
 array, even inside a computation that is already running. So a slot goes back only when JAX itself
@@ -21,7 +21,9 @@ import numpy as np
 
 from evac_jax.bridge.types import StepResult
 
-RELEASE_TIMEOUT_S = 60.0  # far longer than any computation on frames; then it is a forgotten view
+RELEASE_TIMEOUT_S = (
+    60.0  # longer than any computation on frames: a later reader is a forgotten view
+)
 
 
 class SlotOwnershipError(RuntimeError):

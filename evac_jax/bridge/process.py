@@ -133,7 +133,7 @@ class WorkerProcess:
                 raise self._death() from None
 
     def _death(self) -> SimulatorError:
-        """Return the error for a worker that ended without a word, and reap it."""
+        """Return the error for a worker that ended without a message, and reap it."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)  # the pipe closes a moment before the exit status is known
         status, tail = self._process.poll(), self.log_tail()

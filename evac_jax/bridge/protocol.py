@@ -1,10 +1,10 @@
 """What travels over the pipe between trainer and simulator: small messages, never frames.
 
 A message is one block of bytes: a mark, the version of this format, its kind and a body. `Reset`,
-`Step` and `Reply`, which every exchange needs, are integers and then the raw bytes of arrays, whose
-sizes the integers tell; the receiver uses them where they lie. Everything else is said once in a
-while, in JSON, which would cost an exchange a quarter of its time. No pickle, so a message can hold
-data but never code. Standard library and NumPy only, because both processes import this.
+`Step` and `Reply`, which every exchange needs, are integers followed by the raw bytes of arrays,
+whose sizes the integers give; the receiver uses the bytes in place. All other messages are rare and
+are JSON, which would be too slow for an exchange. No pickle, so a message can hold data but never
+code. Standard library and NumPy only, because both processes import this.
 
 One exchange: `Start` -> `Hello` -> `Attach`, then any number of `Reset` or `Step` -> `Reply` and of
 `Park`, and `Close`. At any moment the simulator may answer `Failure` instead, after which it exits.
@@ -218,7 +218,7 @@ class _Reader:
         return array
 
     def json(self, size: int) -> Any:
-        """Return what the next `size` bytes say in JSON."""
+        """Return the JSON value of the next `size` bytes."""
         self._offset += size
         return json.loads(self._data[self._offset - size : self._offset])
 

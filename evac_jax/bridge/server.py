@@ -35,7 +35,7 @@ def check_result(env: EnvSpec, result: StepResult) -> None:
     """Check what the environment's author promised: shapes, kinds of numbers, finite rewards.
 
     Raises:
-        SimulatorError: naming the field, what was expected and what came.
+        SimulatorError: naming the field, what was expected and what was found.
     """
     B, K = env.num_envs, env.action.chunk
     checks = [
@@ -118,7 +118,7 @@ def _attach(attach: protocol.Attach, spec: dict, layout: SlotLayout, slots_fd: i
 
 
 def _serve(connection: Connection, slots_fd: int) -> None:
-    # Imports make objects that stay; looking for garbage among them is a quarter of their time.
+    # Imports make objects that stay, so collecting garbage meanwhile only costs time.
     gc.disable()
     import torch
 

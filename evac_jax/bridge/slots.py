@@ -11,9 +11,9 @@ it releases the slot. The sequence number is written after the payload, so that 
 simulator that died half-way are never taken for complete ones.
 
 Host memory is one anonymous file (memfd) that the worker inherits. It has no name, so nothing can
-be left behind in /dev/shm, whoever is killed; it does not count against the size of /dev/shm; and
-passing it needs no rights beyond those of a parent. Linux only. On one GPU the payload lies in
-CUDA IPC blocks instead (`CudaSlots`), and only the sequence numbers in the file.
+be left behind in /dev/shm when a process is killed. It does not count against the size of /dev/shm,
+and passing it needs no rights beyond those of a parent. Linux only. On one GPU the payload is in
+CUDA IPC blocks instead (`CudaSlots`), and only the sequence numbers are in the file.
 
 Both processes import this; torch is imported where a tensor is asked for, JAX never.
 """
@@ -94,10 +94,10 @@ class SharedSlots:
                     f"{available / 2**20:.0f} MiB; lower env.num_envs, simulator.slots or the "
                     "episodes filmed"
                 )
-            # Reserved now rather than at the first frames, a time when nobody expects it. Never
+            # Reserved now rather than at the first frames, where a failure would surprise. Never
             # without the check above: the kernel would kill processes to find the pages.
             os.posix_fallocate(fd, 0, size)
-        # Views hold on to the map: memory goes back to the system with the last of them.
+        # Views keep the map alive: memory goes back to the system with the last of them.
         self._map = mmap.mmap(fd, size)
         self._sequence = np.frombuffer(self._map, np.uint64, num_slots)
 

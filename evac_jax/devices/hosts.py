@@ -38,7 +38,7 @@ def start(config: TrainConfig) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)
     if config.cluster.num_nodes > 1:
         _join(config.cluster)
-    if not config.train.max_staleness:  # or an update would not let the rollout go on beside it
+    if not config.train.max_staleness:  # otherwise an update would block the rollout beside it
         keep_freed_memory()
     log_devices(env_devices(config))
 
@@ -88,7 +88,7 @@ def is_first_host() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Wait until every host's trainer has come here."""
+    """Wait until every host's trainer has made this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
@@ -98,8 +98,8 @@ def one_for_all(config: TrainConfig, checkpoints: Path):
     """End this host's trainer with one message when it, or another host's, fails.
 
     The trainers compute every step together, so none can go on, or save, without the others. They
-    find out when a connection closes; JAX's own watch over the hosts takes up to two minutes, then
-    ends the process with a message of its own. It does so at once when host 0 is lost.
+    notice when a connection closes. JAX's own watch over the hosts takes up to two minutes and then
+    ends the process with a message of its own; if host 0 is lost it ends the process at once.
 
     Raises:
         HostError: with Ray, which ends the others' processes; otherwise this one ends, status 2.
@@ -124,7 +124,7 @@ def one_for_all(config: TrainConfig, checkpoints: Path):
 
 
 def last_checkpoint(config: TrainConfig, checkpoints: Path) -> str:
-    """Tell a user how to go on after a failure."""
+    """Return a sentence that names the last checkpoint and how to continue from it."""
     stored = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
     if not stored:
         return "It had saved no checkpoint yet (config.checkpoint.interval)."
@@ -144,7 +144,7 @@ def make_meshes(config: TrainConfig) -> tuple[jax.sharding.Mesh, jax.sharding.Me
         ConfigError: impossible placement or mesh.
     """
     placement = Placement.of(config, jax.local_device_count())
-    logging.info("who sits where, on each of %d hosts:\n%s", jax.process_count(), placement)
+    logging.info("placement on each of %d hosts:\n%s", jax.process_count(), placement)
     hosts: dict[int, list[jax.Device]] = {}
     for device in jax.devices():
         hosts.setdefault(device.process_index, []).append(device)

@@ -1,4 +1,4 @@
-"""Who sits where: the devices that imagine, decide and learn, and the picture of it in the log.
+"""Placement of a run: the devices that imagine, decide and learn, and how the log shows it.
 
 Numbers are those of a host's own devices, as JAX and CUDA count them; every host is set up alike.
 """
@@ -34,7 +34,7 @@ class Placement:
         """Place a run where the trainer has `count` devices.
 
         Raises:
-            ConfigError: a device that is not there, or simulators that cannot be dealt out.
+            ConfigError: a device does not exist, or simulators cannot be divided evenly.
         """
         wanted, problems = config.cluster.placement, []
         every = tuple(range(count))
@@ -58,7 +58,7 @@ class Placement:
 
     @property
     def separate(self) -> bool:
-        """Whether other devices decide than learn, so that the policy is copied."""
+        """Whether deciding and learning use different devices, so that the policy is copied."""
         return set(self.rollout) != set(self.actor)
 
     def pick(self, part: str, devices: Sequence[jax.Device]) -> list[jax.Device]:
@@ -89,5 +89,5 @@ def env_devices(config: TrainConfig) -> tuple[str, ...]:
 
 
 def rollout_fsdp(rollout_devices: int, actor_fsdp: int) -> int:
-    """Return over how many devices the copy of the policy is cut: as the actor's, if it fits."""
+    """Return how many devices the policy's copy is cut over: as many as the actor's if it divides."""
     return math.gcd(rollout_devices, actor_fsdp)

@@ -1,4 +1,4 @@
-"""The only file that names mesh axes: the mesh, how parameters lie on it, how batches do.
+"""The only file that names mesh axes: the mesh, and the sharding of parameters and batches.
 
 Rules are an ordered list of (regex, tactic) over parameter paths such as
 "llama/layers/q_proj/kernel"; the first match wins (after big_vision:big_vision/sharding.py).
@@ -80,7 +80,7 @@ def path_name(path) -> str:
 
 
 def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Return where the array called `name` lies: the first rule that matches decides."""
+    """Return the sharding of the array called `name`: the first rule that matches decides."""
     for pattern, tactic in RULES:
         if re.search(pattern, name):
             return NamedSharding(mesh, tactic(tuple(shape), fsdp_size(mesh)))
@@ -95,7 +95,7 @@ def tree_shardings(mesh: Mesh, tree):
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """Return the part of a mesh that this process owns, in one row: the batch's axis cuts it."""
+    """Return the part of a mesh that this process owns, in one row along the batch's axis."""
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     if len(own) == mesh.size:
         return mesh
@@ -163,7 +163,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def describe(tree, shardings) -> str:
-    """One line per distinct placement: how many arrays and parameters lie so."""
+    """One line per distinct sharding: how many arrays and parameters have it."""
     counts: dict[str, tuple[int, int]] = {}
     for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
         name = "replicated" if sharding.is_fully_replicated else str(sharding.spec)

@@ -44,6 +44,6 @@ def _program() -> str:
 
 
 def _without_folders(argument: str) -> str:
-    """Where a folder lay on the machine that ran it is nobody's business; its name says enough."""
+    """Return an argument with a folder's name alone: its path is private to the machine."""
     flag, equals, value = argument.rpartition("=")
     return f"{flag}{equals}{Path(value).name if value.startswith('/') else value}"

@@ -34,7 +34,7 @@ def load_objects(path: Path) -> np.ndarray:
     """Return the array of an `.npy` file; object arrays only through the restricted unpickler.
 
     Raises:
-        DataError: for a damaged file, or one whose pickle asks for more than numpy and builtins.
+        DataError: for a damaged file, or one whose pickle needs more than numpy and builtins.
     """
     formats = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -52,7 +52,7 @@ def load_objects(path: Path) -> np.ndarray:
             array = unpickle(stream, path)
     except DataError:
         raise
-    except Exception as error:  # a damaged header fails in as many ways as a damaged pickle
+    except Exception as error:  # damaged headers raise many exceptions, as damaged pickles do
         raise DataError(f"{path}: not a readable npy file: {error!r}") from error
     if not isinstance(array, np.ndarray) or array.shape != shape:
         raise DataError(f"{path}: expected an array of shape {shape} inside")
@@ -60,13 +60,13 @@ def load_objects(path: Path) -> np.ndarray:
 
 
 def unpickle(stream: BinaryIO, path: Path) -> Any:
-    """Return the object of a pickle that asks for numpy and plain builtins only.
+    """Return the object of a pickle that needs only numpy and plain builtins.
 
     Args:
         path: where the pickle comes from, for messages.
 
     Raises:
-        DataError: for a damaged pickle, or one that asks for more.
+        DataError: for a damaged pickle, or one that needs more.
     """
     try:
         return _RestrictedUnpickler(stream).load()
@@ -76,13 +76,13 @@ def unpickle(stream: BinaryIO, path: Path) -> Any:
             "are admitted, because loading anything else could run code. "
             "Save it again as dicts of arrays, numbers and strings"
         ) from error
-    # A damaged pickle raises whatever its broken opcodes provoke; each of them is a bad file.
+    # A damaged pickle can raise any exception; all of them mean a bad file.
     except Exception as error:
         raise DataError(f"{path}: not a readable pickle: {error!r}") from error
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """What old pickles of arrays call as _codecs.encode; any codec by name would be too much."""
+    """Replaces _codecs.encode for old pickles of arrays, without its choice of codecs."""
     if encoding != "latin1":
         raise _RefusedError(f"_codecs.encode with {encoding!r}")
     return text.encode(encoding)

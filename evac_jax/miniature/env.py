@@ -45,7 +45,7 @@ class GroundTruthConfig:
         keyframes: folder of a recording of this tabletop whose episodes may be begun in their
             middle; their scenes are reached by the recorded actions. "" = none.
         start_seed_base: added to a start id to get the seed of its scene.
-        num_starts: starts to choose from; any number costs nothing.
+        num_starts: starts to choose from; a large number costs nothing.
         device: accepted for the sake of the worker; the tabletop is computed on the CPU.
     """
 

@@ -71,7 +71,7 @@ FLAWS = {
     "expert": Flaws(),
     "noisy": Flaws(noise=0.15, gripper_flips=0.01),
     # Puts the block down just outside of what counts: succeeds at times, and always fails the
-    # same way, which is what reinforcement learning can repair. A picture shows why it failed.
+    # same way, which reinforcement learning can correct. The picture shows why it failed.
     "sloppy": Flaws(place_left=(0.05, 0.008)),
     "near_miss": Flaws(
         grasp_offset=0.065, place_offset=0.09, either_block=0.3, blind=0.7, noise=0.05

@@ -1,7 +1,7 @@
 """The tabletop's state and dynamics: N scenes as arrays, stepped together.
 
 A free gripper, two coloured blocks and a plate. Nothing is hidden: the picture of a scene and an
-action determine the next picture, which is what a world model can hope to learn. NumPy only.
+action determine the next picture, so a world model can learn them. NumPy only.
 """
 
 import dataclasses

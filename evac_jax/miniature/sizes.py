@@ -1,4 +1,4 @@
-"""How small the miniature is: the one place that holds the sizes of its networks.
+"""Sizes of the miniature's networks, all in one place.
 
 The classes are those of the full-size system; only these numbers differ.
 """
@@ -94,13 +94,13 @@ POLICY = OpenVLAOFTConfig(
     intermediate_size=256,
     num_layers=4,
     # Positions alone tell action slots apart; over 100 tokens this base resolves them better than
-    # 10000, which is made for thousands.
+    # 10000, which is meant for thousands of tokens.
     rope_theta=100.0,
     num_heads=4,
     num_kv_heads=4,
     vocab_size=704,
     pad_token_id=640,
     max_prompt_length=28,
-    scan_layers=False,  # four layers: unrolling costs little to compile and runs a fifth faster
+    scan_layers=False,  # four layers: unrolling costs little to compile and runs faster
     merge_projections=True,
 )

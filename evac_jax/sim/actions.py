@@ -80,7 +80,7 @@ class PoseWindow:
 
     @property
     def current(self) -> Tensor:
-        """Pose each environment is in as far as an observer can tell, [B 8]."""
+        """Pose of each environment as observed, [B 8]."""
         return self.poses[:, -1]
 
     @property

@@ -1,4 +1,4 @@
-"""Where the world model's views look from: matrices in OpenCV's convention, one per view."""
+"""Cameras of the world model's views: matrices in OpenCV's convention, one per view."""
 
 import numpy as np
 

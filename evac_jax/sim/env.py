@@ -257,7 +257,7 @@ class WorldModelEnv:
         self._pose_model = self._advance = None
 
     def _rows_to_imagine(self) -> np.ndarray:
-        """Environments that the world model must see this time."""
+        """Environments that the world model must imagine in this chunk."""
         if self.state is None:
             return np.zeros(0, np.int64)
         wanted = self.episodes.running if self._config.skip_finished else ~self.episodes.idle
@@ -382,7 +382,7 @@ class WorldModelEnv:
     def _timed(self, phase: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        if self._device.type == "cuda":  # otherwise the next phase would be charged for this one
+        if self._device.type == "cuda":  # otherwise this time would count for the next phase
             torch.cuda.synchronize(self._device)
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - begin
 

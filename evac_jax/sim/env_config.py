@@ -26,14 +26,14 @@ class WorldModelEnvConfig:
         keyframes: folder of a recording whose episodes may be begun in their middle; "" = none.
         num_envs: environments imagined as one batch, B.
         steps: denoising steps of one chunk.
-        eta: their noise, 0 (deterministic given the start noise) to 1.
-        solver: what takes the steps, see `evac.sampler.solve`.
-        compile: see `evac.packed.accelerate`.
+        eta: noise of the steps, 0 (deterministic given the start noise) to 1.
+        solver: solver of the denoising steps, see `evac.sampler.solve`.
+        compile: see `evac.cpu.packed.accelerate`.
         max_episode_steps: actions of an episode; a multiple of the chunk makes the limit exact.
         reward_coef, use_rel_reward, success_threshold, success_frames, ignore_terminations:
             see `EpisodeRules`.
         judged_frames: last frames of every chunk that are decoded and judged, 0 = all. Success that
-            persists shows in the last ones too; the others then cost nothing, and count as
+            persists is visible in the last ones too. The others then cost nothing and count as
             failures. Filmed environments are decoded whole.
         auto_reset: restart an environment as soon as its episode is over, from the next start of
             a seeded cycle over the starts handed to `reset`; groups are not kept together then.

@@ -25,7 +25,7 @@ INITIAL_STATES = {
     "miniature": "evac_jax.miniature.starts:MiniatureStarts",
 }
 POSE_DIM = 8
-# Part of the name of RLinf's files that end at a frame to begin at, in the middle of an episode.
+# Part of the name of RLinf's keyframe files, which end at the frame to start from.
 KEYFRAME_MARK = "_kir"
 # What a folder of packed starts holds.
 IMAGES_FILE, POSES_FILE, TASKS_FILE, CARD_FILE = "images.npy", "poses.npy", "tasks.npy", "card.json"
@@ -119,12 +119,12 @@ class _StoredStarts:
 class NpyStarts(_StoredStarts):
     """Start frames in a folder: RLinf's `.npy` episodes, or packed ones.
 
-    An RLinf file is an object array of one dict per frame; of frame 0 are read `image` (uint8
-    [H W 3], or [V H W 3]), the pose `init_ee_pose` (else `state`, else `abs_action`; 8 numbers)
-    and `instruction` or `task` (str or bytes). The arrays are pickles, so they go through an
-    unpickler that admits numpy arrays and plain builtins and runs nothing else. The files do not
-    record their camera; a single view is taken to be the reference's fixed one. Keyframe files,
-    with `_kir` in their names, are left out: see `NpyKeyframes`.
+    An RLinf file is an object array of one dict per frame. These entries of frame 0 are read:
+    `image` (uint8 [H W 3] or [V H W 3]), the pose `init_ee_pose` (else `state`, else `abs_action`;
+    8 numbers), and `instruction` or `task` (str or bytes). The arrays are pickles, so they go
+    through an unpickler that admits numpy arrays and plain builtins and runs nothing else. The
+    files do not record their camera; a single view is taken to be the reference's fixed one.
+    Keyframe files, with `_kir` in their names, are left out: see `NpyKeyframes`.
 
     A packed folder, as `pack_starts` writes it, is plain arrays and knows its camera.
 
@@ -132,8 +132,8 @@ class NpyStarts(_StoredStarts):
         DataError: for a missing or empty folder, a refused or damaged file, a missing field, or
             frames of several sizes; names every file at fault, up to ten.
 
-    Source: data layout of RLinf `EvacEnv` (revision c9f1d8471). Differences: 1. no pose means an
-    error, there a single zero is used; 2. every file is checked at start-up, there the first.
+    Source: data layout of RLinf `EvacEnv` (revision c9f1d8471). Differences: 1. a missing pose
+    is an error, there a single zero is used; 2. every file is checked at start-up, there the first.
     """
 
     def __init__(self, folder: str):
@@ -182,7 +182,7 @@ class NpyKeyframes:
         return sorted(Path(folder).glob(f"*{KEYFRAME_MARK}*.npy"))
 
     def starts(self, instructions: Sequence[str]) -> Callable[[np.ndarray], Starts]:
-        """Return what loads keyframes by their ids, tasks being places in `instructions`.
+        """Return a function that loads keyframes by id; tasks are indices into `instructions`.
 
         Raises:
             ConfigError: a keyframe has another instruction.

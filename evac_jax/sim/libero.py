@@ -30,7 +30,7 @@ class LiberoEnvConfig:
     """Settings of `LiberoEnv`.
 
     Attributes:
-        libero: which suite, from where, rendered how.
+        libero: the suite, its files and its rendering.
         num_envs: environments stepped as one batch, B; each is a process of some 1.4 GB.
         chunk: actions per decision, K.
         reward_coef, use_rel_reward, ignore_terminations: see `EpisodeRules`.
@@ -84,7 +84,7 @@ def make(spec: dict) -> "LiberoEnv":
 def to_libero(actions: np.ndarray, gripper_rule: str) -> np.ndarray:
     """Return a policy's actions [.. 7] as LIBERO takes them: deltas in [-1, 1], gripper +1 closes.
 
-    LIBERO's controller clips in the same way, so clipping here only makes recordings honest.
+    LIBERO's controller clips in the same way; clipping here makes recordings show what it executes.
     """
     moves = torch.tensor(np.asarray(actions), dtype=torch.float32)
     return apply_gripper_rule(moves, gripper_rule).numpy().clip(-1, 1)
@@ -93,8 +93,8 @@ def to_libero(actions: np.ndarray, gripper_rule: str) -> np.ndarray:
 class LiberoEnv:
     """A batch of LIBERO episodes; implements `evac_jax.bridge.environment.Environment`.
 
-    The suite's number of actions need not be a multiple of the chunk: what a policy decides beyond
-    it is not played. An episode that is over stays as it is until it is restarted; with auto-reset
+    The suite's number of actions need not be a multiple of the chunk: actions beyond it are not
+    played. An episode that is over stays as it is until it is restarted; with auto-reset
     frames, task and pose of a result are the new episode's, the rest is the finished one's.
     """
 

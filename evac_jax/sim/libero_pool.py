@@ -71,7 +71,7 @@ class MujocoProcess:
         try:
             libero_worker.send(self.connection, message)
         except OSError:
-            self.receive()  # its last words, or an end of file
+            self.receive()  # its last message, or an end of file
             raise self._death() from None
 
     def receive(self) -> tuple[dict[str, Any], np.ndarray]:
@@ -141,8 +141,8 @@ class Played:
 class LiberoPool:
     """Environments that are started and played by their numbers, 0..num_envs-1.
 
-    Building a task's environment takes seconds. So a number is not tied to a process: whoever
-    holds the task already plays it.
+    Building a task's environment takes seconds. Therefore a number is not tied to a process: a
+    process that already holds the task plays it.
     """
 
     def __init__(self, config: LiberoConfig, num_envs: int):

@@ -1,7 +1,7 @@
 """LIBERO's suites: their tasks, initial states and cameras. NumPy only, nothing of LIBERO itself.
 
 A start id is a task and an initial state: id % number of tasks is the task, id // number of tasks
-the state. So the first ids hold every task once, and 500 ids are all of a suite of 10 x 50.
+the state. So the first ids contain every task once, and 500 ids cover a suite of 10 x 50.
 """
 
 import os
@@ -32,12 +32,12 @@ class Suite:
 
     @property
     def instructions(self) -> tuple[str, ...]:
-        """What the policy is told, one per task."""
+        """Instructions for the policy, one per task."""
         return tuple(instruction_of(task) for task in self.tasks)
 
     @property
     def num_starts(self) -> int:
-        """Start ids that there are."""
+        """Number of start ids."""
         return len(self.tasks) * len(self.states[0])
 
     def locate(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +54,7 @@ class Suite:
 
 
 def instruction_of(task: str) -> str:
-    """Return a task's name as a sentence; the scene's name in front says nothing to the policy.
+    """Return a task's name as a sentence, without the scene's name in front.
 
     Source: LIBERO's benchmark takes the sentence from the file name, too (revision 8f1084e).
     """

@@ -1,15 +1,14 @@
 """One LIBERO environment in a process of its own: `python -m evac_jax.sim.libero_worker`.
 
-Started by `evac_jax.sim.libero_pool`, never by hand, by the interpreter that has LIBERO: here is
-NumPy and LIBERO, no torch and nothing else of evac_jax. Requests and answers are JSON on an
+Started by `evac_jax.sim.libero_pool`, never by hand, in the interpreter that has LIBERO. This file
+imports NumPy and LIBERO, no torch and nothing else of evac_jax. Requests and answers are JSON on an
 inherited socket, frames follow as raw bytes.
 
 Source: behaviour of moojink/openvla-oft's LIBERO evaluation (213c5ff): rotation of the frames,
-motionless actions at the start. Differences, the first two so that an episode does not depend on
-those before it: 1. LIBERO's random numbers, which place what is fixed to the table, are seeded
-before every reset, there once per task; 2. the clocks by which robosuite samples its cameras begin
-anew at every reset, there they drift by 4 ms per episode; 3. only frames that somebody looks at are
-rendered.
+motionless actions at the start. Differences: 1. LIBERO's random numbers, which place the
+fixtures, are seeded before every reset, there once per task; 2. the clocks by which robosuite
+samples its cameras begin anew at every reset, there they drift by 4 ms per episode; 3. only frames
+that are used are rendered. The first two make an episode independent of those before it.
 """
 
 import argparse
@@ -180,7 +179,7 @@ def serve(connection: Connection) -> None:
 
 
 def main() -> None:
-    """Serve; whatever goes wrong is told to the other side with its traceback."""
+    """Serve; send every error to the other side with its traceback."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--connection", type=int, required=True, help="inherited socket")
     connection = Connection(parser.parse_args().connection)

@@ -1,4 +1,4 @@
-"""Noise that belongs to an environment, whatever else is imagined in the same call."""
+"""Noise of an environment, independent of what else is imagined in the same call."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ class ChunkNoise:
     """Standard normal draws named by (seeds, chunk, draw).
 
     A draw always covers all environments and depends on nothing that happened before, so leaving
-    out finished environments or splitting the batch changes nobody's noise.
+    out finished environments or splitting the batch changes no other noise.
 
     Args:
         seeds: non-negative integers.

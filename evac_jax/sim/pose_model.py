@@ -1,4 +1,4 @@
-"""Where an action takes the end effector: a small network from action and pose to the next pose."""
+"""The pose model: a small network from action and pose to the next pose."""
 
 from dataclasses import dataclass
 

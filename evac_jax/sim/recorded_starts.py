@@ -1,8 +1,8 @@
 """Episodes that begin at frames of recorded ones: at their first frames, or in their middle.
 
-A keyframe is a frame in the middle of a recorded episode. A long task whose end a policy never
-reaches gives no reward to learn from; begun near its end it does. Keyframes are named by ids from
-`KEYFRAMES` on, so they can be mixed with the ordinary starts of any source.
+A keyframe is a frame in the middle of a recorded episode. A policy that never reaches the end of a
+long task gets no reward to learn from; if it begins near the end, it does. Keyframes are named by
+ids from `KEYFRAMES` on, so they can be mixed with the ordinary starts of any source.
 
 Source: the idea after Salimans and Chen 2018, "Learning Montezuma's Revenge from a single
 demonstration" (arXiv:1812.03381).
@@ -107,7 +107,7 @@ class Keyframes:
         return self._episode[places], self._step[places]
 
     def starts(self, instructions: Sequence[str]) -> Callable[[np.ndarray], Starts]:
-        """Return what loads keyframes by their ids, tasks being places in `instructions`.
+        """Return a function that loads keyframes by id; tasks are indices into `instructions`.
 
         Raises:
             ConfigError: a keyframe has another instruction.

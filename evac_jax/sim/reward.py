@@ -20,8 +20,8 @@ class RewardConfig(JsonConfig):
 
     Attributes:
         width: channels of the first stage; the public reward models use 64.
-        num_instructions: 0 for one task; otherwise the classifier is told which instruction to
-            judge, and this is how many there are.
+        num_instructions: 0 for one task; otherwise the number of instructions, of which the
+            classifier gets the one to judge.
     """
 
     width: int = 64
@@ -117,8 +117,8 @@ class RewardNet(nn.Module):
 class RewardEnsemble(nn.Module):
     """Several classifiers that judge together: the mean probability, and a veto.
 
-    What an optimised policy finds out about one classifier's errors rarely holds for another one,
-    so where they disagree the frame is no success.
+    A policy that learns to exploit one classifier's errors rarely fools another one as well, so a
+    frame on which they disagree is not a success.
 
     Args:
         members: classifiers that know the same number of instructions.
@@ -126,7 +126,7 @@ class RewardEnsemble(nn.Module):
             failure, (0, 1]; 0 = never.
 
     Raises:
-        ConfigError: the members do not fit together, or a veto without anybody to disagree.
+        ConfigError: the members do not fit together, or a veto with a single classifier.
 
     Source: after Coste et al. 2023, "Reward model ensembles help mitigate overoptimization"
     (arXiv:2310.02743); their penalty by variance is a veto here, because rewards are 0 or 1.
@@ -177,6 +177,6 @@ class RewardEnsemble(nn.Module):
 
 
 def _instructions(folder: Path) -> tuple[str, ...]:
-    """Instructions in a classifier's order; () if it is told none, or has no card to tell."""
+    """Instructions in a classifier's order; () if it takes none, or has no card."""
     path = folder / "card.json"
     return tuple(json.loads(path.read_text()).get("instructions", ())) if path.is_file() else ()

@@ -28,7 +28,7 @@ def format_success(success: Mapping[str, float]) -> str:
 class Estimate:
     """Time left, from the mean duration of the iterations done since this process started.
 
-    rich's own estimate forgets what is older than half a minute, less than one iteration here.
+    rich's own estimate covers the last half minute only, less than one iteration here.
     """
 
     def __init__(self, total: int, finished: int, clock: Callable[[], float] = time.monotonic):

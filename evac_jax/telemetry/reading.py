@@ -14,7 +14,7 @@ class ReadProgress:
     """Context manager that is called as (bytes read so far, bytes to read).
 
     Args:
-        what: is read, such as "policy weights".
+        what: the thing that is read, such as "policy weights".
         console: where to draw; the default is stderr.
     """
 

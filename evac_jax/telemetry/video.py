@@ -28,7 +28,7 @@ Frames = UInt8[np.ndarray, "T H W 3"]
 
 @dataclass(frozen=True)
 class Overlay:
-    """What is written above an episode's frames.
+    """The text that is drawn above an episode's frames.
 
     Attributes:
         instruction: the task in words.

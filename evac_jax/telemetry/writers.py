@@ -1,8 +1,8 @@
 """Where a run's figures go: JSON lines always, TensorBoard and Weights & Biases when asked.
 
-Only process 0 writes. Figures that are not finite are never passed on as numbers: JSON has no
-word for them, and viewers draw them as gaps without saying so. They become null in the JSON lines,
-with their names beside them, are left out elsewhere, and are counted as `log/non_finite`.
+Only process 0 writes. Figures that are not finite are never passed on as numbers, because JSON
+cannot represent them and viewers silently draw gaps. They become null in the JSON lines, with their
+names beside them, are left out elsewhere, and are counted as `log/non_finite`.
 """
 
 import json
@@ -25,7 +25,7 @@ NON_FINITE = "log/non_finite"
 
 
 class MetricWriter(Protocol):
-    """What the training loop knows of logging. Steps are finished iterations."""
+    """The interface of a writer as the training loop uses it. Steps are finished iterations."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record figures of iteration `step`; several calls for one step add up."""
