@@ -89,5 +89,5 @@ def env_devices(config: TrainConfig) -> tuple[str, ...]:
 
 
 def rollout_fsdp(rollout_devices: int, actor_fsdp: int) -> int:
-    """Return how many devices the policy's copy is cut over: as many as the actor's if it divides."""
+    """Return how many devices the policy's copy is cut over: as many as the actor if possible."""
     return math.gcd(rollout_devices, actor_fsdp)
