@@ -1,1 +1,1 @@
-"""Measurements, one command each; every one times a baseline beside ours."""
+"""Measurements, one command each; most compare with a baseline."""

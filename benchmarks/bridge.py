@@ -2,7 +2,7 @@
 
     python -m benchmarks.bridge [--out FILE]
 
-Request and answer with 64 x 256 x 256 x 3 bytes of frames (12.6 MB), four ways:
+Request and answer with 64 x 256 x 256 x 3 bytes of frames (12.6 MB), in four ways:
 
     zero copy   `SimulatorClient`: slots in shared memory, imported by DLPack
     owned       the same, plus one copy that the trainer keeps

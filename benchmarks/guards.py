@@ -7,8 +7,8 @@ bare and with each guard alone and with all of them; beside it the classifier as
     python -m benchmarks.guards --list    # what every variant changes; nothing is run
 
 Real success is measured in the ground truth, greedy, on scenes that nothing else uses, before and
-after the LAST iteration: no evaluation saves a run here. Finished runs are kept under --work and
-found again, so an interrupted benchmark goes on.
+after the LAST iteration, so no evaluation can pick a better one. Finished runs are kept under
+--work and found again, so an interrupted benchmark goes on.
 """
 
 import argparse

@@ -5,9 +5,9 @@ ground truth itself, the ceiling that a perfect world model would reach; PPO in 
 
     python -m benchmarks.learning --seeds 0 1 2
 
-When to stop is chosen on some scenes (the best of the evaluations during training, the start
-included), what is reported is measured on others. Finished runs are kept under --work and found
-again by their settings and by the hashes of their weights, so an interrupted benchmark goes on.
+The stopping point is chosen on some scenes (the best of the evaluations during training, start
+included); the reported figures are measured on others. Finished runs are kept under --work and
+found again by their settings and the hashes of their weights, so an interrupted benchmark goes on.
 """
 
 import argparse

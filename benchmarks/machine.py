@@ -1,4 +1,4 @@
-"""What every benchmark prints beside its figures: the machine, how fast it is, how busy, versions.
+"""Facts that every benchmark prints: the machine, its speed and load, versions.
 
 The calibration is the rate of torch's float32 product of two 2048 x 2048 matrices, by the number of
 threads: figures of two machines compare after division by it. On the idle 2-core machine of the

@@ -1,4 +1,4 @@
-"""How well `evac_jax.tools.memory` foretells an update: its estimate against the measured peak.
+"""How well `evac_jax.tools.memory` predicts an update: its estimate against the measured peak.
 
 A random policy of the real depths at reduced width is trained on a made-up batch, with all weights
 and with LoRA, in float32, each in a process of its own on one CPU device. Measured is the second
@@ -123,7 +123,7 @@ def _in_process(arguments: list[str]) -> dict:
 
 
 def main() -> None:
-    """Print a line per variant; the last line is the variant that is foretold worst."""
+    """Print a line per variant; the last line is the variant with the worst prediction."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=float, default=3e8, help="at least so many")
     parser.add_argument("--micro_batch", type=int, default=8)

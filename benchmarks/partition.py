@@ -1,10 +1,10 @@
-"""How XLA cuts the full-size update over devices: what the compiled program sends, against the law.
+"""How XLA distributes the full-size update: what the compiled program sends, against the formulae.
 
     python -m benchmarks.partition [--meshes 1x8 2x4] [--free] [--layers 32] [--out FILE]
 
 Nothing is allocated and nothing runs: the real update of the 7B policy is compiled for virtual CPU
-devices from shapes alone, and the collectives of the program are added up. Beside them stands what
-`cost_model.fsdp_bytes` says a cut by FSDP costs. --free compiles the same update without holding
+devices from shapes alone, and the collectives of the program are added up. They are compared with
+the bytes of FSDP by `cost_model.fsdp_bytes`. --free compiles the same update without holding
 activations to the batch's sharding (`policies/activations.py`). A CPU computes bfloat16 in float32,
 so everything is float32 here, and has no reduce-scatter: a sum over devices is an all-reduce. Half
 a minute of CPU time and about 2 GB per mesh.

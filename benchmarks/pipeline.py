@@ -3,9 +3,9 @@
     python -m benchmarks.pipeline [--envs 16] [--chunks 8] [--layers 20] [--turns 5] [--out FILE]
 
 The simulator is the miniature's world model with its shipped weights and one denoising step; the
-policy is wider than the miniature's and has random weights and as many layers as make its decisions
-about as dear as imagining (both are printed). The two
-stages take turns in one process, after a warm-up, and must collect the same episodes. `speedup` is
+policy is wider than the miniature's, with random weights and so many layers that deciding takes
+about as long as imagining (both are printed). Runs with one and with two stages take turns in one
+process, after a warm-up, and must collect the same episodes. `speedup` is
 that of collecting an iteration's episodes, the part of an iteration that stages can shorten: the
 median over the turns of the ratio of wall times.
 

@@ -1,4 +1,4 @@
-"""What bringing one's own policy costs in memory: import, train, export, import again.
+"""Memory that your own policy needs: import, train, export, import again.
 
 A random checkpoint with the 982 keys of the 7B one at reduced width, bfloat16 in three shards, goes
 through the same code as a real one: two GRPO updates on a made-up batch, with all weights and with

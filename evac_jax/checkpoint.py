@@ -22,8 +22,8 @@ from evac_jax.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 
-# Orbax tells every save in several lines at INFO, JAX every backend that it does not find; what
-# matters to a user is logged by train.py.
+# Orbax logs every save in several lines at INFO, and JAX logs every backend that it does not find.
+# What matters to a user is logged by the run itself.
 getLogger("jax").setLevel(WARNING)
 logging.get_absl_logger().addFilter(
     lambda record: record.levelno >= WARNING or "orbax" not in record.pathname
@@ -67,7 +67,7 @@ class Checkpoints:
         """Return `iteration`, or that of the newest checkpoint for -1.
 
         Raises:
-            CheckpointError: there is no such checkpoint; names those that there are.
+            CheckpointError: there is no such checkpoint; names the existing ones.
         """
         stored = sorted(self._manager.all_steps())
         if not stored or (iteration != -1 and iteration not in stored):

@@ -143,7 +143,7 @@ class Evaluators:
             simulators,
             starts,
             seed=self._config.seed,
-            watch=Stopwatch(),  # an evaluation's time is no part of an iteration's
+            watch=Stopwatch(),  # an evaluation's time does not count for an iteration
             films=films,
         )
 

@@ -1,12 +1,12 @@
 """Owns the policy on the trainer's devices: imports it, samples with it, updates it.
 
     learner = Learner(config, mesh, episode)
-    learner.begin_to_compile()                 # beside what follows
-    learner.meet(simulators.spec)              # once they run
+    learner.begin_to_compile()                 # in a thread
+    learner.meet(simulators.spec)              # once the simulators run
 
-Two jitted functions: `sample`, and the algorithm's update, whose state is donated. Where the
-devices that decide are not those that learn, or deciding goes on during an update, `sample` has a
-copy of the parameters of its own, made by `sync`. What goes in and comes out are this host's rows.
+There are two jitted functions: `sample`, and the algorithm's update, whose state is donated. If
+other devices decide than learn, or if sampling continues during an update, `sample` uses its own
+copy of the parameters, made by `sync`. Inputs and outputs are this host's rows.
 """
 
 import importlib
@@ -42,9 +42,9 @@ class Learner:
 
     Args:
         config: of the run.
-        mesh: where parameters and batches lie.
+        mesh: devices of parameters and batches.
         episode: what the policy sees and does.
-        rollout_mesh: where it is decided; None = on `mesh`.
+        rollout_mesh: mesh of the devices that sample; None = `mesh`.
 
     Attributes:
         state: `algos.types.TrainState`, the only thing that training changes.
@@ -85,7 +85,7 @@ class Learner:
         self.sync()
 
     def meet(self, env: EnvSpec) -> None:
-        """Get to know the simulators, before the first decision; instructions are tokenised once.
+        """Check the simulators' spec before the first decision, and tokenise the instructions once.
 
         Raises:
             ConfigError: policy and simulator do not fit together.
@@ -105,8 +105,8 @@ class Learner:
     def begin_to_compile(self) -> None:
         """Compile the update in a thread, while simulators start and imagine the first episodes.
 
-        Where jax finds it in the cache on disk, it is traced and loaded. What goes wrong is raised
-        by the first `start_update`, which waits for the thread.
+        If JAX finds the program in the cache on disk, it only traces and loads it. The first
+        `start_update` waits for the thread and raises its errors.
         """
 
         def shapes(tree):
@@ -115,7 +115,7 @@ class Learner:
         state, rest = shapes(self.state), shapes(self._rest)
         batch = jax.tree.map(lambda x: _shape(x, self._batch_sharding), self.batch_shapes)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        # A later call of the jitted function finds in JAX's own tables what this leaves there.
+        # A later call of the jitted function finds the result in JAX's own tables.
         thread = ThreadPoolExecutor(1, "compile")
         self._compiling = thread.submit(
             lambda: self._update.lower(state, rest, batch, key).compile()
@@ -123,7 +123,7 @@ class Learner:
         thread.shutdown(wait=False)
 
     def _initial_state(self, params, optimizer) -> TrainState:
-        """Build the state directly on its shards; nothing is ever whole on one device."""
+        """Build the state directly on its shards; no array is ever whole on one device."""
 
         def init(params):
             zero = jnp.zeros((), jnp.int32)
@@ -147,8 +147,8 @@ class Learner:
         policy = self._config.policy
         model = partial(nnx.merge, self._graphdef)
 
-        # `rest` is what does not train, under LoRA nearly everything: an argument, because what a
-        # jitted function closes over is copied into its program.
+        # `rest` does not train (under LoRA it is nearly everything). It is an argument because JAX
+        # copies what a jitted function closes over into its program.
         def sample(params, rest, obs, key, rows, temperature, greedy):
             with activations_at(sharding.batch_sharding(self._rollout_mesh)):
                 return model(params, rest).sample(
@@ -187,7 +187,7 @@ class Learner:
         rows = jnp.asarray(np.maximum(step.result.task, 0))
         return ObsBatch(
             images=jnp.array(step.frames, copy=True),
-            # Prompts lie where JAX puts them: they are few, and `sample` lays them over the mesh.
+            # Prompts stay where JAX puts them: they are small, and `sample` shards them.
             prompt_tokens=self._prompts[0][rows],
             prompt_mask=self._prompts[1][rows],
         )
@@ -197,7 +197,7 @@ class Learner:
     ) -> PolicyOutput:
         """Decide on a chunk for the environments `rows`, with the temperature of the purpose.
 
-        That is the training's, or the evaluation's (0 = greedy).
+        That is the temperature of training or of evaluation (0 = greedy).
         """
         policy, mesh = self._config.policy, self._rollout_mesh
         temperature = policy.eval_temperature if evaluation else policy.temperature
@@ -220,14 +220,14 @@ class Learner:
         return self.sample(obs, jax.random.key(0), np.arange(len(obs.images))).values
 
     def put(self, batch: RolloutBatch) -> RolloutBatch:
-        """Lay this host's rows of a batch over the mesh, cut along its first axis."""
+        """Shard this host's rows of a batch over the mesh along the first axis."""
         return sharding.to_global(self._mesh, sharding.lay(self._mesh, batch))
 
     def sync(self) -> None:
         """Decide with the newest parameters from now on.
 
-        On devices of its own the sampler gets a copy, moved there directly, and so it does where
-        it goes on during updates, which consume the parameters.
+        The sampler gets a copy if it has its own devices, or if it continues during updates:
+        an update consumes the parameters.
         """
         self._deciding = None
         if self._rollout_mesh != self._mesh:
@@ -245,9 +245,9 @@ class Learner:
         self.state = self.state.replace(opt_state=jax.device_put(self.state.opt_state, shardings))
 
     def start_update(self, batch: RolloutBatch, key: jax.Array) -> dict[str, WeightedMetric]:
-        """Begin to learn from one iteration's batch; return the metrics, not there yet.
+        """Begin to learn from one iteration's batch; return the metrics as they will be.
 
-        Until `sync` the sampler goes on with the parameters it has, if they are its own.
+        Until `sync` the sampler continues with its copy of the parameters, if it has one.
         """
         offload = self._config.cluster.offload
         if "optimizer" in offload:
@@ -261,7 +261,7 @@ class Learner:
         return metrics
 
     def finish_update(self, metrics: dict[str, WeightedMetric]) -> dict[str, float]:
-        """Wait for an update; return its metrics, fetched in one go, and let the sampler know."""
+        """Wait for an update, `sync` the sampler, and return the metrics (one transfer)."""
         figures = {name: float(m.mean()) for name, m in jax.device_get(metrics).items()}
         if "optimizer" in self._config.cluster.offload:
             self.park_optimizer()

@@ -1,11 +1,11 @@
-"""Dynamic sampling: groups that teach nothing make room for fresh ones.
+"""Dynamic sampling: groups without a learning signal are replaced by fresh ones.
 
-Where all members of a group succeed or all fail, their advantages are zero; others the reward
-filter drops. As a policy becomes good, or as long as it is bad, most groups are like that, and what
-is left is a small, noisy batch.
+If all members of a group succeed, or all fail, their advantages are zero. The reward filter drops
+further groups. With a very good or a very bad policy most groups are like that, and what is left is
+a small, noisy batch.
 
 Source: Yu et al. 2025, "DAPO" (arXiv:2503.14476), which samples until a batch is full; here the
-number of tries is bounded and a batch that is not full keeps groups that teach nothing.
+number of tries is bounded, and a batch that is not full keeps groups without a signal.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Collected = tuple[RolloutBatch, dict[str, float], Record]
 
 
 def informative(batch: RolloutBatch, algo: PolicyGradientConfig) -> np.ndarray:
-    """Return which groups teach something, bool [episodes / group_size].
+    """Return which groups have a learning signal, bool [episodes / group_size].
 
     Their members' returns differ, and `algo.filter_rewards`, if it is on, keeps them.
     """
@@ -39,8 +39,8 @@ def collect_informative(
     """Collect once, and up to `tries` times more until every group of a batch is informative.
 
     The batch keeps its size: informative groups in the order in which they came, then others.
-    Figures and record are those of the first collection, which alone is a fair sample of how the
-    policy does, with "rollout/refills" and "rollout/kept_groups" added.
+    Figures and record are those of the first collection, which alone is a fair sample of the
+    policy's success, with "rollout/refills" and "rollout/kept_groups" added.
 
     Args:
         collect: number of the try, 0 first, -> what was collected; always as many episodes.

@@ -27,7 +27,7 @@ from policies.types import ObsBatch, PolicyOutput
 
 @dataclasses.dataclass
 class Chunk:
-    """One decision for one part of the environments, and what came of it.
+    """One decision for one part of the environments, and its result.
 
     Attributes:
         part: pipeline stage; `Simulators.rows[part]` names the environments.
@@ -46,7 +46,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Played:
-    """What n episodes were, so that they can be played again elsewhere.
+    """Record of n episodes with which they can be played again elsewhere.
 
     Attributes:
         starts: start ids, int64 [n].
@@ -72,7 +72,7 @@ def play(
     """Yield the chunks of one episode in every environment, T = max_episode_steps / K per part.
 
     With several parts one of them imagines while the policy decides for another. Draws and noise
-    are named by environment and chunk, so the numbers are those of one part.
+    depend on environment and chunk only, so the numbers do not depend on the number of parts.
 
     Args:
         starts: int64 [B] initial states of this host's environments, `IDLE` where there is none
@@ -189,10 +189,10 @@ class Collector:
         return ahead or self._collect(iteration)
 
     def begin(self, iteration: int) -> None:
-        """Collect the episodes of `iteration` already now, if there is such an iteration to be.
+        """Collect the episodes of `iteration` early, if the run has such an iteration.
 
-        Called once the update of the iteration before it is under way: a checkpoint saved from here
-        on draws the starts of `iteration` again.
+        Call it once the update of the iteration before is under way. A run that is resumed from a
+        later checkpoint draws the starts of `iteration` again.
         """
         self._drawn = self._starts.state_dict()
         if self._config.train.max_staleness and iteration < self._config.train.iterations:

@@ -31,7 +31,7 @@ from evac_jax.twin import Twin
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Where a run leaves its files.
+    """Paths of a run's files.
 
     Attributes:
         config: of the run.
@@ -139,7 +139,7 @@ def _counts(outcome: Mapping[str, Evaluation]) -> dict[str, list[int]]:
 class Run:
     """A training run on disk: restores it, logs its iterations, saves it, and sums it up.
 
-    Making it creates the folder and restores what `checkpoint.restore` names. The order of
+    The constructor creates the folder and restores what `checkpoint.restore` names. The order of
     precedence is: 1. the newest checkpoint of that run, 2. the weights that the learner imported.
 
     Attributes:

@@ -88,8 +88,8 @@ def _is_due(done: int, interval: int) -> bool:
 def evaluate_only(config: TrainConfig) -> None:
     """Evaluate the imported policy, or a restored run's, and print the success rates.
 
-    What it finds goes to <log.dir>/<log.run or "eval">/evaluation.json; the run that is restored
-    stays as it is.
+    The result is written to <log.dir>/<log.run or "eval">/evaluation.json; a restored run is not
+    changed.
 
     Raises:
         CheckpointError: there is no such run, or it lacks the iteration `checkpoint.step`.

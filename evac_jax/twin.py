@@ -1,8 +1,8 @@
 """The twin: a sample of imagined episodes is played again, action by action, in the ground truth.
 
-Learning in imagination finds whatever the world model or the classifier gets wrong, and the
-imagined success then rises while the real one does not. Where there is a ground truth, the same
-start and the same actions tell the two apart, during the run. Called by the training loop only.
+Learning in imagination exploits errors of the world model and the classifier: imagined success then
+rises while real success does not. In a ground truth the same starts and actions show the difference
+during the run. Called by the training loop only.
 """
 
 import math
@@ -19,7 +19,7 @@ from evac_jax.rollout import Played, padded
 from evac_jax.simulators import Simulators
 
 Z_ONE_SIDED_95 = 1.6448536269514722  # one-sided 95 % quantile of the normal distribution
-REPLAY_SEED = 0  # the ground truth draws nothing once its start is named
+REPLAY_SEED = 0  # the ground truth is deterministic for a given start
 
 
 def replay(real: Simulators, starts: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ def replay(real: Simulators, starts: np.ndarray, actions: np.ndarray) -> np.ndar
 
 
 def excess(imagined: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """Return by how much imagined success exceeds the real one, and the least that it may be.
+    """Return the excess of imagined over real success, and its lower bound.
 
     The second is a one-sided 95 % lower bound for a difference of paired proportions: with b
     episodes that succeed in imagination only, c in truth only, of n,
@@ -88,8 +88,8 @@ class Twin:
         real: the ground truth; None only where `eval.twin_fraction` is 0.
 
     The alarm stands while the lower bound of `excess` over the last `eval.twin_window` replays
-    lies above `eval.twin_alarm`. It is tested anew every iteration, so over a long run a false
-    alarm is likelier than 5 %; a gap near `eval.twin_alarm` deserves a look, not a verdict.
+    lies above `eval.twin_alarm`. It is tested in every iteration, so over a long run a false
+    alarm is more likely than 5 %: look at a gap near `eval.twin_alarm` before you act on it.
     """
 
     def __init__(self, config: TrainConfig, real: Simulators | None):
@@ -99,14 +99,14 @@ class Twin:
 
     @property
     def must_stop(self) -> bool:
-        """Whether the alarm stands and the run is to end for it."""
+        """Whether the alarm stands and the configuration says to stop then."""
         return self.alarm and self._options.twin_action == "stop"
 
     def check(self, iteration: int, played: Played) -> dict[str, float]:
         """Replay a sample of an iteration's episodes; return its metrics (docs/metrics.md).
 
-        The sample depends on the seed and the iteration only. Nothing is returned where
-        `eval.twin_fraction` is 0, and no share of imagined successes where there is none.
+        The sample depends on the seed and the iteration only. Nothing is returned if
+        `eval.twin_fraction` is 0, and no share of false successes if no episode succeeded.
         """
         if not self._options.twin_fraction or not len(played.starts):
             return {}
