@@ -187,17 +187,15 @@ class Simulators:
 def world_model_specs(config: TrainConfig) -> list[dict]:
     """Return the worker specs of a host's imagining processes, one per process."""
     env, sim = config.env, config.simulator
-    starts = {"kind": env.initial_states}
-    if env.initial_states_path:
-        starts["folder"] = env.initial_states_path
     share, stages = config.envs_per_process, config.rollout.pipeline_stages
     settings = {
         "world_model": config.world_model.checkpoint,
         "reward": config.reward.checkpoint,
-        "reward_veto": config.reward.veto,
+        "veto": config.reward.veto,
         "pose_model": env.pose_model,
-        "initial_states": starts,
-        "keyframes": env.keyframe_data if env.keyframes else "",
+        "initial_states": env.initial_states,
+        "initial_states_path": env.initial_states_path,
+        "keyframe_data": env.keyframe_data if env.keyframes else "",
         "num_envs": share,
         "steps": config.world_model.steps,
         "eta": config.world_model.eta,
@@ -207,14 +205,14 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
         "skip_finished": not config.world_model.compile,
         "reference_compat": config.world_model.reference_compat,
         "max_episode_steps": env.max_episode_steps,
-        "reward_coef": config.reward.coefficient,
-        "use_rel_reward": config.reward.relative,
-        "success_threshold": config.reward.threshold,
+        "coefficient": config.reward.coefficient,
+        "relative": config.reward.relative,
+        "threshold": config.reward.threshold,
         "success_frames": config.reward.success_frames,
         "judged_frames": config.reward.judged_frames,
         "auto_reset": config.algo.auto_reset,
         "ignore_terminations": config.algo.ignore_terminations,
-        "gripper_rule": env.gripper,
+        "gripper": env.gripper,
         "clip_envs": min(config.video.episodes, share // stages) if config.video.save else 0,
         "dtype": sim.dtype,
     }
@@ -255,15 +253,15 @@ def _ground_truth_spec(config: TrainConfig, num_envs: int, **settings) -> dict:
     name = config.eval.ground_truth
     settings |= {
         "num_envs": num_envs,
-        "reward_coef": config.reward.coefficient,
-        "use_rel_reward": config.reward.relative,
-        "gripper_rule": config.env.gripper,
+        "coefficient": config.reward.coefficient,
+        "relative": config.reward.relative,
+        "gripper": config.env.gripper,
     }
     if name == "libero":  # the benchmark says how long its episodes are
         settings["libero"] = dataclasses.asdict(config.libero)
         settings["clip_envs"] = min(config.video.episodes, num_envs) if config.video.save else 0
     else:
-        settings["keyframes"] = config.env.keyframe_data if config.env.keyframes else ""
+        settings["keyframe_data"] = config.env.keyframe_data if config.env.keyframes else ""
         settings["max_episode_steps"] = config.env.max_episode_steps
     environment = GROUND_TRUTHS[name]
     return {"environment": environment, "config": settings, "device": "cpu", "threads": 1}

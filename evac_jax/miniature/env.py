@@ -35,14 +35,14 @@ class GroundTruthConfig:
         image_size: height and width, pixels.
         max_episode_steps: actions of an episode; checked at the end of each chunk.
         chunk: actions per decision, K.
-        reward_coef, use_rel_reward, ignore_terminations: see `EpisodeRules`.
+        coefficient, relative, ignore_terminations: see `EpisodeRules`.
         auto_reset: restart an environment as soon as its episode is over, from the next start of
             a seeded cycle over the starts handed to `reset`.
-        gripper_rule: how the policy's gripper entry becomes the scene's, a key of
+        gripper: how the policy's gripper entry becomes the scene's, a key of
             `GRIPPER_RULES`. "libero": the policy says 0 = close .. 1 = open (0.5 = neither), as
             OpenVLA's data do, and the scene gets +1 = close, -1 = open.
         clip_envs: environments (the first ones) that send whole chunks of frames, for videos.
-        keyframes: folder of a recording of this tabletop whose episodes may be begun in their
+        keyframe_data: folder of a recording of this tabletop whose episodes may be begun in their
             middle; their scenes are reached by the recorded actions. "" = none.
         start_seed_base: added to a start id to get the seed of its scene.
         num_starts: starts to choose from; a large number costs nothing.
@@ -53,13 +53,13 @@ class GroundTruthConfig:
     image_size: int = 64
     max_episode_steps: int = 32
     chunk: int = 8
-    reward_coef: float = 1.0
-    use_rel_reward: bool = True
+    coefficient: float = 1.0
+    relative: bool = True
     auto_reset: bool = False
     ignore_terminations: bool = False
-    gripper_rule: str = "libero"
+    gripper: str = "libero"
     clip_envs: int = 0
-    keyframes: str = ""
+    keyframe_data: str = ""
     start_seed_base: int = 0
     num_starts: int = 3_000_000
     device: str = "cpu"
@@ -75,9 +75,9 @@ class GroundTruthConfig:
         ]  # fmt: skip
         if self.clip_envs > self.num_envs:
             problems.append(f"clip_envs: at most num_envs={self.num_envs}, got {self.clip_envs}")
-        if self.gripper_rule not in GRIPPER_RULES:
+        if self.gripper not in GRIPPER_RULES:
             problems.append(
-                f"gripper_rule: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper_rule!r}"
+                f"gripper: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper!r}"
             )
         if problems:
             raise ConfigError("miniature environment:\n" + "\n".join(problems))
@@ -109,10 +109,10 @@ class GroundTruthEnv:
 
     def __init__(self, config: GroundTruthConfig, table: Tabletop = TABLETOP):
         self._config, self._table = config, table
-        self._keyframes = Keyframes(config.keyframes) if config.keyframes else None
+        self._keyframes = Keyframes(config.keyframe_data) if config.keyframe_data else None
         if self._keyframes and (self._keyframes.data.start < 0).any():
             raise ConfigError(
-                f"env.keyframe_data: {config.keyframes} has episodes without a start id, which the "
+                f"keyframe_data: {config.keyframe_data} has episodes without a start id, which the "
                 "ground truth cannot repeat; use a recording made by --mode=collect"
             )
         self.spec = EnvSpec(
@@ -130,8 +130,8 @@ class GroundTruthEnv:
             config.num_envs,
             EpisodeRules(
                 max_episode_steps=config.max_episode_steps,
-                reward_coef=config.reward_coef,
-                use_rel_reward=config.use_rel_reward,
+                coefficient=config.coefficient,
+                relative=config.relative,
                 ignore_terminations=config.ignore_terminations,
             ),
         )
@@ -187,7 +187,7 @@ class GroundTruthEnv:
             raise DataError(f"expected actions {expected} after a reset, got {got}")
         seconds = {"simulate": 0.0, "render": 0.0}
         moves = torch.tensor(np.asarray(actions), dtype=torch.float32)
-        moves = apply_gripper_rule(moves, config.gripper_rule).numpy()
+        moves = apply_gripper_rule(moves, config.gripper).numpy()
         running = self._episodes.running.numpy()
         filmed = np.flatnonzero(running[: len(clip)])
         film = np.repeat(self._pictures[: len(clip), None], config.chunk, axis=1)

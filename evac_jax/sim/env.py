@@ -219,7 +219,7 @@ class WorldModelEnv:
         rows = self._rows_to_imagine()
         with self._timed("poses"):
             moves = torch.as_tensor(actions, dtype=torch.float32).to(self._device)
-            moves = apply_gripper_rule(moves, self._config.gripper_rule)
+            moves = apply_gripper_rule(moves, self._config.gripper)
             poses = integrate_poses(self._advance, moves, self.window.before_next)
             self.window.push(poses, self._mask(rows))
         probabilities = torch.zeros(len(moves), self._chunk, device=self._device)
@@ -398,15 +398,15 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
         DataError: if the initial states cannot be read.
     """
     settings = WorldModelEnvConfig.from_dict(config)
-    source = source or make_initial_states(settings.initial_states)
-    if settings.keyframes:
-        source = WithKeyframes(source, open_keyframes(settings.keyframes))
+    source = source or make_initial_states(settings.initial_states, settings.initial_states_path)
+    if settings.keyframe_data:
+        source = WithKeyframes(source, open_keyframes(settings.keyframe_data))
     device = settings.device
     dtype = getattr(torch, settings.dtype)
     world_model = load_model(settings.world_model, kind="EvacModel", device=device, dtype=dtype)
     return WorldModelEnv(
         accelerate(world_model, settings.compile),
-        RewardEnsemble.load(settings.reward, settings.reward_veto, device),
+        RewardEnsemble.load(settings.reward, settings.veto, device),
         load_model(settings.pose_model, kind="PoseModel", device=device),
         source,
         settings,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from evac_jax.errors import ConfigError
@@ -17,20 +17,24 @@ DTYPES = ("float32", "bfloat16", "float16")
 class WorldModelEnvConfig:
     """All settings of `WorldModelEnv`.
 
+    They have the names of the configuration's fields; only what is called `checkpoint` there is
+    called after its section here.
+
     Attributes:
         world_model: folder of an EVAC world model (weights and config.json).
         reward: folder of a success classifier, or of several, joined by commas.
-        reward_veto: see `RewardEnsemble`; 0 = none.
+        veto: see `RewardEnsemble`; 0 = none.
         pose_model: folder of an action predictor.
-        initial_states: source of start frames, {"kind": one of INITIAL_STATES, its arguments}.
-        keyframes: folder of a recording whose episodes may be begun in their middle; "" = none.
+        initial_states: source of start frames, a key of `INITIAL_STATES`.
+        initial_states_path: folder that it reads; "" = it reads none.
+        keyframe_data: folder of a recording whose episodes may be begun in their middle; "" = none.
         num_envs: environments imagined as one batch, B.
         steps: denoising steps of one chunk.
         eta: noise of the steps, 0 (deterministic given the start noise) to 1.
         solver: solver of the denoising steps, see `evac.sampler.solve`.
         compile: see `evac.cpu.packed.accelerate`.
         max_episode_steps: actions of an episode; a multiple of the chunk makes the limit exact.
-        reward_coef, use_rel_reward, success_threshold, success_frames, ignore_terminations:
+        coefficient, relative, threshold, success_frames, ignore_terminations:
             see `EpisodeRules`.
         judged_frames: last frames of every chunk that are decoded and judged, 0 = all. Success that
             persists is visible in the last ones too. The others then cost nothing and count as
@@ -41,7 +45,7 @@ class WorldModelEnvConfig:
             noise of every environment is drawn first, so the others see the same numbers.
         max_batch: environments imagined in one call of the world model, 0 = all; bounds memory
             and changes no result.
-        gripper_rule: what to do with the policy's gripper entry, a key of `GRIPPER_RULES`.
+        gripper: what to do with the policy's gripper entry, a key of `GRIPPER_RULES`.
         camera: None for the one that the initial states know; "libero" for the reference's;
             or {"intrinsic": [V 3 3], "c2w": [V 4 4]}, V may be left out for one view.
         clip_envs: environments (the first ones) that send whole chunks of frames, for videos.
@@ -57,26 +61,27 @@ class WorldModelEnvConfig:
 
     world_model: str = ""
     reward: str = ""
-    reward_veto: float = 0.0
+    veto: float = 0.0
     pose_model: str = ""
-    initial_states: dict = field(default_factory=dict)
-    keyframes: str = ""
+    initial_states: str = ""
+    initial_states_path: str = ""
+    keyframe_data: str = ""
     num_envs: int = 1
     steps: int = 50
     eta: float = 1.0
     solver: str = "ddim"
     compile: bool = False
     max_episode_steps: int = 256
-    reward_coef: float = 5.0
-    use_rel_reward: bool = True
-    success_threshold: float = 0.5
+    coefficient: float = 5.0
+    relative: bool = True
+    threshold: float = 0.5
     success_frames: int = 1
     judged_frames: int = 0
     auto_reset: bool = False
     ignore_terminations: bool = False
     skip_finished: bool = True
     max_batch: int = 0
-    gripper_rule: str = "libero"
+    gripper: str = "libero"
     camera: str | dict | None = None
     clip_envs: int = 0
     device: str = "cpu"
@@ -106,13 +111,13 @@ class WorldModelEnvConfig:
                 f"judged_frames: {self.judged_frames} frames can never show success_frames = "
                 f"{self.success_frames} in a row"
             )
-        if not 0 <= self.reward_veto <= 1:
-            problems.append(f"reward_veto: expected 0..1, got {self.reward_veto}")
+        if not 0 <= self.veto <= 1:
+            problems.append(f"veto: expected 0..1, got {self.veto}")
         if self.max_batch < 0:
             problems.append(f"max_batch: expected 0 (all) or more, got {self.max_batch}")
-        if self.gripper_rule not in GRIPPER_RULES:
+        if self.gripper not in GRIPPER_RULES:
             problems.append(
-                f"gripper_rule: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper_rule!r}"
+                f"gripper: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper!r}"
             )
         if self.dtype not in DTYPES:
             problems.append(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
@@ -150,11 +155,8 @@ class WorldModelEnvConfig:
         config = cls(**values)
         needed = {name: getattr(config, name) for name in ("world_model", "pose_model")}
         needed |= {"reward" + f"[{i}]" * (i > 0): f for i, f in enumerate(config.reward.split(","))}
-        needed |= {"keyframes": config.keyframes} if config.keyframes else {}
-        starts = config.initial_states
-        needed |= {
-            f"initial_states.{name}": starts[name] for name in ("folder", "file") if name in starts
-        }
+        for name in ("initial_states_path", "keyframe_data"):
+            needed |= {name: path} if (path := getattr(config, name)) else {}
         missing = [
             f"{name}: {value!r} does not exist" if value else f"{name}: not set"
             for name, value in needed.items()

@@ -17,10 +17,10 @@ class EpisodeRules:
 
     Attributes:
         max_episode_steps: actions after which an episode is truncated; checked at chunk ends.
-        reward_coef: scale of the reward, in both reward modes.
-        use_rel_reward: reward the change of the success score instead of the score itself, so
-            an episode's return is at most `reward_coef` and its first success earns all of it.
-        success_threshold: classifier probability in (0, 1] from which a frame counts as success.
+        coefficient: scale of the reward, in both reward modes.
+        relative: reward the change of the success score instead of the score itself, so
+            an episode's return is at most `coefficient` and its first success earns all of it.
+        threshold: classifier probability in (0, 1] from which a frame counts as success.
         success_frames: consecutive such frames that make a success, across chunk borders.
         ignore_terminations: record success but let only the time limit end an episode.
         reference_compat: the reference's rules: score = probability rounded (0.5 to 0), not
@@ -30,9 +30,9 @@ class EpisodeRules:
     """
 
     max_episode_steps: int = 256
-    reward_coef: float = 5.0
-    use_rel_reward: bool = True
-    success_threshold: float = 0.5
+    coefficient: float = 5.0
+    relative: bool = True
+    threshold: float = 0.5
     success_frames: int = 1
     ignore_terminations: bool = False
     reference_compat: bool = False
@@ -41,10 +41,8 @@ class EpisodeRules:
         problems = []
         if self.max_episode_steps < 1:
             problems.append(f"max_episode_steps: expected at least 1, got {self.max_episode_steps}")
-        if not 0 < self.success_threshold <= 1:
-            problems.append(
-                f"success_threshold: expected a probability in (0, 1], got {self.success_threshold}"
-            )
+        if not 0 < self.threshold <= 1:
+            problems.append(f"threshold: expected a probability in (0, 1], got {self.threshold}")
         if self.success_frames < 1:
             problems.append(f"success_frames: expected at least 1, got {self.success_frames}")
         if problems:
@@ -110,12 +108,12 @@ class Episodes:
     def _corrected(self, probabilities: Tensor) -> ChunkOutcome:
         rules, running = self._rules, self.running
         latched, frames = self.success, []
-        for hit in (probabilities >= rules.success_threshold).unbind(1):
+        for hit in (probabilities >= rules.threshold).unbind(1):
             self._streak = torch.where(running, torch.where(hit, self._streak + 1, 0), self._streak)
             latched = latched | (running & (self._streak >= rules.success_frames))
             frames.append(latched)
         score = torch.stack(frames, 1).float()  # [B K]
-        rewards = self._rewards(score, rules.reward_coef) * running[:, None]
+        rewards = self._rewards(score, rules.coefficient) * running[:, None]
         self.steps = self.steps + probabilities.shape[1] * running
         self.returns = self.returns + rewards.sum(1)
         self.success = latched
@@ -128,7 +126,7 @@ class Episodes:
     def _reference(self, probabilities: Tensor) -> ChunkOutcome:
         rules, running = self._rules, self.running
         score = torch.round(probabilities) * running[:, None]
-        coef = rules.reward_coef if rules.use_rel_reward else 1.0
+        coef = rules.coefficient if rules.relative else 1.0
         rewards = self._rewards(score, coef)
         self.steps = self.steps + probabilities.shape[1] * running
         self.returns = self.returns + rewards.sum(1)
@@ -140,7 +138,7 @@ class Episodes:
     def _rewards(self, score: Tensor, coef: float) -> Tensor:
         scaled, before = coef * score, coef * self._score[:, None]
         self._score = score[:, -1]
-        if not self._rules.use_rel_reward:
+        if not self._rules.relative:
             return scaled
         return scaled - torch.cat((before, scaled[:, :-1]), 1)
 

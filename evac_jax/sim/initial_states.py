@@ -70,25 +70,25 @@ class InitialStates(Protocol):
         ...
 
 
-def make_initial_states(config: dict) -> InitialStates:
-    """Build the source `config["kind"]`; the other entries are its arguments.
+def make_initial_states(kind: str, path: str = "") -> InitialStates:
+    """Build a source.
+
+    Args:
+        kind: a key of `INITIAL_STATES`.
+        path: folder that the source reads; "" = it reads none.
 
     Raises:
-        ConfigError: for an unknown kind or argument.
+        ConfigError: for an unknown kind, a folder that is missing, or one that is of no use.
     """
-    arguments = dict(config)
-    kind = arguments.pop("kind", None)
     if kind not in INITIAL_STATES:
-        raise ConfigError(
-            f"initial_states.kind: expected one of {sorted(INITIAL_STATES)}, got {kind!r}"
-        )
+        raise ConfigError(f"initial_states: expected one of {sorted(INITIAL_STATES)}, got {kind!r}")
     module, name = INITIAL_STATES[kind].split(":")
     source = getattr(importlib.import_module(module), name)
-    try:
-        inspect.signature(source).bind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"initial_states of kind {kind!r}: {error}") from error
-    return source(**arguments)
+    reads = "folder" in inspect.signature(source).parameters
+    if reads != bool(path):
+        expected = "the folder to read" if reads else "none"
+        raise ConfigError(f"initial_states_path: {kind!r} expected {expected}, got {path!r}")
+    return source(path) if reads else source()
 
 
 class _StoredStarts:

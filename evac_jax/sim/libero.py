@@ -33,10 +33,10 @@ class LiberoEnvConfig:
         libero: the suite, its files and its rendering.
         num_envs: environments stepped as one batch, B; each is a process of some 1.4 GB.
         chunk: actions per decision, K.
-        reward_coef, use_rel_reward, ignore_terminations: see `EpisodeRules`.
+        coefficient, relative, ignore_terminations: see `EpisodeRules`.
         auto_reset: restart an environment as soon as its episode is over, from the next start of
             a seeded cycle over the starts handed to `reset`.
-        gripper_rule: how the policy's gripper entry becomes LIBERO's (+1 closes, -1 opens).
+        gripper: how the policy's gripper entry becomes LIBERO's (+1 closes, -1 opens).
         clip_envs: environments (the first ones) that send whole chunks of frames, for videos.
         device: accepted for the sake of the worker.
     """
@@ -44,11 +44,11 @@ class LiberoEnvConfig:
     libero: LiberoConfig = field(default_factory=LiberoConfig)
     num_envs: int = 1
     chunk: int = 8
-    reward_coef: float = 1.0
-    use_rel_reward: bool = True
+    coefficient: float = 1.0
+    relative: bool = True
     auto_reset: bool = False
     ignore_terminations: bool = False
-    gripper_rule: str = "libero"
+    gripper: str = "libero"
     clip_envs: int = 0
     device: str = "cpu"
 
@@ -60,9 +60,9 @@ class LiberoEnvConfig:
         ]
         if self.clip_envs > self.num_envs:
             problems.append(f"clip_envs: at most num_envs={self.num_envs}, got {self.clip_envs}")
-        if self.gripper_rule not in GRIPPER_RULES:
+        if self.gripper not in GRIPPER_RULES:
             problems.append(
-                f"gripper_rule: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper_rule!r}"
+                f"gripper: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper!r}"
             )
         if problems:
             raise ConfigError("LIBERO environment:\n" + "\n".join(problems))
@@ -81,13 +81,13 @@ def make(spec: dict) -> "LiberoEnv":
     return LiberoEnv(LiberoEnvConfig(**(spec | {"libero": libero})))
 
 
-def to_libero(actions: np.ndarray, gripper_rule: str) -> np.ndarray:
+def to_libero(actions: np.ndarray, gripper: str) -> np.ndarray:
     """Return a policy's actions [.. 7] as LIBERO takes them: deltas in [-1, 1], gripper +1 closes.
 
     LIBERO's controller clips in the same way; clipping here makes recordings show what it executes.
     """
     moves = torch.tensor(np.asarray(actions), dtype=torch.float32)
-    return apply_gripper_rule(moves, gripper_rule).numpy().clip(-1, 1)
+    return apply_gripper_rule(moves, gripper).numpy().clip(-1, 1)
 
 
 class LiberoEnv:
@@ -116,8 +116,8 @@ class LiberoEnv:
         )
         rules = EpisodeRules(
             max_episode_steps=self.spec.max_episode_steps,
-            reward_coef=config.reward_coef,
-            use_rel_reward=config.use_rel_reward,
+            coefficient=config.coefficient,
+            relative=config.relative,
             ignore_terminations=config.ignore_terminations,
         )
         self._episodes = Episodes(config.num_envs, rules)
@@ -170,7 +170,7 @@ class LiberoEnv:
         if actions.shape != expected or not self._started:
             got = actions.shape if self._started else "no reset yet"
             raise DataError(f"expected actions {expected} after a reset, got {got}")
-        moves = to_libero(actions, config.gripper_rule)
+        moves = to_libero(actions, config.gripper)
         running = np.flatnonzero(self._episodes.running.numpy())
         left = (self._limit - self._episodes.steps.numpy()).clip(max=config.chunk)
         played = self._pool.play(

@@ -51,9 +51,9 @@ CPU_BATCH = 8  # of which the networks see so many at once: more do not fit into
 FIELDS = {
     "world_model": "world_model",
     "reward": "reward",
-    "veto": "reward_veto",
+    "veto": "veto",
     "pose_model": "pose_model",
-    "threshold": "success_threshold",
+    "threshold": "threshold",
     "success_frames": "success_frames",
     "judged_frames": "judged_frames",
     "steps": "steps",
@@ -164,7 +164,7 @@ def validate(
     env.close()
     figures = summarise(records, data.sources, chunk)
     figures["notes"] = [] if tabletop else [OBJECTS_SKIPPED]
-    names = ("steps", "eta", "success_threshold", "success_frames", "judged_frames", "dtype")
+    names = ("steps", "eta", "threshold", "success_frames", "judged_frames", "dtype")
     used = {name: settings[name] for name in names if name in settings}
     figures["settings"] = {"chunk": chunk, **used, "seed": seed}
     return figures, films

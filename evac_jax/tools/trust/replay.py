@@ -44,11 +44,12 @@ def make_environment(
     for the failed episodes alone.
     """
     own = {
-        "initial_states": {},
+        "initial_states": "",
+        "initial_states_path": "",
         "num_envs": batch,
         "clip_envs": pictures,
         "max_episode_steps": steps,
-        "gripper_rule": "none",
+        "gripper": "none",
         "ignore_terminations": True,
         "auto_reset": False,
     }

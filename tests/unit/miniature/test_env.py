@@ -32,7 +32,7 @@ def test_reset_shows_the_scene_of_the_start_id():
 
 
 def test_expert_earns_the_coefficient_once_and_terminates():
-    env, frames, clip = build(reward_coef=5.0)
+    env, frames, clip = build(coefficient=5.0)
     starts = np.arange(4)
     chunks, states = expert_chunks(starts)
     env.reset(starts, 0, frames, clip)

@@ -92,7 +92,7 @@ class Driver:
     """An environment with its slots; actions are given as x per environment and action."""
 
     def __init__(self, **settings):
-        settings = {"num_envs": 3, "max_episode_steps": 8, "gripper_rule": "none", **settings}
+        settings = {"num_envs": 3, "max_episode_steps": 8, "gripper": "none", **settings}
         self.model = FakeWorldModel()
         config = WorldModelEnvConfig(**settings)
         self.env = WorldModelEnv(self.model, FakeReward(), FakePose(), FakeStarts(), config)

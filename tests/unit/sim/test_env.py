@@ -52,7 +52,7 @@ def test_pose_advances_and_is_observed():
 
 
 def test_episodes_end_one_by_one_and_then_rest():
-    driver = Driver(reward_coef=4.0)
+    driver = Driver(coefficient=4.0)
     driver.reset(0, 1, 2)
     first = driver.step(0.25, 0, 0.125)
     assert first.terminated.tolist() == [True, False, False]
@@ -85,7 +85,7 @@ def test_time_limit_truncates():
 
 
 def test_success_is_recorded_but_does_not_end_the_episode_when_terminations_are_ignored():
-    driver = Driver(ignore_terminations=True, reward_coef=1.0)
+    driver = Driver(ignore_terminations=True, coefficient=1.0)
     driver.reset(0, 1, 2)
     driver.step(1, 0, 0)
     result = driver.step(-1, 0, 0)
@@ -96,7 +96,7 @@ def test_success_is_recorded_but_does_not_end_the_episode_when_terminations_are_
 
 
 def test_only_finished_environments_restart_when_auto_reset():
-    driver = Driver(auto_reset=True, reward_coef=1.0)
+    driver = Driver(auto_reset=True, coefficient=1.0)
     driver.reset(2, 2, 2)
     before = driver.step(0.125, 0.125, 0.125)
     result = driver.step(1, 0, 0)
@@ -129,7 +129,7 @@ def test_restarts_follow_a_seeded_cycle_over_the_ids_of_the_reset():
 
 def play(reset_seed=0, **settings):
     """Green channel (noise), rewards and flags of a run in which episodes end at odd times."""
-    driver = Driver(num_envs=4, max_episode_steps=6, reward_coef=1.0, **settings)
+    driver = Driver(num_envs=4, max_episode_steps=6, coefficient=1.0, **settings)
     driver.reset(1, 2, 3, 4, seed=reset_seed)
     noise, outcome = [], []
     for _ in range(3):
@@ -180,7 +180,7 @@ def test_clips_hold_the_whole_chunk_of_the_first_environments():
 
 
 def test_only_the_last_frames_are_judged_when_asked_for():
-    driver = Driver(judged_frames=1, clip_envs=2, reward_coef=1.0)
+    driver = Driver(judged_frames=1, clip_envs=2, coefficient=1.0)
     driver.reset(0, 0, 0)
     result = driver.step([1, -0.5], [0.5, 0], 0)
     assert result.success.tolist() == [True, True, False]
@@ -242,7 +242,11 @@ def test_unknown_settings_are_refused_with_the_nearest_name():
 def test_all_missing_files_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         make(
-            {"world_model": "/nowhere/a", "initial_states": {"kind": "npy", "folder": "/nowhere/b"}}
+            {
+                "world_model": "/nowhere/a",
+                "initial_states": "npy",
+                "initial_states_path": "/nowhere/b",
+            }
         )
     for name in ("/nowhere/a", "reward: not set", "pose_model: not set", "/nowhere/b"):
         assert name in str(caught.value)
@@ -250,6 +254,6 @@ def test_all_missing_files_are_named_at_once():
 
 def test_impossible_settings_are_reported_together():
     with pytest.raises(ConfigError) as caught:
-        Driver(num_envs=0, eta=2.0, gripper_rule="open", success_frames=0)
-    for name in ("num_envs", "eta", "gripper_rule", "success_frames"):
+        Driver(num_envs=0, eta=2.0, gripper="open", success_frames=0)
+    for name in ("num_envs", "eta", "gripper", "success_frames"):
         assert name in str(caught.value)

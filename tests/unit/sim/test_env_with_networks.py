@@ -15,6 +15,7 @@ from evac_jax.evac.config import (
     UNetConfig,
 )
 from evac_jax.evac.model import EvacModel
+from evac_jax.miniature.starts import MiniatureStarts
 from evac_jax.sim.env import make
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.sim.reward import RewardConfig, RewardNet
@@ -63,18 +64,17 @@ def folders(tmp_path_factory):
 
 def play(folders, **settings):
     """Frames [4 B ..], rewards, seconds, clips of three chunks; environment 1 ends after one."""
-    starts = {"kind": "miniature", "image_size": 32, "num_starts": 9}
     env = make(
         {
             **folders,
-            "initial_states": starts,
             "num_envs": 3,
             "steps": 2,
             "eta": 1.0,
             "max_episode_steps": 6,
-            "success_threshold": 1.0,
+            "threshold": 1.0,
             **settings,
-        }
+        },
+        MiniatureStarts(num_starts=9, image_size=32),
     )
     frames = torch.zeros(3, *env.spec.image_shape, dtype=torch.uint8)
     clip = torch.zeros(env.spec.clip_envs, env.spec.action.chunk, *env.spec.image_shape).byte()

@@ -6,7 +6,7 @@ import torch
 from evac_jax.errors import ConfigError
 from evac_jax.sim.episodes import EpisodeRules, Episodes
 
-RULES = EpisodeRules(max_episode_steps=6, reward_coef=5.0)
+RULES = EpisodeRules(max_episode_steps=6, coefficient=5.0)
 
 
 def play(rules, *chunks):
@@ -40,7 +40,7 @@ def test_relative_rewards_add_up_to_the_scaled_score():
 
 
 def test_plain_rewards_carry_the_coefficient():
-    (outcome,), _ = play(dataclasses.replace(RULES, use_rel_reward=False), [[0.0, 0.9, 0.0]])
+    (outcome,), _ = play(dataclasses.replace(RULES, relative=False), [[0.0, 0.9, 0.0]])
     assert outcome.rewards.tolist() == [[0.0, 5.0, 5.0]]
 
 
@@ -76,7 +76,7 @@ def test_only_time_ends_an_episode_when_terminations_are_ignored():
 
 
 def test_nothing_is_earned_after_the_end():
-    rules = dataclasses.replace(RULES, use_rel_reward=False)
+    rules = dataclasses.replace(RULES, relative=False)
     (_, second), episodes = play(rules, [[0.9, 0.9]], [[float("nan"), 0.9]])
     assert second.rewards.tolist() == [[0.0, 0.0]]
     assert episodes.figures()["return"].tolist() == [10.0]
@@ -113,14 +113,14 @@ def test_reference_rules_take_rewards_back_and_truncate_everyone():
 
 
 def test_reference_rules_forget_the_coefficient_without_relative_rewards():
-    rules = dataclasses.replace(RULES, use_rel_reward=False, reference_compat=True)
+    rules = dataclasses.replace(RULES, relative=False, reference_compat=True)
     (outcome,), _ = play(rules, [[0.9, 0.1]])
     assert outcome.rewards.tolist() == [[1.0, 0.0]]
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_episode_steps", 0), ("success_threshold", 0.0), ("success_frames", 0)],
+    [("max_episode_steps", 0), ("threshold", 0.0), ("success_frames", 0)],
 )
 def test_impossible_rules_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):

@@ -7,6 +7,7 @@ import pytest
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files.restricted_npy import load_objects
+from evac_jax.miniature.starts import MiniatureStarts
 from evac_jax.sim.initial_states import (
     NpyKeyframes,
     NpyStarts,
@@ -47,7 +48,7 @@ def test_starts_are_loaded_by_id_in_name_order(tmp_path):
     write(tmp_path / "b.npy", frame(2, text=b"close it"), frame(9))
     write(tmp_path / "a.npy", frame(1), frame(9))
     write(tmp_path / "c.npy", frame(3, text=np.bytes_(b"close it ")))
-    source = make_initial_states({"kind": "npy", "folder": str(tmp_path)})
+    source = make_initial_states("npy", str(tmp_path))
     assert source.num_starts == 3
     assert source.instructions == ("open the drawer", "close it")
     starts = source.load(np.array([2, 0, 2]))
@@ -166,7 +167,7 @@ def test_packed_folder_gives_back_what_was_packed(tmp_path):
     write(tmp_path / "b.npy", frame(2, text="close it"))
     source, folder = NpyStarts(str(tmp_path)), tmp_path / "packed"
     pack_starts(source, np.array([1, 0]), folder)
-    copy = make_initial_states({"kind": "npy", "folder": str(folder)})
+    copy = make_initial_states("npy", str(folder))
     ours, theirs = copy.load(np.array([0, 1])), source.load(np.array([1, 0]))
     np.testing.assert_array_equal(ours.images, theirs.images)
     np.testing.assert_array_equal(ours.poses, theirs.poses)
@@ -193,7 +194,7 @@ def test_damaged_packed_folder_is_explained(tmp_path):
 
 
 def test_miniature_starts_are_named_by_their_seed():
-    source = make_initial_states({"kind": "miniature", "num_starts": 50, "image_size": 32})
+    source = MiniatureStarts(num_starts=50, image_size=32)
     starts = source.load(np.array([7, 3, 7]))
     assert starts.images.shape == (3, 1, 32, 32, 3)
     assert starts.poses.shape == (3, 8)
@@ -207,10 +208,18 @@ def test_miniature_starts_are_named_by_their_seed():
         source.load(np.array([50]))
 
 
-@pytest.mark.parametrize("config", [{"kind": "npz"}, {}, {"kind": "npy", "dir": "x"}])
-def test_unknown_kinds_and_arguments_are_refused(config):
-    with pytest.raises(ConfigError, match="initial_states"):
-        make_initial_states(config)
+@pytest.mark.parametrize(
+    ("kind", "path", "told"),
+    [
+        ("npz", "x", "initial_states: expected one of"),
+        ("", "", "initial_states: expected one of"),
+        ("npy", "", "initial_states_path: 'npy' expected the folder"),
+        ("miniature", "x", "initial_states_path: 'miniature' expected none"),
+    ],
+)
+def test_unknown_kinds_and_folders_that_do_not_fit_are_refused(kind, path, told):
+    with pytest.raises(ConfigError, match=told):
+        make_initial_states(kind, path)
 
 
 def test_cycle_visits_every_start_each_round_in_a_seeded_order():

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 def test_starts_of_a_recording_are_the_first_frames_of_its_training_part(folder):
     training = recordings.load(folder).split()[0]
-    source = make_initial_states({"kind": "recording", "folder": str(folder)})
+    source = make_initial_states("recording", str(folder))
     assert source.num_starts == training.num_episodes
     starts = source.load(np.array([3, 0]))
     np.testing.assert_array_equal(starts.images, training.frames[training.first[[3, 0]]])
@@ -75,7 +75,7 @@ def test_ground_truth_begins_exactly_where_the_recording_was(folder):
     keyframes = Keyframes(str(folder))
     ids = KEYFRAMES + np.linspace(0, keyframes.count - 1, 6).astype(np.int64)
     starts = np.concatenate((ids, [11]))
-    env = GroundTruthEnv(GroundTruthConfig(num_envs=7, keyframes=str(folder)))
+    env = GroundTruthEnv(GroundTruthConfig(num_envs=7, keyframe_data=str(folder)))
     assert env.spec.num_keyframes == keyframes.count
     frames = torch.zeros(7, *env.spec.image_shape, dtype=torch.uint8)
     result = env.reset(starts, 0, frames, torch.zeros(0, 8, *env.spec.image_shape))
@@ -98,4 +98,4 @@ def test_recording_without_start_ids_cannot_be_repeated_in_the_ground_truth(fold
     unknown = dataclasses.replace(data, start=np.full_like(data.start, -1))
     monkeypatch.setattr(recordings, "load", lambda *folders: unknown)
     with pytest.raises(ConfigError, match="without a start id"):
-        GroundTruthEnv(GroundTruthConfig(num_envs=1, keyframes=str(folder)))
+        GroundTruthEnv(GroundTruthConfig(num_envs=1, keyframe_data=str(folder)))

@@ -63,7 +63,7 @@ def recording(tmp_path_factory):
 
 def _settings(weights, **more) -> dict:
     folders = {name: str(weights / name) for name in ("world_model", "reward", "pose_model")}
-    return {**folders, "steps": 1, "success_threshold": 0.5, "judged_frames": 2, **more}
+    return {**folders, "steps": 1, "threshold": 0.5, "judged_frames": 2, **more}
 
 
 def _replayed(weights, recording, batch=4, **more):
@@ -222,14 +222,14 @@ def test_batches_change_nothing_but_the_noise_when_episodes_are_many(weights, re
 
 def test_verdict_ends_with_the_recording_when_imagination_goes_on(weights, recording):
     # Everything counts as success: the first chunk already decides.
-    records, films = _replayed(weights, recording, success_threshold=1e-9)
+    records, films = _replayed(weights, recording, threshold=1e-9)
     assert records.imagined.all()
     assert {film.verdict for film in films} == {RIGHT, FALSE}
 
 
 def test_recorded_gripper_is_not_translated_when_played_again(weights, recording):
     data = recording.select(np.array([0]))
-    env = make_environment(_settings(weights, gripper_rule="libero"),
+    env = make_environment(_settings(weights, gripper="libero"),
                            RecordedStarts(data, INSTRUCTIONS), 32, 1, 1)  # fmt: skip
     pushed = []
     env._advance = lambda action, pose: pushed.append(action[0].numpy().copy()) or pose
