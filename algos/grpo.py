@@ -10,7 +10,7 @@ chunked VLA policies. Differences, each with a field or function that names it:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import optax
@@ -19,32 +19,28 @@ from algos import advantages as adv
 from algos import policy_gradient, update
 from algos.policy_gradient import PolicyGradientConfig
 from algos.types import RolloutBatch, Targets, WeightedMetric
+from policies.ranges import Range
 
 
 @dataclass(frozen=True)
 class Config(PolicyGradientConfig):
-    """GRPO; fields in `PolicyGradientConfig`.
+    """Settings of GRPO, beside those that all policy gradients have.
 
     Attributes:
-        group_size: episodes compared with each other, >= 2.
+        group_size: episodes that share their start and are compared with each other; neighbours in
+            the batch.
     """
 
-    group_size: int = 8
+    group_size: Annotated[int, Range(2)] = 8
 
 
 def problems(
     cfg: Config, *, num_samples: int | None = None, reward_coefficient: float | None = None
 ) -> list[str]:
-    """Return every reason why this configuration cannot work, [] when there is none."""
-    found = policy_gradient.shared_problems(
+    """Return every reason why these values do not work together, [] when there is none."""
+    return policy_gradient.shared_problems(
         cfg, num_samples=num_samples, reward_coefficient=reward_coefficient
     )
-    if cfg.group_size < 2:
-        found.append(
-            f"config.algo.group_size: GRPO compares episodes, it needs at least 2, "
-            f"got {cfg.group_size}"
-        )
-    return found
 
 
 def advantages(batch: RolloutBatch, cfg: Config) -> tuple[Targets, dict[str, WeightedMetric]]:

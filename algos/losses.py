@@ -8,13 +8,15 @@ Entries that do not count never reach a gradient: their log-ratios are zeroed be
 0 · inf inside a `where` would still be NaN on the way back.
 """
 
+from typing import Literal, get_args
+
 import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-LEVELS = ("token_level", "action_level", "chunk_level")
-KL_KINDS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl")
-AGGREGATIONS = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean")
+Level = Literal["token_level", "action_level", "chunk_level"]
+KlKind = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"]
+Aggregation = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean"]
 
 
 def clip(x: Array, low: float | None, high: float | None) -> Array:
@@ -31,8 +33,8 @@ def clip(x: Array, low: float | None, high: float | None) -> Array:
 
 def reduce_to_level(x: Float[Array, "B K A"], level: str) -> Float[Array, "B ..."]:
     """Sum log-probabilities (or entropies) to [B K A], [B K] or [B], as `level` says."""
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
+    if level not in get_args(Level):
+        raise ValueError(f"level must be one of {get_args(Level)}, got {level!r}")
     axes = {"token_level": (), "action_level": (2,), "chunk_level": (1, 2)}[level]
     return x.sum(axis=axes) if axes else x
 
@@ -115,14 +117,14 @@ def sequence_weights(
 def aggregation_weights(
     kind: str, valid: Bool[Array, "..."] | None, shape: tuple[int, ...], *, reference: bool = False
 ) -> Float[Array, "..."]:
-    """Return the weights of one of `AGGREGATIONS`."""
+    """Return the weights of one `Aggregation`."""
     if kind == "token_mean":
         return mean_weights(valid, shape, reference=reference)
-    if kind in AGGREGATIONS:
+    if kind in get_args(Aggregation):
         return sequence_weights(
             valid, shape, mean=kind == "seq_mean_token_mean", reference=reference
         )
-    raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {kind!r}")
+    raise ValueError(f"aggregation must be one of {get_args(Aggregation)}, got {kind!r}")
 
 
 def weighted_sum(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, ""]:
@@ -287,7 +289,7 @@ def kl_penalty(
     if kind in ("k3", "low_var_kl"):
         difference = clip(ref_log_probs - log_probs, -20.0, 20.0)
         return clip(jnp.exp(difference) - difference - 1.0, -10.0, 10.0)
-    raise ValueError(f"KL kind must be one of {KL_KINDS}, got {kind!r}")
+    raise ValueError(f"KL kind must be one of {get_args(KlKind)}, got {kind!r}")
 
 
 def entropy_weights(

@@ -8,14 +8,17 @@ metrics.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-SCHEDULES = ("constant", "cosine", "openpi_cosine", "native_constant", "native_cosine")
+from policies.ranges import CountOrZero, NotNegative, Positive, Range, Share
+
+Schedule = Literal["constant", "cosine", "openpi_cosine", "native_constant", "native_cosine"]
+Beta = Annotated[float, Range(0, 1, open="high")]
 NATIVE_COSINE_FLOOR = 1e-6  # absolute; RLinf hands it to torch's CosineAnnealingLR
 VALUE_HEAD = "value_head"
 
@@ -25,65 +28,49 @@ class OptimizerConfig:
     """AdamW and its learning-rate schedule.
 
     Attributes:
-        lr: peak learning rate of the policy, > 0.
-        value_lr: peak learning rate of parameters with "value_head" in their path, > 0; takes the
-            place of a value-loss coefficient.
-        betas: decay rates of Adam's moments, each in [0, 1).
-        eps: added to the root of the second moment, > 0.
-        weight_decay: decoupled decay, in both groups, >= 0.
-        clip_grad: largest global L2 norm of the gradient; larger ones are scaled down to it; > 0.
+        lr: peak learning rate of the policy.
+        value_lr: peak learning rate of parameters with "value_head" in their path; takes the place
+            of a value-loss coefficient.
+        betas: decay rates of Adam's moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay, in both groups.
+        clip_grad: largest global L2 norm of the gradient; larger ones are scaled down to it.
         schedule: "constant" (with warm-up); "cosine" (warm-up, then cosine to the floor, Hugging
             Face's); "openpi_cosine" (warm-up that does not start at 0, cosine held at the floor
             after the end); "native_constant" and "native_cosine" (torch's, without warm-up).
-        warmup_iterations: iterations until the peak, >= 0; -1 = warmup_ratio x total_iterations.
-        warmup_ratio: share of total_iterations, 0..1; used when warmup_iterations is -1.
-        total_iterations: iterations of the whole schedule; needed (>= 1) by the cosines.
-        min_lr: floor of the cosines as a rate, >= 0; the value group's is in proportion.
-        min_lr_rate: floor as a share of lr, 0..1; takes precedence over min_lr.
+        warmup_iterations: iterations until the peak; -1 = warmup_ratio x total_iterations.
+        warmup_ratio: share of total_iterations; used when warmup_iterations is -1.
+        total_iterations: iterations of the whole schedule; needed by the cosines.
+        min_lr: floor of the cosines as a rate, at most lr; the value group's is in proportion.
+        min_lr_rate: floor as a share of lr; takes precedence over min_lr.
         num_cycles: cosine waves until the end; 0.5 = once down.
     """
 
-    lr: float = 2e-5
-    value_lr: float = 3e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-5
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    schedule: str = "constant"
-    warmup_iterations: int = 0
-    warmup_ratio: float = 0.0
-    total_iterations: int = 0
-    min_lr: float = 0.0
-    min_lr_rate: float | None = None
-    num_cycles: float = 0.5
+    lr: Positive = 2e-5
+    value_lr: Positive = 3e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Positive = 1e-5
+    weight_decay: NotNegative = 0.01
+    clip_grad: Positive = 1.0
+    schedule: Schedule = "constant"
+    warmup_iterations: Annotated[int, Range(-1)] = 0
+    warmup_ratio: Share = 0.0
+    total_iterations: CountOrZero = 0
+    min_lr: NotNegative = 0.0
+    min_lr_rate: Share | None = None
+    num_cycles: Positive = 0.5
 
 
 def problems(cfg: OptimizerConfig) -> list[str]:
-    """Return every reason why this configuration cannot work, [] when there is none."""
-    found = [
-        f"config.optim.{name}: expected > 0, got {getattr(cfg, name)}"
-        for name in ("lr", "value_lr", "eps", "clip_grad", "num_cycles")
-        if getattr(cfg, name) <= 0
-    ]
-    if not all(0 <= beta < 1 for beta in cfg.betas):
-        found.append(f"config.optim.betas: expected two numbers in [0, 1), got {cfg.betas}")
-    if cfg.weight_decay < 0:
-        found.append(f"config.optim.weight_decay: expected >= 0, got {cfg.weight_decay}")
-    if cfg.schedule not in SCHEDULES:
-        found.append(f"config.optim.schedule: expected one of {SCHEDULES}, got {cfg.schedule!r}")
-    elif "cosine" in cfg.schedule and cfg.total_iterations < 1:
+    """Return every reason why these values do not work together, [] when there is none."""
+    found = []
+    if "cosine" in cfg.schedule and cfg.total_iterations < 1:
         found.append(
-            f"config.optim.total_iterations: {cfg.schedule!r} needs it to be >= 1, "
+            f"config.optim.total_iterations: {cfg.schedule!r} needs it to be at least 1, "
             f"got {cfg.total_iterations}; set it to train.iterations"
         )
-    if cfg.warmup_iterations < -1:
-        found.append(f"config.optim.warmup_iterations: expected >= -1, got {cfg.warmup_iterations}")
-    if not 0.0 <= cfg.warmup_ratio <= 1.0:
-        found.append(f"config.optim.warmup_ratio: expected 0..1, got {cfg.warmup_ratio}")
-    if cfg.min_lr_rate is not None and not 0.0 <= cfg.min_lr_rate <= 1.0:
-        found.append(f"config.optim.min_lr_rate: expected 0..1, got {cfg.min_lr_rate}")
-    if not 0.0 <= cfg.min_lr <= cfg.lr:
-        found.append(f"config.optim.min_lr: expected 0..lr ({cfg.lr}), got {cfg.min_lr}")
+    if cfg.min_lr > cfg.lr:
+        found.append(f"config.optim.min_lr: expected at most lr ({cfg.lr}), got {cfg.min_lr}")
     return found
 
 

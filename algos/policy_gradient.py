@@ -4,6 +4,7 @@ Called by `grpo` and `ppo`, which add how advantages are estimated and, for PPO,
 """
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from algos import advantages as adv
 from algos import losses, metrics
 from algos.metrics import ValueStatistics
 from algos.types import RolloutBatch, Samples, Targets, WeightedMetric
+from policies.ranges import Count, CountOrZero, NotNegative, Positive, Range, Share
 from policies.types import PolicyEvaluation
 
 
@@ -22,22 +24,22 @@ class PolicyGradientConfig:
     """Clipped policy gradients on chunked actions.
 
     Attributes:
-        group_size: episodes that share their start, neighbours in the batch; >= 1 (GRPO: >= 2).
+        group_size: episodes that share their start, neighbours in the batch.
         reward_type: "action_level" (one advantage per action) or "chunk_level" (rewards of a chunk
             summed, one advantage per chunk).
         logprob_type: the unit of one probability ratio: "token_level", "action_level" (product over
             A tokens) or "chunk_level" (product over the chunk; needs chunk-level rewards).
         entropy_type: the same for the entropy bonus.
-        clip_low: ratios below 1 - clip_low are clipped, 0..1.
-        clip_high: ratios above 1 + clip_high are clipped, >= 0.
-        clip_ratio_c: dual clip for negative advantages, > 1; None = off. RLinf configures 3.0 but
+        clip_low: ratios below 1 - clip_low are clipped.
+        clip_high: ratios above 1 + clip_high are clipped.
+        clip_ratio_c: dual clip for negative advantages; None = off. RLinf configures 3.0 but
             its OpenVLA-OFT path ignores it.
-        clip_log_ratio_min: clip of the log-ratio before exp, <= 0; None = off.
-        clip_log_ratio_max: the same from above, >= 0; None = off.
+        clip_log_ratio_min: clip of the log-ratio before exp; None = off.
+        clip_log_ratio_max: the same from above; None = off.
         decoupled: for episodes of an older policy (train.max_staleness): clip around the policy
             at the start of the update, which costs one more forward pass, and weigh entries by
             its probability over that of the policy that acted.
-        behave_weight_threshold: entries with a larger such weight are dropped, > 0; None = none.
+        behave_weight_threshold: entries with a larger such weight are dropped; None = none.
         length_weighting: give every episode the same total weight whatever its length. Acts only
             where episodes have ends: not with auto_reset or ignore_terminations.
         episode_steps: actions of a full-length episode, the unit of length_weighting; 0 = those of
@@ -50,11 +52,11 @@ class PolicyGradientConfig:
         filter_high: highest mean return kept, inclusive.
         auto_reset: environments start anew within a rollout, so nothing is masked.
         ignore_terminations: episodes go on after success, so nothing is masked.
-        kl_beta: weight of the KL penalty to the start policy, >= 0; 0 = off, saves a forward pass
+        kl_beta: weight of the KL penalty to the start policy; 0 = off, saves a forward pass
             and a copy of the parameters.
-        kl_kind: estimator, "k1" | "abs" | "k2" | "k3" (or "kl", "mse", "low_var_kl").
-        entropy_bonus: weight of the entropy, >= 0.
-        update_epochs: passes over the samples of an iteration, >= 1.
+        kl_kind: estimator; "kl", "mse" and "low_var_kl" are other names of "k1", "k2" and "k3".
+        entropy_bonus: weight of the entropy.
+        update_epochs: passes over the samples of an iteration.
         global_batch: samples (chunks) of one optimiser step, over all devices; divides the
             iteration's episodes x T.
         micro_batch: samples of one forward pass, over all devices; divides global_batch, and is
@@ -65,31 +67,31 @@ class PolicyGradientConfig:
             token-level losses A times too large; no effect under length weighting.
     """
 
-    group_size: int = 1
-    reward_type: str = "action_level"
-    logprob_type: str = "token_level"
-    entropy_type: str = "token_level"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    clip_ratio_c: float | None = None
-    clip_log_ratio_min: float | None = None
-    clip_log_ratio_max: float | None = None
+    group_size: Count = 1
+    reward_type: Literal["action_level", "chunk_level"] = "action_level"
+    logprob_type: losses.Level = "token_level"
+    entropy_type: losses.Level = "token_level"
+    clip_low: Share = 0.2
+    clip_high: NotNegative = 0.28
+    clip_ratio_c: Annotated[float, Range(1, open="low")] | None = None
+    clip_log_ratio_min: Annotated[float, Range(high=0)] | None = None
+    clip_log_ratio_max: NotNegative | None = None
     decoupled: bool = False
-    behave_weight_threshold: float | None = 5.0
+    behave_weight_threshold: Positive | None = 5.0
     length_weighting: bool = True
-    episode_steps: int = 0
-    loss_agg: str = "token_mean"
+    episode_steps: CountOrZero = 0
+    loss_agg: losses.Aggregation = "token_mean"
     filter_rewards: bool = False
     filter_low: float = 0.1
     filter_high: float = 0.9
     auto_reset: bool = False
     ignore_terminations: bool = False
-    kl_beta: float = 0.0
-    kl_kind: str = "k3"
-    entropy_bonus: float = 0.0
-    update_epochs: int = 1
-    global_batch: int = 256
-    micro_batch: int | None = None
+    kl_beta: NotNegative = 0.0
+    kl_kind: losses.KlKind = "k3"
+    entropy_bonus: NotNegative = 0.0
+    update_epochs: Count = 1
+    global_batch: Count = 256
+    micro_batch: Count | None = None
     reference_micro_batch_mean: bool = False
     reference_mask_count: bool = False
 
@@ -110,7 +112,7 @@ def shared_problems(
     num_samples: int | None = None,
     reward_coefficient: float | None = None,
 ) -> list[str]:
-    """Return every reason why the shared fields cannot work, [] when there is none.
+    """Return every reason why the shared fields do not work together, [] when there is none.
 
     Args:
         num_samples: chunks of one iteration, when known.
@@ -122,14 +124,6 @@ def shared_problems(
         if not condition:
             found.append(f"config.algo.{name}: expected {expected}, got {getattr(cfg, name)!r}")
 
-    for name, valid in {
-        "reward_type": ("action_level", "chunk_level"),
-        "logprob_type": losses.LEVELS,
-        "entropy_type": losses.LEVELS,
-        "loss_agg": losses.AGGREGATIONS,
-        "kl_kind": losses.KL_KINDS,
-    }.items():
-        need(getattr(cfg, name) in valid, name, f"one of {valid}")
     need(
         (cfg.reward_type, cfg.logprob_type) != ("action_level", "chunk_level"),
         "logprob_type",
@@ -140,23 +134,12 @@ def shared_problems(
         "loss_agg",
         "'token_mean' with length_weighting (or length_weighting=False)",
     )
-    need(cfg.group_size >= 1, "group_size", "at least 1")
-    need(0.0 <= cfg.clip_low <= 1.0, "clip_low", "0..1")
-    need(cfg.clip_high >= 0.0, "clip_high", "at least 0")
-    need(cfg.clip_ratio_c is None or cfg.clip_ratio_c > 1.0, "clip_ratio_c", "None or > 1")
-    need(
-        cfg.behave_weight_threshold is None or cfg.behave_weight_threshold > 0.0,
-        "behave_weight_threshold",
-        "None or > 0",
-    )
     need(
         not cfg.decoupled or (cfg.clip_log_ratio_min is None and cfg.clip_log_ratio_max is None),
         "decoupled",
         "False with clip_log_ratio_min or clip_log_ratio_max (behave_weight_threshold takes their "
         "place)",
     )
-    need((cfg.clip_log_ratio_min or 0.0) <= 0.0, "clip_log_ratio_min", "None or <= 0")
-    need((cfg.clip_log_ratio_max or 0.0) >= 0.0, "clip_log_ratio_max", "None or >= 0")
     need(cfg.filter_low <= cfg.filter_high, "filter_low", f"at most filter_high={cfg.filter_high}")
     if cfg.filter_rewards and reward_coefficient is not None:
         need(
@@ -164,19 +147,15 @@ def shared_problems(
             "filter_low",
             f"less than reward.coefficient = {reward_coefficient}, the return of a success",
         )
-    for name in ("kl_beta", "entropy_bonus", "episode_steps"):
-        need(getattr(cfg, name) >= 0, name, "at least 0")
-    for name in ("update_epochs", "global_batch"):
-        need(getattr(cfg, name) >= 1, name, "at least 1")
     micro = cfg.micro_batch
     need(
-        micro is None or (micro >= 1 and cfg.global_batch % micro == 0),
+        micro is None or cfg.global_batch % micro == 0,
         "micro_batch",
         f"None or a divisor of global_batch={cfg.global_batch}",
     )
     if num_samples is not None:
         need(
-            cfg.global_batch >= 1 and num_samples % cfg.global_batch == 0,
+            num_samples % cfg.global_batch == 0,
             "global_batch",
             f"a divisor of the {num_samples} chunks of an iteration",
         )

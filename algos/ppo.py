@@ -18,36 +18,37 @@ from algos import advantages as adv
 from algos import losses, metrics, policy_gradient, update
 from algos.policy_gradient import LossOutput, LossWeights, PolicyGradientConfig
 from algos.types import RolloutBatch, Samples, Targets, WeightedMetric
+from policies.ranges import CountOrZero, NotNegative, Positive, Share
 from policies.types import PolicyEvaluation
 
 
 @dataclass(frozen=True)
 class Config(PolicyGradientConfig):
-    """PPO; the other fields in `PolicyGradientConfig`.
+    """Settings of PPO, beside those that all policy gradients have.
 
     Attributes:
-        gamma: discount per step (action, or chunk with chunk-level rewards), 0..1.
-        gae_lambda: trace decay of generalised advantage estimation, 0..1.
+        gamma: discount per step (action, or chunk with chunk-level rewards).
+        gae_lambda: trace decay of generalised advantage estimation.
         normalize_advantages: to mean 0 and deviation 1 over the iteration's valid entries.
         bootstrap_truncated: use the value after a time limit as the estimate of later rewards;
             False treats the limit as an end, as RLinf does. Not with auto_reset, where that value
             belongs to the next episode.
-        value_clip: largest change of a value that counts, > 0.
-        huber_delta: error from which the value loss grows linearly, > 0.
-        value_coefficient: weight of the value loss, >= 0. It affects the parameters that policy and
+        value_clip: largest change of a value that counts.
+        huber_delta: error from which the value loss grows linearly.
+        value_coefficient: weight of the value loss. It affects the parameters that policy and
             value head share; the head itself has optim.value_lr. RLinf has none, that is 1.
-        critic_warmup_updates: first optimiser steps that train the value head alone, >= 0; then
+        critic_warmup_updates: first optimiser steps that train the value head alone; then
             optimiser and schedule start anew.
     """
 
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
+    gamma: Share = 0.99
+    gae_lambda: Share = 0.95
     normalize_advantages: bool = True
     bootstrap_truncated: bool = False
-    value_clip: float = 0.2
-    huber_delta: float = 10.0
-    value_coefficient: float = 1.0
-    critic_warmup_updates: int = 0
+    value_clip: Positive = 0.2
+    huber_delta: Positive = 10.0
+    value_coefficient: NotNegative = 1.0
+    critic_warmup_updates: CountOrZero = 0
 
     @property
     def num_warmup_updates(self) -> int:
@@ -58,25 +59,15 @@ class Config(PolicyGradientConfig):
 def problems(
     cfg: Config, *, num_samples: int | None = None, reward_coefficient: float | None = None
 ) -> list[str]:
-    """Return every reason why this configuration cannot work, [] when there is none."""
+    """Return every reason why these values do not work together, [] when there is none."""
     found = policy_gradient.shared_problems(
         cfg, num_samples=num_samples, reward_coefficient=reward_coefficient
     )
-    for name, fits, expected in (
-        ("gamma", 0.0 <= cfg.gamma <= 1.0, "0..1"),
-        ("gae_lambda", 0.0 <= cfg.gae_lambda <= 1.0, "0..1"),
-        ("value_clip", cfg.value_clip > 0.0, "> 0"),
-        ("huber_delta", cfg.huber_delta > 0.0, "> 0"),
-        ("value_coefficient", cfg.value_coefficient >= 0.0, "at least 0"),
-        ("critic_warmup_updates", cfg.critic_warmup_updates >= 0, "at least 0"),
-        (
-            "bootstrap_truncated",
-            not (cfg.bootstrap_truncated and cfg.auto_reset),
-            "False with auto_reset, whose next value belongs to the next episode",
-        ),
-    ):
-        if not fits:
-            found.append(f"config.algo.{name}: expected {expected}, got {getattr(cfg, name)!r}")
+    if cfg.bootstrap_truncated and cfg.auto_reset:
+        found.append(
+            "config.algo.bootstrap_truncated: expected False with auto_reset, whose next value "
+            "belongs to the next episode, got True"
+        )
     return found
 
 

@@ -55,11 +55,15 @@ LAYERS = (
         ("jax", "flax", "chex", "numpy", "jaxtyping", "tokenizers", "safetensors", "PIL"),
     ),
     Layer(
-        2, "algos/*", ("jax", "flax", "optax", "chex", "numpy", "jaxtyping"), ("policies.types",)
+        *(2, "algos/*", ("jax", "flax", "optax", "chex", "numpy", "jaxtyping")),
+        ("policies.types", "policies.ranges"),
     ),
     # Plain settings that the simulators' side reads as well, without JAX behind them.
-    Layer(3, "evac_jax/config/libero.py", ()),
-    Layer(3, "evac_jax/config/*", ("ml_collections",), ("evac_jax.errors", "algos")),
+    Layer(3, "evac_jax/config/libero.py", (), ("policies.ranges",)),
+    Layer(
+        *(3, "evac_jax/config/*", ("absl", "ml_collections")),
+        ("evac_jax.errors", "algos", "policies.ranges"),
+    ),
     Layer(4, "evac_jax/files/*", ("numpy",), ("evac_jax.errors",)),
     Layer(
         5,

@@ -5,12 +5,11 @@ Every problem is collected before anything is raised, so that one message holds 
 
 import dataclasses
 import importlib
-import types
-import typing
 from typing import Any
 
 from algos import ALGORITHMS
 from evac_jax.config.checks import validate
+from evac_jax.config.fields import Kind, hints
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, nearest
 
@@ -22,7 +21,10 @@ def algorithm_config(name: str) -> type:
         ConfigError: no such algorithm.
     """
     if name not in ALGORITHMS:
-        raise ConfigError(f"algorithm must be one of {sorted(ALGORITHMS)}, got {name!r}")
+        raise ConfigError(
+            f"config.algorithm: expected one of {tuple(ALGORITHMS)}, got {name!r}."
+            f"{nearest(str(name), ALGORITHMS)}"
+        )
     return importlib.import_module(ALGORITHMS[name]).Config
 
 
@@ -31,67 +33,36 @@ def default_config(algorithm: str) -> TrainConfig:
     return TrainConfig(algorithm=algorithm, algo=algorithm_config(algorithm)())
 
 
-def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
-    """Return `value` as the type `hint`, or note why it cannot be."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        hint = next(arg for arg in args if arg is not type(None))
-        return _convert(value, hint, path, problems)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            problems.append(f"config.{path}: expected a tuple, got {value!r}")
-            return value
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            problems.append(f"config.{path}: expected {len(args)} entries, got {value!r}")
-            return value
-        hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_convert(v, h, path, problems) for v, h in zip(value, hints, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
-        return value
-    problems.append(f"config.{path}: expected {hint.__name__}, got {value!r}")
-    return value
-
-
-def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
-    """Return a dataclass from a mapping, noting unknown keys and wrong types."""
+def _arguments(cls: type, values: Any, prefix: str, problems: list[str]) -> dict[str, Any]:
+    """Return the arguments of a dataclass from a mapping; note all that is wrong with them."""
     if not hasattr(values, "items"):
-        problems.append(f"config.{path.rstrip('.')}: expected a section, got {values!r}")
-        return cls()
-    hints = typing.get_type_hints(cls)
-    arguments = {}
+        problems.append(f"config.{prefix.rstrip('.')}: expected a section, got {values!r}")
+        return {}
+    declared, arguments = hints(cls), {}
     for key, value in values.items():
-        if key not in hints:
-            problems.append(f"config.{path}{key}: unknown field.{nearest(key, hints)}")
-        elif dataclasses.is_dataclass(hints[key]):
-            arguments[key] = _build(hints[key], value, f"{path}{key}.", problems)
+        hint, path = declared.get(key), f"{prefix}{key}"
+        if hint is None:
+            problems.append(f"config.{path}: unknown field.{nearest(key, declared)}")
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            arguments[key] = hint(**_arguments(hint, value, f"{path}.", problems))
         else:
-            arguments[key] = _convert(value, hints[key], f"{path}{key}", problems)
-    return cls(**arguments)
+            arguments[key] = Kind.of(hint).convert(value, path, problems)
+    return arguments
 
 
 def from_config_dict(values: dict[str, Any]) -> TrainConfig:
     """Build and validate a configuration from nested mappings (a ConfigDict's `to_dict()`).
 
     Raises:
-        ConfigError: unknown fields, wrong types and impossible combinations, all in one message.
+        ConfigError: unknown fields, wrong types, values that are not allowed, missing files and
+            impossible combinations, all in one message.
     """
     values = dict(values)
-    algorithm = values.pop("algorithm", "grpo")
     problems: list[str] = []
-    algo = _build(algorithm_config(algorithm), values.pop("algo", {}), "algo.", problems)
-    hints = typing.get_type_hints(TrainConfig)
-    sections: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in hints:
-            problems.append(f"config.{key}: unknown field.{nearest(key, hints)}")
-        elif dataclasses.is_dataclass(hints[key]):
-            sections[key] = _build(hints[key], value, f"{key}.", problems)
-        else:
-            sections[key] = _convert(value, hints[key], key, problems)
+    algorithm = values.pop("algorithm", "grpo")
+    cls = algorithm_config(algorithm)
+    algo = cls(**_arguments(cls, values.pop("algo", {}), "algo.", problems))
+    sections = _arguments(TrainConfig, values, "", problems)
     if not problems:
         config = TrainConfig(algorithm=algorithm, algo=algo, **sections)
         problems = validate(config)

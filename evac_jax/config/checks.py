@@ -1,123 +1,58 @@
-"""What a configuration must fulfil beyond its types. Looks at values and paths, loads nothing."""
+"""What a configuration must fulfil beyond its fields' types: combinations of values, and paths.
+
+Loads nothing. Choices and bounds of single fields are in their types (`schema`).
+"""
 
 import importlib
 from pathlib import Path
 
 from algos import ALGORITHMS, optim
 from evac_jax.config import libero
-from evac_jax.config.cluster import OFFLOADED, parse_devices
+from evac_jax.config.cluster import parse_devices
+from evac_jax.config.fields import value_problems
 from evac_jax.config.schema import TrainConfig
-from evac_jax.errors import nearest
 
 # Solver of the world model -> its values of eta, () for all; as `evac.sampler.check_solver`, which
 # is on the other side of the bridge.
 SOLVER_ETAS = {"ddim": (), "dpm++": (0.0, 1.0), "unipc": (0.0,)}
 
 
-def _one_of(path: str, value: str, valid: tuple[str, ...]) -> list[str]:
-    if value in valid:
-        return []
-    return [f"config.{path}: expected one of {valid}, got {value!r}.{nearest(value, valid)}"]
-
-
-def _at_least(low: float, **values: float) -> list[str]:
-    return [
-        f"config.{path.replace('__', '.')}: expected at least {low}, got {value}"
-        for path, value in values.items()
-        if value < low
-    ]
-
-
 def validate(config: TrainConfig) -> list[str]:
     """Return every problem that can be seen without loading anything, [] when there is none."""
     c = config
-    algorithm = importlib.import_module(ALGORITHMS[c.algorithm])
-    problems = list(algorithm.problems(c.algo)) + optim.problems(c.optim)
+    problems = value_problems(c)
+    sound = not problems
     problems += _missing_paths(c)
-    dtypes = ("float32", "bfloat16")
-    problems += _one_of("policy.param_dtype", c.policy.param_dtype, dtypes)
-    problems += _one_of("policy.compute_dtype", c.policy.compute_dtype, dtypes)
-    problems += _one_of("policy.remat", c.policy.remat, ("none", "dots", "full"))
-    problems += _one_of(
-        "policy.value_head", c.policy.value_head, ("none", "chunk_level", "action_level")
-    )
-    problems += _one_of("simulator.dtype", c.simulator.dtype, (*dtypes, "float16"))
-    problems += _one_of("env.simulator", c.env.simulator, ("world_model", "ground_truth"))
-    problems += _one_of(
-        "env.initial_states", c.env.initial_states, ("miniature", "npy", "recording")
-    )
-    problems += _one_of("env.start_order", c.env.start_order, ("random", "ordered", "fixed"))
-    problems += _one_of("env.gripper", c.env.gripper, ("libero", "binary", "none"))
-    problems += _one_of("eval.ground_truth", c.eval.ground_truth, ("miniature", "libero", "none"))
     if c.eval.ground_truth == "libero":
         problems += libero.problems(c.libero)
-    problems += _one_of("eval.twin_action", c.eval.twin_action, ("warn", "stop"))
-    problems += _one_of("log.wandb", c.log.wandb, ("disabled", "offline", "online"))
-    problems += _at_least(
-        1,
-        world_model__steps=c.world_model.steps,
-        reward__success_frames=c.reward.success_frames,
-        env__num_envs=c.env.num_envs,
-        env__max_episode_steps=c.env.max_episode_steps,
-        simulator__processes=c.simulator.processes,
-        simulator__threads=c.simulator.threads,
-        rollout__epochs=c.rollout.epochs,
-        rollout__pipeline_stages=c.rollout.pipeline_stages,
-        eval__ground_truth_envs=c.eval.ground_truth_envs,
-        eval__twin_window=c.eval.twin_window,
-        train__iterations=c.train.iterations,
-        checkpoint__interval=c.checkpoint.interval,
-        checkpoint__keep=c.checkpoint.keep,
-        video__fps=c.video.fps,
-    )
-    problems += _at_least(
-        0,
-        rollout__refill=c.rollout.refill,
-        eval__interval=c.eval.interval,
-        eval__episodes=c.eval.episodes,
-        simulator__restarts=c.simulator.restarts,
-        video__episodes=c.video.episodes,
-        policy__eval_temperature=c.policy.eval_temperature,
-    )
-    problems += _at_least(2, simulator__slots=c.simulator.slots)
-    if c.policy.temperature <= 0:
-        problems.append(f"config.policy.temperature: expected > 0, got {c.policy.temperature}")
-    if not 0.0 <= c.world_model.eta <= 1.0:
-        problems.append(f"config.world_model.eta: expected 0..1, got {c.world_model.eta}")
-    problems += _one_of("world_model.solver", c.world_model.solver, tuple(SOLVER_ETAS))
-    etas = SOLVER_ETAS.get(c.world_model.solver)
+    if sound:
+        algorithm = importlib.import_module(ALGORITHMS[c.algorithm])
+        problems += algorithm.problems(c.algo) + optim.problems(c.optim)
+        problems += _reward_problems(c) + _cluster_problems(c)
+    if not problems:
+        problems += _combinations(c)
+    return problems
+
+
+def _reward_problems(c: TrainConfig) -> list[str]:
+    """What sampler and classifier cannot do with values that are valid one by one."""
+    problems, etas = [], SOLVER_ETAS[c.world_model.solver]
     if etas and c.world_model.eta not in etas:
         problems.append(
             f"config.world_model.eta: solver {c.world_model.solver!r} has {etas}, got "
             f"{c.world_model.eta}"
         )
-    for name in ("lora_rank", "lora_alpha"):
-        if (value := getattr(c.policy, name)) < 0:
-            problems.append(f"config.policy.{name}: expected 0 (none) or more, got {value}")
-    for name in ("threshold", "veto"):
-        if not 0.0 <= (value := getattr(c.reward, name)) <= 1.0:
-            problems.append(f"config.reward.{name}: expected 0..1, got {value}")
     if c.reward.veto and "," not in c.reward.checkpoint:
         problems.append(
             "config.reward.veto: needs two classifiers at least; join their folders by commas in "
             "config.reward.checkpoint, or set it to 0"
         )
-    if not 0.0 <= c.env.keyframes <= 1.0:
-        problems.append(f"config.env.keyframes: expected a share 0..1, got {c.env.keyframes}")
-    for name, value in (("fraction", c.eval.twin_fraction), ("alarm", c.eval.twin_alarm)):
-        if not 0.0 <= value <= 1.0:
-            problems.append(f"config.eval.twin_{name}: expected 0..1, got {value}")
-    problems += _cluster_problems(c)
-    if not problems:
-        problems += _combinations(c)
     return problems
 
 
 def _cluster_problems(c: TrainConfig) -> list[str]:
     """What cannot be placed or overlapped, whatever the machine has."""
     problems, cluster = [], c.cluster
-    problems += _one_of("cluster.engine", cluster.engine, ("local", "ray"))
-    problems += _at_least(1, cluster__num_nodes=cluster.num_nodes)
     if not 0 <= cluster.node < cluster.num_nodes:
         problems.append(
             f"config.cluster.node: expected 0 to {cluster.num_nodes - 1} (cluster.num_nodes), got "
@@ -139,14 +74,6 @@ def _cluster_problems(c: TrainConfig) -> list[str]:
             parse_devices(getattr(cluster.placement, name))
         except ValueError as error:
             problems.append(f"config.cluster.placement.{name}: {error}")
-    for what in cluster.offload:
-        problems += _one_of("cluster.offload", what, OFFLOADED)
-    if not 0.0 <= cluster.memory_fraction < 1.0:
-        problems.append(
-            f"config.cluster.memory_fraction: expected 0..1, got {cluster.memory_fraction}"
-        )
-    if c.train.max_staleness not in (0, 1):
-        problems.append(f"config.train.max_staleness: expected 0 or 1, got {c.train.max_staleness}")
     if c.train.max_staleness and not c.algo.decoupled:
         problems.append(
             "config.algo.decoupled: episodes of an older policy (train.max_staleness = 1) need its "

@@ -1,9 +1,10 @@
-"""Where a run computes: hosts, devices and what they do. Standard library only."""
+"""Where a run computes: hosts, devices and what they do. Plain data."""
 
 import re
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-OFFLOADED = ("simulator", "optimizer", "sampler")
+from policies.ranges import Count, CountOrZero, Range
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class MeshConfig:
         fsdp: devices that parameters and optimiser state are cut over.
     """
 
-    data: int = 1
-    fsdp: int = -1
+    data: Annotated[int, Range(-1)] = 1
+    fsdp: Annotated[int, Range(-1)] = -1
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,20 @@ class ClusterConfig:
         offload: what leaves its devices while it has nothing to do, of "simulator" (the world
             model, during updates), "optimizer" (its state, during rollouts) and "sampler" (the
             copy of the policy that decides, during updates).
-        memory_fraction: share of a GPU's memory that JAX takes at once, 0..1; 0 = half where
+        memory_fraction: share of a GPU's memory that JAX takes at once; 0 = half where
             simulators share its GPUs, JAX's own default elsewhere. What
             XLA_PYTHON_CLIENT_MEM_FRACTION or XLA_PYTHON_CLIENT_PREALLOCATE say goes first.
         compilation_cache: folder in which compiled programs are kept for the next start;
             "auto" = <log.dir>/.compiled, "" = none. JAX_COMPILATION_CACHE_DIR goes first.
     """
 
-    engine: str = "local"
-    num_nodes: int = 1
-    node: int = 0
+    engine: Literal["local", "ray"] = "local"
+    num_nodes: Count = 1
+    node: CountOrZero = 0
     coordinator: str = ""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
-    offload: tuple[str, ...] = ()
-    memory_fraction: float = 0.0
+    offload: tuple[Literal["simulator", "optimizer", "sampler"], ...] = ()
+    memory_fraction: Annotated[float, Range(0, 1, open="high")] = 0.0
     compilation_cache: str = "auto"
 
 

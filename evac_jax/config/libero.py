@@ -1,12 +1,16 @@
-"""How LIBERO (MuJoCo) is run as the ground truth, and what it needs. Standard library only."""
+"""How LIBERO (MuJoCo) is run as the ground truth, and what it needs. Read by both runtimes."""
 
 import importlib.util
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+from policies.ranges import CountOrZero, Range
+
+Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 # Actions of an episode, by suite. Source: moojink/openvla-oft, run_libero_eval.py (213c5ff).
-MAX_STEPS = {
+MAX_STEPS: dict[Suite, int] = {
     "libero_spatial": 220,
     "libero_object": 280,
     "libero_goal": 300,
@@ -14,8 +18,6 @@ MAX_STEPS = {
     "libero_90": 400,
 }
 PACKAGES = ("libero", "robosuite", "mujoco", "bddl")
-RENDERERS = ("egl", "osmesa")
-CAMERAS = ("true", "reference")
 _TOLD = "docs/libero.md tells what to install and to fetch"
 
 
@@ -24,7 +26,7 @@ class LiberoConfig:
     """LIBERO as `eval.ground_truth = "libero"` runs it; docs/libero.md is the protocol.
 
     Attributes:
-        suite: "libero_spatial", "libero_object", "libero_goal", "libero_10" or "libero_90".
+        suite: tasks of the benchmark.
         root: folder that holds LIBERO's `assets` and `bddl_files`.
         states: folder of <suite>.npz, made by evac_jax.tools.episodes.import_libero_states.
         python: interpreter that has LIBERO installed; "" = the one that runs evac_jax.
@@ -37,16 +39,16 @@ class LiberoConfig:
             fixed one that the public EVAC weights were trained with.
     """
 
-    suite: str = "libero_spatial"
+    suite: Suite = "libero_spatial"
     root: str = ""
     states: str = ""
     python: str = ""
-    renderer: str = "egl"
-    image_size: int = 256
-    max_steps: int = 0
-    wait_steps: int = 10
-    seed: int = 0
-    camera: str = "true"
+    renderer: Literal["egl", "osmesa"] = "egl"
+    image_size: Annotated[int, Range(8)] = 256
+    max_steps: CountOrZero = 0
+    wait_steps: CountOrZero = 10
+    seed: CountOrZero = 0
+    camera: Literal["true", "reference"] = "true"
 
     @property
     def episode_steps(self) -> int:
@@ -60,21 +62,7 @@ class LiberoConfig:
 
 
 def problems(config: LiberoConfig) -> list[str]:
-    """Return all that keeps LIBERO from being run, [] when there is nothing."""
-    found = [
-        f"config.libero.{name}: expected one of {valid}, got {getattr(config, name)!r}"
-        for name, valid in (
-            ("suite", tuple(MAX_STEPS)), ("renderer", RENDERERS), ("camera", CAMERAS),
-        )
-        if getattr(config, name) not in valid
-    ]  # fmt: skip
-    found += [
-        f"config.libero.{name}: expected at least {least}, got {getattr(config, name)}"
-        for name, least in (("image_size", 8), ("max_steps", 0), ("wait_steps", 0), ("seed", 0))
-        if getattr(config, name) < least
-    ]
-    if found:
-        return found
+    """Return which files and packages LIBERO lacks, [] when there is everything."""
     return _missing_files(config) + _missing_packages(config)
 
 

@@ -4,29 +4,27 @@ A preset only overrides: fields, meaning and ranges are in `evac_jax/config/sche
 """
 
 import dataclasses
-import types
-import typing
 
 from ml_collections import config_dict
 
 from evac_jax.config.build import default_config
+from evac_jax.config.fields import Kind, hints
 from evac_jax.errors import ConfigError, nearest
 
 
 def render(value) -> config_dict.ConfigDict:
     """Return a dataclass as a ConfigDict; optional fields at None keep their type for the flags."""
     result = config_dict.ConfigDict()
-    hints = typing.get_type_hints(type(value))
+    declared = hints(type(value))
     for field in dataclasses.fields(value):
         entry = getattr(value, field.name)
         if dataclasses.is_dataclass(entry):
             result[field.name] = render(entry)
-        elif isinstance(hints[field.name], types.UnionType):
-            kind = next(t for t in typing.get_args(hints[field.name]) if t is not type(None))
-            result[field.name] = config_dict.placeholder(kind)
-            result[field.name] = entry
-        else:
-            result[field.name] = entry
+            continue
+        kind = Kind.of(declared[field.name])
+        if kind.optional:
+            result[field.name] = config_dict.placeholder(kind.type)
+        result[field.name] = entry
     return result
 
 

@@ -1,17 +1,21 @@
 """The whole configuration of a run: frozen dataclasses, checked before anything heavy starts.
 
-Defaults live here and nowhere else; `configs/` renders them to a ConfigDict and overrides some.
-Below launch.py no code sees a ConfigDict. `from_config_dict` and `validate` collect every problem
-they find, so that one message holds them all.
+Defaults, choices and bounds live here and nowhere else: checks, messages, flags and docs/config.md
+are made from these types (`fields`). Presets render the defaults to a ConfigDict and override some;
+below launch.py no code sees a ConfigDict.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from algos.optim import OptimizerConfig
 from evac_jax.config.cluster import ClusterConfig, MeshConfig
 from evac_jax.config.libero import LiberoConfig
+from policies.ranges import Count, CountOrZero, NotNegative, Positive, Range, Share
+
+Dtype = Literal["float32", "bfloat16"]
+FromMinusOne = Annotated[int, Range(-1)]
 
 MINIATURE_WEIGHTS = str(Path(__file__).parents[1] / "miniature" / "weights")
 
@@ -30,11 +34,11 @@ class PolicyConfig:
         max_prompt_length: tokens that every prompt is padded to; a longer prompt is an error.
         keep_stop_token: attend to a stop token after the action slots, as OFT's own code does;
             False follows RLinf. Use what the checkpoint was fine-tuned with.
-        temperature: softmax temperature when sampling and when training, > 0.
+        temperature: softmax temperature when sampling and when training.
         eval_temperature: the same in evaluation; 0 = greedy.
         top_k: keep the k likeliest bins; -1 = all 256.
-        param_dtype: "float32" or "bfloat16", how weights are kept.
-        compute_dtype: "float32" or "bfloat16", what the layers compute in; logits are float32.
+        param_dtype: how weights are kept.
+        compute_dtype: what the layers compute in; logits are float32.
         remat: what the backward pass recomputes of a layer: "none", "dots" (all but the results of
             matrix products) or "full". Less memory for more time, docs/policy_speed.md.
         scan_layers: compile one layer and loop over it; compile time no longer grows with depth.
@@ -43,19 +47,19 @@ class PolicyConfig:
     """
 
     checkpoint: str = ""
-    lora_rank: int = 0
-    lora_alpha: float = 0.0
+    lora_rank: CountOrZero = 0
+    lora_alpha: NotNegative = 0.0
     lora_adapter: str = ""
     unnorm_key: str = ""
-    value_head: str = "none"
-    max_prompt_length: int = 128
+    value_head: Literal["none", "chunk_level", "action_level"] = "none"
+    max_prompt_length: Count = 128
     keep_stop_token: bool = False
-    temperature: float = 1.0
-    eval_temperature: float = 0.0
-    top_k: int = -1
-    param_dtype: str = "float32"
-    compute_dtype: str = "float32"
-    remat: str = "none"
+    temperature: Positive = 1.0
+    eval_temperature: NotNegative = 0.0
+    top_k: FromMinusOne = -1
+    param_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
     scan_layers: bool = True
     merge_projections: bool = False
 
@@ -66,8 +70,8 @@ class WorldModelConfig:
 
     Attributes:
         checkpoint: folder with config.json and model.safetensors.
-        steps: denoising steps per chunk, >= 1.
-        eta: stochasticity, 0 (deterministic) to 1.
+        steps: denoising steps per chunk.
+        eta: stochasticity; 0 = deterministic.
         solver: "ddim"; for fewer steps "dpm++" (eta 0 or 1) or "unipc" (eta 0).
         compile: let torch.compile make the denoiser's kernels, which takes minutes; episodes that
             are over are then imagined on, as every other batch size would be compiled anew.
@@ -76,9 +80,9 @@ class WorldModelConfig:
     """
 
     checkpoint: str = ""
-    steps: int = 50
-    eta: float = 1.0
-    solver: str = "ddim"
+    steps: Count = 50
+    eta: Share = 1.0
+    solver: Literal["ddim", "dpm++", "unipc"] = "ddim"
     compile: bool = False
     reference_compat: bool = False
 
@@ -90,10 +94,10 @@ class RewardConfig:
     Attributes:
         checkpoint: folder of the classifier, or of several, joined by commas: the mean of their
             probabilities counts.
-        veto: with several, a frame on which they are further apart than this is no success,
-            (0, 1]; 0 = no veto.
-        threshold: probability from which a frame counts as success, 0..1.
-        success_frames: consecutive frames that must count before the episode does, >= 1.
+        veto: with several, a frame on which they are further apart than this is no success;
+            0 = no veto.
+        threshold: probability from which a frame counts as success.
+        success_frames: consecutive frames that must count before the episode does.
         judged_frames: last frames of every chunk that are decoded and judged; 0 = all. Success
             that persists is seen in the last ones too, and the others then cost nothing.
         coefficient: reward of success.
@@ -101,10 +105,10 @@ class RewardConfig:
     """
 
     checkpoint: str = ""
-    veto: float = 0.0
-    threshold: float = 0.5
-    success_frames: int = 1
-    judged_frames: int = 0
+    veto: Share = 0.0
+    threshold: Annotated[float, Range(0, 1, open="low")] = 0.5
+    success_frames: Count = 1
+    judged_frames: CountOrZero = 0
     coefficient: float = 1.0
     relative: bool = True
 
@@ -123,7 +127,7 @@ class EnvConfig:
         start_order: "random", "ordered" (one after another) or "fixed" (the same ones always).
         num_envs: episodes imagined side by side, over all simulator processes.
         max_episode_steps: actions after which an episode is truncated; a multiple of the chunk.
-        keyframes: share of the groups that begin in the middle of a recorded episode, 0..1: a
+        keyframes: share of the groups that begin in the middle of a recorded episode: a
             long task whose end is never reached gives no reward.
         keyframe_data: that recording (docs/episodes.md), of which the training part is used, or a
             folder of RLinf's keyframe files (docs/bring_your_world_model.md).
@@ -132,16 +136,16 @@ class EnvConfig:
         pose_model: folder of the network that turns (action, pose) into the next pose.
     """
 
-    simulator: str = "world_model"
-    initial_states: str = "miniature"
+    simulator: Literal["world_model", "ground_truth"] = "world_model"
+    initial_states: Literal["miniature", "npy", "recording"] = "miniature"
     initial_states_path: str = ""
     train_starts: tuple[int, int] = (0, -1)
-    start_order: str = "random"
-    num_envs: int = 16
-    max_episode_steps: int = 256
-    keyframes: float = 0.0
+    start_order: Literal["random", "ordered", "fixed"] = "random"
+    num_envs: Count = 16
+    max_episode_steps: Count = 256
+    keyframes: Share = 0.0
     keyframe_data: str = ""
-    gripper: str = "libero"
+    gripper: Literal["libero", "binary", "none"] = "libero"
     pose_model: str = ""
 
 
@@ -153,21 +157,21 @@ class SimulatorConfig:
         processes: simulator processes; num_envs is divided among them, groups kept whole.
         devices: torch device of each process; one entry serves all.
         threads: CPU threads of each process.
-        dtype: "float32", "bfloat16" or "float16", what the world model computes in.
-        slots: frame buffers per process, >= 2.
+        dtype: what the world model computes in.
+        slots: frame buffers per process.
         timeout_s: seconds that one chunk may take before the process counts as stuck.
         start_timeout_s: seconds that loading may take.
         restarts: times that a dead simulator is started again before the run stops.
     """
 
-    processes: int = 1
+    processes: Count = 1
     devices: tuple[str, ...] = ("cpu",)
-    threads: int = 1
-    dtype: str = "float32"
-    slots: int = 2
-    timeout_s: float = 600.0
-    start_timeout_s: float = 600.0
-    restarts: int = 0
+    threads: Count = 1
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    slots: Annotated[int, Range(2)] = 2
+    timeout_s: Positive = 600.0
+    start_timeout_s: Positive = 600.0
+    restarts: CountOrZero = 0
 
 
 @dataclass(frozen=True)
@@ -184,9 +188,9 @@ class RolloutConfig:
             decides for another. 2 where both take about the same time; the numbers are the same.
     """
 
-    epochs: int = 1
-    refill: int = 0
-    pipeline_stages: int = 1
+    epochs: Count = 1
+    refill: CountOrZero = 0
+    pipeline_stages: Count = 1
 
 
 @dataclass(frozen=True)
@@ -202,23 +206,23 @@ class EvalConfig:
         ground_truth_episodes: episodes per evaluation in the ground truth.
         ground_truth_envs: ground-truth environments stepped side by side.
         twin_fraction: share of every iteration's imagined episodes whose actions are replayed in
-            the ground truth, 0..1; 0 = none, else at least one episode.
-        twin_window: last replays that the alarm looks at, >= 1.
-        twin_alarm: success that imagination may show beyond the real one, 0..1; the alarm is
+            the ground truth; 0 = none, else at least one episode.
+        twin_window: last replays that the alarm looks at.
+        twin_alarm: success that imagination may show beyond the real one; the alarm is
             raised when the excess is larger by a one-sided test at 95 %.
         twin_action: what follows the alarm: "warn", or "stop" after a checkpoint.
     """
 
-    interval: int = 4
-    episodes: int = 64
+    interval: CountOrZero = 4
+    episodes: CountOrZero = 64
     starts: tuple[int, int] = (0, -1)
-    ground_truth: str = "none"
-    ground_truth_episodes: int = 256
-    ground_truth_envs: int = 64
-    twin_fraction: float = 0.0
-    twin_window: int = 256
-    twin_alarm: float = 0.1
-    twin_action: str = "warn"
+    ground_truth: Literal["miniature", "libero", "none"] = "none"
+    ground_truth_episodes: Count = 256
+    ground_truth_envs: Count = 64
+    twin_fraction: Share = 0.0
+    twin_window: Count = 256
+    twin_alarm: Share = 0.1
+    twin_action: Literal["warn", "stop"] = "warn"
 
 
 @dataclass(frozen=True)
@@ -227,13 +231,13 @@ class CollectConfig:
 
     Attributes:
         out: new folder for them (docs/episodes.md is the format).
-        episodes: of all players together, >= 1.
+        episodes: of all players together.
         mix: "player=share,..."; a player is a script of the ground truth, "policy" (the configured
             policy at its training temperature) or "policy:FOLDER@TEMPERATURE".
     """
 
     out: str = ""
-    episodes: int = 256
+    episodes: Count = 256
     mix: str = "policy=1"
 
 
@@ -243,15 +247,15 @@ class RunConfig:
 
     Attributes:
         iterations: rollout-and-update rounds in all, counted from the first start of the run.
-        max_staleness: updates that the policy which acts may be behind, 0 or 1. With 1 the next
+        max_staleness: updates that the policy which acts may be behind. With 1 the next
             iteration's episodes are collected while an update is computed; needs algo.decoupled.
             A run that is continued collects the episodes that were under way anew.
         max_skipped_updates: non-finite optimiser steps in a row after which the run stops.
     """
 
-    iterations: int = 100
-    max_staleness: int = 0
-    max_skipped_updates: int = 10
+    iterations: Count = 100
+    max_staleness: Literal[0, 1] = 0
+    max_skipped_updates: Count = 10
 
 
 @dataclass(frozen=True)
@@ -263,15 +267,15 @@ class CheckpointConfig:
             run log.run); or the path of a run or of its checkpoint folder.
         step: iteration to restore when only evaluating; -1 = the newest. Training goes on from
             the newest.
-        interval: iterations between checkpoints, >= 1; the last iteration is always saved.
+        interval: iterations between checkpoints; the last iteration is always saved.
         keep: newest checkpoints to keep.
         dir: where; "" = <run folder>/checkpoints.
     """
 
     restore: str = ""
-    step: int = -1
-    interval: int = 10
-    keep: int = 3
+    step: FromMinusOne = -1
+    interval: Count = 10
+    keep: Count = 3
     dir: str = ""
 
 
@@ -283,14 +287,14 @@ class LogConfig:
         dir: folder that holds all runs.
         run: name of the run's own folder; "" = <algorithm>-<date>-<time>.
         tensorboard: write event files.
-        wandb: "disabled", "offline" or "online".
+        wandb: whether Weights & Biases gets the metrics too.
         wandb_project: project name for Weights & Biases.
     """
 
     dir: str = "runs"
     run: str = ""
     tensorboard: bool = True
-    wandb: str = "disabled"
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "evac_jax"
 
 
@@ -309,17 +313,23 @@ class VideoConfig:
     save: bool = True
     overlay: bool = True
     dir: str = ""
-    episodes: int = 4
-    fps: int = 8
+    episodes: CountOrZero = 4
+    fps: Count = 8
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that defines a run. `algo` holds the configuration of `algorithm`."""
+    """Everything that defines a run.
+
+    Attributes:
+        algorithm: "grpo" or "ppo"; the preset file says which.
+        algo: the configuration of that algorithm.
+        seed: of all that is drawn: starts, actions, noise, order of samples.
+    """
 
     algorithm: str
     algo: Any
-    seed: int = 0
+    seed: CountOrZero = 0
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)

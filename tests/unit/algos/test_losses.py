@@ -1,3 +1,5 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +67,7 @@ def test_masked_mean_counts_tokens_when_the_mask_is_per_action():
     assert (float(mean), float(reference)) == (1.0, 3.0)
 
 
-@pytest.mark.parametrize("kind", losses.AGGREGATIONS)
+@pytest.mark.parametrize("kind", get_args(losses.Aggregation))
 def test_aggregation_is_zero_when_nothing_is_valid(kind):
     valid = jnp.zeros((2, 3), bool)
     weights = losses.aggregation_weights(kind, valid, (2, 3))

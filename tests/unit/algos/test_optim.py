@@ -1,4 +1,4 @@
-import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def test_warmup_is_a_share_of_the_whole_when_given_as_ratio():
     assert optim.learning_rate_factor(cfg, jnp.array(2)) == 0.5
 
 
-@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+@pytest.mark.parametrize("schedule", get_args(optim.Schedule))
 def test_peak_is_reached_when_there_is_no_warmup(schedule):
     cfg = OptimizerConfig(lr=1e-4, schedule=schedule, total_iterations=10, min_lr=1e-6)
     factors = optim.learning_rate_factor(cfg, jnp.arange(11))
@@ -88,21 +88,10 @@ def test_peak_is_reached_when_there_is_no_warmup(schedule):
         assert float(factors[10]) == pytest.approx(0.01, rel=1e-4)
 
 
-def test_problems_are_all_named_when_fields_are_wrong():
-    cfg = OptimizerConfig(
-        lr=0.0,
-        betas=(0.9, 1.0),
-        weight_decay=-1.0,
-        schedule="cosine",
-        warmup_iterations=-2,
-        warmup_ratio=2.0,
-        min_lr_rate=2.0,
-        min_lr=1.0,
-    )
-    text = "\n".join(optim.problems(cfg))
-    for name in ("lr:", "betas", "weight_decay", "total_iterations", "warmup_iterations"):
-        assert f"config.optim.{name}" in text
-    for name in ("warmup_ratio", "min_lr_rate", "min_lr:"):
-        assert f"config.optim.{name}" in text
-    assert "schedule" in optim.problems(dataclasses.replace(OptimizerConfig(), schedule="x"))[0]
+def test_problems_are_all_named_when_fields_do_not_fit_together():
+    found = optim.problems(OptimizerConfig(lr=0.1, schedule="cosine", min_lr=1.0))
+    assert [line.split(":")[0] for line in found] == [
+        "config.optim.total_iterations",
+        "config.optim.min_lr",
+    ]
     assert optim.problems(OptimizerConfig()) == []

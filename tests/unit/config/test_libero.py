@@ -11,6 +11,7 @@ import pytest
 
 from evac_jax.config import libero
 from evac_jax.config.build import default_config, from_config_dict, to_dict
+from evac_jax.config.fields import value_problems
 from evac_jax.config.libero import LiberoConfig
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.sim.libero_tasks import load_suite
@@ -75,8 +76,9 @@ def test_episodes_are_as_long_as_the_suite_says():
     assert [lengths[f"libero_{n}"] for n in ("spatial", "object", "goal", "10")] == [
         220, 280, 300, 520
     ]  # fmt: skip
-    (told,) = libero.problems(LiberoConfig(suite="libero_spacial"))
-    assert "libero_spatial" in told
+    (told,) = value_problems(LiberoConfig(suite="libero_spacial"), "libero.")
+    assert "config.libero.suite: expected one of" in told
+    assert "Did you mean 'libero_spatial'?" in told
 
 
 def write_states(root, suite, task, content):
