@@ -17,12 +17,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from evac_jax.config.build import from_config_dict
-from evac_jax.config.flags import check_flags
+from evac_jax.config.flags import DEFAULT_PRESET, check_flags
+from evac_jax.config.reference import help_text
 from evac_jax.errors import ConfigError, EvacJaxError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/grpo.py", "Preset file, with a preset after a colon.", lock_config=True
-)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "collect", "export"], "What to do.")
 _EXPORT_DIR = flags.DEFINE_string(
     "export_dir", "", "New folder for --mode=export of the run or policy in policy.checkpoint."
@@ -34,7 +32,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.INFO)
-    config = from_config_dict(_CONFIG.value.to_dict())
+    preset = flags.FLAGS["config"]
+    config = from_config_dict(preset.value.to_dict())
+    logging.info("%s %s with the preset %s", _MODE.value, config.algorithm, preset.config_filename)
     if (_MODE.value == "export") != bool(_EXPORT_DIR.value):
         raise ConfigError("--export_dir: --mode=export needs a new folder, other modes take none")
     if config.cluster.engine == "ray" and _MODE.value in ("train", "eval"):
@@ -53,8 +53,14 @@ def main(argv: list[str]) -> None:
 
 def cli() -> None:
     """Run `main`; a user's mistake ends with one message and status 2, without a traceback."""
+    global __doc__  # what absl's --help begins with
     try:
-        check_flags(sys.argv[1:], default_file="configs/grpo.py")
+        check_flags(sys.argv[1:])
+        __doc__ += help_text(sys.argv[1:])
+        # Only now, because this reads the command line and breaks off at a field that is unknown.
+        config_flags.DEFINE_config_file(
+            "config", DEFAULT_PRESET, "Preset file, with a preset after a colon."
+        )
         app.run(main)
     except EvacJaxError as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")

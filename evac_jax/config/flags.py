@@ -1,4 +1,4 @@
-"""Checks `--config.a.b=value` flags against the preset before ml_collections sees them.
+"""Reads presets and `--config.a.b=value` flags, for launch.py and for tools.
 
 ml_collections stops at the first mistake; a user would rather read all of them at once, each with
 the nearest valid name. Everything else about flags (types, tuples, locking) is ml_collections' own.
@@ -7,21 +7,50 @@ the nearest valid name. Everything else about flags (types, tuples, locking) is 
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from ml_collections import config_dict
+from absl import flags
+from ml_collections import config_dict, config_flags
 
 from evac_jax.errors import ConfigError, nearest
+
+DEFAULT_PRESET = "configs/grpo.py"
 
 
 def _flatten(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, type | None]:
     """Return {"section.field": type}."""
     names: dict[str, type | None] = {}
     for key in config:
-        if isinstance(config[key], config_dict.ConfigDict):
-            names |= _flatten(config[key], f"{prefix}{key}.")
+        value: Any = config[key]
+        if isinstance(value, config_dict.ConfigDict):
+            names |= _flatten(value, f"{prefix}{key}.")
         else:
             names[prefix + key] = config.get_type(key)
     return names
+
+
+def _module(path: str) -> ModuleType:
+    """Run a preset file."""
+    if not Path(path).is_file():
+        raise ConfigError(f"--config: no file {path!r}; try --config={DEFAULT_PRESET}")
+    spec = importlib.util.spec_from_file_location("evac_jax_preset", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config: expected a Python file, got {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config: {path!r} has no get_config(preset)")
+    return module
+
+
+def preset_names(path: str) -> list[str]:
+    """Return the presets of a file in its own order, [] if it does not list them.
+
+    Raises:
+        ConfigError: no such file, or it cannot give a configuration.
+    """
+    return list(getattr(_module(path), "PRESETS", ()))
 
 
 def load_preset(file: str) -> config_dict.ConfigDict:
@@ -31,23 +60,42 @@ def load_preset(file: str) -> config_dict.ConfigDict:
         ConfigError: no such file, or it cannot give a configuration.
     """
     path, _, preset = file.partition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"--config: no file {path!r}; try --config=configs/grpo.py")
-    spec = importlib.util.spec_from_file_location("evac_jax_preset", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"--config: {path!r} has no get_config(preset)")
+    module = _module(path)
     return module.get_config(preset) if preset else module.get_config()
 
 
-def _problem(name: str, value: str | None, valid: dict[str, type | None]) -> str | None:
-    """What is wrong with one override, or None."""
+def read_preset(file: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
+    """Return a preset changed by `--config.a.b=value` flags, read as launch.py reads them.
+
+    Raises:
+        ConfigError: no such preset, unknown fields, or values that cannot be read.
+    """
+    check_flags([f"--config={file}", *overrides])
+    known, argv = flags.FlagValues(), ["", *overrides]
+    try:
+        # Its declaration reads the flags' names from `argv`, so it can fail like the parser.
+        config_flags.DEFINE_config_dict(
+            "config", load_preset(file), flag_values=known, sys_argv=argv
+        )
+        rest = known(argv)[1:]
+    except flags.Error as error:
+        raise ConfigError(f"these overrides cannot be used: {error}") from error
+    if rest:
+        raise ConfigError(f"these overrides cannot be used: unexpected {rest}")
+    values: Any = known["config"].value
+    return values
+
+
+def _problem(flag: str, value: str | None, valid: dict[str, type | None]) -> str | None:
+    """What is wrong with the override of a field "a.b", or None."""
+    name, bracket, _ = flag.partition("[")
     if name not in valid:
         leaf = {field.rsplit(".", 1)[-1]: field for field in valid}
         by_leaf = leaf.get(name.rsplit(".", 1)[-1])
         hint = f" Did you mean {by_leaf!r}?" if by_leaf else nearest(name, valid)
         return f"--config.{name}: unknown field.{hint}"
+    if bracket:  # ml_collections takes it for an entry of a list and breaks off
+        return f'--config.{flag}: expected the whole value, as --config.{name}="(A, B)"'
     kind = valid[name]
     if value is not None and kind in (int, float):
         try:
@@ -57,20 +105,26 @@ def _problem(name: str, value: str | None, valid: dict[str, type | None]) -> str
     return None
 
 
-def check_flags(argv: Sequence[str], default_file: str) -> None:
+def preset_file(argv: Sequence[str]) -> str:
+    """Return what `--config` names in a command line; the default preset if it is not given."""
+    file = DEFAULT_PRESET
+    for index, argument in enumerate(argv):
+        flag, has_value, value = argument.partition("=")
+        if f"--{flag.lstrip('-')}" == "--config":
+            file = value if has_value else "".join(argv[index + 1 : index + 2])
+    return file
+
+
+def check_flags(argv: Sequence[str]) -> None:
     """Raise one ConfigError that lists every bad `--config.` flag of `argv`."""
-    file, overrides = default_file, []
+    overrides = []
     for index, argument in enumerate(argv):
         flag, has_value, value = argument.partition("=")
         flag = "--" + flag.lstrip("-")
-        if flag == "--config":
-            file = value if has_value else "".join(argv[index + 1 : index + 2])
-        elif flag.startswith("--config."):
-            # "--config.a.b[0]=x" sets one entry of a tuple; the field's name ends at the bracket.
-            name = flag.removeprefix("--config.").split("[", 1)[0]
+        if flag.startswith("--config."):
             follows = argv[index + 1] if index + 1 < len(argv) else None
-            overrides.append((name, value if has_value else follows))
-    valid = _flatten(load_preset(file))
+            overrides.append((flag.removeprefix("--config."), value if has_value else follows))
+    valid = _flatten(load_preset(preset_file(argv)))
     problems = [p for name, value in overrides if (p := _problem(name, value, valid))]
     if problems:
         raise ConfigError("these overrides cannot be used:\n  " + "\n  ".join(problems))

@@ -1,16 +1,18 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
-from evac_jax.config.flags import check_flags
+from evac_jax.config.flags import check_flags, preset_names, read_preset
 from evac_jax.errors import ConfigError
-
-PRESET = "configs/grpo.py"
 
 
 def test_mistyped_fields_are_listed_together_with_hints(repository, monkeypatch):
     monkeypatch.chdir(repository)
     flags = ["--config.algo.clip_hihg=0.3", "--config.group_size", "4", "--config.seed=1.5"]
     with pytest.raises(ConfigError) as error:
-        check_flags(flags, PRESET)
+        check_flags(flags)
     message = str(error.value)
     assert "--config.algo.clip_hihg: unknown field. Did you mean 'algo.clip_high'?" in message
     assert "--config.group_size: unknown field. Did you mean 'algo.group_size'?" in message
@@ -19,10 +21,75 @@ def test_mistyped_fields_are_listed_together_with_hints(repository, monkeypatch)
 
 def test_valid_fields_pass(repository, monkeypatch):
     monkeypatch.chdir(repository)
-    flags = ["--config.algo.group_size=4", "--config.eval.starts[0]=3", "--mode=eval"]
-    check_flags(flags, PRESET)
+    flags = ["--config.algo.group_size=4", "--config.eval.starts=(3, 9)", "--mode=eval"]
+    check_flags(flags)
 
 
 def test_missing_preset_file_is_named():
     with pytest.raises(ConfigError, match="no file 'configs/nothing.py'"):
-        check_flags(["--config=configs/nothing.py"], PRESET)
+        check_flags(["--config=configs/nothing.py"])
+
+
+def test_entry_of_a_tuple_is_refused_as_only_the_whole_can_be_set(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    with pytest.raises(ConfigError, match=r"expected the whole value, as --config\.eval\.starts="):
+        check_flags(["--config.eval.starts[0]=3"])
+
+
+def test_preset_is_changed_by_flags_as_launch_reads_them(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    flags = ["--config.optim.lr=1", "--config.eval.starts", "(3, 9)", "--config.policy.remat=full"]
+    flags += ["--config.algo.micro_batch=8", "--config.simulator.devices=cuda:0"]
+    values = read_preset("configs/grpo.py:lora", [*flags, "--noconfig.video.save"])
+    assert (values.optim.lr, values.eval.starts) == (1.0, (3, 9))
+    assert (values.policy.remat, values.policy.lora_rank) == ("full", 32)
+    assert (values.algo.micro_batch, values.simulator.devices) == (8, ("cuda:0",))
+    assert values.video.save is False
+    assert "lora" in preset_names("configs/grpo.py")
+
+
+@pytest.mark.parametrize("flag", ["--config.video.save=perhaps", "rest", "--devices=2"])
+def test_preset_is_refused_when_a_flag_cannot_be_read(repository, monkeypatch, flag):
+    monkeypatch.chdir(repository)
+    with pytest.raises(ConfigError, match="these overrides cannot be used: "):
+        read_preset("configs/grpo.py", [flag])
+
+
+def launch(repository, *flags):
+    return subprocess.run(
+        [sys.executable, "launch.py", *flags],
+        cwd=repository,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_mistyped_field_is_refused_when_no_preset_is_named(repository):
+    done = launch(repository, "--config.trian.iterations=2", "--config.optim.lrr=1")
+    assert done.returncode == 2
+    assert "--config.trian.iterations: unknown field. Did you mean 'train.iterations'?" in (
+        done.stderr
+    )
+    assert "--config.optim.lrr: unknown field. Did you mean 'optim.lr'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_first_line_says_what_is_trained_when_no_preset_is_named(repository):
+    done = launch(repository, "--export_dir=nowhere")  # ends before anything is loaded
+    assert done.stderr.splitlines()[0].endswith("train grpo with the preset configs/grpo.py")
+
+
+def test_help_lists_the_fields_with_the_values_of_the_preset(repository):
+    told = launch(repository, "--help", "--config=configs/ppo.py:lora").stdout
+    assert "with the values of configs/ppo.py:lora" in told
+    words = " ".join(told.split())
+    assert "--config.policy.lora_rank: <int, at least 0>: of the LoRA adapters, which with" in words
+    assert "(default: 32)" in words
+    assert "--config.optim.schedule: <constant|cosine|openpi_cosine" in words
+    assert "--config.algo.gae_lambda: <float, 0..1>: trace decay" in words
+    assert "keeps groups from 10 % success" in words
+    assert "--mode: <train|eval|collect|export>" in words
+    assert "--config.policy.lora_rank" not in launch(repository, "--helpshort").stdout

@@ -36,7 +36,7 @@ def test_every_flag_of_the_recipe_exists():
         if command[1] == "torch.distributed.run":
             command = command[command.index("-m", 1) :]
         if command[0] == "launch.py":
-            check_flags(command[1:], default_file="")
+            check_flags(command[1:])
         else:
             used = {part.split("=")[0][2:] for part in command if part.startswith("--")}
             assert used <= _options(command[1]), stage.name
