@@ -10,9 +10,7 @@ taken. `--devices 0`: everything on the host. docs/memory.md tells how the numbe
 """
 
 import argparse
-import ast
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from evac_jax.config.build import from_config_dict
-from evac_jax.config.flags import check_flags, load_preset
+from evac_jax.config.flags import DEFAULT_PRESET, preset_names, read_preset
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, EvacJaxError
 from evac_jax.evac.config import EvacConfig
@@ -31,7 +29,6 @@ from evac_jax.tools.memory.layouts import CUDA_CONTEXT, Layout, Setup, layouts
 from evac_jax.tools.memory.parts import GB, peak
 from policies.openvla_oft.config import OpenVLAOFTConfig
 
-DEFAULT_FILE = "configs/grpo.py"
 # Fields that name files of the user, which need not exist here.
 PATHS = (
     *("policy.checkpoint", "policy.lora_adapter", "world_model.checkpoint", "reward.checkpoint"),
@@ -47,51 +44,18 @@ def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: unknown fields, wrong values, impossible combinations.
     """
-    check_flags([f"--config={file}", *flags], DEFAULT_FILE)
-    values = load_preset(file).to_dict()
-    names = iter(flags)
-    for flag in names:
-        name, _, text = flag.removeprefix("--config.").partition("=")
-        _set(values, name, text if "=" in flag else next(names))
-    given = {name: _get(values, name) for name in PATHS}
-    for name, path in given.items():
-        if path or name not in ("policy.lora_adapter", "env.keyframe_data"):
-            _set(values, name, ",".join(EXISTING for _ in str(path).split(",")))
-    config = from_config_dict(values)
-    for name, path in given.items():
+    values = read_preset(file, flags).to_dict()
+    given = {}
+    for name in PATHS:
         section, field = name.split(".")
+        path = given[section, field] = values[section][field]
+        if path or name not in ("policy.lora_adapter", "env.keyframe_data"):
+            values[section][field] = ",".join(EXISTING for _ in str(path).split(","))
+    config = from_config_dict(values)
+    for (section, field), path in given.items():
         part = dataclasses.replace(getattr(config, section), **{field: path})
         config = dataclasses.replace(config, **{section: part})
     return config
-
-
-def preset_names(file: str) -> list[str]:
-    """Return the presets of a file in its own order."""
-    spec = importlib.util.spec_from_file_location("evac_jax_presets", file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config: {file!r} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(getattr(module, "PRESETS", ()))
-
-
-def _get(values: dict, name: str) -> Any:
-    for key in name.split("."):
-        values = values[key]
-    return values
-
-
-def _set(values: dict, name: str, text: str) -> None:
-    """Set a field to a flag's text, read as a literal unless the field holds text."""
-    *path, last = name.split(".")
-    section = _get(values, ".".join(path)) if path else values
-    if isinstance(section[last], str):
-        section[last] = text
-        return
-    try:
-        section[last] = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError) as error:
-        raise ConfigError(f"--config.{name}: cannot read {text!r}") from error
 
 
 def read_setup(config: TrainConfig, policy_file: str, world_model_file: str) -> Setup:
@@ -166,7 +130,7 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         epilog="and --config.FIELD=VALUE",
     )
-    parser.add_argument("--config", default=DEFAULT_FILE, help="preset file:preset")
+    parser.add_argument("--config", default=DEFAULT_PRESET, help="preset file:preset")
     parser.add_argument("--devices", type=int, default=1, help="accelerators of the host; 0 = none")
     parser.add_argument("--device_gb", type=float, default=80.0, help="memory of one, 1e9 bytes")
     parser.add_argument("--policy_config", default="", help="config.json of a policy")
