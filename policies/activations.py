@@ -29,3 +29,9 @@ def held(x: Array) -> Array:
     """Return `x` [B ...] with the trainer's sharding; B must be a multiple of its devices."""
     place = _place.get()
     return x if place is None else jax.lax.with_sharding_constraint(x, place)
+
+
+def platform() -> str | None:
+    """Return the platform of the devices that hold activations, as "cpu"; None if nobody said."""
+    place = _place.get()
+    return None if place is None else next(iter(place.device_set)).platform

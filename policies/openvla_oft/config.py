@@ -110,7 +110,7 @@ class OpenVLAOFTConfig:
             in one product each. Pays on a CPU; the kernels are copied side by side in every pass,
             and first gathered where devices share them along their output axis.
         attention: implementation of jax.nn.dot_product_attention: "auto", "xla" or "cudnn"; on a
-            CPU "auto" is one of our own, see `cpu_attention`.
+            CPU "auto" is one of our own, see `kernels`.
         lora_rank: rank of the adapters that train while the base is frozen; 0 = no adapters, all
             weights train.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = lora_rank, a scale of 1.

@@ -18,8 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from policies.activations import held
+from policies.openvla_oft import kernels
 from policies.openvla_oft.config import OpenVLAOFTConfig
-from policies.openvla_oft.cpu_attention import attend_on_cpu
+from policies.openvla_oft.kernels import matmul
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -138,15 +139,6 @@ def project(
     ]
 
 
-def matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    """Return x @ kernel, as a product of two matrices.
-
-    With more axes XLA for CPUs copies x and its gradient, transposed, before the backward pass
-    multiplies them; of matrices it multiplies either way round.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
 class LayerNorm(nnx.Module):
     """LayerNorm with eps 1e-6; statistics, scale and bias in float32."""
 
@@ -176,47 +168,6 @@ class RMSNorm(nnx.Module):
         return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
 
 
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """Exact (erf) GELU, in float32 inside, as torch computes it.
-
-    Like `swiglu` it keeps nothing but its input for the backward pass: every intermediate of an MLP
-    that is kept costs more to write and to read again than to compute. So that XLA does not share
-    one after all, both spell it in another way there.
-    """
-    wide = x.astype(jnp.float32)
-    return (wide * (0.5 * (1 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
-
-
-def _gelu_backward(x, gradient):
-    wide = x.astype(jnp.float32)
-    probability = 0.5 * (1 - jax.lax.erf(wide * -(0.5**0.5)))
-    density = jnp.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
-    return ((gradient * (probability + wide * density)).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
-
-
-@jax.custom_vjp
-def swiglu(gate: Array, up: Array) -> Array:
-    """SiLU of the gate times the other half, of one shape."""
-    return jax.nn.silu(gate) * up
-
-
-def _swiglu_backward(saved, gradient):
-    gate, up = saved
-    wide, gradient = gate.astype(jnp.float32), gradient.astype(jnp.float32)
-    grown = jnp.exp(jnp.minimum(wide, 80.0))  # finite
-    sigmoid = grown / (1 + grown)
-    silu = wide * sigmoid
-    of_gate = gradient * up * (sigmoid + silu * (1 - sigmoid))
-    return of_gate.astype(gate.dtype), (gradient * silu).astype(up.dtype)
-
-
-swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
-
-
 def attend(
     config: OpenVLAOFTConfig,
     queries: Float[Array, "B S Q D"],
@@ -226,12 +177,11 @@ def attend(
 ) -> Float[Array, "B S QD"]:
     """Bidirectional attention with scale 1/sqrt(D); every query sees the keys that are True."""
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    if config.attention == "auto" and jax.default_backend() == "cpu":
-        attended = attend_on_cpu(queries, keys, values, mask)
+    if config.attention == "auto":
+        attended = kernels.attend(queries, keys, values, mask)
     else:
-        implementation = None if config.attention == "auto" else config.attention
         attended = jax.nn.dot_product_attention(
-            queries, keys, values, mask=mask, implementation=implementation
+            queries, keys, values, mask=mask, implementation=config.attention
         )
     return attended.reshape(*attended.shape[:2], -1)
 

@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from policies.openvla_oft.config import OpenVLAOFTConfig
-from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, project, run_layers, swiglu
+from policies.openvla_oft.kernels import swiglu
+from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, project, run_layers
 
 # Neighbouring columns of a sequence, [N] on the host where all rows have the same, else [B N].
 Columns = np.ndarray | jax.Array

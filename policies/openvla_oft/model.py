@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from policies.openvla_oft import action_tokens, lora, preprocess
 from policies.openvla_oft.action_tokens import ActionStatistics
 from policies.openvla_oft.config import OpenVLAOFTConfig
-from policies.openvla_oft.layers import Linear, Maker, gelu
+from policies.openvla_oft.kernels import gelu
+from policies.openvla_oft.layers import Linear, Maker
 from policies.openvla_oft.llama import Llama, columns
 from policies.openvla_oft.vision import Projector, VisionBackbone
 from policies.spec import ActionSpec

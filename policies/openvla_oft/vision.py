@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
-from policies.openvla_oft.layers import LayerNorm, Linear, Maker, attend, gelu, run_layers
+from policies.openvla_oft.kernels import gelu
+from policies.openvla_oft.layers import LayerNorm, Linear, Maker, attend, run_layers
 
 # Of a fresh model only; checkpoints bring their own. CaiT's value for shallow networks: DINOv2's
 # 1e-5 would keep a small tower an identity for a long time.

@@ -26,6 +26,7 @@ from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.shapes import Episode, batch_shapes
 from evac_jax.tools.memory.parts import Part
+from policies.activations import activations_at
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.import_hf import abstract_model
 from policies.openvla_oft.layers import Maker
@@ -203,7 +204,9 @@ def _bytes(tree, places=None) -> int:
 
 def _residual_bytes(function, *arguments) -> int:
     """Return what `function` saves beyond its inputs; it returns the second result of `jax.vjp`."""
-    traced = jax.make_jaxpr(function)(*arguments).jaxpr
+    # The platform is named, as the learner names it: else a trace holds every platform's kernels.
+    with activations_at(jax.sharding.SingleDeviceSharding(jax.devices()[0])):
+        traced = jax.make_jaxpr(function)(*arguments).jaxpr
     known = {*traced.invars, *traced.constvars}
     saved = {var for var in traced.outvars if not isinstance(var, Literal)} - known
     return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in saved)

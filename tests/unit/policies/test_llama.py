@@ -8,8 +8,6 @@ from flax import nnx
 
 from evac_jax.evac.lean_imports import ensure_torchvision
 from policies.openvla_oft import hf_keys
-from policies.openvla_oft.cpu_attention import attend_on_cpu
-from policies.openvla_oft.layers import gelu, swiglu
 from tests.unit.policies.tiny import CONFIG, make_model
 
 torch = pytest.importorskip("torch")
@@ -102,49 +100,3 @@ def test_merged_projections_give_the_same_states_and_gradients(adapters):
         merged_gradients,
         gradients,
     )
-
-
-@pytest.mark.parametrize(("kv_heads", "first_hidden"), [(2, 4), (4, 4), (4, 0)])
-def test_attention_on_a_cpu_is_that_of_jax(kv_heads, first_hidden):
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(2, 5, 4, 8), (2, 7, kv_heads, 8), (2, 7, kv_heads, 8)]
-    parts = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    mask = jnp.ones((2, 1, 1, 7), bool).at[1, ..., first_hidden:].set(False)
-    golden = jax.nn.dot_product_attention(*parts, mask=mask)
-    np.testing.assert_allclose(attend_on_cpu(*parts, mask), golden, atol=1e-6)
-    ours, theirs = (
-        jax.grad(lambda *qkv, f=f: jnp.sum(f(*qkv) ** 2), argnums=(0, 1, 2))(*parts)
-        for f in (
-            lambda *qkv: attend_on_cpu(*qkv, mask),
-            lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=mask),
-        )
-    )
-    for mine, golden in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(mine, golden, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("activation", "plain", "inputs"),
-    [
-        (gelu, lambda x: jax.nn.gelu(x, approximate=False), 1),
-        (swiglu, lambda gate, up: jax.nn.silu(gate) * up, 2),
-    ],
-)
-def test_activations_and_their_gradients_are_jaxs_own(activation, plain, inputs, dtype):
-    rng = np.random.default_rng(0)
-    values = [jnp.asarray(3 * rng.normal(size=(64, 8)), dtype) for _ in range(inputs)]
-    values[0] = values[0].at[0, 0].set(-100).at[0, 1].set(100)  # nothing overflows
-    weight = rng.normal(size=(64, 8)).astype(np.float32)
-
-    def loss(function, *values):
-        return jnp.sum(weight * function(*values).astype(jnp.float32))
-
-    every = tuple(range(1, 1 + inputs))
-    found = (activation(*values), *jax.grad(loss, argnums=every)(activation, *values))
-    wide = [value.astype(jnp.float32) for value in values]
-    exact = (plain(*wide), *jax.grad(loss, argnums=every)(plain, *wide))
-    rounding = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.02, "atol": 0.02}
-    for mine, own in zip(found, exact, strict=True):
-        assert mine.dtype == dtype
-        np.testing.assert_allclose(mine.astype(jnp.float32), own, **rounding)

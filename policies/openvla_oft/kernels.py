@@ -1,0 +1,193 @@
+"""Operations that are written in another way for a CPU: products, activations, attention.
+
+Both ways give the same numbers but for rounding; `by_platform` chooses. What each way gains stands
+in docs/policy_speed.md. Everything else in this folder is the same on all devices.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from policies import activations
+
+
+def by_platform(*args, cpu: Callable, default: Callable):
+    """Return `cpu(*args)` where the result is computed on a CPU, else `default(*args)`.
+
+    The mesh that the trainer named decides (`policies/activations.py`), and only one of the two is
+    traced. Without a mesh, and in a backward pass, both are, and the platform that the program is
+    lowered for decides: this also holds for a program that another machine will run.
+    """
+    platform = activations.platform()
+    if platform is None:
+        return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
+    return (cpu if platform == "cpu" else default)(*args)
+
+
+def matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    """Return x @ kernel.
+
+    On a CPU it is a product of two matrices: with more axes XLA copies x and its gradient,
+    transposed, before the backward pass multiplies them; of matrices it multiplies either way
+    round.
+    """
+    return by_platform(x, kernel, cpu=_matmul_on_cpu, default=jnp.matmul)
+
+
+def _matmul_on_cpu(x, kernel):
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """Exact (erf) GELU, in float32 inside, as torch computes it.
+
+    Like `swiglu` it keeps nothing but its input for the backward pass: every intermediate of an MLP
+    that is kept costs more to write and to read again than to compute. XLA for CPUs would share one
+    after all, so there both spell it in another way than the forward pass.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 * (1 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
+
+
+def _gelu_backward(x, gradient):
+    wide = x.astype(jnp.float32)
+    probability = by_platform(
+        wide,
+        cpu=lambda x: 0.5 * (1 - jax.lax.erf(x * -(0.5**0.5))),
+        default=lambda x: 0.5 * (1 + jax.lax.erf(x * 0.5**0.5)),
+    )
+    density = jnp.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    return ((gradient * (probability + wide * density)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """SiLU of the gate times the other half, of one shape."""
+    return jax.nn.silu(gate) * up
+
+
+def _sigmoid_on_cpu(x):
+    grown = jnp.exp(jnp.minimum(x, 80.0))  # finite
+    return grown / (1 + grown)
+
+
+def _swiglu_backward(saved, gradient):
+    gate, up = saved
+    wide, gradient = gate.astype(jnp.float32), gradient.astype(jnp.float32)
+    sigmoid = by_platform(wide, cpu=_sigmoid_on_cpu, default=jax.nn.sigmoid)
+    silu = wide * sigmoid
+    of_gate = gradient * up * (sigmoid + silu * (1 - sigmoid))
+    return of_gate.astype(gate.dtype), (gradient * silu).astype(up.dtype)
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+
+
+def attend(
+    queries: Float[Array, "B S Q D"],
+    keys: Float[Array, "B T G D"],
+    values: Float[Array, "B T G D"],
+    mask: Bool[Array, "B 1 1 T"] | None = None,
+) -> Float[Array, "B S Q D"]:
+    """Return attention with scale 1/sqrt(D), by the implementation that suits the platform."""
+    return by_platform(
+        queries,
+        keys,
+        values,
+        mask,
+        cpu=attend_on_cpu,
+        default=lambda q, k, v, m: jax.nn.dot_product_attention(q, k, v, mask=m),
+    )
+
+
+def attend_on_cpu(
+    queries: Float[Array, "B S Q D"],
+    keys: Float[Array, "B T G D"],
+    values: Float[Array, "B T G D"],
+    mask: Bool[Array, "B 1 1 T"] | None,
+) -> Float[Array, "B S Q D"]:
+    """`jax.nn.dot_product_attention`, made for a CPU.
+
+    One head after the other, so that the scores of one head are the only ones in memory: those of
+    all heads are tens of megabytes a layer, which leave the cache between operations and whose
+    pages the system clears first. It is heads and not rows, as devices share the batch. Heads lie
+    before positions, so that XLA's products read rows. The backward pass computes the scores again,
+    as FlashAttention does (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+    """
+    groups = queries.shape[2] // keys.shape[2]
+    queries, keys, values = (jnp.moveaxis(x, 2, 0) for x in (queries, keys, values))
+    if groups > 1:
+        keys, values = (jnp.repeat(x, groups, axis=0) for x in (keys, values))
+    if mask is None:
+        mask = jnp.ones((keys.shape[1], 1, 1, keys.shape[2]), bool)
+    return jnp.moveaxis(_attend_by_head(queries, keys, values, mask[:, 0]), 0, 2)
+
+
+def _scores(queries, keys, mask):
+    """[B S T] of one head, float32."""
+    scaled = queries * np.asarray(queries.shape[-1] ** -0.5, queries.dtype)
+    scores = jnp.einsum("bsd,btd->bst", scaled, keys, preferred_element_type=jnp.float32)
+    return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+
+
+@jax.custom_vjp
+def _attend_by_head(
+    queries: Float[Array, "H B S D"],
+    keys: Float[Array, "H B T D"],
+    values: Float[Array, "H B T D"],
+    mask: Bool[Array, "B 1 T"],
+) -> Float[Array, "H B S D"]:
+    return _attend_forward(queries, keys, values, mask)[0]
+
+
+def _attend_forward(queries, keys, values, mask):
+    def head(parts):
+        queries, keys, values = parts
+        scores = _scores(queries, keys, mask)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        attended = jnp.einsum(
+            "bst,btd->bsd",
+            weights.astype(values.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )
+        return (attended / total).astype(values.dtype), top, total
+
+    attended, top, total = jax.lax.map(head, (queries, keys, values))
+    return attended, (queries, keys, values, mask, attended, top, total)
+
+
+def _attend_backward(saved, gradient):
+    queries, keys, values, mask, attended, top, total = saved
+
+    def head(parts):
+        queries, keys, values, attended, top, total, gradient = parts
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        weights = jnp.exp(_scores(queries, keys, mask) - top) / total
+        through = jnp.sum((gradient * attended).astype(jnp.float32), axis=-1, keepdims=True)
+        of_scores = weights * (product("bsd,btd->bst", gradient, values) - through)
+        of_scores = jnp.where(mask, of_scores, 0)  # a row that sees nothing has weights, too
+        of_scores = (of_scores * queries.shape[-1] ** -0.5).astype(queries.dtype)
+        weights = weights.astype(values.dtype)
+        return (
+            product("bst,btd->bsd", of_scores, keys).astype(queries.dtype),
+            product("bst,bsd->btd", of_scores, queries).astype(keys.dtype),
+            product("bst,bsd->btd", weights, gradient).astype(values.dtype),
+        )
+
+    parts = (queries, keys, values, attended, top, total, gradient)
+    return (*jax.lax.map(head, parts), None)
+
+
+_attend_by_head.defvjp(_attend_forward, _attend_backward)
