@@ -4,7 +4,9 @@ A layer that is called as usual has its weight rearranged in every call, or take
 `pack` replaces such layers, for good: a packed network imagines, but cannot be trained, saved,
 copied or moved to another device.
 
-The operations are those that torch's own compiler emits for CPUs.
+Simulators and `tools.world_model.imagine_dataset` come here by `accelerate`, with models of any
+size. Only large ones reach `map_matrix` and `winograd`. The operations are those that torch's own
+compiler emits for CPUs.
 """
 
 import torch
@@ -55,6 +57,10 @@ def map_matrix(weight: Tensor, height: int, width: int) -> Tensor:
 
     On a map of at most 2 x 2, padded by one, every output sees every input: the convolution is a
     matrix, cells first, then channels, and holds no zeros that a padded convolution would add up.
+
+    Reached where a UNet halves its latents to at most 2 x 2 cells: with the default four levels
+    that is from images of at most 128 x 128 pixels (`benchmarks.world_model`). The miniature's two
+    levels end at 4 x 4.
     """
     cells = [(y, x) for y in range(height) for x in range(width)]
     rows = (

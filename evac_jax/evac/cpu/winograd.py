@@ -4,6 +4,10 @@ Winograd's F(4x4, 3x3): a tile of 4 x 4 outputs is the product of 36 numbers of 
 36 of the kernel, transformed to and fro by small constant matrices; over all channels and tiles
 that is 36 matrix products.
 
+`packed.PackedConv2d` comes here from 64 channels in, 96 out and 8 tiles on (`WinogradConv2d.pays`):
+wide levels of large models (`benchmarks.world_model`, the full-size model on a CPU). The miniature
+has at most 64 channels out.
+
 Sources: Lavin and Gray, arXiv:1509.09308, the algorithm; Alam et al., arXiv:2201.10369, points of
 the form 0, +-c, +-1/c. Their rounding is what makes it fit for float32: at c = 2/3 a result is less
 than twice as far from the exact one as that of oneDNN's direct convolution of channels-last maps

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from evac_jax.evac.attention import GEGLU, PointwiseConv
-from evac_jax.evac.cpu.packed import accelerate, pack
+from evac_jax.evac.cpu.packed import PackedConv2d, accelerate, pack
+from evac_jax.evac.model import EvacModel
 from evac_jax.evac.unet import CausalConv, TemporalConvBlock
+from evac_jax.miniature.sizes import WORLD_MODEL
 from tests.integration import tiny_weights
+from tests.unit.evac.tiny import camera, poses
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -66,6 +69,17 @@ def test_accelerated_model_decodes_and_denoises_as_before(tmp_path):
     )
     with pytest.raises(ValueError, match="expected float32 weights on a CPU"):
         pack(copy.deepcopy(plain).to(torch.bfloat16))
+
+
+@torch.no_grad()
+def test_miniature_reaches_neither_form_for_large_models():
+    model = accelerate(EvacModel(WORLD_MODEL))
+    state = model.start(torch.zeros(1, 1, 3, *WORLD_MODEL.image_size), 1)
+    noise = torch.randn(1, 1, 4, WORLD_MODEL.chunk, *WORLD_MODEL.latent_size)
+    model.imagine(state, poses(1, WORLD_MODEL.frames), camera(), steps=1, eta=0.0, noise=noise)
+    forms = [m._forms for m in model.modules() if isinstance(m, PackedConv2d) and m._has_forms]
+    assert forms
+    assert not any(forms)
 
 
 def test_model_of_another_type_stays_as_it_is():
