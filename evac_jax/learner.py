@@ -22,6 +22,7 @@ from flax import nnx
 from algos import ALGORITHMS
 from algos.optim import make_optimizer
 from algos.types import RolloutBatch, TrainState, WeightedMetric
+from algos.update import init_state
 from evac_jax.bridge.types import EnvSpec
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
@@ -124,19 +125,8 @@ class Learner:
 
     def _initial_state(self, params, optimizer) -> TrainState:
         """Build the state directly on its shards; no array is ever whole on one device."""
-
-        def init(params):
-            zero = jnp.zeros((), jnp.int32)
-            keep_reference = self._config.algo.kl_beta > 0
-            return TrainState(
-                step=zero,
-                params=params,
-                opt_state=optimizer.init(params),
-                updates=zero,
-                skipped=zero,
-                ref_params=jax.tree.map(jnp.copy, params) if keep_reference else None,
-            )
-
+        keep_reference = self._config.algo.kl_beta > 0
+        init = partial(init_state, optimizer=optimizer, keep_reference=keep_reference)
         shapes = jax.eval_shape(init, params)
         shardings = sharding.tree_shardings(self._mesh, shapes)
         logging.info("placement:\n%s", sharding.describe(shapes, shardings))

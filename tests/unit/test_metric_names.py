@@ -11,7 +11,8 @@ import pytest
 
 from algos import grpo, losses, metrics, ppo
 from algos.optim import OptimizerConfig, make_optimizer
-from algos.types import RolloutBatch, TrainState
+from algos.types import RolloutBatch
+from algos.update import init_state
 from evac_jax.config.build import default_config
 from evac_jax.refill import collect_informative
 from evac_jax.rollout import Played, env_metrics
@@ -52,15 +53,7 @@ def _update_metrics(algorithm, **options) -> set[str]:
     cfg = algorithm.Config(group_size=2, global_batch=4, **options)
     params = {"logits": jnp.zeros(BINS), "value_head": jnp.zeros(())}
     optimizer = make_optimizer(OptimizerConfig())
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(
-        step=zero,
-        params=params,
-        opt_state=optimizer.init(params),
-        updates=zero,
-        skipped=zero,
-        ref_params=params,
-    )
+    state = init_state(params, optimizer, keep_reference=True)
     update = algorithm.make_update(_apply, optimizer, cfg)
     batch = _batch(with_values=algorithm is ppo)
     _, figures = jax.eval_shape(update, state, batch, jax.random.key(0))

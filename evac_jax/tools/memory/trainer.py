@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from algos import ALGORITHMS
 from algos.optim import make_optimizer
 from algos.types import TrainState
+from algos.update import init_state
 from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
@@ -177,15 +178,12 @@ def _abstract_mesh(config: TrainConfig, devices: int) -> AbstractMesh:
 
 
 def _abstract_state(config: TrainConfig, params) -> TrainState:
-    zero = jax.ShapeDtypeStruct((), jnp.int32)
-    return TrainState(
-        step=zero,
-        params=params,
-        opt_state=jax.eval_shape(make_optimizer(config.optim).init, params),
-        updates=zero,
-        skipped=zero,
-        ref_params=params if config.algo.kl_beta > 0 else None,
+    init = functools.partial(
+        init_state,
+        optimizer=make_optimizer(config.optim),
+        keep_reference=config.algo.kl_beta > 0,
     )
+    return jax.eval_shape(init, params)
 
 
 def _like(leaf, dtype, place=None) -> jax.ShapeDtypeStruct:
