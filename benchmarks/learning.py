@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import statistics
 import subprocess
@@ -220,9 +219,8 @@ class Bench:
         if not (folder / "minutes.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             seconds = self._launch(preset, settings, name)
-            temporary = folder / "minutes.json.tmp"
-            temporary.write_text(json.dumps({"minutes": seconds / 60}))
-            os.replace(temporary, folder / "minutes.json")
+            with replacing(folder / "minutes.json") as temporary:
+                temporary.write_text(json.dumps({"minutes": seconds / 60}))
         return folder
 
     def success(self, arm: str, run: Path | None, iteration: int, temperature: float) -> float:

@@ -18,7 +18,6 @@ Ratios are medians over the turns of wall time and of CPU time; the last line gi
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -41,6 +40,7 @@ from benchmarks.world_model_sides import (
     make_config,
     make_model,
 )
+from evac_jax.files import cards
 
 ENVS, STEPS = 4, 10
 TOLERANCE = 1e-3  # largest difference of a pixel in [-1, 1]; float32 leaves about a tenth of it
@@ -234,9 +234,7 @@ def main() -> None:
         )
         words += [f"flat_time={found['cpu_s']:.3f}", f"flat_memory={found['peak_bytes']:.3f}"]
     if args.out:
-        temporary = args.out.with_name(args.out.name + ".part")
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        temporary.replace(args.out)
+        cards.write_json(args.out, report)
     print(" ".join(words))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evac_jax.errors import DataError
-from evac_jax.files.atomic import replacing
+from evac_jax.files.cards import write_json
 
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
@@ -158,8 +158,7 @@ def finish(
         "wall_seconds": wall_seconds,
         "places": {what: str(where) for what, where in places.items() if where is not None},
     }
-    with replacing(folder / SUMMARY_FILE) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    write_json(folder / SUMMARY_FILE, values)
     show(
         summary(
             before=before, after=after, seconds=seconds, wall_seconds=wall_seconds, places=places
@@ -184,8 +183,7 @@ def finish_evaluation(
     """
     values = {"iteration": iteration, **settings, "success": _as_json(outcome)}
     values["by_task"] = {place: _as_json(tasks) for place, tasks in by_task.items()}
-    with replacing(folder / EVALUATION_FILE) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    write_json(folder / EVALUATION_FILE, values)
     show("\n\n".join([*task_tables(by_task), table({"success": outcome})]))
 
 

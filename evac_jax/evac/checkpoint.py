@@ -8,7 +8,6 @@ strictly: a key that the model lacks must be on the short list of those known to
 
 import importlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from evac_jax.errors import CheckpointError
 from evac_jax.evac.config import JsonConfig
 from evac_jax.evac.weight_files import FLOATS, SHOWN, cast, read_weights, write_weights
+from evac_jax.files.atomic import replacing
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -221,29 +221,11 @@ def save_weights(
         progress: called with (bytes written, bytes in all).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"model": kind, "config": config.to_dict()}, indent=2) + "\n"
-    with _replacing(folder / WEIGHTS_FILE) as path:
+    with replacing(folder / WEIGHTS_FILE) as path:
         write_weights(path, state, dtype, progress)
-    with _replacing(folder / CONFIG_FILE) as path:
+    with replacing(folder / CONFIG_FILE) as path:
         path.write_text(text)
-
-
-class _replacing:  # noqa: N801 - a context manager, read as a verb
-    """Gives a temporary path that takes the real one's place if the block succeeds."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        return self._temporary
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
 
 
 def load_model(

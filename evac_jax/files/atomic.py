@@ -1,7 +1,13 @@
-"""Files that are either whole or not there, whatever happens while they are written."""
+"""Files and folders that are either whole or not there, whatever happens while they are written.
+
+A rename is atomic only within one file system, so the temporary one lies beside its destination.
+Its name is always the same: the next writer takes the place of what a killed one left. There must
+be one writer of a file or a folder at a time.
+"""
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +16,36 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it to `path` if the block ends well.
 
-    The temporary file lies beside its destination, because only within one file system is a
-    rename atomic, and keeps the suffix, from which encoders choose the format.
+    It keeps the suffix, from which encoders choose the format. Folders above `path` are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".tmp-{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a path to make a folder at, `<path>.partial`; rename it if the block ends well.
+
+    Args:
+        path: name of the whole folder; those above it are made.
+        replace: a folder that is there already stays until the new one is whole. Without it, the
+            rename fails where `path` is a folder with files in it; check that before any work.
+    """
+    partial, old = (path.with_name(f"{path.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        if replace and path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if replace:
+        shutil.rmtree(old, ignore_errors=True)

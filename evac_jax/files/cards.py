@@ -3,18 +3,18 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
+from evac_jax.files.atomic import replacing
+
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON under a temporary name and rename it, so that a killed run leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    """Write a JSON file that is whole or not there."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def sha256(path: Path) -> str:

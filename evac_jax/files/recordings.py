@@ -5,10 +5,10 @@ can be mapped into memory: training reads a few frames of each episode at random
 nothing is ever unpickled.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from evac_jax.errors import DataError
+from evac_jax.files.atomic import whole_folder
 
 CARD = "card.json"
 HELD_OUT = 0.1  # share of the scenes that no training sees
@@ -190,9 +191,9 @@ class EpisodeWriter:
         self._out = Path(out)
         if self._out.exists():
             raise DataError(f"{self._out} exists; choose another folder or remove it")
-        self._partial = self._out.with_name(self._out.name + ".partial")
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        self._folder = contextlib.ExitStack()
+        self._partial = self._folder.enter_context(whole_folder(self._out))
+        self._partial.mkdir()
         self._image_shape = tuple(image_shape)
         self._card = dict(facts) | {"instructions": list(instructions), "sources": list(sources)}
         views = self._image_shape[0]
@@ -209,13 +210,16 @@ class EpisodeWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()
         else:
             self._frames.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self._folder.__exit__(kind, error, trace)
 
     def add(
         self,
@@ -271,9 +275,12 @@ class EpisodeWriter:
         Raises:
             DataError: no episode was added.
         """
+        with self._folder:
+            self._finish()
+
+    def _finish(self) -> None:
         self._frames.close()
         if not self._count:
-            shutil.rmtree(self._partial, ignore_errors=True)
             raise DataError(f"{self._out}: there is no episode to write")
         arrays = {
             name: np.concatenate(self._parts[name]).astype(dtype)
@@ -293,7 +300,6 @@ class EpisodeWriter:
             card.setdefault("success_once", {})[source] = float(mine.mean()) if len(mine) else 0.0
         card["sha256"] = digests(self._partial)
         (self._partial / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        os.replace(self._partial, self._out)
 
     def _add_header(self, raw: Path, npy: Path) -> None:
         facts = {"descr": "|u1", "fortran_order": False, "shape": (self._count, *self._image_shape)}

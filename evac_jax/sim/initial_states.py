@@ -16,6 +16,8 @@ import numpy as np
 
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
+from evac_jax.files import cards
+from evac_jax.files.atomic import whole_folder
 from evac_jax.files.restricted_npy import load_objects
 from evac_jax.sim.camera import Matrices, libero_camera
 
@@ -222,13 +224,12 @@ def pack_starts(source: InitialStates, ids: np.ndarray, folder: Path, **facts) -
             "size": source.camera_size,
         }
     card = {"instructions": list(source.instructions), "camera": camera, **facts}
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
     named = {IMAGES_FILE: starts.images, POSES_FILE: starts.poses, TASKS_FILE: starts.task}
-    for name, array in named.items():
-        np.save(partial / name, array, allow_pickle=False)
-    (partial / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        partial.mkdir()
+        for name, array in named.items():
+            np.save(partial / name, array, allow_pickle=False)
+        cards.write_json(partial / CARD_FILE, card)
 
 
 def _packed(folder: Path):

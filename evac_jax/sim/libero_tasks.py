@@ -4,7 +4,6 @@ A start id is a task and an initial state: id % number of tasks is the task, id 
 the state. So the first ids contain every task once, and 500 ids cover a suite of 10 x 50.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from evac_jax.errors import DataError
+from evac_jax.files.atomic import replacing
 from evac_jax.sim.camera import Matrices
 
 
@@ -88,12 +88,8 @@ def save_suite(file: Path, tasks: Sequence[str], states: Sequence[np.ndarray]) -
     """
     _check(file.stem, tasks, states)
     arrays = {f"states_{n}": array for n, array in enumerate(states)}
-    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    try:
+    with replacing(file) as temporary:
         np.savez_compressed(temporary, tasks=np.array(tasks, np.str_), **arrays)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check(name: str, tasks: Sequence[str], states: Sequence[np.ndarray]) -> None:

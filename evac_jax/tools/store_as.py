@@ -7,7 +7,6 @@ What is scored afterwards should be this copy, for it is the one that others get
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 
 from evac_jax.errors import CheckpointError
 from evac_jax.files import cards
+from evac_jax.files.atomic import whole_folder
 
 DTYPES = ("float16", "bfloat16")
 
@@ -35,22 +35,20 @@ def store(source: Path, out: Path, dtype: str) -> None:
     weights = sorted(source.glob("*.safetensors"))
     if not weights:
         raise CheckpointError(f"--source: {source} has no *.safetensors")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in weights:
-        with safe_open(file, "numpy") as stream:
-            names = stream.keys()
-            tensors = {name: _cast(name, stream.get_tensor(name), dtype) for name in names}
-            save_file(tensors, partial / file.name, metadata=stream.metadata())
-    for file in sorted(source.glob("*.json")):
-        shutil.copyfile(file, partial / file.name)
-    _name_precision(partial / "config.json", dtype)
-    card = cards.read(source) | {"stored_as": dtype}
-    if len(weights) == 1:
-        card["sha256"] = cards.sha256(partial / weights[0].name)
-    cards.write_json(partial / "card.json", card)
-    os.replace(partial, out)
+    with whole_folder(out) as partial:
+        partial.mkdir()
+        for file in weights:
+            with safe_open(file, "numpy") as stream:
+                names = stream.keys()
+                tensors = {name: _cast(name, stream.get_tensor(name), dtype) for name in names}
+                save_file(tensors, partial / file.name, metadata=stream.metadata())
+        for file in sorted(source.glob("*.json")):
+            shutil.copyfile(file, partial / file.name)
+        _name_precision(partial / "config.json", dtype)
+        card = cards.read(source) | {"stored_as": dtype}
+        if len(weights) == 1:
+            card["sha256"] = cards.sha256(partial / weights[0].name)
+        cards.write_json(partial / "card.json", card)
 
 
 def _name_precision(file: Path, dtype: str) -> None:

@@ -1,7 +1,6 @@
 """What the PyTorch training tools share: schedule, optimizers, moving average, progress."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from evac_jax.errors import CheckpointError, ConfigError
+from evac_jax.files.atomic import replacing
 
 MUON_SMALLEST = 16  # a narrower matrix has no spectrum worth orthogonalising
 OPTIMIZERS = ("adamw", "muon")
@@ -140,9 +140,8 @@ def load_trainable(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 def save_progress(path: Path, state: dict[str, Any]) -> None:
     """Write a resumable training state (tensors and plain values) atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_progress(path: Path, setup: dict[str, Any], device: torch.device) -> dict[str, Any]:

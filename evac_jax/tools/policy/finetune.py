@@ -6,8 +6,6 @@ would have seen.
 
 import argparse
 import json
-import os
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from safetensors.numpy import save_file
 from evac_jax.devices.sharding import path_name
 from evac_jax.errors import CheckpointError, DataError
 from evac_jax.files import cards, recordings
-from evac_jax.files.atomic import replacing
+from evac_jax.files.atomic import replacing, whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.tools.policy.data import Batch, Chunks, action_statistics
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
@@ -86,20 +84,18 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
     began = time.perf_counter()
     model, history = _train(args, loaded.model, prompts, *parts, setup, progress)
 
-    partial_out = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    export_policy(model, partial_out, source=args.start, norm_stats={args.unnorm_key: stats})
-    if args.lora_rank:
-        save_adapter(model, partial_out / "adapter", base=args.start)
-    facts = cards.card(
-        data=digests,
-        start=cards.read(Path(args.start)),
-        history=history,
-        scores=history[-1],
-        seconds=time.perf_counter() - began,
-    )
-    cards.write_json(partial_out / "card.json", facts)
-    os.replace(partial_out, out)
+    with whole_folder(out) as folder:
+        export_policy(model, folder, source=args.start, norm_stats={args.unnorm_key: stats})
+        if args.lora_rank:
+            save_adapter(model, folder / "adapter", base=args.start)
+        facts = cards.card(
+            data=digests,
+            start=cards.read(Path(args.start)),
+            history=history,
+            scores=history[-1],
+            seconds=time.perf_counter() - began,
+        )
+        cards.write_json(folder / "card.json", facts)
     progress.unlink(missing_ok=True)
     return history[-1]
 

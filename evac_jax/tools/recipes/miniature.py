@@ -24,6 +24,7 @@ from evac_jax import report
 from evac_jax.config.schema import MINIATURE_WEIGHTS
 from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
 from evac_jax.files import cards
+from evac_jax.files.atomic import whole_folder
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
 
@@ -229,34 +230,35 @@ def assemble(workshop: Workshop, stages: list[Stage], out: Path) -> dict:
     Raises:
         ConfigError: together they are too large to be shipped.
     """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out, replace=True) as partial:
+        sizes = _copy_shipped(workshop.work, partial)
+        facts = cards.card(
+            machine=machine(),
+            hours=round(workshop.clock() / 3600, 3),
+            stages=[stage_facts(workshop, stage) for stage in stages],
+            bytes=sizes,
+            scores={name: scores(cards.read(partial / name)) for name in SHIPPED},
+            trust=commands.trust_figures(workshop.work / "trust"),
+            files=digests(partial),
+        )
+        cards.write_json(partial / CARD, facts)
+    return facts
+
+
+def _copy_shipped(work: Path, out: Path) -> dict[str, int]:
+    """Copy what is shipped into the new folder `out`; return the bytes of each part."""
     for name, source in SHIPPED.items():
-        (partial / name).mkdir(parents=True)
-        for file in sorted((workshop.work / source).iterdir()):
+        (out / name).mkdir(parents=True)
+        for file in sorted((work / source).iterdir()):
             if file.is_file() and file.suffix in KEPT:
-                shutil.copy2(file, partial / name)
-    sizes = {
-        name: sum(file.stat().st_size for file in (partial / name).iterdir()) for name in SHIPPED
-    }
+                shutil.copy2(file, out / name)
+    sizes = {name: sum(file.stat().st_size for file in (out / name).iterdir()) for name in SHIPPED}
     if sum(sizes.values()) > MAX_BYTES:
         raise ConfigError(
             f"the weights take {sum(sizes.values())} bytes, at most {MAX_BYTES} may be shipped: "
             f"{sizes}; see SHIPPED here and miniature/sizes.py"
         )
-    facts = cards.card(
-        machine=machine(),
-        hours=round(workshop.clock() / 3600, 3),
-        stages=[stage_facts(workshop, stage) for stage in stages],
-        bytes=sizes,
-        scores={name: scores(cards.read(partial / name)) for name in SHIPPED},
-        trust=commands.trust_figures(workshop.work / "trust"),
-        files=digests(partial),
-    )
-    cards.write_json(partial / CARD, facts)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
-    return facts
+    return sizes
 
 
 def stage_facts(workshop: Workshop, stage: Stage) -> dict:
@@ -275,14 +277,8 @@ def scores(card: Mapping) -> object:
 
 def ship(built: Path, target: Path) -> None:
     """Put `built` in the place of `target`; a killed copy leaves the old weights whole."""
-    new, old = (target.with_name(f"{target.name}.{end}") for end in ("new", "old"))
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(built, new)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(target, replace=True) as new:
+        shutil.copytree(built, new)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -11,7 +11,6 @@ the folder appears only when it is whole. See docs/bring_your_world_model.md.
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from evac_jax.evac.config import EvacConfig, JsonConfig, MapConfig
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.weight_files import find_file, read_weights
 from evac_jax.files import cards
+from evac_jax.files.atomic import whole_folder
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.telemetry.reading import ReadProgress
@@ -185,9 +185,7 @@ def convert(
     result = fitted(kind, config, state, name)
     state = {key: value for key, value in state.items() if key not in result.unused}
     stored = getattr(torch, dtype) if dtype else _own_dtype(state)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(out) as partial:
         cls = KINDS[kind][0].__name__
         checkpoint.save_weights(partial, cls, config, state, stored, progress)
         card = cards.card(
@@ -202,9 +200,6 @@ def convert(
             sha256=cards.sha256(partial / checkpoint.WEIGHTS_FILE),
         )
         cards.write_json(partial / "card.json", card)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return card
 
 

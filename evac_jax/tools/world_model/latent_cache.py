@@ -13,8 +13,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import Camera
 from evac_jax.evac.trajectory_maps import draw_maps, normalize_maps
 from evac_jax.files import cards, recordings
+from evac_jax.files.atomic import whole_folder
 from evac_jax.sim.actions import both_arms
 from evac_jax.tools.distributed import ALONE, Ranks
 from evac_jax.tools.world_model.imagine import camera_of, to_images
@@ -144,16 +143,14 @@ def _create(
     place: Path, data: recordings.Episodes, config: EvacConfig, facts: dict[str, Any]
 ) -> None:
     """Make the empty files of a cache, all or none."""
-    temporary = place.with_name(f"{place.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     rows, views = data.frames.shape[:2]
     shape = (rows, views, config.autoencoder.latent_channels, *config.latent_size)
-    for name in ("frames", "maps"):
-        np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", np.float16, shape)
-    np.save(temporary / "done.npy", np.zeros(math.ceil(rows / BLOCK), bool))
-    cards.write_json(temporary / "card.json", facts)
-    os.replace(temporary, place)
+    with whole_folder(place) as partial:
+        partial.mkdir()
+        for name in ("frames", "maps"):
+            np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.float16, shape)
+        np.save(partial / "done.npy", np.zeros(math.ceil(rows / BLOCK), bool))
+        cards.write_json(partial / "card.json", facts)
 
 
 def _check(place: Path, folder: Path, facts: dict[str, Any]) -> None:

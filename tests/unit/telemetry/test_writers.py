@@ -7,11 +7,9 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from evac_jax.config.build import default_config
-from evac_jax.files.atomic import replacing
 from evac_jax.telemetry import video, writers
 
 
@@ -70,21 +68,6 @@ def test_later_lines_are_dropped_when_a_run_resumes(tmp_path):
         {"iteration": 2, "a": 2.0, "b": 7.0},
         {"iteration": 3, "a": 30.0},
     ]
-
-
-def test_old_file_stays_when_replacing_it_fails(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def fail():
-        with replacing(path) as temporary:
-            temporary.write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_non_finite_figures_are_counted_and_named_when_they_come(tmp_path):

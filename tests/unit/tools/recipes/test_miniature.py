@@ -131,7 +131,7 @@ def test_weights_that_are_too_large_are_not_assembled(tmp_path, monkeypatch):
 
 
 def test_weights_without_a_card_cannot_be_verified(tmp_path):
-    with pytest.raises(CheckpointError, match="not a card of build_miniature"):
+    with pytest.raises(CheckpointError, match="not a card of recipes.miniature"):
         build.verify(tmp_path)
 
 
