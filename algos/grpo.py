@@ -8,12 +8,11 @@ chunked VLA policies. Differences, each with a field or function that names it:
 4. the KL estimators put the policy first.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import jax.numpy as jnp
-import optax
 
 from algos import advantages as adv
 from algos import policy_gradient, update
@@ -67,13 +66,5 @@ def advantages(batch: RolloutBatch, cfg: Config) -> tuple[Targets, dict[str, Wei
 loss = policy_gradient.policy_loss
 
 
-def make_update(
-    apply: update.Apply,
-    optimizer: optax.GradientTransformation,
-    cfg: Config,
-    constrain: Callable[[Any], Any] = update.identity,
-) -> update.Update:
-    """Return `update(state, batch, key) -> (state, metrics)`; see `update.make_update`."""
-    return update.make_update(
-        apply, optimizer, cfg, advantages=advantages, loss=loss, constrain=constrain
-    )
+# (apply, optimizer, cfg, constrain) -> Update
+make_update = partial(update.make_update, advantages=advantages, loss=loss)

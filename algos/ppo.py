@@ -8,11 +8,8 @@ to chunked VLA policies. Differences, each with a field or function that names i
 4. a global batch without a valid entry is skipped.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import optax
+from functools import partial
 
 from algos import advantages as adv
 from algos import losses, metrics, policy_gradient, update
@@ -146,13 +143,5 @@ def loss(
     )
 
 
-def make_update(
-    apply: update.Apply,
-    optimizer: optax.GradientTransformation,
-    cfg: Config,
-    constrain: Callable[[Any], Any] = update.identity,
-) -> update.Update:
-    """Return `update(state, batch, key) -> (state, metrics)`; see `update.make_update`."""
-    return update.make_update(
-        apply, optimizer, cfg, advantages=advantages, loss=loss, constrain=constrain
-    )
+# (apply, optimizer, cfg, constrain) -> Update
+make_update = partial(update.make_update, advantages=advantages, loss=loss)

@@ -249,10 +249,10 @@ def make_update(
     apply: Apply,
     optimizer: optax.GradientTransformation,
     cfg: PolicyGradientConfig,
+    constrain: Callable[[Any], Any] = identity,
     *,
     advantages: Callable[[RolloutBatch, Any], tuple[Targets, Metrics]],
     loss: Callable[..., LossOutput],
-    constrain: Callable[[Any], Any] = identity,
 ) -> Update:
     """Return `update(state, batch, key) -> (state, metrics)`, to be jitted by the caller.
 
@@ -261,6 +261,7 @@ def make_update(
             over frozen parameters.
         optimizer: see `optim.make_optimizer`; any optax transformation works.
         constrain: shards a micro-batch (a tree with the batch axis first) over the devices.
+        advantages, loss: the algorithm's own.
     """
 
     def update(state: TrainState, batch: RolloutBatch, key: Array) -> tuple[TrainState, Metrics]:
