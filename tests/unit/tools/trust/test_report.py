@@ -348,7 +348,7 @@ def test_report_is_written_when_a_recording_is_given(weights, recording, tmp_pat
     encoded = re.findall(r"data:image/png;base64,([^\"]+)", text)
     pictures = [tmp_path / "report" / name for name in ("report.png", "films.png")]
     assert [base64.b64decode(data) for data in encoded] == [p.read_bytes() for p in pictures]
-    assert 'src="http' not in page
+    assert 'src="http' not in text
     assert all(Image.open(picture).width >= 1000 for picture in pictures)
 
 
