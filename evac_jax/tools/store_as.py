@@ -5,7 +5,6 @@
 What is scored afterwards should be this copy, for it is the one that others get.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 from evac_jax.errors import CheckpointError
 from evac_jax.files import cards
 from evac_jax.files.atomic import whole_folder
+from evac_jax.tools.command_line import Parser
 
 DTYPES = ("float16", "bfloat16")
 
@@ -71,10 +71,10 @@ def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("store_as", __doc__)
     parser.add_argument("--source", required=True, type=Path, help="folder of float32 weights")
     parser.add_argument("--out", required=True, type=Path, help="new folder")
-    parser.add_argument("--dtype", required=True, choices=DTYPES)
+    parser.add_argument("--dtype", required=True, choices=DTYPES, help="precision of the copy")
     args = parser.parse_args()
     store(args.source, args.out, args.dtype)
 

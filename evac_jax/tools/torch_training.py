@@ -66,11 +66,6 @@ def make_optimizers(
     return optimizers
 
 
-def default_device() -> str:
-    """Return "cuda" where there is one, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """Return the context in which a forward pass runs; a no-op for "float32"."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")

@@ -1,4 +1,4 @@
-"""Records episodes in the ground truth, played by scripts or policies.
+r"""Records episodes in the ground truth, played by scripts or policies.
 
     python -m evac_jax.tools.episodes.collect --out DIR --episodes 2000 --seed 0 \
         --mix noisy=0.3,near_miss=0.4,random=0.1,policy:FOLDER@0.5=0.2
@@ -26,6 +26,7 @@ from evac_jax.miniature.expert import KINDS, Expert, demonstrate
 from evac_jax.miniature.render import camera, render
 from evac_jax.miniature.scene import Scenes
 from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.tools.command_line import Parser
 
 if TYPE_CHECKING:
     from evac_jax.config.schema import TrainConfig
@@ -91,7 +92,7 @@ def collect(
     facts = {
         "command": "python -m evac_jax.tools.episodes.collect --out DIR "
         f"--episodes {num_episodes} --mix {_shown(mix)} --seed {seed} --steps {steps} "
-        f"--image-size {image_size}",
+        f"--image_size {image_size}",
         "pose": "xyz in metres, quaternion xyzw, gripper opening 0..1",
         "action": "delta_ee_7 in [-1, 1]; gripper -1 opens, +1 closes",
         "versions": {"python": sys.version.split()[0], "numpy": np.__version__},
@@ -222,13 +223,15 @@ def _run_libero(config: "TrainConfig", mix: Mapping[str, float]) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("episodes.collect", __doc__)
     parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--episodes", type=int, default=2000)
-    parser.add_argument("--mix", type=parse_mix, default=DEFAULT_MIX, help="player=share,...")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--episodes", type=int, default=2000, help="of all players together")
+    parser.add_argument(
+        "--mix", type=parse_mix, default=_shown(DEFAULT_MIX), help="player=share,..."
+    )
+    parser.add_seed("scenes and players; recordings of different seeds share no scene")
+    parser.add_argument("--steps", type=int, default=STEPS, help="actions of an episode")
+    parser.add_image_size(64)
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     data = collect(

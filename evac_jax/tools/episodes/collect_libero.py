@@ -1,4 +1,4 @@
-"""Records episodes of LIBERO, played by policies or at random; docs/episodes.md is the format.
+r"""Records episodes of LIBERO, played by policies or at random; docs/episodes.md is the format.
 
     python launch.py --mode=collect --config=configs/grpo.py:libero_spatial \
         --config.eval.ground_truth=libero --config.collect.out=DIR --config.collect.mix=policy=1

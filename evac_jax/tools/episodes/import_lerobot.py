@@ -1,4 +1,4 @@
-"""Makes a recording out of a LeRobot dataset (v2.0, v2.1 or v3.0), without the lerobot package.
+r"""Makes a recording out of a LeRobot dataset (v2.0, v2.1 or v3.0), without the lerobot package.
 
     python -m evac_jax.tools.episodes.import_lerobot --source DIR --out DIR2 --camera CAMERA.json \
         --images observation.images.image --state axis_angle --gripper closes --image_size 256
@@ -283,11 +283,16 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = importing.parser_of(__doc__.splitlines()[0])
+    parser = importing.parser_of("episodes.import_lerobot", __doc__)
     parser.add_argument("--images", required=True, nargs="+", help="features that are the views")
-    parser.add_argument("--state_key", default="observation.state")
-    parser.add_argument("--action_key", default="action")
-    parser.add_argument("--state", choices=("axis_angle", "quaternion"), default="axis_angle")
+    parser.add_argument("--state_key", default="observation.state", help="feature of the poses")
+    parser.add_argument("--action_key", default="action", help="feature of the actions")
+    parser.add_argument(
+        "--state",
+        choices=("axis_angle", "quaternion"),
+        default="axis_angle",
+        help="how a pose is written: xyz, rotation vector, two fingers; or as ours",
+    )
     importing.finish(run, parser.parse_args(argv))
 
 

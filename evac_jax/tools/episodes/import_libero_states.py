@@ -6,7 +6,6 @@ LIBERO_ROOT holds `init_files`, and the order of the tasks in `benchmark/libero_
 which is read and not run. The pickles go through an unpickler that admits NumPy only.
 """
 
-import argparse
 import ast
 import io
 import sys
@@ -21,6 +20,7 @@ from evac_jax.config.libero import MAX_STEPS
 from evac_jax.errors import DataError, EvacJaxError
 from evac_jax.files.restricted_npy import unpickle
 from evac_jax.sim.libero_tasks import save_suite
+from evac_jax.tools.command_line import Parser
 
 TASK_MAP = "benchmark/libero_suite_task_map.py"
 
@@ -84,11 +84,11 @@ def convert(root: Path, out: Path, suites: Sequence[str]) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("episodes.import_libero_states", __doc__)
     add = parser.add_argument
     add("--root", required=True, type=Path, help="libero/libero of LIBERO's repository or package")
     add("--out", required=True, type=Path, help="folder for the .npz files")
-    add("--suites", nargs="+", default=sorted(MAX_STEPS), help="which suites; all by default")
+    add("--suites", nargs="+", default=sorted(MAX_STEPS), help="which suites")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
     try:

@@ -1,4 +1,4 @@
-"""Makes a recording out of RLinf's `.npy` episodes, one file per episode.
+r"""Makes a recording out of RLinf's `.npy` episodes, one file per episode.
 
     python -m evac_jax.tools.episodes.import_rlinf --source DIR --out DIR2 \
         --camera libero --image_size 256
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    importing.finish(run, importing.parser_of(__doc__.splitlines()[0]).parse_args(argv))
+    importing.finish(run, importing.parser_of("episodes.import_rlinf", __doc__).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ per start:
 A world model with several cameras needs "image" as a list, one picture per camera.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from PIL import Image
 from evac_jax.errors import ConfigError, DataError, EvacJaxError
 from evac_jax.files import cards
 from evac_jax.sim.initial_states import Starts, pack_starts
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.episodes import importing
 
 LIST_FILE = "starts.json"
@@ -93,11 +93,11 @@ def _entry(folder: Path, n: int, entry: object) -> tuple[np.ndarray, np.ndarray,
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("episodes.import_starts", __doc__)
     add = parser.add_argument
     add("--source", required=True, type=Path, help=f"folder with {LIST_FILE} and the pictures")
     add("--out", required=True, type=Path, help="new folder")
-    add("--image_size", type=int, default=0, help="pixels per side; 0 = as they are")
+    parser.add_image_size()
     add("--camera", required=True, help="as for import_rlinf: a JSON file, or libero")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)

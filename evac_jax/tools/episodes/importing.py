@@ -12,6 +12,7 @@ from PIL import Image
 
 from evac_jax.errors import ConfigError, DataError, EvacJaxError
 from evac_jax.sim.camera import Matrices, resolve_camera
+from evac_jax.tools.command_line import Parser
 
 # Gripper entry of an action -> ours: -1 opens, +1 closes.
 GRIPPERS = {
@@ -22,14 +23,14 @@ GRIPPERS = {
 LAST, NEVER = "last", "never"
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that every importer has."""
-    parser = argparse.ArgumentParser(description=description)
+def parser_of(tool: str, doc: str | None) -> Parser:
+    """Return a parser with the options that every importer has; arguments as of `Parser`."""
+    parser = Parser(tool, doc)
     add = parser.add_argument
     add("--source", required=True, type=Path, help="folder to read")
     add("--out", required=True, help="new folder for the recording")
     add("--name", default="imported", help="who played; the source of the episodes")
-    add("--image_size", type=int, default=0, help="pixels per side; 0 = as they are")
+    parser.add_image_size()
     add(
         "--camera",
         required=True,

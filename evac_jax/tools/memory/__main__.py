@@ -1,4 +1,4 @@
-"""Tells what memory a run will need, per device and host, before any weight is there.
+r"""Tells what memory a run will need, per device and host, before any weight is there.
 
     python -m evac_jax.tools.memory --config=configs/grpo.py:libero_spatial --devices 8
     python -m evac_jax.tools.memory --config=configs/ppo.py:lora --config.algo.micro_batch=8 \
@@ -24,6 +24,7 @@ from evac_jax.config.flags import DEFAULT_PRESET, preset_names, read_preset
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, EvacJaxError
 from evac_jax.evac.config import EvacConfig
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.memory.advice import advice, presets_table
 from evac_jax.tools.memory.layouts import CUDA_CONTEXT, Layout, Setup, layouts
 from evac_jax.tools.memory.parts import GB, peak
@@ -125,11 +126,7 @@ def _say(text: str = "") -> None:
 
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        allow_abbrev=False,
-        epilog="and --config.FIELD=VALUE",
-    )
+    parser = Parser("memory", __doc__, allow_abbrev=False, epilog="and --config.FIELD=VALUE")
     parser.add_argument("--config", default=DEFAULT_PRESET, help="preset file:preset")
     parser.add_argument("--devices", type=int, default=1, help="accelerators of the host; 0 = none")
     parser.add_argument("--device_gb", type=float, default=80.0, help="memory of one, 1e9 bytes")

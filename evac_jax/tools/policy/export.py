@@ -1,4 +1,4 @@
-"""Writes a policy as a Hugging Face folder that any run, and the public tools, can start from.
+r"""Writes a policy as a Hugging Face folder that any run, and the public tools, can start from.
 
     python launch.py --mode=export --config=configs/grpo.py \
         --config.policy.checkpoint=SOURCE --export_dir=OUT
@@ -10,7 +10,6 @@ the folder that the policy started from; LoRA adapters are merged, --adapter wri
 PEFT's layout.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -25,6 +24,7 @@ from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.errors import CheckpointError
 from evac_jax.files import cards
 from evac_jax.policy_import import import_policy, told_as_checkpoint_error
+from evac_jax.tools.command_line import Parser
 from policies.openvla_oft.checkpoint_files import CheckpointFiles, read_json
 from policies.openvla_oft.export_hf import export_policy
 from policies.openvla_oft.model import OpenVLAOFT
@@ -179,7 +179,7 @@ def run(config: TrainConfig, export_dir: str) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("policy.export", __doc__)
     parser.add_argument("--run", required=True, type=Path, help="run, checkpoint or HF folder")
     parser.add_argument("--step", type=int, default=-1, help="iteration; -1 = the newest")
     parser.add_argument(

@@ -34,6 +34,7 @@ from evac_jax.miniature.expert import Expert, demonstrate
 from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.policy.data import GRIPPER_RULES
 from evac_jax.tools.policy.finetune import finetune, make_optimizer, soft_targets
 from policies.openvla_oft.action_tokens import ActionStatistics
@@ -225,7 +226,7 @@ def play(model: OpenVLAOFT, prompts, starts: np.ndarray, *, greedy: bool, seed: 
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("policy.train", __doc__)
     parser.add_argument("--out", required=True, help="policy folder to write; must not exist")
     parser.add_argument("--start", help="policy folder to go on from; default: fresh weights")
     parser.add_argument(
@@ -241,14 +242,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pretrain_steps", type=int, default=0, help="of seeing and reading, first"
     )
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=6000, help="of the optimizer")
+    parser.add_argument("--batch", type=int, default=64, help="decisions per step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--sd_bins", type=float, default=8.0, help="width of the soft targets")
     parser.add_argument("--goal_weight", type=float, default=1.0, help="of the goal read-out")
-    parser.add_argument("--score_scenes", type=int, default=512)
-    parser.add_argument("--score_every", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score_scenes", type=int, default=512, help="played for a score")
+    parser.add_argument("--score_every", type=int, default=1000, help="steps between scores")
+    parser.add_seed("weights, scenes and batches")
     data = parser.add_argument_group("recorded episodes instead of the tabletop")
     data.add_argument("--data", nargs="+", metavar="RECORDING", help="folders of episodes")
     data.add_argument("--unnorm_key", help="name of the recording's action statistics")

@@ -1,4 +1,4 @@
-"""Policy, world model and classifier improve one another, round by round.
+r"""Policy, world model and classifier improve one another, round by round.
 
 A round trains the policy in imagination, tries it in the ground truth, records a few real episodes
 with it, and fine-tunes world model and classifier on the old and the new recordings: a better
@@ -27,6 +27,7 @@ from absl import logging
 from evac_jax import report
 from evac_jax.errors import DataError, EvacJaxError
 from evac_jax.files import cards
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
 
@@ -322,7 +323,7 @@ def table(outcome: Mapping, scenes: int) -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("recipes.coevolve", __doc__)
     parser.add_argument("--config", default="configs/grpo.py", help="preset of every run")
     parser.add_argument("--out", required=True, help="folder for all rounds; goes on where it was")
     parser.add_argument(
@@ -340,8 +341,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--world_model_steps", type=int, default=1500, help="fine-tuning per round")
-    add("--world_model_lr", type=float, default=5e-4)
-    add("--world_model_batch", type=int, default=6)
+    add("--world_model_lr", type=float, default=5e-4, help="highest learning rate of it")
+    add("--world_model_batch", type=int, default=6, help="its windows per step")
     add("--world_model_dropout", type=float, default=0.0, help="of its conditions")
     add(
         "--few_steps",
@@ -352,7 +353,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--reward_steps", type=int, default=2000, help="of the classifier per round")
     parser.add_argument("--scenes", type=int, default=512, help="per ground-truth evaluation")
     parser.add_argument("--cores", type=int, help="default: up to 2")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_seed("every training and recording")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="for every run"
     )

@@ -25,6 +25,7 @@ from evac_jax.config.schema import MINIATURE_WEIGHTS
 from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
 from evac_jax.files import cards
 from evac_jax.files.atomic import whole_folder
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
 
@@ -283,7 +284,7 @@ def ship(built: Path, target: Path) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("recipes.miniature", __doc__)
     parser.add_argument("--work", type=Path, default=Path("data/miniature"), help="all stages")
     parser.add_argument("--out", type=Path, help="weights; default: the folder weights in --work")
     parser.add_argument("--ship", action="store_true", help="replace the shipped weights by them")

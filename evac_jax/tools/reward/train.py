@@ -27,6 +27,7 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.tools import torch_training
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.reward import calibration
 
 POSITIVES, OTHER_TASK = 0.35, 0.15  # of a batch; the rest fails
@@ -106,9 +107,15 @@ def score(model: RewardNet, frames: Tensor, task: Tensor) -> np.ndarray:
     """Return the logits [N] of frames uint8 [N H W 3] under their instructions."""
     training_mode = model.training
     model.eval()
+    device = _device(model)
+    frames, task = frames.to(device), task.to(device)
     logits = model(to_network(frames), task if model.config.num_instructions else None)
     model.train(training_mode)
-    return logits.numpy()
+    return logits.cpu().numpy()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def to_network(frames: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ def disturb(frames: Tensor) -> Tensor:
     count = len(frames)
 
     def strength(low: float, high: float, channels: int = 1) -> Tensor:
-        return torch.empty(count, channels, 1, 1).uniform_(low, high)
+        return torch.empty(count, channels, 1, 1, device=frames.device).uniform_(low, high)
 
     coarse = F.interpolate(F.avg_pool2d(frames, 2), scale_factor=2, mode="bilinear")
     frames = frames.lerp(coarse, strength(0, 1))
@@ -149,11 +156,12 @@ def train(
     lr: float = 3e-3,
     seed: int = 0,
     codec: nn.Module | None = None,
+    device: str = "cpu",
 ) -> RewardNet:
-    """Return a classifier fitted to the frames of `data`."""
+    """Return a classifier fitted to the frames of `data`, on `device`, where `codec` must be."""
     torch.manual_seed(seed)
     sampler = FrameSampler(data, config.num_instructions, np.random.default_rng(seed))
-    model = RewardNet(config).to(memory_format=torch.channels_last).train()
+    model = RewardNet(config).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
     losses: list[float] = []
     mine_at = {int(share * steps) for share in MINE_AT}
@@ -161,7 +169,7 @@ def train(
         if step in mine_at:
             logging.info("step %d: %d hard negatives", step, sampler.mine(model))
         torch_training.set_lr(optimizer, torch_training.cosine_lr(step, steps, lr, warmup=100))
-        frames, task, labels = sampler.draw(batch)
+        frames, task, labels = (part.to(device) for part in sampler.draw(batch))
         images = to_network(frames)
         if codec is not None:
             images[::2] = through_codec(codec, images[::2])
@@ -185,7 +193,7 @@ def scores(model: RewardNet, data: Episodes, codec: nn.Module | None = None) -> 
         rows = data.rows(n, np.arange(data.length[n] + 1))
         frames = torch.from_numpy(np.array(data.frames[rows, 0]))
         if codec is not None:
-            seen = through_codec(codec, to_network(frames))
+            seen = through_codec(codec, to_network(frames.to(_device(model))))
             frames = ((seen.permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8)
         flat[rows] = score(model, frames, torch.full((len(frames),), int(data.task[n])))
     return by_episode(data, flat, -np.inf)
@@ -201,12 +209,12 @@ def by_episode(data: Episodes, flat: np.ndarray, empty: float | bool = 0) -> np.
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("reward.train", __doc__)
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="folders of recorded episodes")
     add("--imagined", nargs="+", default=[], help="folders of imagined episodes")
     add("--out", required=True, help="folder for weights, config and card")
-    add("--steps", type=int, default=2000)
+    add("--steps", type=int, default=2000, help="of the optimizer")
     add("--width", type=int, default=12, help="channels of the first stage; published ones have 64")
     add("--single_task", action="store_true", help="do not tell it the instruction, as published")
     add("--autoencoder", help="folder of the world model's codec")
@@ -214,8 +222,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--chunk", type=int, default=8, help="frames that are imagined together")
     add("--judged_frames", type=int, default=0, help="last frames of a chunk judged; 0 = all")
     add("--false_success", type=float, default=0.1, help="largest share of claims to be false")
-    add("--threads", type=int, default=1)
-    add("--seed", type=int, default=0)
+    parser.add_device()
+    parser.add_threads()
+    parser.add_seed("weights and batches")
     args = parser.parse_args(argv)
     if not 0 <= args.false_success < 1:
         parser.error(f"--false_success: expected a share in [0, 1), got {args.false_success}")
@@ -238,10 +247,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.process_time()
     codec = None
     if args.autoencoder:
-        codec = checkpoint.load_model(args.autoencoder, kind="Autoencoder")
+        codec = checkpoint.load_model(args.autoencoder, kind="Autoencoder", device=args.device)
     instructions = () if args.single_task else train_part.instructions
     config = RewardConfig(width=args.width, num_instructions=len(instructions))
-    model = train(train_part, config, steps=args.steps, seed=args.seed, codec=codec)
+    model = train(
+        train_part, config, steps=args.steps, seed=args.seed, codec=codec, device=args.device
+    )
 
     steps = int(held_out.length.max())
     judged = calibration.judged_steps(steps, args.chunk, args.judged_frames)
@@ -256,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(args.out)
     # Half precision halves the file; what is scored below is what was stored.
     checkpoint.save_model(out, model, torch.float16)
-    model = checkpoint.load_model(out, kind="RewardNet")
+    model = checkpoint.load_model(out, kind="RewardNet", device=args.device)
     verdict = calibration.judge(judged_scores(), success, 0.0, args.success_frames)
     facts = cards.card(
         scores=verdict | {"threshold": 0.5},

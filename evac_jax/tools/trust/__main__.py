@@ -1,4 +1,4 @@
-"""The trust report: how far what happens in a world model is what would really happen.
+r"""The trust report: how far what happens in a world model is what would really happen.
 
     python -m evac_jax.tools.trust --preset=miniature --out DIR
     python -m evac_jax.tools.trust --world_model DIR --reward DIR \
@@ -35,7 +35,7 @@ from evac_jax.miniature.render import BLOCK_COLORS
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.simulators import world_model_specs
-from evac_jax.tools import torch_training
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.episodes import collect
 from evac_jax.tools.trust import charts, page
 from evac_jax.tools.trust.replay import Film, make_environment, replay
@@ -190,7 +190,7 @@ def last_line(figures: dict) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("trust", __doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings, weights, recording")
     parser.add_argument("--out", default="runs/trust", help="folder of the report, written anew")
     parser.add_argument("--data", nargs="+", help="recordings to compare with")
@@ -211,13 +211,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--eta", type=float, help="denoising noise, 0..1")
     parser.add_argument("--dtype", help="precision of the world model")
-    parser.add_argument("--device", default=torch_training.default_device())
+    parser.add_device()
     parser.add_argument("--batch", type=int, default=BATCH, help="episodes played side by side")
     parser.add_argument(
         "--pictures", type=float, default=0.5, help="share of episodes whose pictures are compared"
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of imagination, scenes and players")
+    parser.add_threads()
+    parser.add_seed("imagination, scenes and players")
     args = parser.parse_args(argv)
     if not args.preset and not args.data:
         parser.error("expected --data RECORDING, or --preset to make one in its ground truth")

@@ -1,12 +1,10 @@
-"""One picture of held-out episodes: what the world model imagines above, what happened below.
+r"""One picture of held-out episodes: what the world model imagines above, what happened below.
 
 Both rows follow the same poses from the same first frame; the world model sees nothing else.
 
     python -m evac_jax.tools.world_model.filmstrip --world_model DIR --data DIR \
         --out docs/imagined.png
 """
-
-import argparse
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from PIL import Image
 from evac_jax.evac import checkpoint
 from evac_jax.files import recordings
 from evac_jax.telemetry.video import filmstrip
-from evac_jax.tools.torch_training import default_device
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.world_model.imagine import imagine_episodes
 
 GAP = 6  # pixels between episodes
@@ -57,18 +55,18 @@ def stack(strips: list[Image.Image], gaps: list[int]) -> Image.Image:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--world_model", required=True)
+    parser = Parser("world_model.filmstrip", __doc__)
+    parser.add_argument("--world_model", required=True, help="folder of weights")
     parser.add_argument("--data", required=True, nargs="+", help="folders of episodes")
     parser.add_argument("--out", required=True, help="PNG file")
     parser.add_argument("--episodes", type=int, nargs="+", default=[0, 1, 2], help="held-out ones")
     parser.add_argument("--length", type=int, help="actions imagined; default: whole episodes")
     parser.add_argument("--frames", type=int, default=9, help="frames shown of each episode")
     parser.add_argument("--steps", type=int, default=3, help="denoising steps")
-    parser.add_argument("--eta", type=float, default=1.0)
+    parser.add_argument("--eta", type=float, default=1.0, help="denoising noise, 0..1")
     parser.add_argument("--scale", type=int, default=2, help="enlarge by")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_device()
+    parser.add_seed("the denoising noise")
     args = parser.parse_args(argv)
     model = checkpoint.load_model(args.world_model, kind="EvacModel", device=args.device)
     _, held_out = recordings.load(*args.data).split()

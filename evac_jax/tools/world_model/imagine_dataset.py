@@ -7,7 +7,6 @@ imagined. A classifier trained on it learns what real success looks like in imag
 ghosts included, and a failure that imagination shows as a success is its hardest negative.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import EvacModel
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes, EpisodeWriter
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.world_model.imagine import imagine_episodes
 
 _BATCH = 32
@@ -72,16 +72,16 @@ def write(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--world_model", required=True)
+    parser = Parser("world_model.imagine_dataset", __doc__)
+    parser.add_argument("--world_model", required=True, help="folder of weights")
     parser.add_argument("--data", required=True, nargs="+", help="folders of real episodes")
     parser.add_argument("--out", required=True, help="new folder")
     parser.add_argument("--episodes", type=int, default=0, help="random ones; 0 = all")
     parser.add_argument("--steps", type=int, default=3, help="denoising steps")
-    parser.add_argument("--eta", type=float, default=0.0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eta", type=float, default=0.0, help="denoising noise, 0..1")
+    parser.add_device()
+    parser.add_threads()
+    parser.add_seed("the denoising noise, and of which episodes are taken")
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)

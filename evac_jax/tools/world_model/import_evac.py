@@ -9,7 +9,6 @@ predictor of RLinf's EVAC environment. Keys are fitted strictly, nothing in the 
 the folder appears only when it is whole. See docs/bring_your_world_model.md.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ from evac_jax.files.atomic import whole_folder
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.telemetry.reading import ReadProgress
+from evac_jax.tools.command_line import Parser
 
 # The two published variants: RLinf's for LIBERO, and AgiBot's own.
 SIZES = {
@@ -210,8 +210,8 @@ def _own_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
     return torch.float32 if most == torch.float64 else most
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> Parser:
+    parser = Parser("world_model.import_evac", __doc__)
     add = parser.add_argument
     add(
         "--weights",

@@ -13,6 +13,7 @@ from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import EvacModel
 from evac_jax.miniature.sizes import WORLD_MODEL
 from evac_jax.tools import torch_training
+from evac_jax.tools.command_line import Parser
 
 # What --train may name -> child of EvacModel. The autoencoder never trains here.
 PARTS = {
@@ -23,11 +24,14 @@ PARTS = {
 }
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the checked arguments; exits with a message if they do not fit together."""
-    parser = argparse.ArgumentParser(
-        description="Trains an EVAC world model on episodes; see the module's docstring."
-    )
+def parse(argv: list[str] | None = None, doc: str | None = None) -> argparse.Namespace:
+    """Return the checked arguments; exits with a message if they do not fit together.
+
+    Args:
+        argv: the command line; None = this process's.
+        doc: the tool's docstring, for --help.
+    """
+    parser = Parser("world_model.train", doc)
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="folders of episodes")
     add("--autoencoder", help="from scratch: folder of train_autoencoder, or of a world model")
@@ -38,13 +42,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--encode_processes", type=int, default=1, help="that fill the cache, CPU only")
     add("--train", default="all", help=f"all, or parts joined by +: {', '.join(PARTS)}")
     add("--weight", type=_weight, nargs="+", default=[], help="source=factor, e.g. policy=2")
-    add("--steps", type=int, default=8000)
+    add("--steps", type=int, default=8000, help="of the optimizer")
     add("--batch", type=int, default=16, help="windows per process and pass")
     add("--accumulate", type=int, default=1, help="passes per step")
-    add("--optimizer", choices=torch_training.OPTIMIZERS, default="adamw")
-    add("--lr", type=float, default=1.2e-3)
+    add("--optimizer", choices=torch_training.OPTIMIZERS, default="adamw", help="muon: of matrices")
+    add("--lr", type=float, default=1.2e-3, help="highest learning rate")
     add("--warmup", type=int, default=200, help="steps")
-    add("--weight_decay", type=float, default=0.01)
+    add("--weight_decay", type=float, default=0.01, help="of either optimizer")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--ema", type=float, default=0.997, help="decay of the moving average of the weights")
     add("--dtype", choices=tuple(torch_training.DTYPES), default="float32", help="of the passes")
@@ -58,14 +62,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--patience", type=int, default=0, help="validations without a better one; 0: no stop")
     add("--validation_windows", type=int, default=96, help="of the held-out loss")
     add("--rollouts", type=int, default=48, help="held-out episodes imagined per validation")
-    add("--rollout_chunks", type=int, default=4)
+    add("--rollout_chunks", type=int, default=4, help="imagined of each of these episodes")
     add("--ddim_steps", type=int, default=4, help="denoising steps of the roll-outs")
     add("--eta", type=float, default=0.0, help="of the roll-outs")
     add("--save_every", type=int, default=500, help="steps between validations")
-    add("--log_every", type=int, default=100)
-    add("--device", choices=("cpu", "cuda"), default=torch_training.default_device())
-    add("--threads", type=int, default=1)
-    add("--seed", type=int, default=0)
+    add("--log_every", type=int, default=100, help="steps between lines of the log")
+    parser.add_device()
+    parser.add_threads()
+    parser.add_seed("weights, batches and noise")
     args = parser.parse_args(argv)
     if bool(args.autoencoder) == bool(args.start):
         parser.error("give either --autoencoder (from scratch) or --start (fine-tuning)")

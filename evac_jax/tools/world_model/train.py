@@ -1,4 +1,4 @@
-"""Trains an EVAC world model on episodes, from scratch or from earlier weights.
+r"""Trains an EVAC world model on episodes, from scratch or from earlier weights.
 
     python -m evac_jax.tools.world_model.train --data DIR --autoencoder DIR --out DIR --steps 8000
     torchrun --nproc_per_node 8 -m evac_jax.tools.world_model.train --data DIR --start DIR \
@@ -312,7 +312,7 @@ def _write_card(out: Path, trainer: Trainer, part: Corpus, facts: dict, ranks: R
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    args = parse(argv)
+    args = parse(argv, __doc__)
     torch.set_num_threads(args.threads)
     ranks = Ranks.join(args.device)
     logging.set_verbosity(logging.INFO if ranks.first else logging.ERROR)

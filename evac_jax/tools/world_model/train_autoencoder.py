@@ -25,6 +25,7 @@ from evac_jax.evac.config import EvacConfig
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.tools import torch_training
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.world_model.imagine import camera_of, check_fits, to_images
 from evac_jax.tools.world_model.latent_cache import draw_pose_maps
 from evac_jax.tools.world_model.options import read_config
@@ -183,19 +184,17 @@ def score(model: Autoencoder, data: Episodes, config: EvacConfig, seed: int) -> 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("world_model.train_autoencoder", __doc__)
     parser.add_argument("--data", required=True, nargs="+", help="folders of episodes")
     parser.add_argument("--out", required=True, help="folder for the autoencoder and its card")
     parser.add_argument("--config", help="JSON file of an EvacConfig; default: the miniature's")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=2000, help="of the optimizer")
+    parser.add_argument("--batch", type=int, default=32, help="pictures per step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--save_every", type=int, default=500, help="steps between saves")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=torch_training.default_device()
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_device()
+    parser.add_threads()
+    parser.add_seed("weights and batches")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)

@@ -6,7 +6,6 @@ Its metric is the drift at the end of whole episodes, in mm.
     python -m evac_jax.tools.world_model.train_pose_model --data DIR --out DIR --steps 6000
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.tools import torch_training
+from evac_jax.tools.command_line import Parser
 
 UNROLL = 6  # steps predicted in a row while training
 # Entries that hardly vary (an upright gripper's quaternion) would otherwise be magnified until
@@ -51,15 +51,16 @@ def train(
     batch: int = 256,
     lr: float = 3e-3,
     seed: int = 0,
+    device: str = "cpu",
 ) -> PoseModel:
-    """Return a model fitted to the transitions of `data`."""
+    """Return a model fitted to the transitions of `data`, on `device`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = PoseModel(config)
+    model = PoseModel(config).to(device)
     every = np.concatenate([data.rows(n, np.arange(t + 1)) for n, t in enumerate(data.length)])
     fit_statistics(model, data.poses[every])
-    actions = torch.from_numpy(np.array(data.actions))
-    poses = torch.from_numpy(np.array(data.poses))
+    actions = torch.from_numpy(np.array(data.actions)).to(device)
+    poses = torch.from_numpy(np.array(data.poses)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     ema = torch_training.Ema(model, 0.998)
     unroll = min(UNROLL, int(data.length.min()))
@@ -94,7 +95,10 @@ def score(model: PoseModel, data: Episodes) -> dict:
     Longer episodes are cut to the length of the shortest.
     """
     steps = int(data.length.min())
-    actions, poses = (torch.from_numpy(data.stacked(n, steps)) for n in ("actions", "poses"))
+    device = model.abs_action_mean.device
+    actions, poses = (
+        torch.from_numpy(data.stacked(name, steps)).to(device) for name in ("actions", "poses")
+    )
     predicted = rollout(model, actions[:, :-1], poses[:, 0])
     error = (predicted - poses[:, 1:]).abs()
     distance = error[:, -1, :3].norm(dim=1) * 1000
@@ -116,23 +120,24 @@ def score(model: PoseModel, data: Episodes) -> dict:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("world_model.train_pose_model", __doc__)
     parser.add_argument("--data", required=True, nargs="+", help="folders of recorded episodes")
     parser.add_argument("--out", required=True, help="folder for weights, config and card")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=6000, help="of the optimizer")
+    parser.add_argument("--hidden", type=int, default=128, help="width of its layers")
     parser.add_argument(
         "--plain", action="store_true", help="the published network, without the linear skip"
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_device()
+    parser.add_threads()
+    parser.add_seed("weights and batches")
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
     train_part, held_out = recordings.load(*args.data).split()
     began = time.process_time()
     config = PoseModelConfig(hidden=args.hidden, linear_skip=not args.plain)
-    model = train(train_part, config, steps=args.steps, seed=args.seed)
+    model = train(train_part, config, steps=args.steps, seed=args.seed, device=args.device)
     scores = score(model, held_out)
     out = Path(args.out)
     checkpoint.save_model(out, model)

@@ -27,7 +27,8 @@ def _options(tool: str) -> set[str]:
     path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     beside = path.with_name("options.py")
     source = path.read_text() + (beside.read_text() if beside.is_file() else "")
-    return set(re.findall(r"\"--([\w-]+)\"", source))
+    shared = re.findall(r"parser\.add_(device|threads|seed|image_size)\(", source)
+    return {*re.findall(r"\"--([\w-]+)\"", source), *shared}
 
 
 def test_every_flag_of_the_recipe_exists():

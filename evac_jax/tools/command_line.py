@@ -1,0 +1,69 @@
+"""What the tools' command lines share: their help, and options that more than one has.
+
+Help is the tool's docstring as it is laid out, and every option with a default states it.
+"""
+
+import argparse
+import copy
+from typing import Any
+
+DEVICES = ("cpu", "cuda")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of the description and adds defaults, also where there is no help text."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        default = _shown(action)
+        if default and action.help != argparse.SUPPRESS:
+            action = copy.copy(action)
+            action.help = f"{action.help or ''} (default: {default.replace('%', '%%')})".strip()
+        super().add_argument(action)
+
+
+def _shown(action: argparse.Action) -> str:
+    """Return the default as one would type it; "" where there is none, as for a switch."""
+    default = action.default
+    if default is None or default is False or default == argparse.SUPPRESS:
+        return ""
+    return " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of `python -m evac_jax.tools.<tool>`.
+
+    Args:
+        tool: "noun.verb", or "noun".
+        doc: docstring of the tool.
+        **options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, tool: str, doc: str | None, **options: Any):
+        super().__init__(
+            prog=f"python -m evac_jax.tools.{tool}",
+            description=doc,
+            formatter_class=_Formatter,
+            **options,
+        )
+
+    def add_device(self) -> None:
+        """Add `--device` of a tool that computes in PyTorch."""
+        # Tools without it run where JAX computes, and have no need of PyTorch.
+        import torch
+
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        text = "where PyTorch computes; cuda where there is one"
+        self.add_argument("--device", choices=DEVICES, default=default, help=text)
+
+    def add_threads(self) -> None:
+        """Add `--threads` of a tool that computes in PyTorch."""
+        self.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU")
+
+    def add_seed(self, of: str) -> None:
+        """Add `--seed`; `of` says of what."""
+        self.add_argument("--seed", type=int, default=0, help=f"of {of}")
+
+    def add_image_size(self, default: int = 0) -> None:
+        """Add `--image_size`; a default of 0 leaves pictures as they are."""
+        text = "pixels per side" + ("" if default else "; 0 = as they are")
+        self.add_argument("--image_size", type=int, default=default, help=text)

@@ -1,0 +1,92 @@
+import argparse
+import ast
+import re
+
+import pytest
+
+from evac_jax.tools.command_line import Parser
+from tests import house
+
+TOOLS = [
+    file
+    for file in house.python_files("evac_jax/tools")
+    if 'if __name__ == "__main__":' in (house.ROOT / file).read_text()
+]
+DOC = r"""Does something.
+
+    python -m evac_jax.tools.noun.verb \
+        --out DIR
+"""
+
+
+def _help() -> str:
+    parser = Parser("noun.verb", DOC)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--which", type=int, nargs="+", default=[0, 1], help="held-out ones")
+    parser.add_argument("--mix", default="half=50%", help="shares")
+    parser.add_argument("--few", action="store_true", help="do less")
+    parser.add_argument("--config", help="file; left out, the usual one")
+    parser.add_argument("--hidden", default=3, help=argparse.SUPPRESS)
+    parser.add_argument_group("more").add_argument("--chunk", type=int, default=8, help="actions")
+    parser.add_image_size()
+    return parser.format_help()
+
+
+def test_help_keeps_the_layout_and_names_the_command(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = _help()
+    assert text.startswith("usage: python -m evac_jax.tools.noun.verb ")
+    assert DOC.strip() in text
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--lr", "(default: 0.001)"),
+        ("--which", "held-out ones (default: 0 1)"),
+        ("--mix", "shares (default: half=50%)"),
+        ("--chunk", "actions (default: 8)"),
+        ("--image_size", "pixels per side; 0 = as they are (default: 0)"),
+        ("--out", ""),
+        ("--few", "do less"),
+        ("--config", "file; left out, the usual one"),
+        ("--help", "show this help message and exit"),
+    ],
+)
+def test_help_states_a_default_when_there_is_one(monkeypatch, option, told):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = " ".join(_help().split("options:")[1].split())
+    found = re.search(rf"{option}(?: [A-Z_]+(?: \[[A-Z_ .]+\])?)?(.*?)(?= --| more:|$)", lines)
+    assert found is not None
+    assert found[1].strip() == told
+    assert "hidden" not in lines
+
+
+def test_device_has_one_default_and_one_spelling():
+    parser = Parser("noun", None)
+    parser.add_device()
+    assert parser.parse_args([]).device in ("cpu", "cuda")
+    assert parser.parse_args(["--device", "cpu"]).device == "cpu"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--device", "gpu"])
+
+
+def test_every_tool_is_named_by_its_module_and_spells_options_alike():
+    assert len(TOOLS) > 15
+    shared = {"--device", "--threads", "--seed", "--image_size"}
+    for file in house.python_files("evac_jax/tools"):
+        if file == "evac_jax/tools/command_line.py":
+            continue
+        calls = [node for node in house.nodes(file) if isinstance(node, ast.Call)]
+        texts = [c.args[0].value for c in calls if c.args and isinstance(c.args[0], ast.Constant)]
+        options = {text for text in texts if re.fullmatch(r"--[\w-]+", str(text))}
+        assert not {option for option in options if "-" in option[2:]}, file
+        assert not options & shared, f"{file}: use the method of Parser"
+        assert "ArgumentParser" not in {getattr(c.func, "attr", "") for c in calls}, file
+        if file in TOOLS:
+            tool = house.module_of(file).removeprefix("evac_jax.tools.").removesuffix(".__main__")
+            source = (house.ROOT / file).read_text()
+            if file.endswith("world_model/train.py"):
+                source = (house.ROOT / file).with_name("options.py").read_text()
+            assert tool in texts or f'"{tool}"' in source, f"{file}: its parser is not named {tool}"
