@@ -139,3 +139,13 @@ def test_no_pickle_is_trusted_when_files_are_loaded():
             if function == "np.load" and options.get("allow_pickle", "False") != "False":
                 problems.append(f"{file}:{node.lineno}: np.load of pickles")
     assert not problems, "\n".join(problems)
+
+
+def test_tree_of_unit_tests_mirrors_the_code():
+    """test_<module>[_<what>].py lies where the module does, without evac_jax/ before it."""
+    for test in (house.ROOT / "tests/unit").rglob("test_*.py"):
+        folder = test.relative_to(house.ROOT / "tests/unit").parent
+        places = [house.ROOT / top / folder for top in ("evac_jax", "", "tests")]
+        tested = {folder.name} | {path.stem for place in places for path in place.glob("[!_]*.*")}
+        name = test.stem.removeprefix("test_")
+        assert any(name == of or name.startswith(f"{of}_") for of in tested - {""}), test

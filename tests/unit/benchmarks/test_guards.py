@@ -65,6 +65,9 @@ def test_run_of_every_variant_passes_the_checks_before_training(variant, tmp_pat
     episode = Episode((1, 64, 64, 3), chunk=8, max_steps=config.env.max_episode_steps)
     mesh = jax.make_mesh((1,), ("data",))
     check_sizes(config, mesh, mesh, episode)
+    broken = dataclasses.replace(episode, max_steps=episode.max_steps + 1)
+    with pytest.raises(ConfigError, match="multiple of the world model's chunk"):
+        check_sizes(config, mesh, mesh, broken)
 
 
 def test_every_guard_is_on_in_the_last_variant():

@@ -104,6 +104,7 @@ def test_decode_raises_when_words_are_not_one_of_the_messages(words):
 def test_protocol_imports_neither_jax_nor_torch_when_alone():
     code = (
         "import sys, evac_jax.bridge.protocol, evac_jax.bridge.slots, evac_jax.bridge.server;"
-        "assert not {'jax', 'torch'} & set(sys.modules), 'heavy import'"
+        "print({'jax', 'torch'} & set(sys.modules))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"

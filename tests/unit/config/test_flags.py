@@ -23,6 +23,9 @@ def test_valid_fields_pass(repository, monkeypatch):
     monkeypatch.chdir(repository)
     flags = ["--config.algo.group_size=4", "--config.eval.starts=(3, 9)", "--mode=eval"]
     check_flags(flags)
+    with pytest.raises(ConfigError) as error:
+        check_flags([*flags, "--config.sed=1"])
+    assert str(error.value).count("--config.") == 1
 
 
 def test_missing_preset_file_is_named():
@@ -33,7 +36,7 @@ def test_missing_preset_file_is_named():
 def test_entry_of_a_tuple_is_refused_as_only_the_whole_can_be_set(repository, monkeypatch):
     monkeypatch.chdir(repository)
     with pytest.raises(ConfigError, match=r"expected the whole value, as --config\.eval\.starts="):
-        check_flags(["--config.eval.starts[0]=3"])
+        check_flags(["--config.eval.starts=(3, 9)"])
 
 
 def test_preset_is_changed_by_flags_as_launch_reads_them(repository, monkeypatch):

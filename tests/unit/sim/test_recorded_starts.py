@@ -36,6 +36,13 @@ def test_instruction_that_a_classifier_does_not_know_is_named(folder):
         RecordedStarts(recordings.load(folder), ["open the drawer"])
 
 
+def test_instructions_are_matched_by_text_when_their_order_differs(folder):
+    data = recordings.load(folder)
+    turned = data.instructions[::-1]
+    task = RecordedStarts(data, turned).load(np.arange(4)).task
+    assert [turned[t] for t in task] == [data.instructions[t] for t in data.task[:4]]
+
+
 def test_keyframes_lie_behind_the_first_frame_and_before_success(folder):
     keyframes = Keyframes(str(folder))
     episodes, steps = keyframes.find(KEYFRAMES + np.arange(keyframes.count))

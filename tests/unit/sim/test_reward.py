@@ -8,6 +8,33 @@ from evac_jax.errors import ConfigError
 from evac_jax.evac.checkpoint import save_model
 from evac_jax.sim.reward import RewardConfig, RewardEnsemble, RewardNet
 
+FRAMES = torch.zeros(3, 3, 8, 8)
+
+
+def test_reward_is_clamped_and_thresholded_when_frames_overshoot():
+    torch.manual_seed(0)
+    net, frames = RewardNet(RewardConfig(width=4)).eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        probability = net.probability(3 * frames)
+        torch.testing.assert_close(probability, net.probability((3 * frames).clamp(-1, 1)))
+        between = float(probability.sort().values[:2].mean())
+        assert net.predict(3 * frames, threshold=between).sum() == 2
+        assert net.predict(3 * frames, threshold=1.0).sum() == 0
+
+
+def test_reward_depends_on_the_instruction_when_there_are_several():
+    torch.manual_seed(0)
+    net = RewardNet(RewardConfig(width=4, num_instructions=2)).eval()
+    for table in net.instruction:
+        nn.init.normal_(table.weight)
+    frames = torch.rand(1, 3, 32, 32).expand(2, -1, -1, -1)
+    with torch.no_grad():
+        first, second = net(frames, torch.tensor([0, 1]))
+        assert not torch.isclose(first, second)
+        torch.testing.assert_close(net(frames, torch.tensor([1, 1]))[0], second)
+    with pytest.raises(ValueError, match="2 instructions"):
+        net(frames)
+
 
 class Sure(nn.Module):
     """A classifier that always says the same."""
@@ -19,9 +46,6 @@ class Sure(nn.Module):
 
     def probability(self, frames, instruction=None):
         return self._chances
-
-
-FRAMES = torch.zeros(3, 3, 8, 8)
 
 
 def test_ensemble_of_one_is_that_one():

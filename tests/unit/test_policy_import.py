@@ -76,6 +76,8 @@ def test_checking_needs_no_chunk_and_accepts_a_sound_policy(folder):
     policy = PolicyConfig(checkpoint=str(folder), unnorm_key="tiny", max_prompt_length=24)
     check_policy(policy)
     check_policy(dataclasses.replace(policy, value_head="chunk_level"))
+    with pytest.raises(CheckpointError, match="another_robot"):
+        check_policy(dataclasses.replace(policy, unnorm_key="another_robot"))
 
 
 def shards(folder):

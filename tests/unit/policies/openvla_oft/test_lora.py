@@ -17,7 +17,7 @@ from policies.openvla_oft.import_hf import load_config, load_policy
 from policies.openvla_oft.model import OpenVLAOFT
 from tests.unit.policies.tiny import CONFIG, NORM_STATS, TASKS, make_model, make_obs
 
-GOLDENS = Path(__file__).parents[2] / "goldens" / "openvla_oft"
+GOLDENS = Path(__file__).parents[3] / "goldens" / "openvla_oft"
 SETTINGS = {"unnorm_key": "tiny", "max_prompt_length": 24, "chunk": 2, "num_images": 2}
 RANK = {"lora_rank": 2, "lora_alpha": 6.0}
 

@@ -1,0 +1,108 @@
+import base64
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evac_jax.errors import DataError
+from evac_jax.files import recordings
+from evac_jax.miniature import scene
+from evac_jax.miniature.render import render
+from evac_jax.tools.trust import __main__ as trust
+
+
+def test_episodes_are_drawn_per_source_when_there_are_too_many(recording):
+    chosen = trust.choose(recording, "all", 1, seed=0)
+    assert sorted(chosen.source.tolist()) == [0, 1]
+
+
+def test_preset_plays_its_ground_truth_when_there_is_no_recording(weights):
+    config = trust.preset_config("miniature")
+    policy = dataclasses.replace(config.policy, checkpoint=str(weights / "policy"))
+    config = dataclasses.replace(config, policy=policy)
+
+    data = trust.record(config, None, 2, seed=5)
+
+    assert data.sources == ("expert", "noisy", "start policy")
+    assert data.source.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(set(data.start)) == 6
+    assert data.length.tolist() == [32] * 6
+    scenes = scene.sample_scenes(data.start)
+    np.testing.assert_array_equal(data.frames[data.first, 0], render(scenes))
+
+
+def test_recording_is_refused_when_nothing_is_held_out(recording):
+    nothing = recording.select(np.zeros(0, np.int64))
+    with pytest.raises(DataError, match="--part=all"):
+        trust.choose(nothing, "held_out", 0, seed=0)
+
+
+def test_last_line_says_nan_when_a_figure_does_not_exist():
+    line = trust.last_line(
+        {"agreement": 0.875, "false_success": None, "psnr_1": 26.44, "psnr_4": 20.0}
+    )
+    assert line == "agreement=0.88 false_success=nan psnr_1=26.4 psnr_4=20.0"
+
+
+def test_report_is_written_when_a_recording_is_given(weights, recording, tmp_path, capsys):
+    folder = tmp_path / "recording"
+    flags = {
+        "data": _saved(recording, folder),
+        "part": "all",
+        "out": tmp_path / "report",
+        "steps": 1,
+        "threshold": 0.5,
+        "judged_frames": 2,
+        "eta": 0.0,
+        "batch": 3,
+        "pictures": 0.6,
+        "device": "cpu",
+    } | {name: weights / name for name in ("world_model", "reward", "pose_model")}
+
+    trust.main([f"--{name}={value}" for name, value in flags.items()])
+
+    last = capsys.readouterr().out.splitlines()[-1]
+    number = r"(\d\.\d\d|nan)"
+    assert re.fullmatch(
+        rf"agreement={number} false_success={number} psnr_1=\d+\.\d psnr_4=\d+\.\d", last
+    )
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["overall"]["episodes"] == 4
+    assert report["overall"]["pictures"] == 3  # two of a batch of three, and the fourth episode
+    assert set(report["kinds"]) == {"expert", "noisy"}
+    assert len(report["drift"]["psnr"]) == 32
+    assert len(report["overall"]["per_chunk"]["block_px"]) == 4
+    text = (tmp_path / "report" / "report.html").read_text()
+    encoded = re.findall(r"data:image/png;base64,([^\"]+)", text)
+    pictures = [tmp_path / "report" / name for name in ("report.png", "films.png")]
+    assert [base64.b64decode(data) for data in encoded] == [p.read_bytes() for p in pictures]
+    assert 'src="http' not in text
+    assert all(Image.open(picture).width >= 1000 for picture in pictures)
+
+
+def _saved(data, folder):
+    """Write loaded episodes again."""
+    writer = recordings.EpisodeWriter(
+        folder,
+        image_shape=data.frames.shape[1:],
+        instructions=data.instructions,
+        sources=data.sources,
+        intrinsic=data.intrinsic,
+        c2w=data.c2w,
+        facts={},
+    )
+    with writer:
+        for n in range(data.num_episodes):
+            rows = data.rows(np.array(n), np.arange(data.length[n] + 1))
+            writer.add(
+                frames=data.frames[rows],
+                actions=data.actions[rows[:-1]],
+                poses=data.poses[rows],
+                success=data.success[rows],
+                task=int(data.task[n]),
+                source=int(data.source[n]),
+            )
+    return folder

@@ -1,0 +1,20 @@
+import pytest
+
+from evac_jax.sim.pose_model import PoseModelConfig
+from evac_jax.tools.episodes import collect
+from evac_jax.tools.world_model import train_pose_model
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recordings") / "mixed"
+    return collect.collect(folder, 24, {"expert": 0.5, "random": 0.5}, image_size=32)
+
+
+def test_pose_model_follows_recorded_transitions(recording):
+    model = train_pose_model.train(
+        recording, PoseModelConfig(hidden=32, linear_skip=True), steps=300, batch=128
+    )
+    scores = train_pose_model.score(model, recording)
+    assert scores["position_mm_mean"] < 60
+    assert scores["opening_max"] < 0.4
