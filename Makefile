@@ -10,11 +10,16 @@ REQUIREMENTS := requirements.txt requirements-dev.txt $(ACCELERATOR:%=requiremen
 
 # More for pytest or the build, e.g. make test ARGS='tests/unit/config/test_build.py -x'
 ARGS ?=
+# Processes that run tests. Each takes whole files, the long ones of tests/integration first.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# What most changes break first: layers, settings, algorithms, files, the bridge's messages.
+QUICK := $(wildcard tests/unit/test_*.py) $(addprefix tests/unit/,config configs docs algos files telemetry bridge)
 # Folders of golden vectors for `make parity`, each with a manifest.json.
 GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json))
 
 .DEFAULT_GOAL := help
-.PHONY: help install-cuda install-tpu demo test lint format type parity bench miniature libero \
+.PHONY: help install-cuda install-tpu demo test test-quick lint format type parity bench miniature libero \
 	libero-check clean
 
 help:  ## List the targets.
@@ -41,7 +46,10 @@ demo: $(STAMP)  ## Train in the miniature world model on this CPU: videos, curve
 	$(BIN)/python launch.py --config=configs/grpo.py
 
 test: $(STAMP)  ## Run all tests. ARGS='tests/unit -x' narrows them down.
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-quick: $(STAMP)  ## Run a selection that takes a minute; what it covers: CONTRIBUTING.md.
+	$(PYTEST) $(QUICK) $(ARGS)
 
 lint: $(STAMP)  ## Check style and formatting.
 	$(BIN)/ruff check .

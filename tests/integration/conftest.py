@@ -1,30 +1,40 @@
-"""One set of weights and one cache of compiled programs for all tests that start `launch.py`."""
+"""What several files share: the starter of `launch.py`, one trained run, one configuration."""
+
+from pathlib import Path
 
 import pytest
 
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import load_preset
-from tests.integration import tiny_weights
-from tests.integration.launcher import Launcher, write_weights
+from tests.integration.launcher import TWO_SIMULATORS, Launcher
 
 
 @pytest.fixture(scope="session")
-def launcher(repository, tmp_path_factory) -> Launcher:
-    folder = tmp_path_factory.mktemp("launch")
-    return Launcher(repository, write_weights(folder / "weights", repository), folder)
+def launcher(repository, weights, made_once) -> Launcher:
+    return Launcher(repository, weights, made_once("launch", Path.mkdir))
 
 
 @pytest.fixture(scope="session")
-def tiny_config(repository, tmp_path_factory):
+def plain(launcher, made_once) -> str:
+    """Output of a run of three iterations on one host, with two devices and two simulators."""
+
+    def make(folder):
+        flags = ("--config.train.iterations=3", "--config.log.run=plain", *TWO_SIMULATORS)
+        folder.mkdir()
+        (folder / "output").write_text(launcher.run(*flags))
+
+    return (made_once("plain", make) / "output").read_text()
+
+
+@pytest.fixture(scope="session")
+def tiny_config(repository, weights):
     """PPO with random weights and noise in every denoising step, on two simulator processes."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    tiny_weights.write(folder)
     values = load_preset(str(repository / "configs/ppo.py"))
-    values.policy.checkpoint = str(folder / "policy")
-    values.world_model.checkpoint = str(folder / "world_model")
+    values.policy.checkpoint = str(weights / "policy")
+    values.world_model.checkpoint = str(weights / "world_model")
     values.world_model.eta = 1.0
-    values.reward.checkpoint = str(folder / "reward")
-    values.env.pose_model = str(folder / "pose_model")
+    values.reward.checkpoint = str(weights / "reward")
+    values.env.pose_model = str(weights / "pose_model")
     values.env.num_envs = 8
     values.env.max_episode_steps = 16
     values.algo.group_size = 4

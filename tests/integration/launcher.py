@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
+TWO_SIMULATORS = ("--config.simulator.processes=2",)  # one is the default here, as it starts sooner
+
 
 class Launcher:
-    """Starts launch.py on tiny weights; compiled programs are shared between the runs."""
+    """Starts launch.py on tiny weights; tests/conftest.py lets runs share compiled programs."""
 
     def __init__(self, repository: Path, weights: Path, folder: Path):
         self._repository, self.runs = repository, folder / "runs"
         self._environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         }
         settings = {
             "policy.checkpoint": weights / "policy",
@@ -25,6 +25,7 @@ class Launcher:
             "reward.checkpoint": weights / "reward",
             "env.pose_model": weights / "pose_model",
             "world_model.steps": 1,
+            "simulator.processes": 1,
             "env.num_envs": 8,
             "env.max_episode_steps": 16,
             "algo.group_size": 4,
@@ -72,10 +73,3 @@ class Launcher:
             for name in names:
                 expected = pytest.approx(one[iteration][name], **tolerance)
                 assert two[iteration][name] == expected, (iteration, name)
-
-
-def write_weights(folder: Path, repository: Path) -> Path:
-    """Write the weights in a process of its own: this one's JAX must not start yet."""
-    command = [sys.executable, "-m", "tests.integration.tiny_weights", str(folder)]
-    subprocess.run(command, cwd=repository, check=True)
-    return folder

@@ -53,7 +53,7 @@ def test_death_is_seen_at_once_when_killed_in_mid_step(client):
     began = time.monotonic()
     with pytest.raises(SimulatorError, match="was killed by SIGKILL") as caught:
         client.receive()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5  # not the 30 s of a silent one
     assert "the arm hums" in str(caught.value)
     # What the trainer held is untouched, and must still be released.
     assert (np.array(exchange.frames)[0] == fake_env.frame_value(0, 1, 0, 0)).all()

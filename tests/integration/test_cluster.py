@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from tests.integration.launcher import TWO_SIMULATORS
+
 LENGTH = "--config.train.iterations=3"
 QUICK = (
     "--config.eval.ground_truth=none",
@@ -21,19 +23,12 @@ def free_port() -> int:
 
 
 def hosts_flags(run: str) -> tuple[str, ...]:
-    """Two hosts with a simulator each, so that they play as one with two simulators does."""
+    """Two hosts with a simulator each, so that they play as one with two simulators."""
     return (
         f"--config.log.run={run}",
         "--config.cluster.num_nodes=2",
         f"--config.cluster.coordinator=localhost:{free_port()}",
-        "--config.simulator.processes=1",
     )
-
-
-@pytest.fixture(scope="module")
-def plain(launcher) -> str:
-    """One host, two devices that decide and learn, two simulators."""
-    return launcher.run(LENGTH, "--config.log.run=plain")
 
 
 @pytest.mark.slow
@@ -77,6 +72,7 @@ def test_lost_host_ends_the_run_and_the_message_tells_how_to_go_on(launcher):
 def test_other_devices_decide_than_learn_and_all_that_idles_leaves(launcher, plain):
     output = launcher.run(
         LENGTH,
+        *TWO_SIMULATORS,
         "--config.log.run=separate",
         "--config.cluster.placement.rollout=0",
         "--config.cluster.placement.actor=1-2",

@@ -1,31 +1,21 @@
 """Learning and evaluating in the ground truth: no world model, classifier or pose model at all."""
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import pytest
-from flax import nnx
 
 from evac_jax import checkpoint
-from evac_jax.miniature.sizes import POLICY
-from evac_jax.miniature.tasks import INSTRUCTIONS
-from evac_jax.tools.policy.train import NORM_STATS
-from policies.openvla_oft.export_hf import create_policy_folder
-from policies.openvla_oft.model import OpenVLAOFT
 
 
 @pytest.fixture(scope="module")
-def launch(repository, tmp_path_factory):
+def launch(repository, weights, tmp_path_factory):
     """Start launch.py with small settings and a policy of random weights."""
     folder = tmp_path_factory.mktemp("ground_truth")
-    small = dataclasses.replace(POLICY, num_layers=1, hidden_size=32, intermediate_size=32)
-    model = OpenVLAOFT(small, rngs=nnx.Rngs(0))
-    create_policy_folder(model, folder / "policy", tasks=INSTRUCTIONS, norm_stats=NORM_STATS)
     settings = {
-        "policy.checkpoint": folder / "policy",
+        "policy.checkpoint": weights / "policy",
         "world_model.checkpoint": "",
         "reward.checkpoint": "",
         "env.pose_model": "",
@@ -45,8 +35,6 @@ def launch(repository, tmp_path_factory):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
 
     def run(mode="train", **changes):

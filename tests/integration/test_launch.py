@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evac_jax.telemetry import video
+from tests.integration.launcher import TWO_SIMULATORS
 
 PROMISED = (
     "actor/loss", "actor/value_loss", "actor/entropy", "actor/grad_norm", "actor/lr",
@@ -24,11 +25,11 @@ QUICK = (
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_where_it_was_and_ends_like_an_unbroken_one(launcher):
-    output = launcher.run("--config.train.iterations=2", "--config.log.run=unbroken")
-    assert "ground truth" in output
+def test_killed_run_goes_on_where_it_was_and_ends_like_an_unbroken_one(launcher, plain):
+    assert "ground truth" in plain
 
-    process = launcher.start("--config.train.iterations=9", "--config.log.run=broken")
+    flags = ("--config.log.run=broken", *TWO_SIMULATORS)
+    process = launcher.start("--config.train.iterations=9", *flags)
     checkpoint = launcher.runs / "broken" / "checkpoints" / "1"
     deadline = time.monotonic() + 500
     while not checkpoint.exists() and time.monotonic() < deadline:
@@ -37,14 +38,14 @@ def test_killed_run_goes_on_where_it_was_and_ends_like_an_unbroken_one(launcher)
     process.send_signal(signal.SIGKILL)
     process.wait()
     output = launcher.run(
-        "--config.train.iterations=2",
-        "--config.log.run=broken",
+        "--config.train.iterations=3",
         "--config.checkpoint.restore=latest",
+        *flags,
     )
     assert "at iteration" in output
 
-    assert sorted(launcher.metrics("broken")) == sorted(launcher.metrics("unbroken")) == [0, 1, 2]
-    launcher.assert_same("unbroken", "broken", (1, 2), rel=1e-5, abs=1e-7)
+    assert sorted(launcher.metrics("broken")) == sorted(launcher.metrics("plain")) == [0, 1, 2, 3]
+    launcher.assert_same("plain", "broken", (1, 2, 3), rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.slow

@@ -34,16 +34,14 @@ def flags(run: str, iterations: int) -> tuple[str, ...]:
         f"--config.train.iterations={iterations}",
         "--config.cluster.engine=ray",
         "--config.cluster.num_nodes=2",
-        "--config.simulator.processes=1",
         "--config.checkpoint.interval=1",
     )
 
 
 @pytest.mark.slow
-def test_hosts_of_a_ray_cluster_give_the_numbers_of_one_host(launcher, address):
-    launcher.run("--config.train.iterations=2", "--config.log.run=no_ray")
+def test_hosts_of_a_ray_cluster_give_the_numbers_of_one_host(launcher, plain, address):
     launcher.run(*flags("ray", 2), devices=1)
-    launcher.assert_same("no_ray", "ray", (1, 2), ("eval/",), rel=2e-4, abs=1e-5)
+    launcher.assert_same("plain", "ray", (1, 2), ("eval/",), rel=2e-4, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -1,10 +1,9 @@
-"""Random weights at the smallest sizes that work: `python -m tests.integration.tiny_weights DIR`.
+"""Random weights at the smallest sizes that work; tests get them from the fixture `weights`.
 
 For tests of the machinery, where it does not matter what is imagined.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from evac_jax.evac.checkpoint import save_model
@@ -52,7 +51,3 @@ def write_policy(folder: Path) -> None:
     policy = dataclasses.replace(POLICY, num_layers=1, hidden_size=32, intermediate_size=32)
     model = OpenVLAOFT(policy, rngs=nnx.Rngs(0))
     create_policy_folder(model, folder, tasks=INSTRUCTIONS, norm_stats=NORM_STATS)
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))

@@ -11,7 +11,6 @@ from evac_jax.evac.cpu.packed import PackedConv2d, accelerate, pack
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.unet import CausalConv, TemporalConvBlock
 from evac_jax.miniature.sizes import WORLD_MODEL
-from tests.integration import tiny_weights
 from tests.unit.evac.tiny import camera, poses
 
 
@@ -54,12 +53,11 @@ def test_packed_layer_gives_the_numbers_of_the_layer(layer, shape):
 
 
 @torch.no_grad()
-def test_accelerated_model_decodes_and_denoises_as_before(tmp_path):
+def test_accelerated_model_decodes_and_denoises_as_before(weights):
     from evac_jax.evac.checkpoint import load_model
 
-    tiny_weights.write(tmp_path)
-    plain = load_model(tmp_path / "world_model", kind="EvacModel")
-    fast = accelerate(load_model(tmp_path / "world_model", kind="EvacModel"))
+    plain = load_model(weights / "world_model", kind="EvacModel")
+    fast = accelerate(load_model(weights / "world_model", kind="EvacModel"))
     latents = torch.randn(2, 4, *plain.config.latent_size)
     close(fast.first_stage_model.decode(latents), plain.first_stage_model.decode(latents))
     frames = torch.randn(2, 3, *plain.config.image_size)

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -33,13 +32,14 @@ def _load(folder, **more):
     return load_policy(folder, **SETTINGS, **more).model
 
 
+@nnx.jit
 def _forward(model, obs):
     forward = model.forward(model.pixel_values(obs.images), obs.prompt_tokens, obs.prompt_mask)
     return model.action_logits(forward.slots)
 
 
 def _logits(model):
-    return np.asarray(nnx.jit(_forward)(model, make_obs()))
+    return np.asarray(_forward(model, make_obs()))
 
 
 def _trained(folder):
@@ -113,7 +113,7 @@ def test_only_adapters_and_value_head_are_parameters_and_change_in_a_step(base):
     assert all("lora" in name or name.startswith("value_head") for name in names)
     obs = make_obs()
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
+    @jax.jit
     @jax.grad
     def gradient_of(params):
         return _forward(nnx.merge(graphdef, params, rest), obs)[..., 0].sum()

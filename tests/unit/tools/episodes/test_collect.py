@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,25 +64,21 @@ def test_existing_folder_and_wrong_mixture_are_refused(recording, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_policy_plays_the_actions_that_were_recorded(tmp_path):
-    from tests.integration.tiny_weights import write_policy
-
-    write_policy(tmp_path / "weights")
-    kind = f"policy:{tmp_path / 'weights'}@0.5"
+def test_a_policy_plays_the_actions_that_were_recorded(weights, tmp_path):
+    kind = f"policy:{weights / 'policy'}@0.5"
     data = collect.collect(tmp_path / "data", 3, {kind: 1.0})
-    assert data.sources == ("policy:weights@0.5",)
+    assert data.sources == ("policy:policy@0.5",)
     actions, poses = data.stacked("actions"), data.stacked("poses")
     assert set(np.unique(actions[:, :-1, 6])) <= {-1.0, 0.0, 1.0}
     after = scene.step(scene.sample_scenes(data.start), actions[:, 0])
     np.testing.assert_array_equal(poses[:, 1], after.pose)
 
 
-def test_an_adapter_plays_on_the_base_beside_it(tmp_path):
+def test_an_adapter_plays_on_the_base_beside_it(weights, tmp_path):
     from policies.openvla_oft import peft
     from policies.openvla_oft.import_hf import load_policy
-    from tests.integration.tiny_weights import write_policy
 
-    write_policy(tmp_path / "base")
+    shutil.copytree(weights / "policy", tmp_path / "base")
     model = load_policy(tmp_path / "base", unnorm_key="", lora_rank=2).model
     for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if path[-1] == "b":

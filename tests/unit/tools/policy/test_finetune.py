@@ -1,11 +1,9 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from evac_jax.errors import CheckpointError, DataError
@@ -25,23 +23,6 @@ from tests.unit.tools import tiny_recording
 
 IDENTITY = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [False] * 7}
 RANK = ["--lora_rank", "2", "--lora_alpha", "4"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles(tmp_path_factory):
-    """Compile every program once for all runs of this file, and without optimising it."""
-    wanted = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

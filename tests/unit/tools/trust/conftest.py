@@ -6,14 +6,6 @@ from evac_jax.miniature import scene
 from evac_jax.miniature.expert import Expert, demonstrate
 from evac_jax.miniature.render import camera, render
 from evac_jax.miniature.tasks import INSTRUCTIONS
-from tests.integration import tiny_weights
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    tiny_weights.write(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def full_state(frames: int) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.skipif(not KEYS.is_file(), reason="the full key list lies outside the repository")
+@pytest.mark.skipif(not KEYS.is_file(), reason=f"there is no {KEYS}")
 def test_every_key_of_the_published_model_has_its_place():
     state = full_state(8)
     assert import_evac.kind_of(state, "file") == "evac"
@@ -133,7 +133,7 @@ def test_every_key_of_the_published_model_has_its_place():
     assert import_evac.fitted("evac", import_evac.SIZES["upstream"], full_state(16), "file").ok
 
 
-@pytest.mark.skipif(not KEYS.is_file(), reason="the full key list lies outside the repository")
+@pytest.mark.skipif(not KEYS.is_file(), reason=f"there is no {KEYS}")
 def test_other_variant_is_named_when_its_file_is_imported():
     with pytest.raises(checkpoint.CheckpointError) as error:
         import_evac.fitted("evac", EvacConfig(), full_state(16), "file.ckpt")

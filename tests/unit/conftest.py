@@ -1,11 +1,11 @@
-"""Each test compiles a handful of tiny programs once; optimising them would be most of the time."""
+"""Unit tests compile tiny programs that run once or twice: optimising them would take longest."""
 
 import jax
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="package")
-def fast_compilation():
+def _compile_without_optimising():
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
