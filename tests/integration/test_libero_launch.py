@@ -14,13 +14,14 @@ import pytest
 from flax import nnx
 
 from evac_jax.files import recordings
-from evac_jax.miniature.sizes import POLICY, WORLD_MODEL
+from evac_jax.miniature.sizes import WORLD_MODEL
 from evac_jax.sim.libero_tasks import instruction_of
 from evac_jax.telemetry import video
 from evac_jax.tools.policy.train import NORM_STATS
 from evac_jax.tools.world_model.data import WindowSampler
 from policies.openvla_oft.export_hf import create_policy_folder
 from policies.openvla_oft.model import OpenVLAOFT
+from tests.integration.tiny_weights import SMALL_POLICY
 from tests.unit.sim import libero_fakes
 
 INSTRUCTIONS = tuple(map(instruction_of, libero_fakes.TASKS))
@@ -30,8 +31,7 @@ INSTRUCTIONS = tuple(map(instruction_of, libero_fakes.TASKS))
 def launch(repository, tmp_path_factory):
     """Start launch.py; returns what it printed."""
     folder = tmp_path_factory.mktemp("libero")
-    small = dataclasses.replace(POLICY, num_layers=1, hidden_size=32, intermediate_size=32)
-    model = OpenVLAOFT(small, rngs=nnx.Rngs(0))
+    model = OpenVLAOFT(SMALL_POLICY, rngs=nnx.Rngs(0))
     create_policy_folder(model, folder / "policy", tasks=INSTRUCTIONS, norm_stats=NORM_STATS)
     libero = libero_fakes.write(folder)
     settings = {

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ from safetensors import safe_open
 from evac_jax import checkpoint
 from evac_jax.config.build import default_config, to_dict
 from evac_jax.errors import CheckpointError
-from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.tools.policy import export as export_policy
 from evac_jax.tools.policy.train import NORM_STATS, UNNORM_KEY
@@ -24,8 +22,7 @@ from policies.openvla_oft.export_hf import create_policy_folder
 from policies.openvla_oft.import_hf import load_policy
 from policies.openvla_oft.lora import LoraParam
 from policies.openvla_oft.model import OpenVLAOFT
-
-SMALL = dataclasses.replace(POLICY, num_layers=1, hidden_size=32, intermediate_size=32)
+from tests.integration.tiny_weights import SMALL_POLICY as SMALL
 
 
 def _params(model):
