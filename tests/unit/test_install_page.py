@@ -161,7 +161,7 @@ def launch_arguments(repository, tmp_path) -> list[str]:
 def test_second_host_is_configured_when_the_slurm_script_runs(repository, tmp_path, monkeypatch):
     flags = launch_arguments(repository, tmp_path)
     monkeypatch.chdir(repository)
-    check_flags(flags, default_file="configs/grpo.py")  # every field exists
+    check_flags(flags)  # every field exists
     paths = [f"--config.{field}={tmp_path}" for field in OWN_PATHS]
     monkeypatch.setattr(sys, "argv", ["launch.py", *flags, *paths])  # read by ml_collections
     values = flags_module.FlagValues()
@@ -179,7 +179,7 @@ def test_every_flag_is_a_field_when_the_page_names_it(repository, monkeypatch):
     text = (repository / "docs/install.md").read_text() + (repository / "Dockerfile").read_text()
     flags = sorted(set(re.findall(r"--config\.[a-z_.]+=", text)))
     assert flags
-    check_flags([f"{flag}1" for flag in flags], default_file="configs/grpo.py")
+    check_flags([f"{flag}1" for flag in flags])
 
 
 def test_page_shows_the_log_when_a_gpu_is_there_in_vain(repository):
