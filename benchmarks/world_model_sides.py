@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines.evac_model import NaiveEvac
-from evac_jax.bridge.process import KEEP_FREED_MEMORY
+from evac_jax.devices.malloc import KEEP_FREED_MEMORY
 from evac_jax.evac.config import (
     AutoencoderConfig,
     EvacConfig,

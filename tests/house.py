@@ -77,7 +77,10 @@ LAYERS = (
     # The two files in which torch and JAX meet, for DLPack only.
     Layer(7, "evac_jax/bridge/client.py", ("jax", "torch", "numpy"), PLAIN),
     Layer(7, "evac_jax/bridge/exchange.py", ("jax", "torch", "numpy"), PLAIN),
-    Layer(7, "evac_jax/bridge/*", ("torch", "numpy", "absl"), PLAIN),
+    Layer(
+        *(7, "evac_jax/bridge/*", ("torch", "numpy", "absl")),
+        (*PLAIN, "evac_jax.devices.malloc"),
+    ),
     Layer(8, "evac_jax/evac/*", TORCH, (*PLAIN, "evac_jax.files")),
     # Runs in the interpreter that has LIBERO, which may have no torch.
     Layer(9, "evac_jax/sim/libero_worker.py", ("numpy", "libero")),

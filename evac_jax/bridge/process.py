@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evac_jax.bridge import protocol
+from evac_jax.devices.malloc import KEEP_FREED_MEMORY
 from evac_jax.errors import SimulatorError
 
 TAIL_BYTES = 4000  # of the worker's output that an error quotes
-# For a worker on a CPU, where a chunk's buffers are the next one's. Given back to the system in
-# between, their pages are cleared anew, up to a fifth of a chunk's time; the peak is the same.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 _ROOT = Path(__file__).resolve().parents[2]  # holds the package that the worker imports
 _MESSAGE_S = 60  # a message is some kilobytes; only a stopped process takes this long over one
 _STACK_S = 0.5  # a healthy interpreter writes its stacks in milliseconds

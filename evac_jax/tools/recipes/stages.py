@@ -21,6 +21,7 @@ from pathlib import Path
 
 from absl import logging
 
+from evac_jax.devices.malloc import KEEP_FREED_MEMORY
 from evac_jax.errors import ConfigError, DataError, EvacJaxError
 from evac_jax.files import cards
 
@@ -28,10 +29,6 @@ WORK = "{work}"
 ROOT = Path(__file__).resolve().parents[3]
 POLL_S = 0.1
 TAIL_LINES = 30  # of a failed stage's output, in the error
-
-# glibc gives the large buffers of every training step back to the system and then pays for the
-# same pages again: about a quarter of a PyTorch stage's time at the miniature's sizes.
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +181,12 @@ class Workshop:
         command = [part.replace(WORK, str(self.work)) for part in stage.command]
         logging.info("%s: begins on %d core(s)", stage.name, len(cores))
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {"OMP_NUM_THREADS": "1", **MEMORY, **os.environ, "PYTHONPATH": path}
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            **KEEP_FREED_MEMORY,
+            **os.environ,
+            "PYTHONPATH": path,
+        }
         with (self._logs / f"{stage.name}.log").open("ab") as log, _on(cores):
             process = subprocess.Popen(
                 [sys.executable, *command],

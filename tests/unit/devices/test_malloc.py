@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from evac_jax.devices import malloc
+
 ROOT = Path(__file__).parents[3]
 MEGABYTES = 64  # more than malloc's own threshold for mmap ever grows to, 32
 PROGRAM = """
@@ -27,12 +29,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def pages_cleared(before: str = "", **environment: str) -> float:
+def pages_cleared(before: str = "", program: str = PROGRAM, **environment: str) -> float:
     """Return the share of a computation's pages that the system cleared at its third run."""
     side = int((MEGABYTES * 2**20 / 4) ** 0.5)
     keep = {name: text for name, text in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(side=side, before=before)],
+        [sys.executable, "-c", program.format(side=side, before=before)],
         cwd=ROOT,
         env=keep | {"JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
@@ -53,3 +55,26 @@ def test_memory_that_a_computation_freed_is_used_again():
 )
 def test_malloc_stays_as_it_is_where_it_was_told_or_computes_nothing(told):
     assert pages_cleared(**told) > 0.9
+
+
+OTHERS = """
+import ctypes, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+import numpy as np
+from evac_jax.devices import malloc
+
+assert "jax" not in sys.modules
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(({side}, {side}), np.float32)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "low", "high"), [({}, 0.9, 1.2), (malloc.KEEP_FREED_MEMORY, 0, 0.05)]
+)
+def test_a_process_without_jax_keeps_what_it_frees_when_its_environment_says_so(
+    environment, low, high
+):
+    assert low <= pages_cleared(program=OTHERS, **environment) <= high
