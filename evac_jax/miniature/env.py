@@ -19,8 +19,18 @@ from evac_jax.miniature import scene as world
 from evac_jax.miniature.render import render
 from evac_jax.miniature.scene import ACTION_DIM, POSE_DIM, TABLETOP, Tabletop
 from evac_jax.miniature.tasks import INSTRUCTIONS
-from evac_jax.sim.actions import GRIPPER_RULES, apply_gripper_rule
+from evac_jax.sim.actions import apply_gripper_rule
 from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
+from evac_jax.sim.ground_truth import (
+    check_actions,
+    check_fields,
+    check_settings,
+    check_starts,
+    hand_over,
+    nothing_yet,
+    restart,
+    step_result,
+)
 from evac_jax.sim.initial_states import StartCycle
 from evac_jax.sim.recorded_starts import Keyframes
 from policies.spec import ActionSpec
@@ -65,22 +75,8 @@ class GroundTruthConfig:
     device: str = "cpu"
 
     def __post_init__(self):
-        problems = [
-            f"{name}: expected at least {least}, got {getattr(self, name)}"
-            for name, least in (
-                ("num_envs", 1), ("image_size", 8), ("chunk", 1), ("clip_envs", 0),
-                ("start_seed_base", 0), ("num_starts", 1),
-            )
-            if getattr(self, name) < least
-        ]  # fmt: skip
-        if self.clip_envs > self.num_envs:
-            problems.append(f"clip_envs: at most num_envs={self.num_envs}, got {self.clip_envs}")
-        if self.gripper not in GRIPPER_RULES:
-            problems.append(
-                f"gripper: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper!r}"
-            )
-        if problems:
-            raise ConfigError("miniature environment:\n" + "\n".join(problems))
+        least = {"num_envs": 1, "image_size": 8, "chunk": 1, "clip_envs": 0}
+        check_settings("miniature", self, least | {"start_seed_base": 0, "num_starts": 1})
 
 
 def make(spec: dict) -> "GroundTruthEnv":
@@ -89,9 +85,7 @@ def make(spec: dict) -> "GroundTruthEnv":
     Raises:
         ConfigError: for an unknown key or a value out of range.
     """
-    known = {field.name for field in dataclasses.fields(GroundTruthConfig)}
-    if unknown := sorted(spec.keys() - known):
-        raise ConfigError(f"miniature environment: unknown {unknown}; there are {sorted(known)}")
+    check_fields("miniature", GroundTruthConfig, spec)
     return GroundTruthEnv(GroundTruthConfig(**spec))
 
 
@@ -151,26 +145,20 @@ class GroundTruthEnv:
             DataError: for the wrong number of starts or an unknown one.
         """
         config, began = self._config, time.perf_counter()
-        starts = np.asarray(starts, np.int64)
+        starts = check_starts(starts, config.num_envs)
         idle = starts == IDLE
-        if starts.shape != (config.num_envs,):
-            raise DataError(f"expected {config.num_envs} start ids, got shape {starts.shape}")
         plain = starts[~idle & ~self._is_keyframe(starts)]
         if ((plain < 0) | (plain >= config.num_starts)).any():
             raise DataError(f"start ids: expected 0..{config.num_starts - 1} or IDLE, got {starts}")
         self._cycle = StartCycle(starts[~idle], (seed,))
         # An idle environment holds some scene, so that all arrays keep their shape.
         self._scenes = self._sample(np.where(idle, 0, starts))
-        everyone = torch.ones(config.num_envs, dtype=torch.bool)
-        self._episodes.restart(everyone, torch.from_numpy(idle))
+        self._episodes.restart(torch.ones(len(idle), dtype=torch.bool), torch.from_numpy(idle))
         self._pictures[~idle] = self._render(np.flatnonzero(~idle))
         frames.copy_(torch.from_numpy(self._pictures))
         if len(clip):
             clip[:, -1].copy_(torch.from_numpy(self._pictures[: len(clip)]))
-        nothing = torch.zeros_like(everyone)
-        outcome = ChunkOutcome(
-            torch.zeros(config.num_envs, config.chunk), nothing, nothing, nothing
-        )
+        outcome = nothing_yet(config.num_envs, config.chunk)
         seconds = {"render": time.perf_counter() - began}
         return self._result(outcome, self._episodes.figures(), seconds)
 
@@ -182,9 +170,7 @@ class GroundTruthEnv:
         """
         config = self._config
         expected = (config.num_envs, config.chunk, ACTION_DIM)
-        if actions.shape != expected or self._scenes is None:
-            got = actions.shape if self._scenes is not None else "no reset yet"
-            raise DataError(f"expected actions {expected} after a reset, got {got}")
+        check_actions(actions, expected, started=self._scenes is not None)
         seconds = {"simulate": 0.0, "render": 0.0}
         moves = torch.tensor(np.asarray(actions), dtype=torch.float32)
         moves = apply_gripper_rule(moves, config.gripper).numpy()
@@ -211,9 +197,7 @@ class GroundTruthEnv:
             self._restart(np.flatnonzero(over))
         redraw = np.flatnonzero(running)
         self._pictures[redraw] = self._render(redraw)
-        frames.copy_(torch.from_numpy(self._pictures))
-        if len(clip):
-            clip.copy_(torch.from_numpy(film))
+        hand_over(self._pictures, film, frames, clip)
         seconds["render"] += time.perf_counter() - began
         return self._result(outcome, figures, seconds)
 
@@ -229,9 +213,7 @@ class GroundTruthEnv:
             values = getattr(self._scenes, field.name).copy()
             values[rows] = getattr(scenes, field.name)
             setattr(self._scenes, field.name, values)
-        mask = torch.zeros(self._config.num_envs, dtype=torch.bool)
-        mask[torch.from_numpy(rows)] = True
-        self._episodes.restart(mask)
+        restart(self._episodes, rows)
 
     def _is_keyframe(self, starts: np.ndarray) -> np.ndarray:
         return (starts >= KEYFRAMES) & (self._keyframes is not None)
@@ -257,13 +239,4 @@ class GroundTruthEnv:
     def _result(
         self, outcome: ChunkOutcome, figures: dict[str, Tensor], seconds: dict[str, float]
     ) -> StepResult:
-        return StepResult(
-            task=self._scenes.task,
-            proprio=self._scenes.pose,
-            rewards=outcome.rewards.numpy(),
-            terminated=outcome.terminated.numpy(),
-            truncated=outcome.truncated.numpy(),
-            success=outcome.success.numpy(),
-            episode={name: values.numpy().copy() for name, values in figures.items()},
-            seconds=seconds,
-        )
+        return step_result(self._scenes.task, self._scenes.pose, outcome, figures, seconds)

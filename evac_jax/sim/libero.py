@@ -15,9 +15,18 @@ from torch import Tensor
 from evac_jax.bridge.environment import whole_part
 from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
 from evac_jax.config.libero import LiberoConfig
-from evac_jax.errors import ConfigError, DataError
-from evac_jax.sim.actions import GRIPPER_RULES, POSE_DIM, apply_gripper_rule
+from evac_jax.sim.actions import POSE_DIM, apply_gripper_rule
 from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
+from evac_jax.sim.ground_truth import (
+    check_actions,
+    check_fields,
+    check_settings,
+    check_starts,
+    hand_over,
+    nothing_yet,
+    restart,
+    step_result,
+)
 from evac_jax.sim.initial_states import StartCycle
 from evac_jax.sim.libero_pool import LiberoPool
 from policies.spec import ActionSpec
@@ -53,19 +62,7 @@ class LiberoEnvConfig:
     device: str = "cpu"
 
     def __post_init__(self):
-        problems = [
-            f"{name}: expected at least {least}, got {getattr(self, name)}"
-            for name, least in (("num_envs", 1), ("chunk", 1), ("clip_envs", 0))
-            if getattr(self, name) < least
-        ]
-        if self.clip_envs > self.num_envs:
-            problems.append(f"clip_envs: at most num_envs={self.num_envs}, got {self.clip_envs}")
-        if self.gripper not in GRIPPER_RULES:
-            problems.append(
-                f"gripper: expected one of {sorted(GRIPPER_RULES)}, got {self.gripper!r}"
-            )
-        if problems:
-            raise ConfigError("LIBERO environment:\n" + "\n".join(problems))
+        check_settings("LIBERO", self, {"num_envs": 1, "chunk": 1, "clip_envs": 0})
 
 
 def make(spec: dict) -> "LiberoEnv":
@@ -74,9 +71,7 @@ def make(spec: dict) -> "LiberoEnv":
     Raises:
         ConfigError: for an unknown key or a value out of range.
     """
-    known = {field.name for field in dataclasses.fields(LiberoEnvConfig)}
-    if unknown := sorted(spec.keys() - known):
-        raise ConfigError(f"LIBERO environment: unknown {unknown}; there are {sorted(known)}")
+    check_fields("LIBERO", LiberoEnvConfig, spec)
     libero = LiberoConfig(**spec.get("libero", {}))
     return LiberoEnv(LiberoEnvConfig(**(spec | {"libero": libero})))
 
@@ -140,21 +135,16 @@ class LiberoEnv:
             SimulatorError: a LIBERO process failed or died.
         """
         config, began = self._config, time.perf_counter()
-        starts = np.asarray(starts, np.int64)
+        starts = check_starts(starts, config.num_envs)
         idle = starts == IDLE
-        if starts.shape != (config.num_envs,):
-            raise DataError(f"expected {config.num_envs} start ids, got shape {starts.shape}")
         self._cycle = StartCycle(starts[~idle], (seed,))
         self._start(np.flatnonzero(~idle), starts[~idle])
         self._started = True
-        everyone = torch.ones(config.num_envs, dtype=torch.bool)
-        self._episodes.restart(everyone, torch.from_numpy(idle))
+        self._episodes.restart(torch.ones(len(idle), dtype=torch.bool), torch.from_numpy(idle))
         frames.copy_(torch.from_numpy(self._pictures))
         if len(clip):
             clip[:, -1].copy_(torch.from_numpy(self._pictures[: len(clip)]))
-        nothing = torch.zeros_like(everyone)
-        rewards = torch.zeros(config.num_envs, config.chunk)
-        outcome = ChunkOutcome(rewards, nothing, nothing, nothing)
+        outcome = nothing_yet(config.num_envs, config.chunk)
         seconds = {"simulate": time.perf_counter() - began}
         return self._result(outcome, self._figures(), seconds)
 
@@ -167,9 +157,7 @@ class LiberoEnv:
         """
         config, began = self._config, time.perf_counter()
         expected = (config.num_envs, config.chunk, ACTION_DIM)
-        if actions.shape != expected or not self._started:
-            got = actions.shape if self._started else "no reset yet"
-            raise DataError(f"expected actions {expected} after a reset, got {got}")
+        check_actions(actions, expected, self._started)
         moves = to_libero(actions, config.gripper)
         running = np.flatnonzero(self._episodes.running.numpy())
         left = (self._limit - self._episodes.steps.numpy()).clip(max=config.chunk)
@@ -189,9 +177,7 @@ class LiberoEnv:
         over = (outcome.terminated | outcome.truncated).numpy()[running]
         if config.auto_reset and over.any():
             self._restart(running[over])
-        frames.copy_(torch.from_numpy(self._pictures))
-        if len(clip):
-            clip.copy_(torch.from_numpy(film))
+        hand_over(self._pictures, film, frames, clip)
         return self._result(outcome, figures, {"simulate": time.perf_counter() - began})
 
     def park(self) -> None:
@@ -210,9 +196,7 @@ class LiberoEnv:
 
     def _restart(self, envs: np.ndarray) -> None:
         self._start(envs, self._cycle.next(len(envs)))
-        mask = torch.zeros(self._config.num_envs, dtype=torch.bool)
-        mask[torch.from_numpy(envs)] = True
-        self._episodes.restart(mask)
+        restart(self._episodes, envs)
 
     def _figures(self) -> dict[str, Tensor]:
         figures = self._episodes.figures()
@@ -221,13 +205,4 @@ class LiberoEnv:
     def _result(
         self, outcome: ChunkOutcome, figures: dict[str, Tensor], seconds: dict[str, float]
     ) -> StepResult:
-        return StepResult(
-            task=self._task.copy(),
-            proprio=self._poses.copy(),
-            rewards=outcome.rewards.numpy(),
-            terminated=outcome.terminated.numpy(),
-            truncated=outcome.truncated.numpy(),
-            success=outcome.success.numpy(),
-            episode={name: values.numpy().copy() for name, values in figures.items()},
-            seconds=seconds,
-        )
+        return step_result(self._task.copy(), self._poses.copy(), outcome, figures, seconds)
