@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from algos.types import path_name
 from policies.ranges import CountOrZero, NotNegative, Positive, Range, Share
 
 Schedule = Literal["constant", "cosine", "openpi_cosine", "native_constant", "native_cosine"]
@@ -136,11 +137,6 @@ class OptimizerState(NamedTuple):
     lr: Array
     value_lr: Array
     grad_norm: Array
-
-
-def path_name(path) -> str:
-    """Path of a leaf as "a/b/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def make_optimizer(

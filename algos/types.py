@@ -7,6 +7,7 @@ and 1 where they are counted per chunk; N = B*T samples, a sample being one chun
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -119,3 +120,8 @@ class WeightedMetric:
         """Return sum / weight; NaN where there was no data."""
         # Not `/`: fetched metrics are NumPy's, which warns of 0 / 0.
         return jnp.divide(self.sum, self.weight)
+
+
+def path_name(path) -> str:
+    """Path of a leaf as "a/b/0/kernel"; NNX states end in "/value", which is cut."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")

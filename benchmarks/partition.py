@@ -100,12 +100,12 @@ def cut_entries(params, pattern: str = "") -> int:
     """Return how many entries of parameters lie cut; of those whose path matches `pattern`."""
     import jax
 
-    from evac_jax.devices import sharding
+    from algos.types import path_name
 
     return sum(
         leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if re.search(pattern, sharding.path_name(path)) and not leaf.sharding.is_fully_replicated
+        if re.search(pattern, path_name(path)) and not leaf.sharding.is_fully_replicated
     )
 
 

@@ -192,6 +192,7 @@ def update_once(algorithm: str, folder: Path, layout: Layout) -> tuple[dict, dic
     import jax
     from jax.experimental import multihost_utils
 
+    from algos.types import path_name
     from evac_jax import learner as learners
     from evac_jax.devices import sharding
     from evac_jax.shapes import Episode
@@ -223,7 +224,7 @@ def update_once(algorithm: str, folder: Path, layout: Layout) -> tuple[dict, dic
     if layout.processes > 1:
         gradient = multihost_utils.process_allgather(gradient, tiled=True)
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
-    return told, {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
+    return told, {path_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _cut_share(params) -> float:

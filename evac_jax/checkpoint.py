@@ -15,9 +15,9 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from algos.types import path_name
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
-from evac_jax.devices.sharding import path_name
 from evac_jax.errors import CheckpointError
 
 CONFIG_FILE = "config.json"

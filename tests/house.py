@@ -72,7 +72,8 @@ LAYERS = (
         ("evac_jax.errors", "evac_jax.config", "evac_jax.files"),
     ),
     Layer(
-        6, "evac_jax/devices/*", ("jax", "numpy", "absl"), ("evac_jax.errors", "evac_jax.config")
+        *(6, "evac_jax/devices/*", ("jax", "numpy", "absl")),
+        ("evac_jax.errors", "evac_jax.config", "algos.types"),
     ),
     # The two files in which torch and JAX meet, for DLPack only.
     Layer(7, "evac_jax/bridge/client.py", ("jax", "torch", "numpy"), PLAIN),

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from algos.types import path_name
 from evac_jax.errors import ConfigError
 
 DATA, FSDP = "data", "fsdp"
@@ -72,11 +73,6 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
 def fsdp_size(mesh: Mesh) -> int:
     """Return how many devices a mesh cuts parameters over."""
     return mesh.shape[FSDP]
-
-
-def path_name(path) -> str:
-    """Path of a leaf as "a/b/0/kernel"; NNX states end in "/value", which is cut."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:

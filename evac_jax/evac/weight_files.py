@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evac_jax.errors import CheckpointError
+from evac_jax.files.restricted_npy import encode_latin1
 
 DEEPSPEED_PREFIX = "_forward_module."
 DEEPSPEED_FILES = "*_model_states.pt"
@@ -41,13 +42,6 @@ BESIDE_WEIGHTS = re.compile(
 )
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """What pickles of arrays call as _codecs.encode; any codec by name would be too much."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"_codecs.encode with {encoding!r}")
-    return text.encode(encoding)
-
-
 # How numpy pickles plain arrays; numpy 2 moved the module.
 _NUMPY = [
     np.ndarray,
@@ -57,7 +51,7 @@ _NUMPY = [
         (np._core.multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct")  # noqa: SLF001
         for core in ("core", "_core")
     ),
-    (_latin1, "_codecs.encode"),
+    (encode_latin1, "_codecs.encode"),
 ]
 
 

@@ -81,8 +81,12 @@ def unpickle(stream: BinaryIO, path: Path) -> Any:
         raise DataError(f"{path}: not a readable pickle: {error!r}") from error
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """Replaces _codecs.encode for old pickles of arrays, without its choice of codecs."""
+def encode_latin1(text: str, encoding: str) -> bytes:
+    """Replaces _codecs.encode for pickles of arrays, without its choice of codecs.
+
+    Raises:
+        UnpicklingError: another codec is asked for.
+    """
     if encoding != "latin1":
         raise _RefusedError(f"_codecs.encode with {encoding!r}")
     return text.encode(encoding)
@@ -95,7 +99,7 @@ class _RefusedError(pickle.UnpicklingError):
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) == ("_codecs", "encode"):
-            return _latin1
+            return encode_latin1
         if (module, name) not in _ADMITTED:
             raise _RefusedError(f"{module}.{name}")
         # numpy 2 keeps the old module only as a shim that warns.

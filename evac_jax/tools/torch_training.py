@@ -9,6 +9,7 @@ from torch import nn
 
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.files.atomic import replacing
+from evac_jax.tools.resume import check_same_run
 
 MUON_SMALLEST = 16  # a narrower matrix has no spectrum worth orthogonalising
 OPTIMIZERS = ("adamw", "muon")
@@ -143,18 +144,8 @@ def load_progress(path: Path, setup: dict[str, Any], device: torch.device) -> di
     """Return a state of `save_progress` whose "setup" is that of this run.
 
     Raises:
-        CheckpointError: it was made with other arguments, so that going on would be another run.
+        CheckpointError: it was made with other arguments.
     """
     state = torch.load(path, weights_only=True, map_location=device)
-    saved = state["setup"]
-    differing = [
-        f"{name} was {saved.get(name)!r} and is {setup.get(name)!r}"
-        for name in sorted({*saved, *setup})
-        if saved.get(name) != setup.get(name)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{path} belongs to another run: {'; '.join(differing)}. Run with the same arguments "
-            "to go on, or remove the file to start anew"
-        )
+    check_same_run(path, state["setup"], setup)
     return state

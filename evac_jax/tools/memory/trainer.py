@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from algos import ALGORITHMS
 from algos.optim import make_optimizer
-from algos.types import TrainState
+from algos.types import TrainState, path_name
 from algos.update import init_state
 from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.devices import sharding
@@ -273,7 +273,7 @@ def _gathered_bytes(sizes: OpenVLAOFTConfig) -> int:
     layers = [
         math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
         for path, leaf in jax.tree_util.tree_leaves_with_path((params, rest))
-        if "llama/layers/" in sharding.path_name(path)
+        if "llama/layers/" in path_name(path)
     ]
     embedding = sizes.vocab_size * sizes.hidden_size * jnp.dtype(sizes.param_dtype).itemsize
     return max(2 * sum(layers), embedding)

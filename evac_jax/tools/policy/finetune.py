@@ -20,12 +20,13 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from evac_jax.devices.sharding import path_name
-from evac_jax.errors import CheckpointError, DataError
+from algos.types import path_name
+from evac_jax.errors import DataError
 from evac_jax.files import cards, recordings
 from evac_jax.files.atomic import replacing, whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.tools.policy.data import Batch, Chunks, action_statistics
+from evac_jax.tools.resume import check_same_run
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
 from policies.openvla_oft.export_hf import export_policy
 from policies.openvla_oft.import_hf import LoadedPolicy, load_policy
@@ -238,21 +239,11 @@ def load_progress(path: Path, setup: dict[str, Any], like: Any) -> tuple[Any, di
     """Return (state, facts) of `save_progress`, shaped as `like`.
 
     Raises:
-        CheckpointError: it was made with other arguments, so that going on would be another run.
+        CheckpointError: it was made with other arguments.
     """
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
-        saved = json.loads(metadata["setup"])
-        differing = [
-            f"{name} was {saved.get(name)!r} and is {setup.get(name)!r}"
-            for name in sorted({*saved, *setup})
-            if saved.get(name) != setup.get(name)
-        ]
-        if differing:
-            raise CheckpointError(
-                f"{path} belongs to another run: {'; '.join(differing)}. Run with the same "
-                "arguments to go on, or remove the file to start anew"
-            )
+        check_same_run(path, json.loads(metadata["setup"]), setup)
         state = jax.tree_util.tree_map_with_path(
             lambda name, _: jnp.asarray(file.get_tensor(path_name(name))), like
         )
