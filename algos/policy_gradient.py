@@ -163,7 +163,7 @@ def shared_problems(
 
 
 @chex.dataclass(frozen=True)
-class Episodes:
+class MaskedRollout:
     """Rewards and ends at the granularity of `reward_type`, and the mask of entries that train.
 
     Attributes:
@@ -185,7 +185,7 @@ class Episodes:
     kept: Bool[Array, " N"]
 
 
-def read_episodes(batch: RolloutBatch, cfg: PolicyGradientConfig) -> Episodes:
+def read_episodes(batch: RolloutBatch, cfg: PolicyGradientConfig) -> MaskedRollout:
     """Return masks, lengths and the filter's verdict of a rollout."""
     rewards = batch.rewards
     dones = batch.truncated if cfg.ignore_terminations else batch.terminated | batch.truncated
@@ -207,7 +207,7 @@ def read_episodes(batch: RolloutBatch, cfg: PolicyGradientConfig) -> Episodes:
         )
         member_kept = jnp.repeat(kept, cfg.group_size)[:, None, None]
         valid = jnp.broadcast_to(member_kept, rewards.shape) & (True if valid is None else valid)
-    return Episodes(
+    return MaskedRollout(
         rewards=rewards,
         dones=dones,
         valid=valid,
@@ -219,7 +219,7 @@ def read_episodes(batch: RolloutBatch, cfg: PolicyGradientConfig) -> Episodes:
 
 
 def rollout_metrics(
-    batch: RolloutBatch, episodes: Episodes, targets: Targets, cfg: PolicyGradientConfig
+    batch: RolloutBatch, episodes: MaskedRollout, targets: Targets, cfg: PolicyGradientConfig
 ) -> dict[str, WeightedMetric]:
     """Return the rollout/* metrics, both lists of names."""
     valid = episodes.valid

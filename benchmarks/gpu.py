@@ -310,7 +310,7 @@ def run_child(part: str, compiled: bool, environment: dict[str, str]) -> dict[st
 def largest_policy(memory_bytes: float) -> int:
     """Return the most Llama layers whose full fine-tuning should fit, 0 if none does."""
     from evac_jax.config.build import default_config
-    from evac_jax.shapes import Episode
+    from evac_jax.shapes import EpisodeShapes
     from evac_jax.tools.memory import trainer
     from evac_jax.tools.memory.parts import peak
 
@@ -321,7 +321,7 @@ def largest_policy(memory_bytes: float) -> int:
         algo=dataclasses.replace(config.algo, global_batch=samples, micro_batch=MICRO_BATCH),
         env=dataclasses.replace(config.env, num_envs=samples),
     )
-    episode = Episode((1, 256, 256, 3), 8, 8)
+    episode = EpisodeShapes((1, 256, 256, 3), 8, 8)
     for layers in LAYERS_TRIED:
         parts = trainer.trainer_parts(config, _full_policy(f"policy:{layers}"), episode, 1)
         if peak(parts)[0] < 0.85 * memory_bytes:

@@ -82,14 +82,14 @@ def measure(
 
     from evac_jax.devices import sharding
     from evac_jax.learner import Learner
-    from evac_jax.shapes import Episode
+    from evac_jax.shapes import EpisodeShapes
     from evac_jax.tools.memory import trainer
     from evac_jax.tools.memory.parts import peak
     from policies.openvla_oft.import_hf import load_config
 
     config = train_config(folder, variant, micro_batch, remat=remat)
     sizes = trainer.policy_sizes(config.policy, load_config(folder))
-    episode = Episode((1, FRAME, FRAME, 3), sizes.chunk, sizes.chunk)
+    episode = EpisodeShapes((1, FRAME, FRAME, 3), sizes.chunk, sizes.chunk)
     estimate, _ = peak(trainer.trainer_parts(config, sizes, episode, 1))
     told = {"estimate": estimate}
     if xla:

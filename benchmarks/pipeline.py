@@ -67,13 +67,13 @@ class Side:
 
         from evac_jax.devices import sharding
         from evac_jax.learner import Learner
-        from evac_jax.shapes import Episode
+        from evac_jax.shapes import EpisodeShapes
         from evac_jax.simulators import Simulators, training_specs
 
         mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
         self.simulators = Simulators(training_specs(config), mesh, config).wait_until_ready()
         pin_children(core)
-        self.learner = Learner(config, mesh, Episode.of(self.simulators.spec))
+        self.learner = Learner(config, mesh, EpisodeShapes.of(self.simulators.spec))
         self.learner.meet(self.simulators.spec)
 
     def collect(self) -> tuple[Any, dict[str, float]]:

@@ -165,11 +165,11 @@ def train(work: Path, variant: str) -> dict:
     from evac_jax.config.build import to_dict
     from evac_jax.devices import sharding
     from evac_jax.learner import Learner
-    from evac_jax.shapes import Episode
+    from evac_jax.shapes import EpisodeShapes
 
     config = train_config(work, variant)
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    learner = Learner(config, mesh, Episode((1, 64, 64, 3), 8, 8))
+    learner = Learner(config, mesh, EpisodeShapes((1, 64, 64, 3), 8, 8))
     for iteration in range(2):
         batch = _made_up_batch(learner, work / "source", iteration)
         metrics = learner.update(learner.put(batch), jax.random.key(iteration))

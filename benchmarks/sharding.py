@@ -195,11 +195,11 @@ def update_once(algorithm: str, folder: Path, layout: Layout) -> tuple[dict, dic
     from algos.types import path_name
     from evac_jax import learner as learners
     from evac_jax.devices import sharding
-    from evac_jax.shapes import Episode
+    from evac_jax.shapes import EpisodeShapes
 
     config, policy = train_config(algorithm, folder, layout), sizes()
     frame, steps = (1, policy.image_size, policy.image_size, 3), config.env.max_episode_steps
-    episode = Episode(frame, policy.chunk, steps)
+    episode = EpisodeShapes(frame, policy.chunk, steps)
     mesh = sharding.make_mesh(layout.data, layout.fsdp)
     with mock.patch.object(learners, "make_optimizer", keep_gradient):
         learner = learners.Learner(config, mesh, episode)

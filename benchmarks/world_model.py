@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.world_model_sides import (
     STAGES,
-    Episode,
+    EpisodeInputs,
     Ours,
     OursInProcesses,
     Stopwatch,
@@ -74,7 +74,7 @@ def compare(px: int, chunks: int, processes: int, compiled: bool) -> dict[str, A
         sides["ours"] = Ours(model, watch, compiled)
     largest, rows = 0.0, []
     for seed, turns, turn_steps in ((1, 1, 1), (2, chunks, STEPS)):  # the first one warms up
-        episode = Episode(config, ENVS, seed)
+        episode = EpisodeInputs(config, ENVS, seed)
         rows = []
         for turn in range(turns):
             poses, noise = episode.chunk(turn_steps)
@@ -143,7 +143,7 @@ def flatness(px: int, chunks: int) -> dict[str, Any]:
     the turns: a machine whose speed drifts is not taken for growth. In memory from its own.
     """
     config = make_config(px)
-    side, episode = Ours(make_model(config), Stopwatch()), Episode(config, ENVS, 3)
+    side, episode = Ours(make_model(config), Stopwatch()), EpisodeInputs(config, ENVS, 3)
     span = min(FLAT_SPAN, (chunks - FLAT_WARM_UP) // 2)
     states, rows = {"long": None, "late": None}, {"long": [], "late": []}
     for turn in range(chunks):

@@ -53,7 +53,7 @@ def make_model(config: EvacConfig) -> EvacModel:
     return model
 
 
-class Episode:
+class EpisodeInputs:
     """Start frames, poses, camera and noise of the environments, the same for both paths."""
 
     def __init__(self, config: EvacConfig, envs: int, seed: int):

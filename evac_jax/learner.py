@@ -28,7 +28,7 @@ from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.policy_import import import_policy
-from evac_jax.shapes import Episode, batch_shapes
+from evac_jax.shapes import EpisodeShapes, batch_shapes
 from evac_jax.simulators import BatchStep
 from policies.activations import activations_at
 from policies.types import ObsBatch, PolicyOutput
@@ -59,7 +59,7 @@ class Learner:
         self,
         config: TrainConfig,
         mesh: jax.sharding.Mesh,
-        episode: Episode,
+        episode: EpisodeShapes,
         rollout_mesh: jax.sharding.Mesh | None = None,
     ):
         self._config, self._mesh, self._rollout_mesh = config, mesh, rollout_mesh or mesh
@@ -96,7 +96,7 @@ class Learner:
                 f"policy and simulator disagree about actions: {self._action_spec} against "
                 f"{env.action}; use a checkpoint and a world model of the same chunk and dimensions"
             )
-        if (came := Episode.of(env)) != self._episode:
+        if (came := EpisodeShapes.of(env)) != self._episode:
             raise ConfigError(
                 f"simulator: expected {self._episode} from world_model.checkpoint, got {came}"
             )

@@ -18,7 +18,7 @@ from policies.openvla_oft.config import OpenVLAOFTConfig
 
 
 @dataclass(frozen=True)
-class Episode:
+class EpisodeShapes:
     """An episode's shapes.
 
     Attributes:
@@ -37,17 +37,17 @@ class Episode:
         return -(-self.max_steps // self.chunk)
 
     @classmethod
-    def of(cls, env: EnvSpec) -> "Episode":
+    def of(cls, env: EnvSpec) -> "EpisodeShapes":
         """Return the shapes that a running simulator reports."""
         return cls(env.image_shape, env.action.chunk, env.max_episode_steps)
 
     @classmethod
-    def imagined_by(cls, model: EvacConfig, max_steps: int) -> "Episode":
+    def imagined_by(cls, model: EvacConfig, max_steps: int) -> "EpisodeShapes":
         """Return the episodes of a world model of these sizes."""
         return cls((model.n_view, *model.image_size, 3), model.chunk, max_steps)
 
 
-def expected_episode(config: TrainConfig) -> Episode | None:
+def expected_episode(config: TrainConfig) -> EpisodeShapes | None:
     """Return what the run's simulators will report, read from the world model's config.json.
 
     None if the file does not tell: in the ground truth, and if it is not that of a world model; the
@@ -60,10 +60,12 @@ def expected_episode(config: TrainConfig) -> Episode | None:
         model = EvacConfig.from_dict(json.loads(text)["config"])
     except (OSError, ValueError, KeyError, TypeError, ConfigError):
         return None
-    return Episode.imagined_by(model, config.env.max_episode_steps)
+    return EpisodeShapes.imagined_by(model, config.env.max_episode_steps)
 
 
-def batch_shapes(config: TrainConfig, sizes: OpenVLAOFTConfig, episode: Episode) -> RolloutBatch:
+def batch_shapes(
+    config: TrainConfig, sizes: OpenVLAOFTConfig, episode: EpisodeShapes
+) -> RolloutBatch:
     """Return one iteration's batch, of all hosts, as `jax.ShapeDtypeStruct`s."""
 
     def shape(*after, dtype):
@@ -91,7 +93,7 @@ def check_sizes(
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
     rollout_mesh: jax.sharding.Mesh,
-    episode: Episode,
+    episode: EpisodeShapes,
 ) -> None:
     """Check what depends on the devices and on the world model's chunk.
 

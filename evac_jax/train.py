@@ -14,7 +14,7 @@ from evac_jax.learner import Learner
 from evac_jax.policy_import import check_policy
 from evac_jax.rollout import Collector, iteration_key
 from evac_jax.run_folder import Run, RunFolder
-from evac_jax.shapes import Episode, check_sizes, expected_episode
+from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 from evac_jax.simulators import Simulators, started
 from evac_jax.telemetry.stopwatch import Stopwatch
 from evac_jax.twin import Twin
@@ -128,7 +128,7 @@ def _ready(
         if folder:
             stack.enter_context(hosts.one_for_all(config, folder.checkpoints))
         if not episode:
-            episode = Episode.of(imagined.wait_until_ready().spec)
+            episode = EpisodeShapes.of(imagined.wait_until_ready().spec)
             if folder:
                 check_sizes(config, *meshes, episode)
         learner = Learner(config, meshes[0], episode, meshes[1])

@@ -20,7 +20,7 @@ from evac_jax.miniature.render import render
 from evac_jax.miniature.scene import ACTION_DIM, POSE_DIM, TABLETOP, Tabletop
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.actions import apply_gripper_rule
-from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
+from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, EpisodeStates
 from evac_jax.sim.ground_truth import (
     check_actions,
     check_fields,
@@ -120,7 +120,7 @@ class GroundTruthEnv:
             clip_envs=config.clip_envs,
             num_keyframes=self._keyframes.count if self._keyframes else 0,
         )
-        self._episodes = Episodes(
+        self._episodes = EpisodeStates(
             config.num_envs,
             EpisodeRules(
                 max_episode_steps=config.max_episode_steps,

@@ -36,7 +36,7 @@ from evac_jax.sim.actions import (
 )
 from evac_jax.sim.camera import resolve_camera
 from evac_jax.sim.env_config import WorldModelEnvConfig
-from evac_jax.sim.episodes import ChunkOutcome, Episodes
+from evac_jax.sim.episodes import ChunkOutcome, EpisodeStates
 from evac_jax.sim.initial_states import InitialStates, StartCycle, make_initial_states
 from evac_jax.sim.noise import ChunkNoise
 from evac_jax.sim.pose_model import PoseModel
@@ -139,7 +139,7 @@ class WorldModelEnv:
             c2w=torch.from_numpy(c2w)[None].to(self._device),
         )
         self._capacity = -(-config.max_episode_steps // self._chunk)  # chunks of an episode
-        self.episodes = Episodes(config.num_envs, config.rules, self._device)
+        self.episodes = EpisodeStates(config.num_envs, config.rules, self._device)
         self.window = PoseWindow(
             config.num_envs,
             model.n_previous,

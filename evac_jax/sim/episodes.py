@@ -59,7 +59,7 @@ class ChunkOutcome:
     success: Tensor
 
 
-class Episodes:
+class EpisodeStates:
     """Running state of a batch of episodes, one row per environment.
 
     An episode ends at the end of the chunk in which it succeeds, or in which its own step count

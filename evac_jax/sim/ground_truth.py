@@ -14,7 +14,7 @@ from torch import Tensor
 from evac_jax.bridge.types import StepResult
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.sim.actions import GRIPPER_RULES
-from evac_jax.sim.episodes import ChunkOutcome, Episodes
+from evac_jax.sim.episodes import ChunkOutcome, EpisodeStates
 
 
 def check_settings(name: str, config: Any, least: Mapping[str, int]) -> None:
@@ -88,7 +88,7 @@ def nothing_yet(num_envs: int, chunk: int) -> ChunkOutcome:
     return ChunkOutcome(torch.zeros(num_envs, chunk), nothing, nothing, nothing)
 
 
-def restart(episodes: Episodes, rows: np.ndarray) -> None:
+def restart(episodes: EpisodeStates, rows: np.ndarray) -> None:
     """Begin new episodes in the environments `rows`."""
     episodes.restart(torch.zeros_like(episodes.idle).index_fill(0, torch.from_numpy(rows), True))
 

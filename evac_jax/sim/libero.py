@@ -16,7 +16,7 @@ from evac_jax.bridge.environment import whole_part
 from evac_jax.bridge.types import IDLE, EnvSpec, StepResult
 from evac_jax.config.libero import LiberoConfig
 from evac_jax.sim.actions import POSE_DIM, apply_gripper_rule
-from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, Episodes
+from evac_jax.sim.episodes import ChunkOutcome, EpisodeRules, EpisodeStates
 from evac_jax.sim.ground_truth import (
     check_actions,
     check_fields,
@@ -115,7 +115,7 @@ class LiberoEnv:
             relative=config.relative,
             ignore_terminations=config.ignore_terminations,
         )
-        self._episodes = Episodes(config.num_envs, rules)
+        self._episodes = EpisodeStates(config.num_envs, rules)
         self._pictures = np.zeros((config.num_envs, *self.spec.image_shape), np.uint8)
         self._poses = np.zeros((config.num_envs, POSE_DIM), np.float32)
         self._task = np.zeros(config.num_envs, np.int32)

@@ -62,5 +62,5 @@ def test_simulators_with_other_actions_or_episodes_are_refused(tiny_config, lear
     learner.meet(env)
     with pytest.raises(ConfigError, match="disagree about actions"):
         learner.meet(dataclasses.replace(env, action=ActionSpec(chunk=4)))
-    with pytest.raises(ConfigError, match=r"expected Episode.*max_steps=16.*max_steps=24"):
+    with pytest.raises(ConfigError, match=r"expected EpisodeShapes.*max_steps=16.*max_steps=24"):
         learner.meet(dataclasses.replace(env, max_episode_steps=24))

@@ -12,7 +12,7 @@ from evac_jax.errors import ConfigError
 from evac_jax.evaluate import evaluate
 from evac_jax.learner import Learner
 from evac_jax.rollout import collect
-from evac_jax.shapes import Episode
+from evac_jax.shapes import EpisodeShapes
 from evac_jax.simulators import Simulators, training_specs
 from evac_jax.telemetry.stopwatch import Stopwatch
 
@@ -24,7 +24,7 @@ def play(config, stages: int):
     mesh = sharding.make_mesh(2, 2)
     simulators = Simulators(training_specs(config), mesh, config).wait_until_ready()
     try:
-        learner = Learner(config, mesh, Episode.of(simulators.spec))
+        learner = Learner(config, mesh, EpisodeShapes.of(simulators.spec))
         learner.meet(simulators.spec)
         starts = np.repeat(np.arange(4), 4).reshape(2, 8)
         settings = {"seed": 3, "watch": Stopwatch()}

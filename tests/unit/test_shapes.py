@@ -8,7 +8,7 @@ from evac_jax.config.build import default_config
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.miniature.sizes import WORLD_MODEL
-from evac_jax.shapes import Episode, check_sizes, expected_episode
+from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def config(tmp_path):
 def test_episode_is_known_from_the_world_models_config(config):
     height, width = WORLD_MODEL.image_size
     frame = (WORLD_MODEL.n_view, height, width, 3)
-    assert expected_episode(config) == Episode(frame, WORLD_MODEL.chunk, max_steps=32)
+    assert expected_episode(config) == EpisodeShapes(frame, WORLD_MODEL.chunk, max_steps=32)
     assert expected_episode(config).chunks == 4
 
 

@@ -34,7 +34,7 @@ FINGER_TRAVEL = 0.04  # metres that each finger of LIBERO's gripper moves
 
 
 @dataclass(frozen=True)
-class Episode:
+class LeRobotEpisode:
     """One episode of a dataset.
 
     Attributes:
@@ -112,7 +112,7 @@ class LeRobotDataset:
             )
         return [found[n] for n in range(len(found))]
 
-    def episodes(self) -> Iterator[Episode]:
+    def episodes(self) -> Iterator[LeRobotEpisode]:
         """Yield all episodes."""
         if self._grouped:
             yield from self._grouped_episodes()
@@ -121,9 +121,9 @@ class LeRobotDataset:
         for n in range(self._info["total_episodes"]):
             place = {"episode_chunk": n // size, "episode_index": n}
             rows = self._table(self._info["data_path"].format(**place))
-            yield Episode(rows, n, place, dict.fromkeys(self.views, (place, 0)))
+            yield LeRobotEpisode(rows, n, place, dict.fromkeys(self.views, (place, 0)))
 
-    def _grouped_episodes(self) -> Iterator[Episode]:
+    def _grouped_episodes(self) -> Iterator[LeRobotEpisode]:
         files = sorted((self._folder / "meta" / "episodes").glob("**/*.parquet"))
         fps, path, table = self._info["fps"], "", None
         for file in files:
@@ -146,9 +146,9 @@ class LeRobotDataset:
                         f"{path}: episode {line['episode_index']} has {len(rows)} rows, "
                         f"{file.name} of meta/episodes says {line['length']}"
                     )
-                yield Episode(rows, line["episode_index"], place, videos)
+                yield LeRobotEpisode(rows, line["episode_index"], place, videos)
 
-    def frames(self, episode: Episode) -> np.ndarray:
+    def frames(self, episode: LeRobotEpisode) -> np.ndarray:
         """Return an episode's pictures, uint8 [T V H W 3].
 
         Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
-from evac_jax.shapes import Episode
+from evac_jax.shapes import EpisodeShapes
 from evac_jax.tools.memory import simulator, trainer
 from evac_jax.tools.memory.parts import Part, peak, table
 from policies.openvla_oft.config import OpenVLAOFTConfig
@@ -44,9 +44,9 @@ class Setup:
         )
 
     @property
-    def episode(self) -> Episode:
+    def episode(self) -> EpisodeShapes:
         """What the policy sees and does."""
-        return Episode.imagined_by(self.world_model, self.config.env.max_episode_steps)
+        return EpisodeShapes.imagined_by(self.world_model, self.config.env.max_episode_steps)
 
     @property
     def imagines(self) -> bool:

@@ -25,7 +25,7 @@ from algos.update import init_state
 from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
-from evac_jax.shapes import Episode, batch_shapes
+from evac_jax.shapes import EpisodeShapes, batch_shapes
 from evac_jax.tools.memory.parts import Part
 from policies.activations import activations_at
 from policies.openvla_oft.config import OpenVLAOFTConfig
@@ -60,7 +60,7 @@ def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any)
 
 
 def trainer_parts(
-    config: TrainConfig, sizes: OpenVLAOFTConfig, episode: Episode, devices: int
+    config: TrainConfig, sizes: OpenVLAOFTConfig, episode: EpisodeShapes, devices: int
 ) -> list[Part]:
     """Return what one device of a mesh over `devices` holds.
 
@@ -119,7 +119,7 @@ def count(sizes: OpenVLAOFTConfig) -> tuple[int, int]:
 
 
 def compiled_bytes(
-    config: TrainConfig, sizes: OpenVLAOFTConfig, episode: Episode
+    config: TrainConfig, sizes: OpenVLAOFTConfig, episode: EpisodeShapes
 ) -> tuple[int, int]:
     """Compile the update for this process's devices; return (arguments, temporaries) of one.
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import guards
 from benchmarks.guards import Outcome
 from evac_jax.errors import ConfigError
-from evac_jax.shapes import Episode, check_sizes
+from evac_jax.shapes import EpisodeShapes, check_sizes
 
 
 def _line(iteration, imagined, real, false=None, alarm=0.0):
@@ -62,7 +62,7 @@ def _present(settings, tmp_path):
 def test_run_of_every_variant_passes_the_checks_before_training(variant, tmp_path):
     settings = guards.settings_of(variant, tmp_path)
     config = guards.config_of(_present(settings, tmp_path))
-    episode = Episode((1, 64, 64, 3), chunk=8, max_steps=config.env.max_episode_steps)
+    episode = EpisodeShapes((1, 64, 64, 3), chunk=8, max_steps=config.env.max_episode_steps)
     mesh = jax.make_mesh((1,), ("data",))
     check_sizes(config, mesh, mesh, episode)
     broken = dataclasses.replace(episode, max_steps=episode.max_steps + 1)

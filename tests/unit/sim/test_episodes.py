@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evac_jax.errors import ConfigError
-from evac_jax.sim.episodes import EpisodeRules, Episodes
+from evac_jax.sim.episodes import EpisodeRules, EpisodeStates
 
 RULES = EpisodeRules(max_episode_steps=6, coefficient=5.0)
 
@@ -12,7 +12,7 @@ RULES = EpisodeRules(max_episode_steps=6, coefficient=5.0)
 def play(rules, *chunks):
     """Outcomes of chunks of probabilities [B K]."""
     chunks = [torch.tensor(chunk) for chunk in chunks]
-    episodes = Episodes(len(chunks[0]), rules)
+    episodes = EpisodeStates(len(chunks[0]), rules)
     return [episodes.advance(chunk) for chunk in chunks], episodes
 
 
@@ -54,7 +54,7 @@ def test_success_needs_frames_in_a_row_across_chunks():
 
 def test_truncation_follows_each_environments_own_clock():
     quiet = torch.zeros(2, 3)
-    episodes = Episodes(2, RULES)
+    episodes = EpisodeStates(2, RULES)
     episodes.advance(quiet)
     episodes.restart(torch.tensor([False, True]))
     assert episodes.advance(quiet).truncated.tolist() == [True, False]
@@ -84,7 +84,7 @@ def test_nothing_is_earned_after_the_end():
 
 
 def test_idle_environments_stay_silent():
-    episodes = Episodes(2, RULES)
+    episodes = EpisodeStates(2, RULES)
     idle = torch.tensor([True, False])
     episodes.restart(torch.ones(2, dtype=torch.bool), idle)
     outcome = episodes.advance(torch.full((2, 6), 0.9))

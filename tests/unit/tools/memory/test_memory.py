@@ -9,7 +9,7 @@ import torch
 
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import AutoencoderConfig, EvacConfig, ImageTowerConfig, ResamplerConfig
-from evac_jax.shapes import Episode
+from evac_jax.shapes import EpisodeShapes
 from evac_jax.tools.memory import __main__ as memory
 from evac_jax.tools.memory import advice, layouts, simulator, trainer
 from evac_jax.tools.memory.parts import Part, peak
@@ -67,7 +67,7 @@ def test_published_sizes_are_taken_when_nothing_is_there():
     setup = memory.read_setup(config, "", "")
     assert sum(trainer.count(setup.sizes)) == 7_541_237_184
     assert config.policy.checkpoint == ""
-    assert setup.episode == Episode((1, 256, 256, 3), 8, 256)
+    assert setup.episode == EpisodeShapes((1, 256, 256, 3), 8, 256)
 
 
 def test_state_is_counted_as_the_learner_keeps_it(small):
