@@ -24,9 +24,9 @@ from torch import Tensor
 
 from evac_jax.bridge.environment import IDLE, EnvSpec, StepResult, whole_part
 from evac_jax.errors import ConfigError, DataError, SimulatorError
-from evac_jax.evac.checkpoint import load_model
 from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import Camera, EvacModel, EvacState
+from evac_jax.evac.model_folders import load_model
 from evac_jax.sim.actions import (
     POSE_DIM,
     PoseWindow,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evac_jax.errors import ConfigError
-from evac_jax.evac.checkpoint import load_model
 from evac_jax.evac.config import JsonConfig
+from evac_jax.evac.model_folders import load_model
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ For tests of the machinery, where it does not matter what is imagined.
 import dataclasses
 from pathlib import Path
 
-from evac_jax.evac.checkpoint import save_model
 from evac_jax.evac.config import AutoencoderConfig
 from evac_jax.evac.model import EvacModel
+from evac_jax.evac.model_folders import save_model
 from evac_jax.miniature.sizes import POLICY, WORLD_MODEL
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig

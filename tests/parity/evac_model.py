@@ -11,8 +11,8 @@ from torch import Tensor
 
 from evac_jax.evac import conditioning, schedule, trajectory_maps
 from evac_jax.evac.config import MapConfig
+from evac_jax.evac.diffusion_loss import diffusion_loss
 from evac_jax.evac.model import Camera, Conditioning, EvacModel, history_places
-from evac_jax.evac.training import diffusion_loss
 from tests.parity import evac_pieces, evac_upstream
 from tests.parity.evac_pieces import FORK, UPSTREAM, UPSTREAM_YAW, tiny_config
 from tests.parity.report import VectorResult, compare

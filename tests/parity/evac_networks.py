@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.evac.config import EvacConfig, MapConfig
 from evac_jax.evac.model import EvacModel
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
@@ -90,7 +90,7 @@ def check(folder: Path, manifest: dict) -> Iterator[VectorResult]:
 def _check_weights(model: EvacModel, weights: dict) -> Iterator[VectorResult]:
     """Load all weight files at once, strictly; then each must come out of the model unchanged."""
     together = {key: value for state in weights.values() for key, value in state.items()}
-    fit = checkpoint.fit(model, {key: value.shape for key, value in together.items()})
+    fit = model_folders.fit(model, {key: value.shape for key, value in together.items()})
     if not fit.ok:
         for stem in weights:
             yield VectorResult(f"{stem}/keys and values", np.inf, 0.0, False, fit.describe())
@@ -206,7 +206,7 @@ def _check_full_keys(folder: Path, file: str) -> Iterator[VectorResult]:
     with torch.device("meta"):
         model = EvacModel(config)
     shapes = {key: shape for key, (shape, _) in full["keys"].items()}
-    fit = checkpoint.fit(model, shapes)
+    fit = model_folders.fit(model, shapes)
     wrong = {*fit.missing, *fit.unexpected, *fit.mismatched}
     dtypes = {k: str(v.dtype).removeprefix("torch.") for k, v in model.state_dict().items()}
     wrong |= {k for k, (_, dtype) in full["keys"].items() if dtypes.get(k, dtype) != dtype}

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from absl import logging
 from torch import Tensor, nn
 
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.reward import RewardConfig, RewardNet
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.process_time()
     codec = None
     if args.autoencoder:
-        codec = checkpoint.load_model(args.autoencoder, kind="Autoencoder", device=args.device)
+        codec = model_folders.load_model(args.autoencoder, kind="Autoencoder", device=args.device)
     instructions = () if args.single_task else train_part.instructions
     config = RewardConfig(width=args.width, num_instructions=len(instructions))
     model = train(
@@ -266,8 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     out = Path(args.out)
     # Half precision halves the file; what is scored below is what was stored.
-    checkpoint.save_model(out, model, torch.float16)
-    model = checkpoint.load_model(out, kind="RewardNet", device=args.device)
+    model_folders.save_model(out, model, torch.float16)
+    model = model_folders.load_model(out, kind="RewardNet", device=args.device)
     verdict = calibration.judge(judged_scores(), success, 0.0, args.success_frames)
     facts = cards.card(
         scores=verdict | {"threshold": 0.5},
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cpu_seconds=round(time.process_time() - began),
         instructions=instructions,
         data=train_part.card,
-        sha256=cards.sha256(out / checkpoint.WEIGHTS_FILE),
+        sha256=cards.sha256(out / model_folders.WEIGHTS_FILE),
     )
     cards.write_json(out / "card.json", facts)
     logging.info("held-out: %s", facts["scores"])

@@ -15,8 +15,8 @@ from torch import Tensor
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.evac.conditioning import window_deltas
 from evac_jax.evac.config import EvacConfig
+from evac_jax.evac.diffusion_loss import TrainingBatch
 from evac_jax.evac.model import history_places
-from evac_jax.evac.training import TrainingBatch
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.actions import both_arms
 from evac_jax.tools.world_model.imagine import to_images

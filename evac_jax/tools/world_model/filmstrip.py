@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.files import recordings
 from evac_jax.telemetry.video import filmstrip
 from evac_jax.tools.command_line import Parser
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_device()
     parser.add_seed("the denoising noise")
     args = parser.parse_args(argv)
-    model = checkpoint.load_model(args.world_model, kind="EvacModel", device=args.device)
+    model = model_folders.load_model(args.world_model, kind="EvacModel", device=args.device)
     _, held_out = recordings.load(*args.data).split()
     chosen = held_out.select(np.array(args.episodes))
     generator = torch.Generator(args.device).manual_seed(args.seed)

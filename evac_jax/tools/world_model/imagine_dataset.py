@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from absl import logging
 
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import EvacModel
 from evac_jax.files import cards, recordings
@@ -85,8 +85,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
-    model = checkpoint.load_model(Path(args.world_model), kind="EvacModel", device=args.device)
-    weights = Path(args.world_model) / checkpoint.WEIGHTS_FILE
+    model = model_folders.load_model(Path(args.world_model), kind="EvacModel", device=args.device)
+    weights = Path(args.world_model) / model_folders.WEIGHTS_FILE
     facts = cards.card(world_model=cards.sha256(weights))
     source = recordings.load(*args.data)
     if args.episodes:

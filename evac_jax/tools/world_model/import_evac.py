@@ -19,7 +19,7 @@ from absl import logging
 from torch import Tensor, nn
 
 from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.evac.config import EvacConfig, JsonConfig, MapConfig
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.weight_files import find_file, read_weights
@@ -118,7 +118,9 @@ def read_config(file: str) -> EvacConfig:
         raise ConfigError(f"--config={file}: not a readable file of sizes ({error})") from error
 
 
-def fitted(kind: str, config: JsonConfig, state: Mapping[str, Tensor], name: str) -> checkpoint.Fit:
+def fitted(
+    kind: str, config: JsonConfig, state: Mapping[str, Tensor], name: str
+) -> model_folders.Fit:
     """Return how the weights fit; an error says which variant would.
 
     Raises:
@@ -126,7 +128,7 @@ def fitted(kind: str, config: JsonConfig, state: Mapping[str, Tensor], name: str
     """
     model = _on_meta(kind, config)
     try:
-        return checkpoint.require_fit(model, state, name)
+        return model_folders.require_fit(model, state, name)
     except CheckpointError as error:
         raise CheckpointError("\n".join([str(error), *_advice(kind, config, state)])) from error
 
@@ -149,7 +151,7 @@ def _advice(kind: str, config: JsonConfig, state: Mapping[str, Tensor]) -> list[
         advice.append(f"  The image tower is not in the file: --open_clip FILE, {TOWER_FILE}.")
     shapes = {key: value.shape for key, value in state.items()}
     for size, other in SIZES.items():
-        if other != config and not checkpoint.fit(_on_meta(kind, other), shapes).mismatched:
+        if other != config and not model_folders.fit(_on_meta(kind, other), shapes).mismatched:
             advice.append(f"  Its shapes are those of --size {size}.")
     return advice
 
@@ -187,7 +189,7 @@ def convert(
     stored = getattr(torch, dtype) if dtype else _own_dtype(state)
     with whole_folder(out) as partial:
         cls = KINDS[kind][0].__name__
-        checkpoint.save_weights(partial, cls, config, state, stored, progress)
+        model_folders.save_weights(partial, cls, config, state, stored, progress)
         card = cards.card(
             model=cls,
             parameters=sum(value.numel() for value in state.values()),
@@ -197,7 +199,7 @@ def convert(
                 for f in sources
             ],
             left_out=result.unused,
-            sha256=cards.sha256(partial / checkpoint.WEIGHTS_FILE),
+            sha256=cards.sha256(partial / model_folders.WEIGHTS_FILE),
         )
         cards.write_json(partial / "card.json", card)
     return card

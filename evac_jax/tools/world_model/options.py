@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from evac_jax.errors import CheckpointError, ConfigError
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.evac.autoencoder import Autoencoder
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import EvacModel
@@ -105,7 +105,7 @@ def make_model(args: argparse.Namespace, views: int) -> EvacModel:
         ConfigError: unknown parts in --train, or a configuration that cannot be.
     """
     if args.start:
-        model = checkpoint.load_model(args.start, kind="EvacModel").float()
+        model = model_folders.load_model(args.start, kind="EvacModel").float()
     else:
         torch.manual_seed(args.seed)
         autoencoder = _load_autoencoder(args.autoencoder)
@@ -127,7 +127,7 @@ def freeze(model: EvacModel, train: str) -> None:
 
 
 def _load_autoencoder(folder: str) -> Autoencoder:
-    model = checkpoint.load_model(folder)
+    model = model_folders.load_model(folder)
     model = model.first_stage_model if isinstance(model, EvacModel) else model
     if not isinstance(model, Autoencoder):
         raise CheckpointError(

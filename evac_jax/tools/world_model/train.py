@@ -22,11 +22,11 @@ import torch
 from absl import logging
 
 from evac_jax.errors import TrainingError
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.evac.config import EvacConfig
+from evac_jax.evac.diffusion_loss import LossOptions, training_loss
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.schedule import Schedule, ddim_table
-from evac_jax.evac.training import LossOptions, training_loss
 from evac_jax.files import cards, recordings
 from evac_jax.telemetry.tensorboard import TensorBoardWriter
 from evac_jax.tools import torch_training
@@ -181,7 +181,7 @@ class Trainer:
         held_out = self._check(self._validation.loss(self.model, context), "held-out loss")
         psnr, picture = self._validation.rollouts(self.model)
         if self.best.update(held_out, self.step):
-            checkpoint.save_model(self._out, self.model)
+            model_folders.save_model(self._out, self.model)
         self._ema.swap(self.model.train())
         figures = {"step": self.step, "loss": loss, "held_out_loss": held_out, "psnr": psnr}
         self.history.append(figures)
@@ -286,8 +286,8 @@ def _start_of(args: argparse.Namespace) -> dict[str, str]:
     """SHA-256 of the weights that a fine-tuning began with."""
     if not args.start:
         return {}
-    description = json.loads((Path(args.start) / checkpoint.CONFIG_FILE).read_text())
-    weights = Path(args.start) / description.get("weights", checkpoint.WEIGHTS_FILE)
+    description = json.loads((Path(args.start) / model_folders.CONFIG_FILE).read_text())
+    weights = Path(args.start) / description.get("weights", model_folders.WEIGHTS_FILE)
     return {"start": cards.sha256(weights)}
 
 
@@ -305,7 +305,7 @@ def _write_card(out: Path, trainer: Trainer, part: Corpus, facts: dict, ranks: R
         history=trainer.history,
         seconds=round(trainer.seconds, 1),
         device=f"{ranks.world} x {device}",
-        sha256={checkpoint.WEIGHTS_FILE: cards.sha256(out / checkpoint.WEIGHTS_FILE)},
+        sha256={model_folders.WEIGHTS_FILE: cards.sha256(out / model_folders.WEIGHTS_FILE)},
     )
     cards.write_json(out / "card.json", values)
 

@@ -19,7 +19,7 @@ from absl import logging
 from torch import Tensor
 
 from evac_jax.errors import DataError
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.evac.autoencoder import Autoencoder
 from evac_jax.evac.config import EvacConfig
 from evac_jax.files import cards, recordings
@@ -218,13 +218,13 @@ def main(argv: list[str] | None = None) -> None:
     # Latents are stored with unit spread, as the denoiser's noise has.
     scale_factor = round(1 / scores["latent_std"], 5)
     model.config = config.autoencoder.replace(scale_factor=scale_factor)
-    checkpoint.save_model(out, model)
+    model_folders.save_model(out, model)
     facts = cards.card(
         data=digests,
         scores=scores,
         train_error=error,
         seconds=time.perf_counter() - began,
-        sha256={checkpoint.WEIGHTS_FILE: cards.sha256(out / checkpoint.WEIGHTS_FILE)},
+        sha256={model_folders.WEIGHTS_FILE: cards.sha256(out / model_folders.WEIGHTS_FILE)},
     )
     cards.write_json(out / "card.json", facts)
     logging.info("held-out: %s", scores)

@@ -14,7 +14,7 @@ import torch
 from absl import logging
 from torch import Tensor
 
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
@@ -140,12 +140,12 @@ def main() -> None:
     model = train(train_part, config, steps=args.steps, seed=args.seed, device=args.device)
     scores = score(model, held_out)
     out = Path(args.out)
-    checkpoint.save_model(out, model)
+    model_folders.save_model(out, model)
     facts = cards.card(
         scores=scores,
         cpu_seconds=round(time.process_time() - began),
         data=train_part.card,
-        sha256=cards.sha256(out / checkpoint.WEIGHTS_FILE),
+        sha256=cards.sha256(out / model_folders.WEIGHTS_FILE),
     )
     cards.write_json(out / "card.json", facts)
     logging.info("held-out: %s", scores)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from evac_jax.errors import DataError
+from evac_jax.evac.diffusion_loss import PLAIN, training_loss
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.schedule import Schedule
-from evac_jax.evac.training import PLAIN, training_loss
 from evac_jax.tools.world_model.data import Corpus, WindowSampler, moving_weight
 from evac_jax.tools.world_model.filmstrip import compare
 from evac_jax.tools.world_model.imagine import chunk_psnr, imagine_episodes

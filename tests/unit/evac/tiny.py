@@ -12,8 +12,8 @@ from evac_jax.evac.config import (
     ResamplerConfig,
     UNetConfig,
 )
+from evac_jax.evac.diffusion_loss import TrainingBatch
 from evac_jax.evac.model import Camera, EvacModel
-from evac_jax.evac.training import TrainingBatch
 
 RESAMPLER = ResamplerConfig(
     dim=32, depth=1, dim_head=16, heads=2, num_queries=2, ff_mult=2, output_dim=16

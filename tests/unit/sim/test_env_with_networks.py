@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from evac_jax.errors import CheckpointError
-from evac_jax.evac.checkpoint import save_model
 from evac_jax.evac.config import (
     AutoencoderConfig,
     EvacConfig,
@@ -15,6 +14,7 @@ from evac_jax.evac.config import (
     UNetConfig,
 )
 from evac_jax.evac.model import EvacModel
+from evac_jax.evac.model_folders import save_model
 from evac_jax.miniature.starts import MiniatureStarts
 from evac_jax.sim.env import make
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig

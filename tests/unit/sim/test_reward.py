@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from evac_jax.errors import ConfigError
-from evac_jax.evac.checkpoint import save_model
+from evac_jax.evac.model_folders import save_model
 from evac_jax.sim.reward import RewardConfig, RewardEnsemble, RewardNet
 
 FRAMES = torch.zeros(3, 3, 8, 8)

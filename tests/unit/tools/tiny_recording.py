@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.files.recordings import EpisodeWriter
 from tests.unit.evac import tiny
 
@@ -51,5 +51,5 @@ def write(
 
 def write_model(folder: Path, views: int = 1) -> Path:
     """Write the tiny world model."""
-    checkpoint.save_model(folder, tiny.tiny_model(views))
+    model_folders.save_model(folder, tiny.tiny_model(views))
     return folder

@@ -54,7 +54,7 @@ def test_packed_layer_gives_the_numbers_of_the_layer(layer, shape):
 
 @torch.no_grad()
 def test_accelerated_model_decodes_and_denoises_as_before(weights):
-    from evac_jax.evac.checkpoint import load_model
+    from evac_jax.evac.model_folders import load_model
 
     plain = load_model(weights / "world_model", kind="EvacModel")
     fast = accelerate(load_model(weights / "world_model", kind="EvacModel"))

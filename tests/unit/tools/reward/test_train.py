@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.files import recordings
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.tools.episodes import collect
@@ -63,7 +63,7 @@ def test_command_writes_a_calibrated_classifier_and_its_card(folders, tmp_path, 
     arguments += ["--out", tmp_path / "out", "--steps", "60", "--width", "4"]
     arguments += ["--judged_frames", "2"] + ["--single_task"] * single
     train_reward.main([str(part) for part in arguments])
-    model = checkpoint.load_model(tmp_path / "out", kind="RewardNet")
+    model = model_folders.load_model(tmp_path / "out", kind="RewardNet")
     assert model.config.num_instructions == (0 if single else 2)
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["scores"]["threshold"] == 0.5
@@ -107,8 +107,8 @@ def test_classifier_learns_to_tell_success_apart(recording, tmp_path):
     model = train_reward.train(
         recording, RewardConfig(width=4, num_instructions=3), steps=60, batch=32
     )
-    checkpoint.save_model(tmp_path, model, torch.float16)
-    model = checkpoint.load_model(tmp_path, kind="RewardNet")
+    model_folders.save_model(tmp_path, model, torch.float16)
+    model = model_folders.load_model(tmp_path, kind="RewardNet")
     values = train_reward.scores(model, recording)
     success = train_reward.by_episode(recording, recording.success)
     assert values[success].mean() > values[~success].mean() + 0.5

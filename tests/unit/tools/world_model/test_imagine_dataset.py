@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from evac_jax.errors import DataError
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.files import recordings
 from evac_jax.tools.world_model import imagine_dataset
 from tests.unit.tools import tiny_recording
@@ -12,7 +12,7 @@ from tests.unit.tools import tiny_recording
 def imagined(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imagined")
     real = recordings.load(tiny_recording.write(folder / "real", count=6))
-    model = checkpoint.load_model(tiny_recording.write_model(folder / "model"), kind="EvacModel")
+    model = model_folders.load_model(tiny_recording.write_model(folder / "model"), kind="EvacModel")
     data = imagine_dataset.write(model, real, folder / "out", steps=1, eta=0.0, seed=0)
     return folder, model, real, data
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import EvacModel
 from evac_jax.files import cards
@@ -65,7 +65,7 @@ def test_lightning_file_becomes_a_folder_with_a_card(tmp_path, model, sizes):
         "config.json",
         "model.safetensors",
     ]
-    loaded = checkpoint.load_model(out, kind="EvacModel")
+    loaded = model_folders.load_model(out, kind="EvacModel")
     assert loaded.config == TINY
     for key, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0)
@@ -84,7 +84,7 @@ def test_deepspeed_folder_is_found_and_its_precision_kept(tmp_path, model, sizes
     torch.save({"module": state, "dp_world_size": 8}, folder / "mp_rank_00_model_states.pt")
     run("--weights", folder.parent, "--config", sizes, "--out", tmp_path / "out")
     assert cards.read(tmp_path / "out")["stored_as"] == "float16"
-    loaded = checkpoint.load_model(tmp_path / "out").state_dict()
+    loaded = model_folders.load_model(tmp_path / "out").state_dict()
     key = "model.diffusion_model.time_embed.0.weight"
     torch.testing.assert_close(loaded[key], model.state_dict()[key].half().float())
 
@@ -135,7 +135,7 @@ def test_every_key_of_the_published_model_has_its_place():
 
 @pytest.mark.skipif(not KEYS.is_file(), reason=f"there is no {KEYS}")
 def test_other_variant_is_named_when_its_file_is_imported():
-    with pytest.raises(checkpoint.CheckpointError) as error:
+    with pytest.raises(model_folders.CheckpointError) as error:
         import_evac.fitted("evac", EvacConfig(), full_state(16), "file.ckpt")
     for text in ("file.ckpt", "256 image tokens", "16-frame variant", "--size upstream"):
         assert text in str(error.value)
@@ -152,11 +152,11 @@ def test_classifier_and_pose_model_are_told_by_their_keys(tmp_path):
     torch.save({"model_state_dict": network, **told, "epoch": 3}, tmp_path / "predictor.pth")
     run("--weights", tmp_path / "resnet_rm.pth", "--out", tmp_path / "reward")
     run("--weights", tmp_path / "predictor.pth", "--out", tmp_path / "pose_model")
-    reward = checkpoint.load_model(tmp_path / "reward", kind="RewardNet")
+    reward = model_folders.load_model(tmp_path / "reward", kind="RewardNet")
     assert reward.config == RewardConfig(width=4)
     frames = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(reward(frames), net.eval()(frames))
-    loaded = checkpoint.load_model(tmp_path / "pose_model", kind="PoseModel")
+    loaded = model_folders.load_model(tmp_path / "pose_model", kind="PoseModel")
     assert loaded.abs_action_std.tolist() == [[2.0] * 8]
     torch.testing.assert_close(loaded.network[0].weight, poses.network[0].weight)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.evac.config import AutoencoderConfig
 from evac_jax.tools import torch_training
 from evac_jax.tools.world_model import train_autoencoder
@@ -40,7 +40,7 @@ def test_autoencoder_learns_and_stores_latents_of_unit_spread(data, tmp_path):
         json.loads((tmp_path / name / "card.json").read_text()) for name in ("short", "long")
     )
     assert long["scores"]["psnr_maps"] > short["scores"]["psnr_maps"] + 1
-    model = checkpoint.load_model(tmp_path / "long", kind="Autoencoder")
+    model = model_folders.load_model(tmp_path / "long", kind="Autoencoder")
     assert model.config.scale_factor == pytest.approx(1 / long["scores"]["latent_std"], rel=1e-3)
 
 

@@ -3,14 +3,14 @@ import dataclasses
 import pytest
 import torch
 
-from evac_jax.evac.schedule import Schedule
-from evac_jax.evac.training import (
+from evac_jax.evac.diffusion_loss import (
     PLAIN,
     LossOptions,
     condition_dropout,
     noise_history,
     training_loss,
 )
+from evac_jax.evac.schedule import Schedule
 from tests.unit.evac.tiny import TINY, camera, encode_batch, poses, tiny_model
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from evac_jax.errors import CheckpointError, ConfigError
-from evac_jax.evac import checkpoint
+from evac_jax.evac import model_folders
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.weight_files import write_weights
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
@@ -57,14 +57,14 @@ def test_weights_load_when_wrapped_in_any_container(tmp_path, container):
     path = tmp_path / f"weights.{'safetensors' if container == 'safetensors' else 'pt'}"
     write(path, container, model.state_dict())
     other = PoseModel(PoseModelConfig(hidden=4))
-    checkpoint.load_weights(other, path)
+    model_folders.load_weights(other, path)
     assert same_weights(model, other)
 
 
 def test_model_is_read_in_another_precision_when_asked(tmp_path):
     model = RewardNet(RewardConfig(width=4)).eval()
-    checkpoint.save_model(tmp_path, model)
-    half = checkpoint.load_model(tmp_path, dtype=torch.bfloat16)
+    model_folders.save_model(tmp_path, model)
+    half = model_folders.load_model(tmp_path, dtype=torch.bfloat16)
     assert same_weights(half, model.to(torch.bfloat16))
     integers = {k for k, v in half.state_dict().items() if not v.is_floating_point()}
     assert integers  # counters of the batch norms stay whole numbers
@@ -87,14 +87,14 @@ def test_file_is_refused_and_not_run_when_it_hides_code(tmp_path, zipped):
     content = {"state_dict": {"w": torch.ones(1)}, "callbacks": Payload(tmp_path / "made")}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"posix.mkdir"):
-        checkpoint.read_weights(path)
+        model_folders.read_weights(path)
     assert not (tmp_path / "made").exists()
 
 
 def test_class_that_is_not_known_is_named_and_refused(tmp_path):
     torch.save({"state_dict": {}, "hyper_parameters": PoseModelConfig()}, tmp_path / "w.ckpt")
     with pytest.raises(CheckpointError, match=r"pose_model.PoseModelConfig.*to \.safetensors"):
-        checkpoint.read_weights(tmp_path / "w.ckpt")
+        model_folders.read_weights(tmp_path / "w.ckpt")
 
 
 def test_configurations_beside_the_weights_are_passed_over(tmp_path):
@@ -102,7 +102,7 @@ def test_configurations_beside_the_weights_are_passed_over(tmp_path):
     counts["a"] = 1
     beside = {"where": Path("x"), "counts": counts, "types": [dict, int]}
     torch.save({"state_dict": {"w": torch.ones(2)}, **beside}, tmp_path / "w.ckpt")
-    assert checkpoint.read_weights(tmp_path / "w.ckpt")["w"].tolist() == [1.0, 1.0]
+    assert model_folders.read_weights(tmp_path / "w.ckpt")["w"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
@@ -112,33 +112,33 @@ def test_file_is_refused_when_cut_short(tmp_path, name, kept):
     write(path, "safetensors" if "safe" in name else "bare", make_pose_model().state_dict())
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=f"{name}: (not a whole .* bytes|damaged)"):
-        checkpoint.read_weights(path)
+        model_folders.read_weights(path)
 
 
 def test_file_is_refused_when_damaged_or_a_pointer(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"not weights")
     with pytest.raises(CheckpointError, match=r"weights\.pt: damaged"):
-        checkpoint.read_weights(tmp_path / "weights.pt")
+        model_folders.read_weights(tmp_path / "weights.pt")
     (tmp_path / "weights.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
-        checkpoint.read_weights(tmp_path / "weights.ckpt")
+        model_folders.read_weights(tmp_path / "weights.ckpt")
 
 
 def test_file_is_refused_when_missing_or_without_weights(tmp_path):
     with pytest.raises(CheckpointError, match="no such weight file"):
-        checkpoint.read_weights(tmp_path / "nothing.pt")
+        model_folders.read_weights(tmp_path / "nothing.pt")
     torch.save({"optimizer": 1}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="optimizer"):
-        checkpoint.read_weights(tmp_path / "other.pt")
+        model_folders.read_weights(tmp_path / "other.pt")
 
 
 def test_folder_is_refused_when_its_weights_are_spread(tmp_path):
     with pytest.raises(CheckpointError, match="mp_rank_00_model_states.pt"):
-        checkpoint.read_weights(tmp_path)
+        model_folders.read_weights(tmp_path)
     for rank in range(2):
         (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
     with pytest.raises(CheckpointError, match=r"over 2 files .*zero_to_fp32"):
-        checkpoint.read_weights(tmp_path)
+        model_folders.read_weights(tmp_path)
 
 
 def test_weight_is_named_when_it_is_not_finite(tmp_path):
@@ -147,10 +147,10 @@ def test_weight_is_named_when_it_is_not_finite(tmp_path):
     state["network.2.weight"] = torch.full((4, 4), float("inf"))
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"network\.2\.weight holds NaN or infinity in 16"):
-        checkpoint.load_weights(make_pose_model(), tmp_path / "w.safetensors")
+        model_folders.load_weights(make_pose_model(), tmp_path / "w.safetensors")
     model.load_state_dict(state)
     with pytest.raises(CheckpointError, match=r"network\.2\.weight"):
-        checkpoint.save_model(tmp_path / "out", model)
+        model_folders.save_model(tmp_path / "out", model)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -176,7 +176,7 @@ def test_error_lists_every_difference_when_weights_do_not_fit(tmp_path):
     state["network.4.bias"] = torch.zeros(3)
     save_file(state, tmp_path / "weights.safetensors")
     with pytest.raises(CheckpointError) as error:
-        checkpoint.load_weights(make_pose_model(), tmp_path / "weights.safetensors")
+        model_folders.load_weights(make_pose_model(), tmp_path / "weights.safetensors")
     for text in ("missing in the file: network.0.bias", "extra.weight", "file (3,), model (8,)"):
         assert text in str(error.value)
 
@@ -190,10 +190,10 @@ def test_unused_keys_are_left_out_when_a_public_file_has_them(world_model):
     shapes = {key: value.shape for key, value in world_model.state_dict().items()}
     public = {"betas": (1000,), "scale_arr": (1400,), "sqrt_recipm1_alphas_cumprod": (1000,)}
     public["embedder.model.token_embedding.weight"] = (32, 8)
-    fit = checkpoint.fit(world_model, shapes | public)
+    fit = model_folders.fit(world_model, shapes | public)
     assert fit.ok
     assert fit.unused == sorted(public)
-    assert not checkpoint.fit(world_model, shapes | {"embedder.model.transformer.x": (1,)}).ok
+    assert not model_folders.fit(world_model, shapes | {"embedder.model.transformer.x": (1,)}).ok
 
 
 def test_error_names_the_variant_when_the_chunk_length_differs(world_model):
@@ -201,14 +201,14 @@ def test_error_names_the_variant_when_the_chunk_length_differs(world_model):
     queries = TINY.image_resampler.num_queries
     _, ours, dim = shapes["image_proj_model.latents"]
     shapes["image_proj_model.latents"] = (1, 16 * queries, dim)
-    report = checkpoint.fit(world_model, shapes).describe()
+    report = model_folders.fit(world_model, shapes).describe()
     assert f"made for {16 * queries} image tokens, the model is sized for {ours}" in report
     assert "16-frame variant; set chunk=16" in report
 
 
 def test_world_model_comes_back_when_saved_and_loaded(tmp_path, world_model):
-    checkpoint.save_model(tmp_path, world_model)
-    loaded = checkpoint.load_model(tmp_path, kind="EvacModel")
+    model_folders.save_model(tmp_path, world_model)
+    loaded = model_folders.load_model(tmp_path, kind="EvacModel")
     assert loaded.config == TINY
     assert same_weights(world_model, loaded)
     assert not loaded.training
@@ -218,9 +218,9 @@ def test_world_model_comes_back_when_saved_and_loaded(tmp_path, world_model):
 def test_classifier_comes_back_when_saved_in_half_precision(tmp_path):
     torch.manual_seed(0)
     net = RewardNet(RewardConfig(width=4, num_instructions=3)).eval()
-    checkpoint.save_model(tmp_path, net, dtype=torch.float16)
+    model_folders.save_model(tmp_path, net, dtype=torch.float16)
     assert load_file(tmp_path / "model.safetensors")["net.7.weight"].dtype == torch.float16
-    loaded = checkpoint.load_model(tmp_path)
+    loaded = model_folders.load_model(tmp_path)
     assert loaded.config == net.config
     assert loaded.net[7].weight.dtype == torch.float32
     torch.testing.assert_close(loaded.net[7].weight, net.net[7].weight, atol=1e-3, rtol=1e-3)
@@ -231,48 +231,48 @@ def test_public_file_loads_when_a_config_beside_it_names_it(tmp_path):
     write(tmp_path / "best.pth", "predictor", model.state_dict())
     description = {"model": "PoseModel", "config": {"hidden": 4}, "weights": "best.pth"}
     (tmp_path / "config.json").write_text(json.dumps(description))
-    assert same_weights(checkpoint.load_model(tmp_path), model)
+    assert same_weights(model_folders.load_model(tmp_path), model)
 
 
 def test_old_files_stay_when_saving_is_interrupted(tmp_path, monkeypatch):
     model = make_pose_model()
-    checkpoint.save_model(tmp_path, model)
+    model_folders.save_model(tmp_path, model)
     (tmp_path / "card.json").write_text("{}")
 
     def fail(path, *_):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "write_weights", fail)
+    monkeypatch.setattr(model_folders, "write_weights", fail)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save_model(tmp_path, PoseModel(PoseModelConfig(hidden=5)))
+        model_folders.save_model(tmp_path, PoseModel(PoseModelConfig(hidden=5)))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "card.json",
         "config.json",
         "model.safetensors",
     ]
-    assert same_weights(checkpoint.load_model(tmp_path), model)
+    assert same_weights(model_folders.load_model(tmp_path), model)
 
 
 def test_folder_is_refused_when_it_is_not_the_expected_one(tmp_path):
     with pytest.raises(CheckpointError, match="not a model folder"):
-        checkpoint.load_model(tmp_path)
-    checkpoint.save_model(tmp_path, make_pose_model())
+        model_folders.load_model(tmp_path)
+    model_folders.save_model(tmp_path, make_pose_model())
     with pytest.raises(CheckpointError, match="expected a model of kind RewardNet"):
-        checkpoint.load_model(tmp_path, kind="RewardNet")
+        model_folders.load_model(tmp_path, kind="RewardNet")
     description = json.loads((tmp_path / "config.json").read_text())
     description["config"]["depth"] = 3
     (tmp_path / "config.json").write_text(json.dumps(description))
     with pytest.raises(ConfigError, match="depth"):
-        checkpoint.load_model(tmp_path)
+        model_folders.load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
-        checkpoint.load_model(tmp_path)
+        model_folders.load_model(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="expected a model of kind .* got None"):
-        checkpoint.load_model(tmp_path)
+        model_folders.load_model(tmp_path)
 
 
 def test_saving_is_refused_when_the_class_is_not_known(tmp_path):
     with pytest.raises(CheckpointError, match="cannot save a Linear"):
-        checkpoint.save_model(tmp_path, nn.Linear(1, 1))
+        model_folders.save_model(tmp_path, nn.Linear(1, 1))
