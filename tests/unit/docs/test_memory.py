@@ -10,7 +10,7 @@ from evac_jax.tools.memory import trainer
 from evac_jax.tools.memory.layouts import CUDA_CONTEXT, layouts
 from evac_jax.tools.memory.parts import GB, peak
 
-DOCS = Path(__file__).parents[4] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def _rows(page: str, first_cell: str) -> list[list[str]]:
