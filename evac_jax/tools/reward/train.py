@@ -161,7 +161,9 @@ def train(
     """Return a classifier fitted to the frames of `data`, on `device`, where `codec` must be."""
     torch.manual_seed(seed)
     sampler = FrameSampler(data, config.num_instructions, np.random.default_rng(seed))
-    model = RewardNet(config).to(device, memory_format=torch.channels_last).train()
+    # With fewer channels oneDNN corrupts the heap in the backward pass on CPUs without AVX-512.
+    layout = torch.channels_last if config.width >= 8 else torch.contiguous_format
+    model = RewardNet(config).to(device, memory_format=layout).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
     losses: list[float] = []
     mine_at = {int(share * steps) for share in MINE_AT}
@@ -173,7 +175,7 @@ def train(
         images = to_network(frames)
         if codec is not None:
             images[::2] = through_codec(codec, images[::2])
-        images = disturb(images).contiguous(memory_format=torch.channels_last)
+        images = disturb(images).contiguous(memory_format=layout)
         logits = model(images, task if config.num_instructions else None)
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         optimizer.zero_grad(set_to_none=True)
