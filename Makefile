@@ -48,7 +48,7 @@ demo: $(STAMP)  ## Train in the miniature world model on this CPU: videos, curve
 test: $(STAMP)  ## Run all tests. ARGS='tests/unit -x' narrows them down.
 	$(PYTEST) $(ARGS)
 
-test-quick: $(STAMP)  ## Run a selection that takes a minute; what it covers: CONTRIBUTING.md.
+test-quick: $(STAMP)  ## Run a selection of quick tests; what it covers: CONTRIBUTING.md.
 	$(PYTEST) $(QUICK) $(ARGS)
 
 lint: $(STAMP)  ## Check style and formatting.
