@@ -32,14 +32,16 @@ def _load(folder, **more):
     return load_policy(folder, **SETTINGS, **more).model
 
 
-@nnx.jit
 def _forward(model, obs):
     forward = model.forward(model.pixel_values(obs.images), obs.prompt_tokens, obs.prompt_mask)
     return model.action_logits(forward.slots)
 
 
+_compiled_forward = nnx.jit(_forward)
+
+
 def _logits(model):
-    return np.asarray(_forward(model, make_obs()))
+    return np.asarray(_compiled_forward(model, make_obs()))
 
 
 def _trained(folder):
