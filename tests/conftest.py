@@ -15,6 +15,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Four devices, so that sharding is real.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tiny programs that run a few times: optimising them would take longest.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process; it clears up at its end
     _programs = tempfile.TemporaryDirectory(prefix="evac_jax_programs_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from evac_jax.devices.placement import Placement, env_devices, rollout_fsdp
 from evac_jax.errors import ConfigError, EvacJaxError, HostError
 
 JOIN_TIMEOUT_S = 300
+THREADS_PER_DEVICE = 8  # a program has several collectives under way at once
 MIN_COMPILE_S = 0.05  # a program that compiles faster is not worth a file
 
 
@@ -38,9 +40,23 @@ def start(config: TrainConfig) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)
     if config.cluster.num_nodes > 1:
         _join(config.cluster)
-    if not config.train.max_staleness:  # otherwise an update would block the rollout beside it
+    if config.train.max_staleness:
+        widen_cpu_pool()
+    else:  # an update would block the rollout beside it
         keep_freed_memory()
     log_devices(env_devices(config))
+
+
+def widen_cpu_pool() -> None:
+    """Give virtual CPU devices threads enough for an update and a rollout beside it.
+
+    XLA's pool has a thread per core or device. A thread in a collective waits for the other
+    devices; two programs at once can so take all threads, and both would wait for ever.
+    """
+    told = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = int(told[1]) if told else jax.config.read("jax_num_cpu_devices")
+    if devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(THREADS_PER_DEVICE * devices))
 
 
 def _join(cluster: ClusterConfig) -> None:

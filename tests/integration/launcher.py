@@ -36,7 +36,9 @@ class Launcher:
             "eval.ground_truth_envs": 8,
             "eval.twin_fraction": 0.5,
             "eval.interval": 0,
+            "video.save": False,
             "video.episodes": 1,
+            "checkpoint.interval": 100,  # the last iteration is saved always
             "log.dir": self.runs,
         }
         self._flags = [f"--config.{name}={value}" for name, value in settings.items()]

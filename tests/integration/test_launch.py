@@ -28,7 +28,7 @@ QUICK = (
 def test_killed_run_goes_on_where_it_was_and_ends_like_an_unbroken_one(launcher, plain):
     assert "ground truth" in plain
 
-    flags = ("--config.log.run=broken", *TWO_SIMULATORS)
+    flags = ("--config.log.run=broken", "--config.checkpoint.interval=1", *TWO_SIMULATORS)
     process = launcher.start("--config.train.iterations=9", *flags)
     checkpoint = launcher.runs / "broken" / "checkpoints" / "1"
     deadline = time.monotonic() + 500
@@ -50,7 +50,8 @@ def test_killed_run_goes_on_where_it_was_and_ends_like_an_unbroken_one(launcher,
 
 @pytest.mark.slow
 def test_ppo_run_leaves_every_promised_metric_and_a_video_that_plays(launcher):
-    launcher.run("--config.train.iterations=1", "--config.log.run=ppo", config="configs/ppo.py")
+    flags = ("--config.train.iterations=1", "--config.log.run=ppo", "--config.video.save=True")
+    launcher.run(*flags, config="configs/ppo.py")
     events = EventAccumulator(str(launcher.runs / "ppo" / "tensorboard")).Reload()
     for name in PROMISED:
         assert [e.value for e in events.Scalars(name)] == pytest.approx(
@@ -99,8 +100,8 @@ def test_run_stops_with_a_checkpoint_when_a_bad_classifier_raises_the_alarm(laun
 
 @pytest.mark.slow
 def test_run_whose_simulator_dies_has_saved_what_it_had_learned(launcher):
-    flags = ("--config.log.run=orphan", "--config.checkpoint.interval=100")
-    process = launcher.start("--config.train.iterations=99", *flags, *QUICK)
+    flags = ("--config.log.run=orphan", "--config.train.iterations=99")
+    process = launcher.start(*flags, *QUICK)
     metrics = launcher.runs / "orphan" / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
         assert process.poll() is None, process.stdout.read()

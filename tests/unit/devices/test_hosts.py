@@ -3,6 +3,10 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+from evac_jax.devices import hosts
+
 # What `srun` tells the first task of two on a host; JAX looks for these five.
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -36,3 +40,12 @@ def test_all_gpus_of_a_host_are_kept_when_slurm_starts_the_trainers(repository):
     )
     assert done.returncode == 0, done.stderr
     assert "visible: all" in done.stdout
+
+
+@pytest.mark.parametrize(("flags", "threads"), [("4", "32"), ("1", None)])
+def test_virtual_devices_get_threads_for_two_programs_at_once(monkeypatch, flags, threads):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={flags}")
+    monkeypatch.setenv("PJRT_NPROC", "")
+    monkeypatch.delenv("PJRT_NPROC")
+    hosts.widen_cpu_pool()
+    assert os.environ.get("PJRT_NPROC") == threads
