@@ -58,7 +58,6 @@ CONFIG = OpenVLAOFTConfig(
     num_kv_heads=8,
     value_type="chunk_level",
     scan_layers=False,
-    merge_projections=True,
 )
 # Largest differences allowed, about ten times what float32 leaves: log-probs, entropies and values
 # absolute, gradients as |ours - theirs| / |theirs| over all parameters.

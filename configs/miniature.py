@@ -15,7 +15,6 @@ def miniature(config: config_dict.ConfigDict) -> None:
     config.policy.unnorm_key = "miniature"
     config.policy.max_prompt_length = 28
     config.policy.scan_layers = False
-    config.policy.merge_projections = True
     config.policy.temperature = 0.5  # the start policy was taught with wide targets
     config.world_model.checkpoint = f"{weights}/world_model"
     config.world_model.steps = 2

@@ -66,7 +66,6 @@ def _options(policy: PolicyConfig) -> dict[str, Any]:
         "keep_stop_token": policy.keep_stop_token,
         "remat": policy.remat,
         "scan_layers": policy.scan_layers,
-        "merge_projections": policy.merge_projections,
     }
 
 

@@ -42,8 +42,6 @@ class PolicyConfig:
         remat: what the backward pass recomputes of a layer: "none", "dots" (all but the results of
             matrix products) or "full". Less memory for more time, docs/policy_speed.md.
         scan_layers: compile one layer and loop over it; compile time no longer grows with depth.
-        merge_projections: one product for queries, keys and values and one for gate and up: for
-            CPUs, docs/policy_speed.md.
     """
 
     checkpoint: str = ""
@@ -61,7 +59,6 @@ class PolicyConfig:
     compute_dtype: Dtype = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     scan_layers: bool = True
-    merge_projections: bool = False
 
 
 @dataclass(frozen=True)

@@ -102,5 +102,4 @@ POLICY = OpenVLAOFTConfig(
     pad_token_id=640,
     max_prompt_length=28,
     scan_layers=False,  # four layers: unrolling costs little to compile and runs faster
-    merge_projections=True,
 )

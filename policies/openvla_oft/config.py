@@ -106,9 +106,6 @@ class OpenVLAOFTConfig:
             recomputes the layer, "dots" keeps the results of its matrix products.
         scan_layers: loop over stacked layers with one compiled body; False unrolls them. The
             parameters lie the same way in both.
-        merge_projections: multiply by the kernels of queries, keys and values, and of gate and up,
-            in one product each. Pays on a CPU; the kernels are copied side by side in every pass,
-            and first gathered where devices share them along their output axis.
         attention: implementation of jax.nn.dot_product_attention: "auto", "xla" or "cudnn"; on a
             CPU "auto" is one of our own, see `kernels`.
         lora_rank: rank of the adapters that train while the base is frozen; 0 = no adapters, all
@@ -148,7 +145,6 @@ class OpenVLAOFTConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
-    merge_projections: bool = False
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     lora_rank: int = 0
     lora_alpha: float = 0.0

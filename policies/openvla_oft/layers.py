@@ -110,33 +110,10 @@ class Linear(nnx.Module):
         self.lora: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        return self.complete(x, matmul(x, self.matrix(x.dtype)))
-
-    def matrix(self, dtype: jnp.dtype) -> Float[Array, "i o"]:
-        """Return the kernel as a matrix."""
-        return self.kernel[...].reshape(-1, self.width_out).astype(dtype)
-
-    def complete(self, x: Float[Array, "... i"], y: Float[Array, "... o"]) -> Float[Array, "... o"]:
-        """Add what comes beside y = x W: the adapter's part and the bias."""
+        y = matmul(x, self.kernel[...].reshape(-1, self.width_out).astype(x.dtype))
         if self.lora is not None:
             y = y + self.lora(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-def project(
-    config: OpenVLAOFTConfig, x: Float[Array, "... i"], *layers: Linear
-) -> list[Float[Array, "... o"]]:
-    """Return the output of each layer, all of one product if `config.merge_projections`."""
-    if not config.merge_projections:
-        return [layer(x) for layer in layers]
-    kernel = jnp.concatenate([layer.matrix(x.dtype) for layer in layers], axis=1)
-    stops = np.cumsum([layer.width_out for layer in layers])
-    product = matmul(x, kernel)
-    # Slices and not a split: XLA for CPUs adds up their gradients in one pass, a split's it copies.
-    return [
-        layer.complete(x, product[..., stop - layer.width_out : stop])
-        for layer, stop in zip(layers, stops, strict=True)
-    ]
 
 
 class LayerNorm(nnx.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.kernels import swiglu
-from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, project, run_layers
+from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, run_layers
 
 # Neighbouring columns of a sequence, [N] on the host where all rows have the same, else [B N].
 Columns = np.ndarray | jax.Array
@@ -81,19 +81,16 @@ class LlamaLayer(nnx.Module):
     ) -> Float[Array, "B N D"]:
         """Return the new states, of the columns `read` alone if they are given."""
         config, normed = self.config, self.input_layernorm(x)
-        if read is None:
-            parts = project(config, normed, self.q_proj, self.k_proj, self.v_proj)
-            turns = (cos, sin)
-        else:
-            parts = project(config, normed, self.k_proj, self.v_proj)
+        keys, values, turns = self.k_proj(normed), self.v_proj(normed), (cos, sin)
+        if read is not None:
             x, normed, *turns = (columns(part, read) for part in (x, normed, cos, sin))
-            parts = [self.q_proj(normed), *parts]
-        queries, keys, values = (y.reshape(*y.shape[:2], -1, cos.shape[-1]) for y in parts)
+        queries, keys, values = (
+            y.reshape(*y.shape[:2], -1, cos.shape[-1]) for y in (self.q_proj(normed), keys, values)
+        )
         queries, keys = rotate(queries, *turns), rotate(keys, cos, sin)
         x = x + self.o_proj(attend(config, queries, keys, values, key_mask))
         normed = self.post_attention_layernorm(x)
-        gate, up = project(config, normed, self.gate_proj, self.up_proj)
-        return x + self.down_proj(swiglu(gate, up))
+        return x + self.down_proj(swiglu(self.gate_proj(normed), self.up_proj(normed)))
 
 
 class Llama(nnx.Module):
