@@ -1,6 +1,6 @@
-"""Every size and switch of OpenVLA-OFT, and how a Hugging Face config.json gives them.
+"""All sizes and switches of OpenVLA-OFT, and how they are read from a Hugging Face config.json.
 
-Defaults are the public 7B checkpoints. A miniature is the same class with other numbers.
+The defaults are the public 7B checkpoints. A miniature is the same class with other numbers.
 """
 
 import dataclasses
@@ -106,12 +106,12 @@ class OpenVLAOFTConfig:
             recomputes the layer, "dots" keeps the results of its matrix products.
         scan_layers: loop over stacked layers with one compiled body; False unrolls them. The
             parameters lie the same way in both.
-        merge_projections: multiply by the kernels of queries, keys and values, and of gate and up,
-            in one product each. Pays on a CPU; the kernels are copied side by side in every pass,
-            and first gathered where devices share them along their output axis.
-        attention: implementation of jax.nn.dot_product_attention: "auto", "xla" or "cudnn"; on a
-            CPU "auto" is one of our own, see `kernels`.
-        lora_rank: rank of the adapters that train while the base is frozen; 0 = no adapters, all
+        merge_projections: one product for queries, keys and values, and one for gate and up. It is
+            meant for CPUs. Every pass copies the kernels side by side. If they are sharded over
+            devices along their output axis, they are gathered first.
+        attention: implementation of jax.nn.dot_product_attention: "auto", "xla" or "cudnn". "auto"
+            is our own one on a CPU (see `kernels`) and JAX's default elsewhere (XLA in 0.10.2).
+        lora_rank: rank of the adapters, which train while the base is frozen; 0 = no adapters: all
             weights train.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = lora_rank, a scale of 1.
         lora_targets: modules that get an adapter, by the last part of their checkpoint name.
@@ -212,7 +212,7 @@ class OpenVLAOFTConfig:
 
     @property
     def lora_scale(self) -> float:
-        """What adapters are multiplied with, alpha / r; 0 without adapters."""
+        """Factor of the adapters, alpha / r; 0 without adapters."""
         return (self.lora_alpha or self.lora_rank) / self.lora_rank if self.lora_rank else 0.0
 
     @property
@@ -228,10 +228,10 @@ class OpenVLAOFTConfig:
 
         `tiny_vision_overrides` (a list of two, DINOv2 first; absent in public checkpoints) may set
         embed_dim, depth, num_heads, mlp_ratio, patch_size and reg_tokens of the towers.
-        `overrides` are fields of this class that config.json does not know (chunk, value_type ..).
+        `overrides` are fields of this class that config.json does not have (chunk, value_type ..).
 
         Raises:
-            ValueError: an architecture that this code does not have.
+            ValueError: this code does not support the architecture.
         """
         text = config.get("text_config", {})
         ids = config.get("timm_model_ids", list(TIMM_TOWERS))
@@ -291,7 +291,7 @@ class OpenVLAOFTConfig:
     def to_hf(self) -> dict[str, Any]:
         """Return a config.json that `from_hf` reads back to the same sizes.
 
-        Fields that a checkpoint does not fix (chunk, value_type, dtypes ..) are not in it.
+        It leaves out fields that a checkpoint does not determine (chunk, value_type, dtypes ..).
         """
         towers = (self.dinov2, self.siglip)
         return {
@@ -323,7 +323,7 @@ class OpenVLAOFTConfig:
                     "embed_dim": tower.width,
                     "depth": tower.depth,
                     "num_heads": tower.heads,
-                    # The half keeps int(width * ratio) from falling below a width that is whole.
+                    # The 0.5 makes int(width * ratio) give the width itself despite rounding.
                     "mlp_ratio": (tower.mlp_width + 0.5) / tower.width,
                     "patch_size": self.patch_size,
                     "reg_tokens": tower.register_tokens,
@@ -376,7 +376,7 @@ def _override_tower(tower: VisionTowerConfig, change: dict[str, Any]) -> VisionT
 def _with_normalization(
     towers: list[VisionTowerConfig], preprocessor: dict[str, Any]
 ) -> list[VisionTowerConfig]:
-    """Take mean and std from the processor's file; `tvf_normalize_params` wins over `means`."""
+    """Take mean and std from the processor's file; `tvf_normalize_params` overrides `means`."""
     if "tvf_normalize_params" in preprocessor:
         pairs = [(p["mean"], p["std"]) for p in preprocessor["tvf_normalize_params"]]
     else:
