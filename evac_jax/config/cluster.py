@@ -29,7 +29,7 @@ class PlacementConfig:
     Attributes:
         env: CUDA devices of the simulator processes, assigned in blocks; "" = simulator.devices.
         rollout: devices of the trainer that decide on actions. If they differ from `actor`, they
-            hold a copy of the policy, which is updated after every update.
+            hold a copy of the policy, which is renewed after every update.
         actor: devices of the trainer that learn, arranged as in `mesh`.
     """
 
