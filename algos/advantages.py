@@ -93,7 +93,7 @@ def group_relative(
     The standard deviation has ddof = 1. A group with equal scores gets exactly 0.
 
     Source: Shao et al. 2024, "DeepSeekMath", section 4.1; RLinf `grpo`. Difference: 1. a group of
-    one gets 0, not NaN (configurations refuse it before).
+    one gets 0, not NaN (the checks of a configuration do not allow such a group).
     """
     groups = scores.reshape(-1, group_size)
     centred = groups - groups.mean(axis=1, keepdims=True)

@@ -36,7 +36,7 @@ class Config(PolicyGradientConfig):
 def problems(
     cfg: Config, *, num_samples: int | None = None, reward_coefficient: float | None = None
 ) -> list[str]:
-    """Return every reason why these values do not work together, [] when there is none."""
+    """Return every reason why these values do not work together, [] if there is none."""
     return policy_gradient.shared_problems(
         cfg, num_samples=num_samples, reward_coefficient=reward_coefficient
     )

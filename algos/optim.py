@@ -63,7 +63,7 @@ class OptimizerConfig:
 
 
 def problems(cfg: OptimizerConfig) -> list[str]:
-    """Return every reason why these values do not work together, [] when there is none."""
+    """Return every reason why these values do not work together, [] if there is none."""
     found = []
     if "cosine" in cfg.schedule and cfg.total_iterations < 1:
         found.append(

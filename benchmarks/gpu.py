@@ -290,7 +290,7 @@ def measure(part: str, compiled: bool) -> dict[str, Any]:
 
 
 def run_child(part: str, compiled: bool, environment: dict[str, str]) -> dict[str, Any] | None:
-    """Measure one part in a process of its own; None if it failed or took too long."""
+    """Measure one part in a separate process; None if it failed or took too long."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.gpu", "--here", part, "--out", str(out)]

@@ -265,7 +265,7 @@ def compare(told: dict, gradients: dict, reference: dict, golden: dict) -> dict[
 def run(
     layout: Layout, folder: Path, algorithms: tuple[str, ...], flags: str = QUICK
 ) -> dict[str, tuple[dict, dict]]:
-    """Compute the updates in processes of their own; return {algorithm: (figures, gradients)}.
+    """Compute the updates in separate processes; return {algorithm: (figures, gradients)}.
 
     Args:
         folder: holds the policy; results are written there.

@@ -41,8 +41,8 @@ class NaiveEvac:
     def restart(self, start: Tensor) -> None:
         """Begin other episodes."""
         self.frames = start[:, None]  # [B n 3 H W], the whole history
-        self.latents: Tensor | None = None  # [B 4 n h w], likewise
-        self.poses: Tensor | None = None  # [B n 16], likewise
+        self.latents: Tensor | None = None  # [B 4 n h w], the whole history
+        self.poses: Tensor | None = None  # [B n 16], the whole history
 
     # Separate methods, so that a benchmark can time them.
 

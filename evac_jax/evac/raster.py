@@ -67,7 +67,7 @@ def line(start: Tensor, end: Tensor, thickness: int, height: int, width: int) ->
 
     Args:
         start: [N, 2] int64 pixel (column, row), within +-2^31.
-        end: [N, 2] likewise.
+        end: [N, 2] in the same form.
         thickness: pixels, >= 1. Above 1 the ends are round.
         height: rows of the canvas.
         width: columns of the canvas; the geometry depends on it, because OpenCV clips the

@@ -136,7 +136,7 @@ class _Canvas:
     def _window(self, center: np.ndarray, radius: float):
         """Samples that may see an object inside spheres with centres [N 3].
 
-        Returns their columns and rows, int64 [N w], which may lie outside the picture, and the
+        Returns their columns and rows, int64 [N w], which may be outside the picture, and the
         same as coordinates on the camera's image plane at depth 1, float32 [N w].
         """
         local = (center - self._c2w[:3, 3]) @ self._c2w[:3, :3]

@@ -105,7 +105,7 @@ class OpenVLAOFTConfig:
         remat: what the backward pass recomputes per layer: "none" keeps all activations, "full"
             recomputes the layer, "dots" keeps the results of its matrix products.
         scan_layers: loop over stacked layers with one compiled body; False unrolls them. The
-            parameters lie the same way in both.
+            parameters have the same layout in both.
         merge_projections: one product for queries, keys and values, and one for gate and up. It is
             meant for CPUs. Every pass copies the kernels side by side. If they are sharded over
             devices along their output axis, they are gathered first.

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> policy. Each tensor is read once and handed on as it is read."""
+"""Reads a policy from a Hugging Face folder; each tensor is read once and placed at once."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
