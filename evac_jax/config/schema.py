@@ -208,9 +208,9 @@ class EvalConfig:
     Attributes:
         interval: iterations between evaluations; 0 = only before and after.
         episodes: episodes per evaluation in the world model; 0 = none.
-        starts: [low, high) range of start ids for evaluation, separate from those for training.
-        ground_truth: real environment for evaluation: "miniature", "libero" (see the section
-            libero) or "none".
+        starts: [low, high) range of start ids for evaluation, apart from the training ones.
+        ground_truth: environment to evaluate in for real: "miniature", "libero" (set up in the
+            section of this name) or "none".
         ground_truth_episodes: episodes per evaluation in the ground truth.
         ground_truth_envs: ground-truth environments that run at the same time.
         twin_fraction: share of every iteration's imagined episodes whose actions are replayed in

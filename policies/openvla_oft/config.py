@@ -231,7 +231,7 @@ class OpenVLAOFTConfig:
         `overrides` are fields of this class that config.json does not have (chunk, value_type ..).
 
         Raises:
-            ValueError: this code does not support the architecture.
+            ValueError: an architecture that this code does not have.
         """
         text = config.get("text_config", {})
         ids = config.get("timm_model_ids", list(TIMM_TOWERS))
@@ -376,7 +376,7 @@ def _override_tower(tower: VisionTowerConfig, change: dict[str, Any]) -> VisionT
 def _with_normalization(
     towers: list[VisionTowerConfig], preprocessor: dict[str, Any]
 ) -> list[VisionTowerConfig]:
-    """Take mean and std from the processor's file; `tvf_normalize_params` overrides `means`."""
+    """Take mean and std from the processor's file; `tvf_normalize_params` wins over `means`."""
     if "tvf_normalize_params" in preprocessor:
         pairs = [(p["mean"], p["std"]) for p in preprocessor["tvf_normalize_params"]]
     else:

@@ -23,7 +23,7 @@ MODULES = (
 )
 LM_HEAD = "llama/lm_head"
 PEFT_PREFIX = "base_model.model."
-# Our paths: "<module>/lora/a"; for the output head "llama/lm_head_lora/a".
+# Ours: "<module>/lora/a", of the output head "llama/lm_head_lora/a".
 ADAPTER = re.compile(r"(.+)[/_]lora/([ab])")
 LLAMA_GROUPS: dict[str, tuple[str, ...]] = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),

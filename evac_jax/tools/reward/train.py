@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
     train_part, held_out = recordings.load(*args.data, *args.imagined).split()
-    if args.imagined:  # the kind of frames that it will judge
+    if args.imagined:  # what it will judge
         _, held_out = recordings.load(*args.imagined).split()
     began = time.process_time()
     codec = None

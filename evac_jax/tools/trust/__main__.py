@@ -134,7 +134,7 @@ def choose(data: Episodes, part: str, per_kind: int, seed: int) -> Episodes:
 
 
 def known_instructions(reward: str, data: Episodes) -> tuple[str, ...]:
-    """Return the instructions in the classifier's order; without a card, those of the recording."""
+    """Return the instructions in the classifier's order; the recording's, if it has no card."""
     first = Path(reward.split(",")[0])
     return tuple(cards.read(first).get("instructions", data.instructions))
 
@@ -157,7 +157,7 @@ def validate(
     batch = min(batch, data.num_episodes)
     filmed = max(1, round(pictures * batch))
     env = make_environment(settings, source, int(data.length.max()), batch, filmed)
-    # The colours of objects are known only for the miniature.
+    # Only in the miniature it is known what things look like.
     tabletop = set(data.instructions) <= set(INSTRUCTIONS)
     colors = BLOCK_COLORS if tabletop else None
     records, films = replay(env, data, seed=seed, colors=colors)
