@@ -1,5 +1,5 @@
 """Algorithms as pure functions on arrays, and the table of them."""
 
-# Name -> module with `Config`, `problems`, `advantages`, `loss` and `make_update`. Strings, so that
-# naming an algorithm imports nothing; a new one is a file and a line.
+# Name -> module with `Config`, `problems`, `advantages`, `loss` and `make_update`. The values are
+# strings, so that this table imports nothing. A new algorithm needs a file and one line here.
 ALGORITHMS = {"grpo": "algos.grpo", "ppo": "algos.ppo"}

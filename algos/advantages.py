@@ -1,7 +1,8 @@
 """Advantages, returns, loss masks and group statistics: arrays in, arrays out.
 
-Batch axis first, S = T*k steps on the second. No model, no mesh, no configuration object. Where
-RLinf's numbers are doubtful the corrected ones are returned; docstrings name the difference.
+The batch axis is first; the second axis has S = T*k steps. The functions know no model, no mesh and
+no configuration object. Where RLinf's numbers are wrong, corrected ones are returned; docstrings
+name the difference.
 """
 
 import jax
@@ -19,7 +20,7 @@ def valid_until_done(
 
     Args:
         dones: the episode is done after this step.
-        done_before: the episode was done before the first step: nothing of that row is valid.
+        done_before: the episode was done before the first step, so nothing of that row is valid.
     """
     earlier = jnp.cumsum(dones, axis=1) - dones  # dones strictly before each step
     valid = earlier == 0
@@ -42,9 +43,9 @@ def gae(
 
     Args:
         values: estimates before each step and, last, after the final one.
-        dones: the episode is done after this step; cuts the trace, and the bootstrap too.
-        bootstrap: steps whose next value counts although the episode is done (cut off by the time
-            limit, not ended); None = none, as RLinf does, which treats both ends alike.
+        dones: the episode is done after this step; this ends the trace, and the bootstrap too.
+        bootstrap: steps whose next value is used although the episode is done, because a time limit
+            cut it off; None = no such steps, as in RLinf, which treats both kinds of end alike.
 
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage
     Estimation", eq. 16; RLinf `gae` with the same indices.
@@ -71,7 +72,7 @@ def gae(
 def returns_to_go(
     rewards: Float[Array, "B S"], dones: Bool[Array, "B S"]
 ) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
-    """Return (advantages, returns) without a critic: both are the undiscounted rewards to come.
+    """Return (advantages, returns) without a critic: both are the undiscounted rewards-to-go.
 
     Source: RLinf `gae` without values, which forces γ = λ = 1.
     """
@@ -87,23 +88,23 @@ def episode_scores(rewards: Float[Array, "B S"], dones: Bool[Array, "B S"]) -> F
 def group_relative(
     scores: Float[Array, " B"], group_size: int, *, epsilon: float = GROUP_EPSILON
 ) -> Float[Array, " B"]:
-    """Return (score − group mean) / (group standard deviation + ε), groups being neighbours.
+    """Return (score − group mean) / (group standard deviation + ε); groups are consecutive rows.
 
-    The deviation has ddof = 1. A group whose scores are all equal gets exactly 0.
+    The standard deviation has ddof = 1. A group with equal scores gets exactly 0.
 
     Source: Shao et al. 2024, "DeepSeekMath", section 4.1; RLinf `grpo`. Difference: 1. a group of
-    one gets 0, not NaN (configurations refuse it before).
+    one gets 0, not NaN (the checks of a configuration do not allow such a group).
     """
     groups = scores.reshape(-1, group_size)
     centred = groups - groups.mean(axis=1, keepdims=True)
     variance = jnp.sum(centred**2, axis=1, keepdims=True) / max(group_size - 1, 1)
-    # Rounding in the mean of equal scores would be blown up by 1 / epsilon.
+    # A rounding error in the mean of equal scores would be multiplied by 1 / epsilon.
     advantages = jnp.where(has_no_spread(groups), 0.0, centred / (jnp.sqrt(variance) + epsilon))
     return advantages.reshape(-1)
 
 
 def has_no_spread(groups: Float[Array, "N G"]) -> Bool[Array, "N 1"]:
-    """Return True for groups whose scores are all equal, from which nothing can be learned."""
+    """Return True for groups with equal scores; nothing can be learned from them."""
     return groups.max(axis=1, keepdims=True) == groups.min(axis=1, keepdims=True)
 
 
@@ -119,8 +120,8 @@ def reward_filter(
 ) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:
     """Return (mean return, kept) of each group: kept when low <= mean <= high.
 
-    Source: RLinf `filter_rewards`; the idea is DAPO's dynamic sampling (Yu et al. 2025), without
-    the drawing of new groups.
+    Source: RLinf `filter_rewards`. The idea is DAPO's dynamic sampling (Yu et al. 2025), but no new
+    groups are sampled here.
     """
     means = returns.reshape(-1, group_size).mean(axis=1)
     return means, (means >= low) & (means <= high)
@@ -134,7 +135,7 @@ def to_chunk_level(
 
 
 def valid_mean_and_count(x: Array, valid: Array | None) -> tuple[Array, Array, Array]:
-    """Return (mean over valid entries, their number, entries − mean with invalid ones at 0)."""
+    """Return (mean of valid entries, their number, entries − mean with 0 for invalid ones)."""
     weight = jnp.ones_like(x) if valid is None else jnp.broadcast_to(valid, x.shape).astype(x.dtype)
     count = weight.sum()
     mean = jnp.sum(jnp.where(weight > 0, x, 0.0)) / jnp.maximum(count, 1.0)
@@ -147,12 +148,12 @@ def normalize(
     *,
     epsilon: float = NORMALIZE_EPSILON,
 ) -> Float[Array, "*shape"]:
-    """Return (x − mean) / (std + ε) for all entries, statistics over the valid ones, ddof = 1.
+    """Return (x − mean) / (std + ε) for all entries, with statistics of the valid ones, ddof = 1.
 
-    Below two valid entries there is no deviation, and x comes back as it is.
+    With fewer than two valid entries there is no standard deviation, and x is returned unchanged.
 
-    Source: RLinf `safe_normalize`. Differences: 1. a single valid entry leaves x finite; 2. under
-    jit the statistics are those of the whole sharded batch, not of one rank's share.
+    Source: RLinf `safe_normalize`. Differences: 1. with a single valid entry x remains finite;
+    2. under jit the statistics are those of the whole sharded batch, not of the part of one rank.
     """
     mean, count, centred = valid_mean_and_count(x, valid)
     std = jnp.sqrt(jnp.sum(centred**2) / jnp.maximum(count - 1.0, 1.0))
@@ -165,7 +166,7 @@ def flatten_steps(x: Array) -> Array:
 
 
 def flatten_values(values: Float[Array, "B T+1 v"]) -> Float[Array, "B S+1"]:
-    """Return the estimates before each step and, last, the first one of the row after the end."""
+    """Return the estimates before each step, then the first one of the row after the end."""
     steps = (values.shape[1] - 1) * values.shape[2]
     return values.reshape(values.shape[0], -1)[:, : steps + 1]
 

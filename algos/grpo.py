@@ -1,9 +1,9 @@
-"""GRPO: the advantage of an episode is its score relative to its group's.
+"""GRPO: the advantage of an episode is its score relative to those of its group.
 
 Source: Shao et al. 2024, "DeepSeekMath" (arXiv:2402.03300), section 4.1, as RLinf applies it to
 chunked VLA policies. Differences, each with a field or function that names it:
-1. means are over the global batch and over what masks cover after broadcasting;
-2. episodes without ends train on everything instead of failing;
+1. means are over the global batch, and over the entries that masks cover after broadcasting;
+2. episodes that do not end are used completely instead of causing an error;
 3. a global batch without a valid entry is skipped;
 4. the KL estimators put the policy first.
 """
@@ -23,11 +23,11 @@ from policies.ranges import Range
 
 @dataclass(frozen=True)
 class Config(PolicyGradientConfig):
-    """Settings of GRPO, beside those that all policy gradients have.
+    """Settings of GRPO, in addition to those of all policy gradients.
 
     Attributes:
-        group_size: episodes that share their start and are compared with each other; neighbours in
-            the batch.
+        group_size: number of episodes that share their start and are compared with each other; they
+            are consecutive in the batch.
     """
 
     group_size: Annotated[int, Range(2)] = 8
@@ -36,7 +36,7 @@ class Config(PolicyGradientConfig):
 def problems(
     cfg: Config, *, num_samples: int | None = None, reward_coefficient: float | None = None
 ) -> list[str]:
-    """Return every reason why these values do not work together, [] when there is none."""
+    """Return every reason why these values do not work together, [] if there is none."""
     return policy_gradient.shared_problems(
         cfg, num_samples=num_samples, reward_coefficient=reward_coefficient
     )
@@ -45,7 +45,7 @@ def problems(
 def advantages(batch: RolloutBatch, cfg: Config) -> tuple[Targets, dict[str, WeightedMetric]]:
     """Return each episode's group-relative score at all its valid entries, and rollout metrics.
 
-    Statistics use all members of a group, also where the filter drops it.
+    Statistics use all members of a group, even if the filter drops the group.
     """
     episodes = policy_gradient.read_episodes(batch, cfg)
     scores = adv.episode_scores(

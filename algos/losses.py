@@ -1,11 +1,12 @@
 """Losses per entry, and the weights that turn them into one number: arrays in, arrays out.
 
-A loss is Σ loss·weight. Weights depend on masks alone, so they can be computed for a whole global
-batch before it is cut into micro-batches; that makes gradients independent of the cut. No model, no
-mesh, no configuration object. Arguments named `reference` switch to RLinf's doubtful behaviour.
+A loss is Σ loss·weight. The weights depend only on masks, so they are computed for a whole global
+batch before it is divided into micro-batches. Gradients therefore do not depend on that division.
+The functions know no model, no mesh and no configuration object. Arguments named `reference` switch
+to RLinf's behaviour where it is wrong.
 
-Entries that do not count never reach a gradient: their log-ratios are zeroed before `exp`, because
-0 · inf inside a `where` would still be NaN on the way back.
+Entries that do not count never affect a gradient. Their log-ratios are set to zero before `exp`,
+because 0 · inf inside a `where` would still give NaN in the backward pass.
 """
 
 from typing import Literal, get_args
@@ -20,7 +21,7 @@ Aggregation = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean"]
 
 
 def clip(x: Array, low: float | None, high: float | None) -> Array:
-    """Clip x; the gradient is 1 on the bounds themselves, where `jnp.clip` would halve it."""
+    """Clip x; the gradient at the bounds themselves is 1, where `jnp.clip` has 1/2."""
     if low is not None:
         x = jnp.where(x < low, jnp.asarray(low, x.dtype), x)
     if high is not None:
@@ -40,7 +41,7 @@ def reduce_to_level(x: Float[Array, "B K A"], level: str) -> Float[Array, "B ...
 
 
 def match_rank(x: Array, ndim: int) -> Array:
-    """[B k] -> k = 1 dropped when `ndim` is 1, else trailing axes of size 1 up to `ndim`."""
+    """Reshape [B k]: drop k = 1 if `ndim` is 1, else append axes of size 1 up to `ndim`."""
     if ndim < x.ndim:
         if x.shape[1] != 1:
             raise ValueError(f"cannot bring {x.shape} to chunk level: it has one entry per action")
@@ -54,12 +55,12 @@ def match_rank(x: Array, ndim: int) -> Array:
 def mean_weights(
     valid: Bool[Array, "..."] | None, shape: tuple[int, ...], *, reference: bool = False
 ) -> Float[Array, "..."]:
-    """Return weights of the mean over valid entries; 0 everywhere when none is.
+    """Return the weights of the mean over valid entries; all are 0 if no entry is valid.
 
     Args:
         valid: broadcastable to `shape`; None = all.
-        reference: count the mask's own entries, not those it covers after broadcasting (RLinf): a
-            [B K 1] mask over [B K A] losses then makes the mean A times too large.
+        reference: count the entries of the mask itself, not those it covers after broadcasting
+            (RLinf). A [B K 1] mask over [B K A] losses then makes the mean A times too large.
     """
     if valid is None:
         return jnp.full((1,) * len(shape), 1.0 / _size(shape))
@@ -74,10 +75,10 @@ def length_weights(
     *,
     reference: bool = False,
 ) -> Float[Array, "..."]:
-    """Return valid / length_share / (number of ALL entries): each episode weighs the same.
+    """Return valid / length_share / (number of ALL entries): each episode has the same weight.
 
-    Masked entries, those of filtered groups too, stay in the denominator; so the loss shrinks with
-    the share of filtered groups. Adam is invariant to a constant factor.
+    Masked entries, also those of filtered groups, count in the denominator, so the loss becomes
+    smaller as more groups are filtered. Adam is invariant to a constant factor.
 
     Args:
         valid: broadcastable to `shape`.
@@ -87,7 +88,7 @@ def length_weights(
     Source: RLinf `masked_mean_ratio`.
     """
     weights = valid / jnp.where(valid, length_share, 1.0) / _size(shape)
-    # Spelt out, because XLA turns a mask divided by 0 into 0.
+    # Written with an explicit NaN, because XLA turns a mask divided by 0 into 0.
     return jnp.where(length_share == 0, jnp.nan, weights) if reference else weights
 
 
@@ -101,8 +102,8 @@ def sequence_weights(
     """Return weights of the mean over rows (first axis) of each row's masked sum or mean.
 
     Args:
-        mean: mean within a row, else sum.
-        reference: let an empty row make the mean 0/0 (NaN); otherwise it is left out.
+        mean: True = mean within a row, False = sum.
+        reference: an empty row makes the mean 0/0 (NaN); otherwise it is left out.
     """
     valid = jnp.broadcast_to(True if valid is None else valid, shape)
     if not mean:
@@ -128,7 +129,7 @@ def aggregation_weights(
 
 
 def weighted_sum(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, ""]:
-    """Return Σ x·w; entries of weight 0 pass neither values nor gradients, NaN included."""
+    """Return Σ x·w; entries of weight 0 contribute no value and no gradient, even if NaN."""
     return jnp.sum(jnp.where(weights == 0, 0.0, x) * weights)
 
 
@@ -144,14 +145,14 @@ def _size(shape: tuple[int, ...]) -> int:
 
 @chex.dataclass(frozen=True)
 class Surrogate:
-    """A clipped surrogate, entry by entry, with what its metrics need.
+    """A clipped surrogate for each entry, and the arrays that its metrics need.
 
     Attributes:
         loss: to be minimised.
         log_ratio: log of new over old probability, 0 where invalid.
         ratio: exp(log_ratio), 0 where invalid.
         clipped_ratio: ratio clipped to the trust region.
-        clipped: the clip is active (its arm is the larger loss).
+        clipped: the clip is active (the clipped term is the larger loss).
         dual_clipped: the second clip is active.
     """
 
@@ -174,9 +175,9 @@ def clipped_surrogate(
     clip_ratio_c: float | None = None,
     log_ratio_bounds: tuple[float | None, float | None] = (None, None),
 ) -> Surrogate:
-    """Return max(−A·ρ, −A·clip(ρ, 1 − low, 1 + high)), cut at |A|·c from above, per entry.
+    """Return max(−A·ρ, −A·clip(ρ, 1 − low, 1 + high)), at most |A|·c, per entry.
 
-    At ties both arms get half the gradient, so ρ = 1 has the full one.
+    If both terms are equal, each gets half of the gradient, so ρ = 1 has the full gradient.
 
     Args:
         clip_ratio_c: second clip for A < 0 and ρ > c, c > 1; None = off.
@@ -219,7 +220,7 @@ def decoupled_surrogate(
     clip_ratio_c: float | None = None,
     behave_weight_threshold: float | None = None,
 ) -> tuple[Surrogate, Float[Array, "..."], Bool[Array, "..."]]:
-    """Return (surrogate around the proximal policy × w, log w, entries left), w = p_prox / p_old.
+    """Return (surrogate around the proximal policy × w, log w, entries kept), w = p_prox / p_old.
 
     Args:
         behave_weight_threshold: entries with a larger w are dropped; None = none.
@@ -277,8 +278,8 @@ def kl_penalty(
     With d = log_probs − ref_log_probs: k1 (kl) d; abs |d|; k2 (mse) d²/2; k3 (low_var_kl)
     exp(−d) + d − 1, with d clipped to ±20 and the result to ±10.
 
-    Source: Schulman 2020, "Approximating KL Divergence". Difference to RLinf's language path:
-    1. the policy comes first, so the gradient is that of this divergence and not of its reverse.
+    Source: Schulman 2020, "Approximating KL Divergence". Difference from RLinf's language path:
+    1. the policy comes first, so the gradient is that of this divergence, not of the reverse one.
     """
     if kind in ("k1", "kl"):
         return log_probs - ref_log_probs
@@ -295,14 +296,14 @@ def kl_penalty(
 def entropy_weights(
     valid: Bool[Array, "B k"] | None, shape: tuple[int, ...], *, reference: bool = False
 ) -> Float[Array, "..."]:
-    """Return weights of the mean over valid entries of an entropy of `shape`.
+    """Return the weights of the mean over valid entries of an entropy of `shape`.
 
-    A chunk counts when any of its actions does.
+    A chunk is valid if any of its actions is.
 
     Args:
-        reference: multiply mask and entropy as they come and count the mask alone (RLinf): a [B 1]
-            mask over [B] entropies becomes [B B] and sums them all, over [B K] it makes the mean K
-            times too large, over tokens A or K·A times.
+        reference: multiply mask and entropy without matching their shapes, and count the mask alone
+            (RLinf). A [B 1] mask over [B] entropies becomes [B B] and sums them all. Over [B K] it
+            makes the mean K times too large, over tokens A or K·A times.
     """
     if valid is None:
         return mean_weights(None, shape)

@@ -1,7 +1,7 @@
-"""Training metrics as `WeightedMetric`s, under the names in RLinf's code and those in its guides.
+"""Training metrics as `WeightedMetric`s, with the names in RLinf's code and those in its guides.
 
-Counts are those of the entries that a mask covers after broadcasting, so means are right at every
-granularity. Definitions: docs/metrics.md.
+Counts are the numbers of entries that a mask covers after broadcasting, so means are correct at
+every granularity. docs/metrics.md has the definitions.
 """
 
 import chex
@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from algos.losses import Surrogate
 from algos.types import WeightedMetric
 
-# Below this share of the squares, a centred sum of squares in float32 is rounding noise.
+# A centred sum of squares below this share of the sum of squares is rounding noise in float32.
 NOISE_SHARE = 1e-12
 
 
 def once(value: Float[Array, ""], defined: Bool[Array, ""] | bool = True) -> WeightedMetric:
-    """Return a figure of weight 1, or of weight 0 where it is not defined."""
+    """Return a figure with weight 1, or with weight 0 if it is not defined."""
     return WeightedMetric(
         sum=jnp.where(defined, value, 0.0), weight=jnp.asarray(defined, jnp.float32)
     )
@@ -37,7 +37,7 @@ def policy_metrics(
 
     Args:
         reference: divide ratios per action by the count of a mask per chunk (RLinf, which expands
-            masks over tokens only); they come out K times too large.
+            masks over tokens only); the result is K times too large.
     """
     s = jax.lax.stop_gradient(surrogate)
     low = s.clipped & (s.ratio < s.clipped_ratio)
@@ -64,7 +64,7 @@ def decoupled_metrics(
     valid: Bool[Array, "..."] | None,
     left: Bool[Array, "..."],
 ) -> dict[str, WeightedMetric]:
-    """Return the metrics of a decoupled surrogate; `left` are the valid entries not dropped."""
+    """Return the metrics of a decoupled surrogate; `left` are the valid entries that are kept."""
     s = jax.lax.stop_gradient(surrogate)
     return {
         "actor/proximal_ratio": masked(s.ratio, valid),
@@ -81,7 +81,7 @@ def decoupled_metrics(
 class Moments:
     """Count, mean and centred sum of squares of a set of numbers; sets can be merged.
 
-    Kept centred because Σx² − (Σx)²/n loses all its digits in float32 when the mean is large.
+    Centred, because Σx² − (Σx)²/n loses all digits in float32 if the mean is large.
     """
 
     count: Float[Array, "*parts"]
@@ -146,9 +146,9 @@ def value_clip_ratio(
     valid: Bool[Array, "B k"] | None,
     value_clip: float,
 ) -> WeightedMetric:
-    """Return the share of valid entries that moved further than the clip.
+    """Return the share of valid entries whose value changed by more than the clip.
 
-    Difference to RLinf: 1. it tests the difference after clipping, which is rounding noise.
+    Difference: 1. RLinf tests the change after clipping, which is rounding noise.
     """
     moved = jnp.abs(jax.lax.stop_gradient(values) - old_values)
     return masked(moved > value_clip, valid)
@@ -157,7 +157,7 @@ def value_clip_ratio(
 def extremes(
     name: str, x: Float[Array, "..."], valid: Bool[Array, "..."] | None
 ) -> dict[str, WeightedMetric]:
-    """Return name_mean, name_max and name_min over valid entries; undefined when there is none."""
+    """Return name_mean, name_max and name_min of the valid entries; undefined if there are none."""
     valid = jnp.broadcast_to(True if valid is None else valid, x.shape)
     any_valid = valid.any()
     return {
@@ -175,7 +175,7 @@ def trajectory_metrics(
     groups_kept: Bool[Array, "..."],
     share_valid: Float[Array, ""],
 ) -> dict[str, WeightedMetric]:
-    """Return figures of whole episodes, before the filter drops any (but the last two)."""
+    """Return figures of whole episodes; all but the last two are taken before the filter."""
     return {
         "rollout/reward_mean": masked(returns, None),
         "rollout/reward_std": once(jnp.std(returns)),

@@ -1,8 +1,7 @@
-"""The optimiser: AdamW in two groups, one clipped norm, schedules that tick once per iteration.
+"""The optimiser: AdamW in two groups with one clipped norm; schedules advance once per iteration.
 
-Extra arguments reach it through optax: `iteration` (finished iterations) and `only_value_head`
-(critic warm-up). Its state carries the learning rates and the norm of the last step, for the
-metrics.
+optax passes two extra arguments: `iteration` (finished iterations) and `only_value_head` (critic
+warm-up). The state holds the learning rates and the gradient norm of the last step, for metrics.
 """
 
 import math
@@ -30,21 +29,22 @@ class OptimizerConfig:
 
     Attributes:
         lr: peak learning rate of the policy.
-        value_lr: peak learning rate of parameters with "value_head" in their path; takes the place
-            of a value-loss coefficient.
+        value_lr: peak learning rate of parameters with "value_head" in their path; it has the
+            effect of a value-loss coefficient.
         betas: decay rates of Adam's moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay, in both groups.
-        clip_grad: largest global L2 norm of the gradient; larger ones are scaled down to it.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, for both groups.
+        clip_grad: largest global L2 norm of the gradient; a larger gradient is scaled down to it.
         schedule: "constant" (with warm-up); "cosine" (warm-up, then cosine to the floor, Hugging
             Face's); "openpi_cosine" (warm-up that does not start at 0, cosine held at the floor
             after the end); "native_constant" and "native_cosine" (torch's, without warm-up).
         warmup_iterations: iterations until the peak; -1 = warmup_ratio x total_iterations.
         warmup_ratio: share of total_iterations; used when warmup_iterations is -1.
-        total_iterations: iterations of the whole schedule; needed by the cosines.
-        min_lr: floor of the cosines as a rate, at most lr; the value group's is in proportion.
-        min_lr_rate: floor as a share of lr; takes precedence over min_lr.
-        num_cycles: cosine waves until the end; 0.5 = once down.
+        total_iterations: iterations of the whole schedule; required by the cosine schedules.
+        min_lr: floor of the cosines as a learning rate, at most lr; the floor of the value group is
+            in proportion.
+        min_lr_rate: floor as a share of lr; it takes precedence over min_lr.
+        num_cycles: number of cosine waves until the end; 0.5 = half a wave, from lr to the floor.
     """
 
     lr: Positive = 2e-5
@@ -63,7 +63,7 @@ class OptimizerConfig:
 
 
 def problems(cfg: OptimizerConfig) -> list[str]:
-    """Return every reason why these values do not work together, [] when there is none."""
+    """Return every reason why these values do not work together, [] if there is none."""
     found = []
     if "cosine" in cfg.schedule and cfg.total_iterations < 1:
         found.append(
@@ -76,7 +76,7 @@ def problems(cfg: OptimizerConfig) -> list[str]:
 
 
 def learning_rate_factor(cfg: OptimizerConfig, iteration: Array) -> Float[Array, "..."]:
-    """Return the factor of both groups' peak rates in an iteration (counted from 0).
+    """Return the factor by which both peak learning rates are multiplied (iterations from 0).
 
     Source: RLinf's scheduler kinds: transformers' constant and min-lr cosine schedules, openpi's
     cosine, torch's CosineAnnealingLR.
@@ -127,8 +127,8 @@ class OptimizerState(NamedTuple):
     Attributes:
         adam: moments of every trainable parameter.
         start: iteration of the first step since `init`, where the schedule begins; -1 = none yet.
-        lr: rate of the policy in the last step; 0 while only the value head trains.
-        value_lr: rate of the value head in the last step.
+        lr: learning rate of the policy in the last step; 0 while only the value head trains.
+        value_lr: learning rate of the value head in the last step.
         grad_norm: global norm of the last gradient before clipping.
     """
 
@@ -144,14 +144,14 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the optimiser of a policy with an optional value head.
 
-    Moments are float32 (or wider) whatever the parameters' dtype.
+    Moments are float32 (or wider), whatever the dtype of the parameters.
 
     Args:
-        trainable: whether the parameter at a path trains; None = all do. Frozen ones get neither
-            moments nor decay, and stay out of the norm. (Cheaper still: leave them out of the tree
-            and close over them in `apply`, which saves their gradients too.)
+        trainable: whether the parameter at a path trains; None = all do. Frozen parameters have no
+            moments and no decay, and do not count in the norm. (To save their gradients too, leave
+            them out of the tree and close over them in `apply`.)
 
-    Source: RLinf's AdamW groups. Differences: 1. the value group follows "value_head" in the path.
+    Source: RLinf's AdamW groups. Differences: 1. "value_head" in the path selects the value group.
     """
     adam = optax.scale_by_adam(b1=cfg.betas[0], b2=cfg.betas[1], eps=cfg.eps)
 
@@ -187,7 +187,7 @@ def make_optimizer(
         lr, value_lr = cfg.lr * factor * policy_on, cfg.value_lr * factor
         decayed = jax.tree.map(lambda s, p: s + cfg.weight_decay * p, steps, kept(params))
         steps = per_group(decayed, -lr, -value_lr)
-        # Put zeros back where `kept` left parameters out.
+        # Insert zeros for the parameters that `kept` left out.
         full = jax.tree.map(
             lambda step, leaf: jnp.zeros_like(leaf) if step is None else step,
             steps,
@@ -201,5 +201,5 @@ def make_optimizer(
         )
         return full, state
 
-    # `iteration` is required on purpose: a caller that forgets it must fail.
+    # `iteration` has no default on purpose: a caller that forgets it must fail.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

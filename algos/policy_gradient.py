@@ -1,6 +1,6 @@
-"""What GRPO and PPO share: configuration, masks and returns of episodes, and the policy's loss.
+"""Common parts of GRPO and PPO: configuration, masks and returns of episodes, and the policy loss.
 
-Called by `grpo` and `ppo`, which add how advantages are estimated and, for PPO, the critic.
+`grpo` and `ppo` use them and add the estimate of advantages and, for PPO, the critic.
 """
 
 from dataclasses import dataclass
@@ -24,47 +24,47 @@ class PolicyGradientConfig:
     """Clipped policy gradients on chunked actions.
 
     Attributes:
-        group_size: episodes that share their start, neighbours in the batch.
-        reward_type: "action_level" (one advantage per action) or "chunk_level" (rewards of a chunk
-            summed, one advantage per chunk).
-        logprob_type: the unit of one probability ratio: "token_level", "action_level" (product over
+        group_size: number of episodes that share their start; they are consecutive in the batch.
+        reward_type: "action_level" (one advantage per action) or "chunk_level" (the rewards of a
+            chunk are summed; one advantage per chunk).
+        logprob_type: what one probability ratio covers: "token_level", "action_level" (product over
             A tokens) or "chunk_level" (product over the chunk; needs chunk-level rewards).
         entropy_type: the same for the entropy bonus.
         clip_low: ratios below 1 - clip_low are clipped.
         clip_high: ratios above 1 + clip_high are clipped.
-        clip_ratio_c: dual clip for negative advantages; None = off. RLinf configures 3.0 but
+        clip_ratio_c: dual clip for negative advantages; None = off. RLinf configures 3.0, but
             its OpenVLA-OFT path ignores it.
-        clip_log_ratio_min: clip of the log-ratio before exp; None = off.
-        clip_log_ratio_max: the same from above; None = off.
-        decoupled: for episodes of an older policy (train.max_staleness): clip around the policy
-            at the start of the update, which costs one more forward pass, and weigh entries by
-            its probability over that of the policy that acted.
-        behave_weight_threshold: entries with a larger such weight are dropped; None = none.
-        length_weighting: give every episode the same total weight whatever its length. Acts only
-            where episodes have ends: not with auto_reset or ignore_terminations.
+        clip_log_ratio_min: lower bound of the log-ratio before exp; None = off.
+        clip_log_ratio_max: upper bound of the log-ratio before exp; None = off.
+        decoupled: for episodes of an older policy (train.max_staleness). The loss clips around the
+            policy at the start of the update, which costs one more forward pass. Each entry is
+            weighted by the probability under that policy over that under the policy that acted.
+        behave_weight_threshold: entries with a larger weight of this kind are dropped; None = none.
+        length_weighting: give every episode the same total weight, whatever its length. It has no
+            effect with auto_reset or ignore_terminations, where episodes do not end.
         episode_steps: actions of a full-length episode, the unit of length_weighting; 0 = those of
             the rollout, T x K.
-        loss_agg: mean of the policy loss without length weighting: "token_mean",
+        loss_agg: how the policy loss is averaged without length weighting: "token_mean",
             "seq_mean_token_sum" or "seq_mean_token_mean" (a sequence is a chunk).
         filter_rewards: drop groups whose mean episode return is outside the bounds.
-        filter_low: lowest mean return kept, inclusive, in units of the return: with success worth
-            reward.coefficient c, 0.1c keeps groups from 10 % success.
-        filter_high: highest mean return kept, inclusive.
-        auto_reset: environments start anew within a rollout, so nothing is masked.
-        ignore_terminations: episodes go on after success, so nothing is masked.
-        kl_beta: weight of the KL penalty to the start policy; 0 = off, saves a forward pass
-            and a copy of the parameters.
+        filter_low: lowest mean return that is kept, in units of the return. If success is worth
+            c = reward.coefficient, 0.1c keeps groups with at least 10 % success.
+        filter_high: highest mean return that is kept.
+        auto_reset: environments restart within a rollout, so nothing is masked.
+        ignore_terminations: episodes continue after success, so nothing is masked.
+        kl_beta: weight of the KL penalty towards the start policy; 0 = off, which saves a forward
+            pass and a copy of the parameters.
         kl_kind: estimator; "kl", "mse" and "low_var_kl" are other names of "k1", "k2" and "k3".
-        entropy_bonus: weight of the entropy.
+        entropy_bonus: weight of the entropy in the loss.
         update_epochs: passes over the samples of an iteration.
-        global_batch: samples (chunks) of one optimiser step, over all devices; divides the
+        global_batch: samples (chunks) of one optimiser step, over all devices; it must divide the
             iteration's episodes x T.
-        micro_batch: samples of one forward pass, over all devices; divides global_batch, and is
-            a multiple of the number of devices; None = global_batch.
-        reference_micro_batch_mean: average within each micro-batch, then over them (RLinf), instead
-            of over the global batch; gradients then depend on the micro-batch size.
+        micro_batch: samples of one forward pass, over all devices; it must divide global_batch and
+            be a multiple of the number of devices; None = global_batch.
+        reference_micro_batch_mean: average within each micro-batch, then over micro-batches
+            (RLinf), instead of over the global batch; gradients then depend on micro_batch.
         reference_mask_count: count masks before broadcasting (RLinf), which makes masked means of
-            token-level losses A times too large; no effect under length weighting.
+            token-level losses A times too large; no effect with length weighting.
     """
 
     group_size: Count = 1
@@ -112,11 +112,11 @@ def shared_problems(
     num_samples: int | None = None,
     reward_coefficient: float | None = None,
 ) -> list[str]:
-    """Return every reason why the shared fields do not work together, [] when there is none.
+    """Return every reason why the shared fields do not work together, [] if there is none.
 
     Args:
-        num_samples: chunks of one iteration, when known.
-        reward_coefficient: return of a successful episode, when known.
+        num_samples: chunks of one iteration, if known.
+        reward_coefficient: return of a successful episode, if known.
     """
     found = []
 
@@ -164,7 +164,7 @@ def shared_problems(
 
 @chex.dataclass(frozen=True)
 class MaskedRollout:
-    """Rewards and ends at the granularity of `reward_type`, and the mask of entries that train.
+    """Rewards and ends at the granularity of `reward_type`, and the mask of entries to train on.
 
     Attributes:
         rewards: per action, or summed per chunk.
@@ -186,7 +186,7 @@ class MaskedRollout:
 
 
 def read_episodes(batch: RolloutBatch, cfg: PolicyGradientConfig) -> MaskedRollout:
-    """Return masks, lengths and the filter's verdict of a rollout."""
+    """Return the masks and lengths of a rollout, and which groups pass the filter."""
     rewards = batch.rewards
     dones = batch.truncated if cfg.ignore_terminations else batch.terminated | batch.truncated
     valid = num_valid = None
@@ -221,7 +221,7 @@ def read_episodes(batch: RolloutBatch, cfg: PolicyGradientConfig) -> MaskedRollo
 def rollout_metrics(
     batch: RolloutBatch, episodes: MaskedRollout, targets: Targets, cfg: PolicyGradientConfig
 ) -> dict[str, WeightedMetric]:
-    """Return the rollout/* metrics, both lists of names."""
+    """Return the rollout/* metrics, with RLinf's names of both lists."""
     valid = episodes.valid
     succeeded = batch.terminated
     if episodes.num_valid is not None:
@@ -245,7 +245,7 @@ def rollout_metrics(
 
 @chex.dataclass(frozen=True)
 class LossWeights:
-    """Weights of one set of samples, one leading entry per sample; see `losses`."""
+    """Loss weights of a set of samples; the first axis is the samples; see `losses`."""
 
     policy: Float[Array, "N ..."]
     value: Float[Array, "N ..."]
@@ -267,7 +267,7 @@ def loss_weights(samples: Samples, cfg: PolicyGradientConfig, episode_steps: int
         valid = losses.match_rank(samples.valid, len(shape))
         if cfg.length_weighting and samples.num_valid is not None:
             num_valid = losses.match_rank(samples.num_valid, len(shape))
-            # An episode without valid actions has no weight, and must not divide by zero.
+            # An episode without valid actions has weight 0; avoid a division by zero.
             share = jnp.maximum(num_valid, 1) / episode_steps
             return losses.length_weights(valid, share, shape)
         return losses.aggregation_weights(kind, valid, shape, reference=cfg.reference_mask_count)
@@ -284,11 +284,11 @@ def loss_weights(samples: Samples, cfg: PolicyGradientConfig, episode_steps: int
 
 @chex.dataclass(frozen=True)
 class LossOutput:
-    """What one micro-batch contributes.
+    """The contribution of one micro-batch.
 
     Attributes:
-        loss: to differentiate; sums up to the global batch's loss.
-        terms: parts of the loss, on the same footing.
+        loss: to differentiate; its sum over micro-batches is the loss of the global batch.
+        terms: parts of the loss, summed in the same way.
         metrics: means over entries.
         statistics: of values against returns; None without a critic.
     """

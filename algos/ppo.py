@@ -2,9 +2,9 @@
 
 Source: Schulman et al. 2017, "Proximal Policy Optimization" (arXiv:1707.06347), as RLinf applies it
 to chunked VLA policies. Differences, each with a field or function that names it:
-1. means and advantage statistics are over the global batch, not a rank or a micro-batch;
-2. `normalize_advantages` is honoured, and does not change fewer than two valid entries;
-3. truncated ends can be bootstrapped;
+1. means and advantage statistics are over the global batch, not over a rank or a micro-batch;
+2. `normalize_advantages` has an effect, except with fewer than two valid entries;
+3. values can be bootstrapped at truncated ends;
 4. a global batch without a valid entry is skipped.
 """
 
@@ -21,21 +21,22 @@ from policies.types import PolicyEvaluation
 
 @dataclass(frozen=True)
 class Config(PolicyGradientConfig):
-    """Settings of PPO, beside those that all policy gradients have.
+    """Settings of PPO, in addition to those of all policy gradients.
 
     Attributes:
-        gamma: discount per step (action, or chunk with chunk-level rewards).
+        gamma: discount per step (per action, or per chunk with chunk-level rewards).
         gae_lambda: trace decay of generalised advantage estimation.
-        normalize_advantages: to mean 0 and deviation 1 over the iteration's valid entries.
+        normalize_advantages: scale advantages to mean 0 and standard deviation 1 over the
+            iteration's valid entries.
         bootstrap_truncated: use the value after a time limit as the estimate of later rewards;
             False treats the limit as an end, as RLinf does. Not with auto_reset, where that value
             belongs to the next episode.
-        value_clip: largest change of a value that counts.
-        huber_delta: error from which the value loss grows linearly.
-        value_coefficient: weight of the value loss. It affects the parameters that policy and
-            value head share; the head itself has optim.value_lr. RLinf has none, that is 1.
-        critic_warmup_updates: first optimiser steps that train the value head alone; then
-            optimiser and schedule start anew.
+        value_clip: bound of a value's change in the clipped value loss.
+        huber_delta: error above which the value loss grows linearly.
+        value_coefficient: weight of the value loss. It affects the parameters that policy and value
+            head share; the head itself has optim.value_lr. RLinf has no such weight (1).
+        critic_warmup_updates: number of first optimiser steps that train only the value head; then
+            optimiser and schedule restart.
     """
 
     gamma: Share = 0.99
@@ -56,7 +57,7 @@ class Config(PolicyGradientConfig):
 def problems(
     cfg: Config, *, num_samples: int | None = None, reward_coefficient: float | None = None
 ) -> list[str]:
-    """Return every reason why these values do not work together, [] when there is none."""
+    """Return every reason why these values do not work together, [] if there is none."""
     found = policy_gradient.shared_problems(
         cfg, num_samples=num_samples, reward_coefficient=reward_coefficient
     )
@@ -71,7 +72,7 @@ def problems(
 def advantages(batch: RolloutBatch, cfg: Config) -> tuple[Targets, dict[str, WeightedMetric]]:
     """Return generalised advantages with their returns, and rollout metrics.
 
-    Without values in the batch the critic-free form is used: undiscounted rewards to come.
+    Without values in the batch, both are the undiscounted rewards-to-go.
     """
     episodes = policy_gradient.read_episodes(batch, cfg)
     shape = episodes.rewards.shape

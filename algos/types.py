@@ -1,7 +1,7 @@
-"""Arrays that cross the border between the trainer and the algorithms.
+"""Arrays that the trainer and the algorithms pass to each other.
 
-Batch axis first everywhere. Letters: policies/types.py; k is K where rewards are counted per action
-and 1 where they are counted per chunk; N = B*T samples, a sample being one chunk.
+The batch axis is always first. The letters are those of policies/types.py. k is K if rewards are
+per action and 1 if they are per chunk. There are N = B*T samples; a sample is one chunk.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 @chex.dataclass(frozen=True)
 class RolloutBatch:
-    """Episodes as they were played; members of a group are neighbours on the batch axis.
+    """Episodes as they were played; members of a group are consecutive on the batch axis.
 
-    The step after which an episode is done still counts; what follows it is ignored unless
+    The step after which an episode is done still counts. Later steps are ignored, unless
     environments reset themselves. No episode is done before its first action.
 
     Attributes:
@@ -25,7 +25,7 @@ class RolloutBatch:
         prompt_mask: True on real prompt tokens.
         tokens: sampled action tokens, absolute ids.
         log_probs: of the sampled tokens under the distribution they were drawn from, nats.
-        values: estimates at each chunk and, last, after the final one; v is 1 (chunk level) or K
+        values: estimates at each chunk, then one after the final chunk; v is 1 (chunk level) or K
             (action level); None without a value head.
         rewards: of each action.
         terminated: the episode ended by its own rules (success) after this action.
@@ -45,15 +45,15 @@ class RolloutBatch:
 
 @chex.dataclass(frozen=True)
 class Targets:
-    """What the losses are computed against, derived from a `RolloutBatch`.
+    """The targets of the losses, derived from a `RolloutBatch`.
 
     Attributes:
-        advantages: one per action or chunk; 0 where a mask hides them under GRPO.
+        advantages: one per action or chunk; with GRPO 0 where they are masked.
         returns: targets of the value head; None without one.
         values: estimates at sampling time, the centre of the value clip; None without a head.
-        valid: entries that train; None = all (environments that restart by themselves).
-        num_valid: actions up to the end of the entry's episode, before any filter; None where
-            `valid` does not come from episode ends.
+        valid: entries to train on; None = all (environments that restart by themselves).
+        num_valid: actions up to the end of the entry's episode, before any filter; None if `valid`
+            does not come from episode ends.
     """
 
     advantages: Float[Array, "B T k"]
@@ -65,12 +65,12 @@ class Targets:
 
 @chex.dataclass(frozen=True)
 class Samples:
-    """`Targets` and sampled tokens cut into chunks; the unit that is shuffled and batched.
+    """`Targets` and sampled tokens divided into chunks, which are shuffled and batched.
 
     Sample b*T + t is chunk t of episode b. Attributes as in `Targets` and `RolloutBatch`, and:
 
-        proximal_log_probs: of the tokens under the policy at the start of the update, where that
-            is not the policy that drew them; None where it is.
+        proximal_log_probs: of the tokens under the policy at the start of the update; None if that
+            is the policy that drew them.
     """
 
     tokens: Int[Array, "N K A"]
@@ -88,12 +88,12 @@ class TrainState:
     """Everything that an update changes.
 
     Attributes:
-        step: finished iterations; the learning-rate schedule's clock.
+        step: finished iterations; the learning-rate schedule depends on it.
         params: trainable parameters, any pytree.
         opt_state: the optimiser's state.
         updates: optimiser steps taken, skipped ones not counted.
         skipped: global batches skipped, non-finite or without a valid entry.
-        ref_params: frozen start parameters for the KL penalty; None when there is no penalty.
+        ref_params: frozen start parameters for the KL penalty; None without a penalty.
     """
 
     step: Int[Array, ""]
@@ -106,7 +106,7 @@ class TrainState:
 
 @chex.dataclass(frozen=True)
 class WeightedMetric:
-    """A mean kept as sum and weight, so that parts of any size add up; weight 0 = no data.
+    """A mean, stored as sum and weight so that parts can be added; weight 0 = no data.
 
     Attributes:
         sum: of the entries.
@@ -117,8 +117,8 @@ class WeightedMetric:
     weight: Float[Array, "*parts"]
 
     def mean(self) -> Float[Array, "*parts"]:
-        """Return sum / weight; NaN where there was no data."""
-        # Not `/`: fetched metrics are NumPy's, which warns of 0 / 0.
+        """Return sum / weight; NaN if there was no data."""
+        # Not `/`: fetched metrics are NumPy arrays, and NumPy warns about 0 / 0.
         return jnp.divide(self.sum, self.weight)
 
 

@@ -1,7 +1,7 @@
-"""One iteration's learning as one traced function: epochs x global batches x micro-batches.
+"""The update of one iteration as one traced function: epochs x global batches x micro-batches.
 
-Frames stay uint8 and where they are until a micro-batch gathers its own. No host callbacks, no mesh
-axis names: inputs may be sharded, and the caller states a micro-batch's sharding by `constrain`.
+Frames stay uint8 and are not moved until a micro-batch gathers its own. There are no host callbacks
+and no mesh axis names. Inputs may be sharded; `constrain` gives the sharding of a micro-batch.
 """
 
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def observations(batch: RolloutBatch, indices: Int[Array, " b"]) -> ObsBatch:
 
 @chex.dataclass(frozen=True)
 class UpdateLog:
-    """Results of the steps: U global batches by M micro-batches.
+    """Results of the optimiser steps: U global batches of M micro-batches each.
 
     Attributes:
         outputs: of each micro-batch, leaves [U M].
@@ -102,13 +102,13 @@ def run_updates(
     loss: Callable[..., LossOutput],
     constrain: Callable[[Any], Any] = identity,
 ) -> tuple[TrainState, UpdateLog]:
-    """Take one optimiser step per global batch of `order`, `cfg.update_epochs` times over.
+    """Take one optimiser step per global batch of `order`; repeat this `cfg.update_epochs` times.
 
-    A non-finite loss or gradient, or a batch without a valid entry, leaves parameters and
-    optimiser as they are. Gradients are accumulated in float32.
+    A batch with a non-finite loss or gradient, or without a valid entry, does not change parameters
+    or optimiser. Gradients are accumulated in float32.
 
     Raises:
-        ValueError: sizes do not divide, or the KL penalty has no reference.
+        ValueError: sizes are not divisible, or the KL penalty has no reference policy.
     """
     num_samples, num_micro = len(order), cfg.num_micro_batches
     if num_samples % cfg.global_batch or cfg.global_batch % num_micro:
@@ -217,24 +217,23 @@ def run_updates(
 
 
 def summarise(log: UpdateLog, cfg: PolicyGradientConfig) -> Metrics:
-    """Return the actor/* and critic/* metrics of an iteration, non-finite batches left out."""
+    """Return the actor/* and critic/* metrics of an iteration, without non-finite batches."""
     outputs = jax.tree.map(
         lambda x: jnp.where(log.finite.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0), log.outputs
     )
     num_micro = cfg.num_micro_batches
     weight = jnp.sum(log.finite) * 1.0
-    # Contributions add up over micro-batches to the global batch's loss.
+    # The contributions of micro-batches sum to the loss of the global batch.
     terms = outputs.terms | {"actor/loss": outputs.loss}
     figures = {name: WeightedMetric(sum=x.sum(), weight=weight) for name, x in terms.items()}
-    # Promised to users under this name; an algorithm without a critic reports 0.
+    # Documented under this name; an algorithm without a critic reports 0.
     figures.setdefault("actor/value_loss", WeightedMetric(sum=jnp.zeros(()), weight=weight))
     divisor = num_micro if cfg.reference_micro_batch_mean else 1
     figures["actor/total_loss"] = WeightedMetric(
         sum=outputs.loss.sum() / divisor, weight=figures["actor/loss"].weight
     )
     figures |= jax.tree.map(jnp.sum, outputs.metrics | log.metrics)
-    # With parameters unchanged the ratio must be 1: the cheapest alarm for a sampler and a learner
-    # that disagree.
+    # With unchanged parameters the ratio must be 1. If it is not, sampler and learner disagree.
     figures["actor/ratio_abs_first"] = jax.tree.map(
         lambda x: x[0].sum(), outputs.metrics["actor/ratio_abs"]
     )
@@ -267,7 +266,7 @@ def make_update(
     def update(state: TrainState, batch: RolloutBatch, key: Array) -> tuple[TrainState, Metrics]:
         targets, figures = advantages(batch, cfg)
         samples = make_samples(batch, jax.lax.stop_gradient(targets))
-        # One permutation per iteration, reused by every epoch.
+        # One permutation per iteration; every epoch uses the same.
         order = jax.random.permutation(key, samples.tokens.shape[0])
         state, log = run_updates(
             state,

@@ -1,1 +1,1 @@
-"""Measurements, one command each; most compare with a baseline."""
+"""Measurements; each is one command, and most compare with a baseline."""

@@ -1,24 +1,25 @@
-"""Time one exchange of frames between the simulator process and the trainer.
+"""Times one exchange of frames between a simulator process and the trainer.
 
     python -m benchmarks.bridge [--out FILE]
 
-Request and answer with 64 x 256 x 256 x 3 bytes of frames (12.6 MB), in four ways:
+An exchange is a request and an answer with 64 x 256 x 256 x 3 bytes of frames (12.6 MB). There are
+four ways:
 
     zero copy   `SimulatorClient`: slots in shared memory, imported by DLPack
     owned       the same, plus one copy that the trainer keeps
     pipe        `multiprocessing.Pipe`, raw bytes, then copied into JAX
     queue       `multiprocessing.Queue`, pickled NumPy, then copied into JAX: the usual baseline
 
-and, below them all, a floor:
+and, as a lower bound:
 
-    wake        one byte there and one back through a pipe: what waking two processes costs
+    wake        one byte there and one back through a pipe: the cost of waking two processes
 
-The simulator only marks the frames, so that moving them is all that is timed; every way checks the
-mark. The ways take turns, some exchanges each and the first few of a turn untimed, so that a busy
-machine slows all alike and no way starts in the caches of another; the ratio is that of medians.
-The fastest exchange is what it costs where nobody else wants the cores; the median and the 95th
-percentile are what a run on this machine as it is will see. The last line gives medians. JAX is
-imported inside functions, because child processes import this file.
+The simulator only marks the frames, so that only their transfer is timed; every way checks the
+mark. The ways take turns with several exchanges each, so that a busy machine slows all of them
+equally. The first exchanges of a turn are not timed, because the caches then belong to another way.
+The ratio is that of medians. The fastest exchange shows the cost if no other process uses the
+cores; median and 95th percentile show what a run on this machine gets. The last line has medians.
+JAX is imported inside functions, because child processes import this file.
 """
 
 import argparse
@@ -39,7 +40,7 @@ WARMUP, TURN = 5, 20
 
 
 class MarkingEnv:
-    """An environment that writes the number of the chunk into the corner of its frames."""
+    """An environment that writes the chunk's number into the corner of its frames."""
 
     def __init__(self, config: dict):
         self.spec = EnvSpec(
@@ -93,7 +94,7 @@ def _child(requests, answers, shape, raw: bool) -> None:
 
 
 def mark_of(frames) -> int:
-    """Return the mark in a JAX array, read in place: no computation that slows what follows."""
+    """Return the mark in a JAX array; it is read in place, without a computation to wait for."""
     return int(np.asarray(frames)[-1, -1, -1, -1, -1])
 
 
@@ -104,17 +105,17 @@ class Way:
     """One way to exchange frames, with the times of its exchanges so far.
 
     Args:
-        exchange: does one exchange and returns a function that reads the mark it found.
+        exchange: does one exchange and returns a function that reads the mark in the frames.
     """
 
     def __init__(self, exchange: Exchange):
         self._exchange, self._count, self.times = exchange, 0, []
 
     def turn(self, repeats: int, *, timed: bool = True) -> None:
-        """Exchange so many times, milliseconds each.
+        """Do `repeats` exchanges and record their times, in milliseconds.
 
         Raises:
-            RuntimeError: an exchange brought the frames of another one.
+            RuntimeError: an exchange returned the frames of another one.
         """
         for _ in range(repeats):
             self._count += 1
@@ -133,8 +134,8 @@ def bridge(num_envs: int, size: int, *, owned: bool, device: str = "cpu") -> Ite
 
     Args:
         num_envs, size: of the frames, `size` pixels per side.
-        owned: copy the frames, too.
-        device: torch device of the simulator; frames stay on it where JAX has it as well.
+        owned: also copy the frames.
+        device: torch device of the simulator; frames stay on it if JAX can use it too.
     """
     from evac_jax.bridge.client import SimulatorClient
 
@@ -149,7 +150,7 @@ def bridge(num_envs: int, size: int, *, owned: bool, device: str = "cpu") -> Ite
         previous = []
 
         def zero_copy():
-            # Released here, so that the time to give a slot back counts.
+            # Released here, so that the time for releasing a slot is included.
             while previous:
                 previous.pop().release()
             exchange = client.step(actions)
@@ -197,7 +198,7 @@ def baseline(num_envs: int, size: int, kind: str) -> Iterator[Exchange]:
             ours_in.recv_bytes_into(buffer.reshape(-1))
             if kind == "wake":
                 return lambda: int(buffer[-1, -1, -1, -1, -1])
-            frames = jnp.array(buffer)  # the buffer is written again
+            frames = jnp.array(buffer)  # a copy, because the buffer is written again
         else:
             ours_out.put(actions)
             frames = jnp.asarray(ours_in.get())
@@ -227,7 +228,7 @@ def measure(num_envs: int, size: int, repeats: int) -> dict[str, list[float]]:
             way.turn(WARMUP, timed=False)
         for _ in range(-(-repeats // TURN)):
             for way in ways.values():
-                way.turn(WARMUP, timed=False)  # its caches were others' meanwhile
+                way.turn(WARMUP, timed=False)  # refill the caches after the turns of the others
                 way.turn(TURN)
     return {name: way.times for name, way in ways.items()}
 

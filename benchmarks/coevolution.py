@@ -1,15 +1,15 @@
-"""Does co-evolution mend a poor simulator? Two rounds of it against one round of plain RL.
+"""Measures whether co-evolution improves a poor simulator: two rounds against one of plain RL.
 
-Both begin with the shipped start policy in the same simulator, made from a third of the recordings
-that the shipped one was made from, and none of a policy that can do the tasks. The first round is
-the plain RL; co-evolution then records episodes with its policy, fine-tunes world model and
-classifier on them, and trains a second round in the result. With --long, plain RL of two rounds'
-length in the first simulator stands beside, for what the longer training alone gives.
+Both start with the shipped start policy in the same simulator. This simulator is made from a third
+as many recordings as the shipped one, and none of them is by a policy that can do the tasks. The
+first round is the plain RL. Co-evolution then records episodes with its policy, fine-tunes world
+model and classifier on them, and trains a second round in the result. --long adds plain RL of two
+rounds' length in the first simulator, to show the effect of longer training alone.
 
     python -m benchmarks.coevolution --build data/miniature --work data/coevolution
 
---build is the folder of `make miniature`, for its autoencoder. Real success is greedy, in the
-ground truth, on scenes that no choice was made on. Finished stages are kept under --work.
+--build is the folder of `make miniature`; its autoencoder is used. Real success is greedy, in the
+ground truth, on scenes on which nothing was chosen. Finished stages are kept under --work.
 """
 
 import argparse
@@ -33,11 +33,11 @@ SIMULATED = miniature.SIMULATOR | {"policy.checkpoint": POLICY}
 EPISODES = {"base": miniature.COUNTS["base"] // 3, "rollouts": 800 // 3}
 STEPS = {"pose_model": 4000, "world_model": 2500, "reward": 1500}
 IMAGINED, FINE_TUNING, ITERATIONS, SCENES = 1200, 1000, 8, 512
-SEED = 100  # of the recordings: other scenes than those of the shipped weights
+SEED = 100  # of the recordings; their scenes differ from those of the shipped weights
 
 
 def make_stages(build: Path) -> list[Stage]:
-    """Return the poor simulator's recipe, that of `recipes.miniature` in small."""
+    """Return the recipe of the poor simulator, a small version of `recipes.miniature`."""
     at, stages = miniature.at, []
 
     def add(name: str, command: tuple[str, ...], *inputs: str, cores=1, resumes=False) -> None:
@@ -77,7 +77,7 @@ def coevolve(work: Path) -> None:
         work / "rounds",
     ]
     command += ["--data", work / "base", work / "rollouts", "--rounds", 2, "--few_steps"]
-    command += ["--patience", 2]  # a first round without success is what the second may mend
+    command += ["--patience", 2]  # the second round may improve a first round without success
     command += ["--iterations", ITERATIONS, "--world_model_steps", FINE_TUNING]
     command += ["--imagined_episodes", IMAGINED, "--reward_steps", STEPS["reward"]]
     command += ["--scenes", SCENES, "--set", *(f"{k}={v}" for k, v in settings.items())]
@@ -85,7 +85,7 @@ def coevolve(work: Path) -> None:
 
 
 def longer(stages: list[Stage]) -> list[Stage]:
-    """Return the stages of plain RL as long as both rounds, and of its success."""
+    """Return the stages of plain RL with the length of both rounds, and of its evaluation."""
     settings = SIMULATED | {"train.iterations": 2 * ITERATIONS}
     inputs = ("pose_model", "world_model", "reward")
     run = Stage("long", commands.train(CONFIG, WORK, "long", settings, 4), inputs, "long", cores=2)

@@ -1,4 +1,4 @@
-"""What a compiled JAX program sends between devices, read from its HLO text."""
+"""Reads from HLO text what a compiled JAX program sends between devices."""
 
 import math
 import re
@@ -8,7 +8,7 @@ BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:
-    """Return {kind: {"count", "bytes"}} of a program's collectives, those in loops as often as run.
+    """Return {kind: {"count", "bytes"}} of a program's collectives; loops count with every pass.
 
     Bytes are those of the results: for an all-gather the whole array, for an all-reduce the array
     that every device gets.
@@ -39,7 +39,7 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str]:
-    """Return the lines of each computation by its name, and the name of the first one run."""
+    """Return the lines of each computation by name, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in program.splitlines():

@@ -1,12 +1,12 @@
-"""What one iteration of the full-size system costs on so many GPUs: a model, not a measurement.
+"""Models the cost of one iteration of the full-size system on many GPUs; it measures nothing.
 
     python -m benchmarks.cost_model [--gpus 1 8 64 512] [--fsdp 8] [--micro_batch 4] [--out FILE]
 
-Operations are counted exactly (`benchmarks.flops`); bytes follow from how XLA cuts the update,
+Operations are counted exactly (`benchmarks.flops`). Bytes follow from how XLA shards the update,
 which `benchmarks.partition` checks. Rates of GPUs and links, and the shares of them that the
-software reaches, are arguments: the defaults are data-sheet figures of an H100 and the goals of
-this project, none of them measured here. Every GPU gets the same work however many there are, by
-default that of the published run on 8 of them. docs/scaling.md has the formulae.
+software reaches, are arguments. Their defaults are data-sheet figures of an H100 and the goals of
+this project; none of them is measured here. Every GPU gets the same work, whatever their number; by
+default that of the published run on 8 GPUs. docs/scaling.md has the formulae.
 """
 
 import argparse
@@ -26,11 +26,11 @@ class Hardware:
 
     Attributes:
         tflops: dense bfloat16 rate of a GPU, 1e12 operations/s.
-        gpu_link: what a GPU receives from others of its host, 1e9 bytes/s.
-        host_link: what a host receives from other hosts, 1e9 bytes/s.
+        gpu_link: rate at which a GPU receives from others of its host, 1e9 bytes/s.
+        host_link: rate at which a host receives from other hosts, 1e9 bytes/s.
         gpus_per_host: GPUs that share a host.
-        imagine_mfu, decide_mfu, update_mfu: share of the rate that the work reaches; what the
-            backward pass computes a second time does not count as work.
+        imagine_mfu, decide_mfu, update_mfu: share of the GPU's rate that each kind of work reaches;
+            what the backward pass computes a second time does not count as work.
         link_share: share of the links' rates that collectives reach.
     """
 
@@ -46,21 +46,21 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Work:
-    """What each GPU does in an iteration. The defaults: configs/grpo.py:libero_spatial on 8.
+    """The work of each GPU in an iteration; default: configs/grpo.py:libero_spatial on 8 GPUs.
 
     Attributes:
-        envs: environments played side by side.
+        envs: environments that are played at the same time.
         rounds: rollout epochs.
         chunks: decisions of an episode.
         steps: denoising steps.
         decoded: frames of a chunk that are decoded and judged; 0 = all.
         micro_batch: samples of one forward pass of the update.
         update_epochs: passes over the samples.
-        fsdp: GPUs that parameters are cut over, at most; 0 = all there are.
-        weight_bytes: of a parameter as it is gathered for its layer (2 in bfloat16 arithmetic).
-        gradient_bytes: of a gradient as it is summed over GPUs.
-        stored_bytes: of a parameter as it is kept.
-        separate: whether GPUs of their own decide, which get the parameters after every update.
+        fsdp: largest number of GPUs over which parameters are sharded; 0 = all.
+        weight_bytes: bytes of a parameter when it is gathered for its layer (2 in bfloat16).
+        gradient_bytes: bytes of a gradient when it is summed over GPUs.
+        stored_bytes: bytes of a stored parameter.
+        separate: whether separate GPUs decide, which get the parameters after every update.
     """
 
     envs: int = 2
@@ -107,21 +107,21 @@ class Cost:
 
     @property
     def compute_s(self) -> float:
-        """Arithmetic alone: an iteration in which every transfer hides behind it."""
+        """Arithmetic alone: the time of an iteration in which all transfers are hidden."""
         return self.imagine_s + self.decide_s + self.update_s
 
     @property
     def total_s(self) -> float:
-        """An iteration in which no transfer hides."""
+        """The time of an iteration in which no transfer is hidden."""
         return self.compute_s + self.link_s
 
 
 def fsdp_bytes(parameters: float, work: Work, fsdp: int, data: int) -> dict[str, float]:
-    """Return the sizes of what one micro-batch's collectives make: a whole array each.
+    """Return the sizes of the results of one micro-batch's collectives (whole arrays).
 
-    Cut weights are gathered for the forward pass and again for the backward pass, which recomputes
-    the layers; gradients are summed over the GPUs that share the weights and their shards over the
-    copies, in every micro-batch.
+    Sharded weights are gathered for the forward pass and again for the backward pass, which
+    recomputes the layers. In every micro-batch, gradients are summed over the GPUs that share the
+    weights, and then their shards over the copies.
     """
     cut, copies = fsdp > 1, data > 1
     return {
@@ -145,7 +145,7 @@ def iteration(
         parameters: of the policy, all trained.
 
     Raises:
-        ValueError: GPUs that do not fill hosts or copies of the policy.
+        ValueError: the number of GPUs is no multiple of a host or of a copy of the policy.
     """
     local = min(gpus, hardware.gpus_per_host)
     fsdp = min(work.fsdp or gpus, gpus)
@@ -175,7 +175,7 @@ def iteration(
         "new weights": copied / fsdp,
         "frames": micro * 2 * joined * others(gpus),
     }
-    # A ring over several hosts crosses each one's border once.
+    # A ring over several hosts enters each host once.
     host = {
         "weights": micro * per_micro["gather"] * others(span),
         "gradients": micro
@@ -188,7 +188,7 @@ def iteration(
         "frames": micro * 2 * joined * others(hosts),
     }
     slow = hardware.link_share * 1e9
-    # Within a host the same bytes pass the GPU's link, at most as fast as the host's.
+    # Within a host the same bytes use the GPU's link, at most at the rate of the host's link.
     seconds = {
         name: max(gpu[name] / hardware.gpu_link, host[name] / hardware.host_link) / slow
         for name in gpu

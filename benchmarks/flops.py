@@ -1,8 +1,8 @@
-"""Floating-point operations of the networks, from their configurations alone.
+"""Floating-point operations of the networks, computed from their configurations.
 
-A multiplication with its addition counts as 2; only convolutions, matrix products and attention
-count. tests/unit/benchmarks/test_cost_model.py holds these formulae against what torch and XLA
-count. Letters as in docs/scaling.md: n tokens, w width, t frames.
+A multiplication with its addition counts as 2. Only convolutions, matrix products and attention
+count. tests/unit/benchmarks/test_cost_model.py compares these formulae with the counts of torch and
+XLA. Letters: n tokens, w width, t frames.
 """
 
 from evac_jax.evac.config import (
@@ -16,12 +16,12 @@ from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
 
 
 def linear(tokens: float, inputs: float, outputs: float) -> float:
-    """A matrix product of so many rows."""
+    """A matrix product with `tokens` rows."""
     return 2 * tokens * inputs * outputs
 
 
 def conv(cells: float, inputs: int, outputs: int, taps: int = 9) -> float:
-    """A convolution with so many output cells and kernel entries."""
+    """A convolution with `cells` output cells and `taps` kernel entries."""
     return 2 * cells * taps * inputs * outputs
 
 
@@ -44,7 +44,7 @@ def _res_block(cfg: UNetConfig, inputs: int, width: int, frames: int, cells: int
 def _transformers(cfg: UNetConfig, width: int, context: int, frames: int, cells: int) -> float:
     """The spatial and the temporal transformer behind a residual block."""
     n, inner = frames * cells, width // cfg.num_head_channels * cfg.num_head_channels
-    # Self-attention 4 products, cross-attention 2, feed-forward 12, each inner x inner.
+    # Self-attention has 4 products, cross-attention 2, feed-forward 12, each inner x inner.
     spatial = 2 * linear(n, width, inner) + linear(n, inner, 18 * inner)
     spatial += frames * attention(cells, cells + context, inner)
     return spatial + _temporal(width, inner, frames, cells)
@@ -58,7 +58,7 @@ def _temporal(width: int, inner: int, frames: int, cells: int) -> float:
 
 
 def unet(config: EvacConfig) -> float:
-    """One pass of the denoiser, keys and values of the context apart (`context`)."""
+    """One pass of the denoiser, without keys and values of the context (see `context`)."""
     cfg, frames, views = config.unet, config.frames, config.n_view
     tokens = (cfg.action_tokens, config.image_tokens * views)
     sizes = [tuple(config.latent_size)]
@@ -105,7 +105,7 @@ def context(config: EvacConfig) -> float:
     cfg, total = config.unet, 0.0
     tokens = (cfg.action_tokens, config.image_tokens * config.n_view)
     down = [m for i, m in enumerate(cfg.channel_mult) if 2**i in cfg.attention_resolutions]
-    # One transformer in the middle, and one block more per level on the way up.
+    # One transformer in the middle, and one more block per level on the way up.
     mults = [m for m in down for _ in range(cfg.num_res_blocks)] + [cfg.channel_mult[-1]]
     mults += [m for m in reversed(down) for _ in range(cfg.num_res_blocks + 1)]
     for index, mult in enumerate(mults):
@@ -152,7 +152,7 @@ def autoencoder(cfg: AutoencoderConfig, size: tuple[int, int]) -> tuple[float, f
 
 
 def resampler(cfg: ResamplerConfig, tokens: int, queries: int) -> float:
-    """So many tokens to so many queries."""
+    """A resampler from `tokens` tokens to `queries` queries."""
     inner, dim = cfg.heads * cfg.dim_head, cfg.dim
     layer = linear(queries, dim, 2 * inner) + linear(tokens + queries, dim, 2 * inner)
     layer += attention(queries, tokens + queries, inner) + linear(
@@ -163,7 +163,7 @@ def resampler(cfg: ResamplerConfig, tokens: int, queries: int) -> float:
 
 
 def image_tower(cfg: ImageTowerConfig) -> float:
-    """One start frame through the tower, preprocessing left out."""
+    """One start frame through the tower, without preprocessing."""
     patches, width = (cfg.image_size // cfg.patch_size) ** 2, cfg.width
     n = patches + 1
     layer = linear(n, width, 4 * width) + attention(n, n, width)
@@ -172,7 +172,7 @@ def image_tower(cfg: ImageTowerConfig) -> float:
 
 
 def classifier(width: int, size: tuple[int, int]) -> float:
-    """One frame through the success classifier, a ResNet-18 of so many first channels."""
+    """One frame through the success classifier, a ResNet-18 with `width` first channels."""
     cells = size[0] * size[1] / 4
     total = conv(cells, 3, width, 49)
     cells /= 4
@@ -219,7 +219,7 @@ def layers(cfg: OpenVLAOFTConfig) -> float:
     """The repeated layers of one forward pass, which remat computes once more."""
     n, width = sequence_length(cfg), cfg.hidden_size
     kv = width // cfg.num_heads * cfg.num_kv_heads
-    queried = 2 * width + 3 * cfg.intermediate_size  # outputs of what only queries go through
+    queried = 2 * width + 3 * cfg.intermediate_size  # outputs of products for queries only
 
     def layer(queries: int) -> float:
         return (
@@ -228,14 +228,14 @@ def layers(cfg: OpenVLAOFTConfig) -> float:
             + attention(queries, n, width)
         )
 
-    # Unrolled, the last layer computes the columns that are read and nothing else.
+    # If layers are unrolled, the last one computes only the columns that are read.
     last = layer(n if cfg.scan_layers else cfg.num_action_tokens)
     llama = (cfg.num_layers - 1) * layer(n) + last
     return llama + cfg.num_images * (_tower(cfg, cfg.dinov2) + _tower(cfg, cfg.siglip))
 
 
 def forward(cfg: OpenVLAOFTConfig) -> float:
-    """One decision; frames that already have the policy's size."""
+    """One decision, for frames that already have the policy's size."""
     fused, width = cfg.dinov2.width + cfg.siglip.width, cfg.hidden_size
     n = cfg.num_images * cfg.num_patches
     projector = linear(n, fused, 4 * fused) + linear(n, 4 * fused, width) + linear(n, width, width)

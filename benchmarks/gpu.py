@@ -1,4 +1,4 @@
-"""The full-size system on one NVIDIA GPU: which share of its matmul rate the real work reaches.
+"""The full-size system on one NVIDIA GPU: its speed as a share of the GPU's matmul rate.
 
     python -m benchmarks.gpu [--parts matmul unet chunk policy exchange] [--compile] [--out FILE]
 
@@ -10,10 +10,10 @@ policy    OpenVLA-OFT: a decision for 16 environments and one optimiser step; al
           Llama layers as fit, and adapters of rank 32 on all 32 layers
 exchange  64 frames of 256 x 256 (12.6 MB) from a real simulator process by CUDA IPC and DLPack
 
-Weights are random, made on the GPU in bfloat16. Operations are counted by `benchmarks.flops`; what
-the backward pass computes a second time does not count. Each part is a process of its own, so that
-none holds memory that another needs; medians after a warm-up. Made to end within ten minutes. NOT
-run yet: no GPU was at hand (docs/performance.md).
+Weights are random and are made on the GPU in bfloat16. `benchmarks.flops` counts operations; what
+the backward pass computes a second time does not count. Each part runs in a separate process, so
+that none holds memory that another needs. Figures are medians after a warm-up. The benchmark is
+designed to end within ten minutes. NOT run yet: no GPU was at hand (docs/performance.md).
 """
 
 import argparse
@@ -58,7 +58,7 @@ def _wait_torch(device: str) -> Callable[[Any], None]:
     return lambda _: torch.cuda.synchronize(device) if device.startswith("cuda") else None
 
 
-# Parts. Sizes and device are arguments, so that the tests can run them small and on a CPU.
+# Parts. Sizes and device are arguments, so that tests can run them at small sizes on a CPU.
 
 
 def matmul(device: str, size: int = MATMUL, repeats: int = 30) -> dict[str, float]:
@@ -78,10 +78,10 @@ def matmul(device: str, size: int = MATMUL, repeats: int = 30) -> dict[str, floa
 
 
 def make_world_model(config, device: str):
-    """Return an EVAC of random weights, made on the device in bfloat16.
+    """Return an EVAC model with random weights, made on the device in bfloat16.
 
-    No weight is zero, not even those that training starts with at zero: products of zeros draw
-    little power, and a GPU then runs faster than it would.
+    No weight is zero, not even those whose initial value is zero in training. Products of zeros
+    need little power, so the GPU would run faster than in real use.
     """
     import torch
 
@@ -141,7 +141,7 @@ def chunk(device: str, config, envs: int, steps: int, repeats: int = 1) -> dict:
         (torch.rand(envs, views, 3, height, width, device=device) * 2 - 1).bfloat16(),
         capacity_chunks=repeats + 2,
     )
-    # One arm above the table that moves a little; the camera half a metre over it, looking down.
+    # One arm above the table that moves a little; the camera is half a metre above, looking down.
     poses = torch.zeros(envs, config.n_previous + config.chunk, 16, device=device)
     poses[..., :3] = torch.linspace(0, 0.05, poses.shape[1], device=device)[:, None]
     poses[..., 6], poses[..., 8:] = 1.0, poses[..., :8].clone()
@@ -247,7 +247,7 @@ def policy(sizes, envs: int, micro_batch: int, frame: int, repeats: int = 3) -> 
 
     learned = seconds(learn, repeats, jax.block_until_ready)
     forward = flops.forward(sizes) / 1e12
-    # Frozen weights need no gradient of their own: the backward pass costs one forward pass less.
+    # Frozen weights need no gradient, so the backward pass costs one forward pass less.
     passes = 2 if sizes.lora_rank else 3
     told = {"layers": sizes.num_layers, "lora_rank": sizes.lora_rank}
     told |= {"sample_s": decided, "sample_tflops": envs * forward / decided}
@@ -290,12 +290,12 @@ def measure(part: str, compiled: bool) -> dict[str, Any]:
 
 
 def run_child(part: str, compiled: bool, environment: dict[str, str]) -> dict[str, Any] | None:
-    """Measure one part in a process of its own; None if it failed or took too long."""
+    """Measure one part in a separate process; None if it failed or took too long."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.gpu", "--here", part, "--out", str(out)]
         command += ["--compile"] * compiled
-        # torch and JAX share the GPU; neither may take what it does not need.
+        # torch and JAX share the GPU, so neither may reserve memory that it does not need.
         settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         try:
             subprocess.run(
@@ -353,7 +353,7 @@ def check_gpu() -> tuple[str, float]:
 
 
 def summary(told: dict[str, dict | None]) -> dict[str, float]:
-    """Return the figures of the last line; those of parts that are missing are left out."""
+    """Return the figures of the last line, without those of missing parts."""
     parts = {name: part or {} for name, part in told.items()}
     rate = max(parts.get("matmul", {}).values(), default=0.0)
     found = {}
@@ -370,7 +370,7 @@ def summary(told: dict[str, dict | None]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print what each part found; the last line is for programs."""
+    """Print the result of each part; the last line is for programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--compile", action="store_true", help="the denoiser by torch.compile")

@@ -1,14 +1,15 @@
-"""What each guard against reward hacking is worth, on a deliberately bad classifier.
+"""Measures the effect of each guard against reward hacking with a deliberately bad classifier.
 
-GRPO in imagination with a classifier that believes nearly everything (threshold 0.1, one frame),
-bare and with each guard alone and with all of them; beside it the classifier as it is shipped.
+It runs GRPO in imagination with a classifier that accepts nearly everything (threshold 0.1, one
+frame): without guards, with each guard alone, with recommended ones and with all. For comparison it
+runs the shipped classifier.
 
     python -m benchmarks.guards --seeds 0
     python -m benchmarks.guards --list    # what every variant changes; nothing is run
 
-Real success is measured in the ground truth, greedy, on scenes that nothing else uses, before and
-after the LAST iteration, so no evaluation can pick a better one. Finished runs are kept under
---work and found again, so an interrupted benchmark goes on.
+Real success is measured in the ground truth, greedy, on scenes that nothing else uses, before
+training and after the LAST iteration, so no better iteration is selected. Finished runs are kept
+under --work and found again, so an interrupted benchmark continues.
 """
 
 import argparse
@@ -35,14 +36,14 @@ GUARDS = {
     "success holds for 2 frames": {"reward.success_frames": 2},
     "two classifiers, veto 0.4": {"reward.checkpoint": ENSEMBLE, "reward.veto": 0.4},
     "KL to the start policy 0.05": {"algo.kl_beta": 0.05},
-    # Two optimiser steps per iteration, as with 4 chunks. The ground truth is judged over whole
-    # episodes, whatever the imagined ones are cut to.
+    # Two optimiser steps per iteration, as with 4 chunks. In the ground truth, episodes have full
+    # length, whatever the length of the imagined ones.
     "3 chunks instead of 4": {"env.max_episode_steps": 24, "algo.global_batch": 192},
     "30 % keyframe starts": {"env.keyframes": 0.3, "env.keyframe_data": RECORDING},
     "refill once": {"rollout.refill": 1},
 }
 ALL = {field: value for guard in GUARDS.values() for field, value in guard.items()}
-# Those that slow learning least.
+# The guards that slow learning least.
 RECOMMENDED = {
     field: value
     for name in ("success holds for 2 frames", "two classifiers, veto 0.4", "3 chunks instead of 4")
@@ -66,7 +67,7 @@ class Outcome:
         before, after: real success, greedy, of start and last policy.
         imagined: imagined success of the last iterations' twin episodes.
         replayed: real success of the same episodes.
-        false_success: share of their imagined successes that are none; None if there were none.
+        false_success: share of their imagined successes that are false; None without successes.
         alarm: first iteration whose twin replay raised the alarm; None if none did.
     """
 
@@ -79,9 +80,9 @@ class Outcome:
 
 
 def twin_figures(lines: Sequence[Mapping], last: int) -> dict:
-    """Return the twin's part of an `Outcome` from a run's metrics, means over the last iterations.
+    """Return the twin's part of an `Outcome` from a run's metrics: means of the last iterations.
 
-    False successes are counted over the episodes, which every iteration has equally many of.
+    False successes are counted over all episodes; every iteration has the same number of them.
     """
     replays = [line for line in lines if line.get("eval/real_success") is not None]
     late = replays[-last:]
@@ -114,7 +115,7 @@ def table(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def figures(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
-    """Return the figures of the last line, in points; nan for what was not run."""
+    """Return the figures of the last line, in points; NaN for what was not run."""
 
     def gap(name: str) -> float:
         runs = outcomes.get(name)
@@ -137,7 +138,7 @@ def figures(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
 
 
 def settings_of(variant: str, work: Path) -> dict[str, object]:
-    """Return {"section.field": value} of a variant whose files lie under `work`."""
+    """Return {"section.field": value} of a variant whose files are under `work`."""
     return {
         name: value.replace("{work}", str(work.absolute())) if isinstance(value, str) else value
         for name, value in VARIANTS[variant].items()
@@ -158,16 +159,16 @@ def config_of(settings: Mapping[str, object]) -> TrainConfig:
 
 
 def evaluation_settings(settings: Mapping[str, object]) -> dict[str, object]:
-    """Return what an evaluation keeps of a variant: nothing but what shapes its checkpoints.
+    """Return the settings of a variant for its evaluation: those that determine its checkpoints.
 
-    Episodes are of full length and from ordinary starts, so that variants compare. With a KL
-    penalty a checkpoint holds the start policy as well.
+    Episodes have full length and ordinary starts, so that variants are comparable. With a KL
+    penalty, a checkpoint also holds the start policy.
     """
     return {name: settings[name] for name in ("algo.kl_beta",) if name in settings}
 
 
 def run(variant: str, seed: int, args: argparse.Namespace) -> Outcome:
-    """Train one variant, or find what an earlier call left, and evaluate it."""
+    """Train one variant, or find the run of an earlier call, and evaluate it."""
 
     def bench(settings: Mapping[str, object]) -> Bench:
         return Bench(
@@ -200,12 +201,12 @@ def listing(variants: Sequence[str], work: Path) -> str:
 
 
 def prepare(variants: Sequence[str], work: Path) -> None:
-    """Record demonstrations where a variant needs them; see that every variant can run.
+    """Record demonstrations if a variant needs them, and check that every variant can run.
 
-    Before the first run rather than after an hour.
+    This is done before the first run, so that mistakes do not show up only after an hour.
 
     Raises:
-        ConfigError: names each variant that cannot.
+        ConfigError: some variants cannot run; the message names each.
     """
     settings = {variant: settings_of(variant, work) for variant in variants}
     recordings = {s["env.keyframe_data"] for s in settings.values() if "env.keyframe_data" in s}

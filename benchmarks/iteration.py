@@ -1,10 +1,10 @@
-"""Where an iteration of a run goes: imagining, deciding, learning, on the miniature as shipped.
+"""Times the parts of an iteration (imagining, deciding, learning) on the shipped miniature.
 
     python -m benchmarks.iteration [--config configs/grpo.py] [--iterations 5] [--out FILE] [FLAGS]
 
 Runs `launch.py` without evaluations and videos and takes the medians of its `time/...` metrics
-(docs/metrics.md) over the iterations after the second, when everything is compiled. Further flags,
-such as --config.rollout.pipeline_stages=2, go to the run. The last line is for programs.
+(docs/metrics.md) over the iterations after the second, when everything is compiled. Other flags,
+such as --config.rollout.pipeline_stages=2, are passed to the run. The last line is for programs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ QUIET = {
     "video.save": False,
     "checkpoint.interval": 1000,
 }
-# What one iteration consists of, in the order that it happens; parts of a phase are set back.
+# The phases of an iteration, in order; parts of a phase are indented.
 PHASES = {
     "step": "whole iteration",
     "env": "waiting for the simulators",
@@ -44,7 +44,7 @@ def run(config: str, iterations: int, flags: list[str]) -> list[dict[str, Any]]:
     """Return the metrics of a run's iterations after the warm-up.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the run failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = QUIET | {"log.dir": folder, "log.run": "run", "train.iterations": iterations}

@@ -1,13 +1,14 @@
-"""Does learning in imagination help where it counts? Success in the ground truth, before and after.
+"""Measures what learning in imagination gains: success in the ground truth before and after.
 
-Three arms, each with every seed: GRPO in imagination; the same number of iterations of GRPO in the
-ground truth itself, the ceiling that a perfect world model would reach; PPO in imagination.
+There are three arms, each with every seed: GRPO in imagination; the same number of GRPO iterations
+in the ground truth itself, which is what a perfect world model would reach; PPO in imagination.
 
     python -m benchmarks.learning --seeds 0 1 2
 
-The stopping point is chosen on some scenes (the best of the evaluations during training, start
-included); the reported figures are measured on others. Finished runs are kept under --work and
-found again by their settings and the hashes of their weights, so an interrupted benchmark goes on.
+The stopping point is chosen on some scenes: it is the best evaluation during training, including
+the start. The reported figures are measured on other scenes. Finished runs are kept under --work
+and found again by their settings and the hashes of their weights, so an interrupted benchmark
+continues.
 """
 
 import argparse
@@ -33,8 +34,8 @@ from evac_jax.tools.recipes.commands import REPORT, SELECTION
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ("policy.checkpoint", "world_model.checkpoint", "reward.checkpoint", "env.pose_model")
 GROUND_TRUTH = {"env.simulator": "ground_truth", "eval.episodes": 0, "eval.twin_fraction": 0.0}
-# Arm -> preset and what it changes. Nothing is filmed or evaluated in imagination: no figure here
-# needs it.
+# Arm -> preset and changed settings. There are no videos and no evaluations in imagination, because
+# no figure here needs them.
 ARMS = {
     "grpo": ("configs/grpo.py", {}),
     "ceiling": ("configs/grpo.py", GROUND_TRUTH),
@@ -54,9 +55,9 @@ class Result:
 
     Attributes:
         start, after: {"greedy": rate, "sampled": rate} of the start policy and of the chosen one.
-        iteration: the chosen one; 0 = the start policy was never beaten.
-        training_minutes: of all iterations, without start-up and evaluations.
-        minutes: of the whole command.
+        iteration: the chosen one; 0 = no evaluation was better than the start policy.
+        training_minutes: minutes of all iterations, without start-up and evaluations.
+        minutes: minutes of the whole command.
     """
 
     start: Mapping[str, float]
@@ -66,20 +67,20 @@ class Result:
     minutes: float
 
     def gain(self, mode: str) -> float:
-        """Return what training gained, in percentage points."""
+        """Return the gain by training, in percentage points."""
         return 100 * (self.after[mode] - self.start[mode])
 
 
 def mean_gain(results: Mapping[int, Result], mode: str) -> float:
-    """Return the mean gain over seeds in points, nan without a run."""
+    """Return the mean gain over seeds in points; NaN without a run."""
     return statistics.fmean(r.gain(mode) for r in results.values()) if results else math.nan
 
 
 def figures(arms: Mapping[str, Mapping[int, Result]]) -> dict[str, float]:
     """Return the figures of the last line: gains in points, the share 0..1, minutes.
 
-    The ceiling's share is the smaller one of greedy and sampled; nan where the ceiling gains
-    nothing. PPO's gain is the smaller one of the two as well.
+    The share of the ceiling is the smaller of those for greedy and sampled; NaN if the ceiling
+    gains nothing. The gain of PPO is also the smaller of the two.
     """
     grpo, ceiling, ppo = (arms.get(name, {}) for name in ("grpo", "ceiling", "ppo"))
     shares = [
@@ -119,11 +120,11 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> str:
 
 
 def draw(path: Path, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> None:
-    """Write a chart: success during training, a thin line per seed and a thick one for the mean.
+    """Write a chart of success during training: thin lines for seeds, a thick one for the mean.
 
     Args:
         path: PNG file.
-        curves: for every arm {iteration: rate in the ground truth} of each run.
+        curves: for every arm {iteration: success rate in the ground truth} of each run.
     """
     figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -141,14 +142,14 @@ def draw(path: Path, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> Non
 
 
 class Bench:
-    """Runs launch.py and keeps what came out.
+    """Runs launch.py and keeps the results.
 
     Args:
         work: folder of runs and evaluations.
         settings: {"section.field": value}, for every command.
         iterations: of every run; None = the preset's.
-        scenes, selection_scenes: per evaluation, reported and during training.
-        interval: iterations between the evaluations among which the best is chosen.
+        scenes, selection_scenes: scenes per reported evaluation and per evaluation in training.
+        interval: iterations between the evaluations from which the best is chosen.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class Bench:
         self._scenes = scenes
 
     def _key(self, preset: str, settings: Mapping[str, object], extra: object = None) -> str:
-        """Return a short hash of all that the outcome depends on, except for the code."""
+        """Return a short hash of everything that the outcome depends on, except the code."""
         config = load_preset(str(ROOT / preset)).to_dict()
         folders = {}
         for name in WEIGHTS:
@@ -208,9 +209,9 @@ class Bench:
         return time.perf_counter() - began
 
     def train(self, arm: str, seed: int) -> Path:
-        """Return the folder of a finished run; one that was interrupted starts anew.
+        """Return the folder of a finished run; an interrupted run starts again.
 
-        Its minutes would not be comparable otherwise.
+        Otherwise its minutes would not be comparable.
         """
         preset, changes = ARMS[arm]
         settings = self._settings | self._training | changes | {"seed": seed}
@@ -224,7 +225,7 @@ class Bench:
         return folder
 
     def success(self, arm: str, run: Path | None, iteration: int, temperature: float) -> float:
-        """Return the success rate on the report's scenes of one policy, 0 = the start policy."""
+        """Return a policy's success rate on the report's scenes; iteration 0 = the start policy."""
         preset, _ = ARMS[arm]
         settings = self._settings | GROUND_TRUTH
         settings |= {
@@ -241,7 +242,7 @@ class Bench:
         return json.loads(found.read_text())["success"]["ground_truth"]["rate"]
 
     def result(self, arm: str, seed: int) -> Result:
-        """Train and evaluate, or find what earlier calls left."""
+        """Train and evaluate, or find the results of earlier calls."""
         run = self.train(arm, seed)
         iteration = report.best_iteration(run)
         trained_at = json.loads((run / "config.json").read_text())["policy"]["temperature"]

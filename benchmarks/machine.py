@@ -1,8 +1,8 @@
 """Facts that every benchmark prints: the machine, its speed and load, versions.
 
 The calibration is the rate of torch's float32 product of two 2048 x 2048 matrices, by the number of
-threads: figures of two machines compare after division by it. On the idle 2-core machine of the
-references' figures it is 101 GFLOP/s on one thread and 201 on two.
+threads. To compare figures of two machines, divide them by this rate. On the idle 2-core machine on
+which the references were measured it is 101 GFLOP/s on one thread and 201 on two.
 """
 
 import os
@@ -34,7 +34,7 @@ def matmul_gflops(threads: int) -> float:
 
 
 def describe(threads: tuple[int, ...] = (1, 2), packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the facts as JSON values; `threads` are calibrated as far as there are cores."""
+    """Return the facts as JSON values; `threads` above the number of cores are left out."""
     cores = len(os.sched_getaffinity(0))
     return {
         "machine": f"{platform.machine()}, {cores} cores",

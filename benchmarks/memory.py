@@ -1,9 +1,9 @@
-"""How well `evac_jax.tools.memory` predicts an update: its estimate against the measured peak.
+"""Compares the estimate of `evac_jax.tools.memory` for an update with the measured peak.
 
 A random policy of the real depths at reduced width is trained on a made-up batch, with all weights
-and with LoRA, in float32, each in a process of its own on one CPU device. Measured is the second
-update's peak resident size (VmHWM, set back before it), less what the process holds besides arrays.
-With --xla, XLA's own account of the same program stands beside it.
+and with LoRA, in float32, each in a separate process on one CPU device. The measured value is the
+peak resident size of the second update (VmHWM, reset before it), minus what the process holds
+besides arrays. With --xla, XLA's own figure for the same program is shown too.
 
     python -m benchmarks.memory                       # 0.3 B parameters; minutes, 12 GiB
     python -m benchmarks.memory --parameters 5e6      # the machinery only
@@ -49,7 +49,7 @@ def train_config(folder: Path, variant: str, micro_batch: int, *, remat: str):
 
 
 def made_up_batch(config, sizes):
-    """Return episodes of one chunk on noise, every second one a success."""
+    """Return episodes of one chunk with noise as frames; every second one succeeds."""
     import numpy as np
 
     from algos.types import RolloutBatch
@@ -75,7 +75,7 @@ def made_up_batch(config, sizes):
 def measure(
     folder: Path, variant: str, micro_batch: int, *, remat: str, xla: bool
 ) -> dict[str, float]:
-    """Return estimate, measured peak and, with `xla`, XLA's account of an update, bytes."""
+    """Return estimate, measured peak and, with `xla`, XLA's figure for an update, in bytes."""
     import gc
 
     import jax
@@ -123,7 +123,7 @@ def _in_process(arguments: list[str]) -> dict:
 
 
 def main() -> None:
-    """Print a line per variant; the last line is the variant with the worst prediction."""
+    """Print a line per variant; the last line is the variant with the largest error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=float, default=3e8, help="at least so many")
     parser.add_argument("--micro_batch", type=int, default=8)

@@ -1,13 +1,13 @@
-"""How XLA distributes the full-size update: what the compiled program sends, against the formulae.
+"""Compares what the compiled full-size update sends between devices with the formulae.
 
     python -m benchmarks.partition [--meshes 1x8 2x4] [--free] [--layers 32] [--out FILE]
 
-Nothing is allocated and nothing runs: the real update of the 7B policy is compiled for virtual CPU
+Nothing is allocated and nothing runs. The real update of the 7B policy is compiled for virtual CPU
 devices from shapes alone, and the collectives of the program are added up. They are compared with
-the bytes of FSDP by `cost_model.fsdp_bytes`. --free compiles the same update without holding
-activations to the batch's sharding (`policies/activations.py`). A CPU computes bfloat16 in float32,
-so everything is float32 here, and has no reduce-scatter: a sum over devices is an all-reduce. Half
-a minute of CPU time and about 2 GB per mesh.
+the bytes of FSDP by `cost_model.fsdp_bytes`. --free compiles the same update without fixing the
+sharding of activations (`policies/activations.py`). Everything is float32 here, because a CPU
+computes bfloat16 in float32. A CPU has no reduce-scatter, so a sum over devices is an all-reduce.
+Each mesh takes half a minute of CPU time and about 2 GB.
 """
 
 import argparse
@@ -36,12 +36,12 @@ def mesh_of(text: str) -> tuple[int, int]:
 def compile_update(
     sizes, mesh, *, free: bool = False, frame: int, options: dict[str, Any] | None = None
 ):
-    """Return the compiled update of GRPO and the parameters' shapes with their places.
+    """Return the compiled update of GRPO and the parameters' shapes with their shardings.
 
     Args:
         sizes: the policy, an `OpenVLAOFTConfig`.
         mesh: devices, data x fsdp.
-        free: do not hold activations to the batch's sharding.
+        free: do not fix the sharding of activations.
         frame: pixels per side of the episodes' frames.
         options: for XLA.
     """
@@ -97,7 +97,7 @@ def compile_update(
 
 
 def cut_entries(params, pattern: str = "") -> int:
-    """Return how many entries of parameters lie cut; of those whose path matches `pattern`."""
+    """Return how many entries of parameters are sharded; only paths that match `pattern` count."""
     import jax
 
     from algos.types import path_name
@@ -132,7 +132,7 @@ def _batch(sizes, frame: int, jnp):
 
 
 def account(program, cut: int, mesh: tuple[int, int]) -> dict[str, Any]:
-    """Return what a compiled update sends and what the law says, bytes of the results."""
+    """Return what a compiled update sends and what the formulae say, in bytes of the results."""
     sent = collectives(program.as_text())
     work = Work(weight_bytes=4, gradient_bytes=4)
     law = fsdp_bytes(cut, work, fsdp=mesh[1], data=mesh[0])
@@ -167,7 +167,7 @@ def main() -> None:
     rows = []
     for data, fsdp in args.meshes:
         mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-        # Only the partitioned program is read: its machine code need not be good.
+        # Only the partitioned program is read, so its machine code need not be optimised.
         options = {"xla_backend_optimization_level": 0}
         program, params = compile_update(sizes, mesh, free=args.free, frame=256, options=options)
         rows.append(account(program, cut_entries(params), (data, fsdp)))

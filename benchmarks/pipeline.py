@@ -1,17 +1,17 @@
-"""Time an iteration with `rollout.pipeline_stages` 1 and 2, simulator and policy on a core each.
+"""Times an iteration with `rollout.pipeline_stages` 1 and 2; simulator and policy have a core each.
 
     python -m benchmarks.pipeline [--envs 16] [--chunks 8] [--layers 20] [--turns 5] [--out FILE]
 
-The simulator is the miniature's world model with its shipped weights and one denoising step; the
-policy is wider than the miniature's, with random weights and so many layers that deciding takes
-about as long as imagining (both are printed). Runs with one and with two stages take turns in one
-process, after a warm-up, and must collect the same episodes. `speedup` is
-that of collecting an iteration's episodes, the part of an iteration that stages can shorten: the
-median over the turns of the ratio of wall times.
+The simulator is the miniature's world model with its shipped weights and one denoising step. The
+policy is wider than the miniature's and has random weights; its number of layers is chosen so that
+deciding takes about as long as imagining (both are printed). Runs with one and with two stages take
+turns in one process, after a warm-up, and must collect the same episodes. `speedup` is that of
+collecting an iteration's episodes, the only part that stages can shorten: the median over the turns
+of the ratio of wall times.
 
-With --learn the update follows: `iteration` is then collecting and learning with the stages one
-after another, and `ahead` the same with two stages and train.max_staleness = 1, where the next
-episodes are collected while the update is computed.
+With --learn the update follows. `iteration` is then collecting and learning one after the other,
+and `ahead` is the same with two stages and train.max_staleness = 1, where the next episodes are
+collected while the update is computed.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def write_policy(folder: Path, layers: int) -> None:
 
 
 def pin_children(core: int) -> None:
-    """Bind all threads of the processes that this one has started to a core."""
+    """Bind all threads of this process's children to a core."""
     for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         for thread in Path(f"/proc/{child}/task").iterdir():
             os.sched_setaffinity(int(thread.name), {core})
@@ -100,7 +100,7 @@ class Side:
         return time.perf_counter() - began
 
     def ahead(self, batch) -> tuple[Any, float]:
-        """Update with a batch while the next one is collected; return that one and the seconds."""
+        """Update with a batch and collect the next one meanwhile; return it and the seconds."""
         import jax
 
         began = time.perf_counter()
@@ -114,7 +114,7 @@ def measure(envs: int, chunks: int, layers: int, turns: int, learn: bool) -> dic
     """Return times by the number of stages, in this process.
 
     Raises:
-        SystemExit: the stages collect different episodes, or there is one core only.
+        SystemExit: the stages collect different episodes, or there is only one core.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:

@@ -1,15 +1,16 @@
-"""Time the policy beside plain PyTorch with the same weights: rollout forward, forward + backward.
+"""Compares the speed of the policy with plain PyTorch: rollout forward, forward + backward.
 
     python -m benchmarks.policy [--threads 2 1] [--repeats 7] [--batch 8] [--out FILE] [--remat]
 
 The policy has hidden size 512, 6 layers, two towers of depth 4 and width 256, 440 tokens and 61.9 M
-parameters; the baseline (`baselines/policy_torch.py`) does what the public references do. Both get
-the same uint8 frames and ragged prompts, in float32. Each side has a process of its own, bound to
-so many cores; they take turns, and a ratio is the median over the turns, so that a busy machine
-slows both alike; the CPU time of each side stands beside. Before anything is timed, log-probs,
-entropies, values and all gradients of the two are compared. Ours keeps freed memory, as a trainer
-does (`evac_jax/devices/malloc.py`); MALLOC_... variables before the command rule both. --remat
-times ours alone instead, by what its backward pass recomputes, scanned and unrolled.
+parameters. The baseline (`baselines/policy_torch.py`) has the same weights and does the work of the
+public references. Both get the same uint8 frames and prompts of different lengths, in float32. Each
+side runs in a separate process, bound to as many cores as threads. The sides take turns, and a
+ratio is the median over the turns, so that a busy machine slows both equally. CPU time is shown
+too. Before the timing, log-probs, entropies, values and all gradients of both are compared. Our
+side keeps freed memory, as a trainer does (`evac_jax/devices/malloc.py`); MALLOC_... variables set
+for the command apply to both sides. --remat instead times only our side, by what its backward pass
+recomputes, scanned and unrolled.
 """
 
 import argparse
@@ -59,14 +60,14 @@ CONFIG = OpenVLAOFTConfig(
     value_type="chunk_level",
     scan_layers=False,
 )
-# Largest differences allowed, about ten times what float32 leaves: log-probs, entropies and values
-# absolute, gradients as |ours - theirs| / |theirs| over all parameters.
+# Largest allowed differences, about ten times the float32 error: absolute for log-probs, entropies
+# and values; |ours - theirs| / |theirs| over all parameters for gradients.
 TOLERANCES = {"log_probs": 1e-4, "entropy": 1e-4, "values": 1e-4, "gradients": 1e-4}
 Side = dict[str, Callable[[], Any]]
 
 
 def checkpoint_arrays(state: nnx.State, config: OpenVLAOFTConfig) -> dict[str, np.ndarray]:
-    """Return parameters, or what is shaped like them, by the checkpoint's names and axes."""
+    """Return parameters, or arrays of the same shapes, with the checkpoint's names and axes."""
     arrays = {}
     for path, variable in hf_keys.parameters(state):
         source, array = hf_keys.source_of(path, config), np.asarray(variable[...])
@@ -76,7 +77,7 @@ def checkpoint_arrays(state: nnx.State, config: OpenVLAOFTConfig) -> dict[str, n
 
 
 def make_inputs(config: OpenVLAOFTConfig, batch: int) -> dict[str, np.ndarray]:
-    """Return frames, prompts padded by 0 to 90 tokens, drawn bins, advantages and returns."""
+    """Return frames, prompts with 0 to 90 pads, random bins, advantages and returns."""
     rng = np.random.default_rng(0)
     length = config.max_prompt_length
     tokens = rng.integers(3, config.first_action_token, (batch, length))
@@ -96,9 +97,9 @@ def make_inputs(config: OpenVLAOFTConfig, batch: int) -> dict[str, np.ndarray]:
 
 
 def make_ours(model: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> Side:
-    """Return the timed calls of our policy, compiled at their first use; "memory" tells of "train".
+    """Return the timed calls of our policy, which are compiled at their first use.
 
-    "memory" returns the bytes that XLA needs for a training step beside its arguments.
+    "memory" returns the bytes that XLA needs for a training step besides its arguments.
     """
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     obs = ObsBatch(
@@ -151,7 +152,7 @@ def compare(config: OpenVLAOFTConfig, ours: Side, theirs: Side, net) -> dict[str
     """Return the largest differences between the two sides.
 
     Raises:
-        SystemExit: one is beyond its tolerance: the two would not do the same work.
+        SystemExit: a difference exceeds its tolerance, so the two do not compute the same.
     """
     gradient, out = ours["train"]()
     log_probs, entropy, values = (x.detach().numpy() for x in theirs["train"]())
@@ -182,7 +183,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def make_sides(batch: int) -> tuple[dict[str, Callable[[], Side]], TorchOpenVLAOFT, int]:
-    """Return what makes each side, the baseline's network, and the number of parameters."""
+    """Return functions that make each side, the baseline's network, the number of parameters."""
     model = OpenVLAOFT(CONFIG, rngs=nnx.Rngs(0))
     weights = checkpoint_arrays(nnx.state(model), CONFIG)
     net, inputs = TorchOpenVLAOFT(CONFIG, weights), make_inputs(CONFIG, batch)
@@ -191,9 +192,9 @@ def make_sides(batch: int) -> tuple[dict[str, Callable[[], Side]], TorchOpenVLAO
 
 
 def bind(threads: int) -> int:
-    """Bind this process to so many cores; return how many there are.
+    """Bind this process to as many cores as threads; return how many it has.
 
-    Before JAX starts its devices: its thread pool has one thread per core that it may use.
+    Call it before JAX starts its devices, because JAX makes one thread per core that it may use.
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
@@ -201,7 +202,7 @@ def bind(threads: int) -> int:
 
 
 def serve(name: str, threads: int, batch: int, pipe: Connection) -> None:
-    """Time one side's stages as they are asked for; the first time of each is its warm-up."""
+    """Time the requested stages of one side; the first time of each stage is its warm-up."""
     bind(threads)
     if name == "ours":
         keep_freed_memory()  # as a trainer does
@@ -213,7 +214,7 @@ def serve(name: str, threads: int, batch: int, pipe: Connection) -> None:
 
 
 def measure(threads: int, batch: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """Let the sides take turns; return per stage the medians of each side and of their ratio."""
+    """Let the sides take turns; return for each stage the medians of both and of their ratio."""
     context, results, sides = multiprocessing.get_context("spawn"), {}, {}
     for name in ("theirs", "ours"):
         sides[name], other = context.Pipe()
@@ -238,7 +239,7 @@ def measure(threads: int, batch: int, repeats: int) -> dict[str, dict[str, Any]]
 
 
 def check(threads: int, batch: int) -> dict[str, Any]:
-    """Compare the sides with one another; return their differences and sizes."""
+    """Compare the results of both sides; return their differences and sizes."""
     cores = bind(threads)
     sides, net, parameters = make_sides(batch)
     differences = compare(CONFIG, sides["ours"](), sides["theirs"](), net)
@@ -246,10 +247,10 @@ def check(threads: int, batch: int) -> dict[str, Any]:
 
 
 def run(threads: int, batch: int, repeats: int) -> dict[str, Any]:
-    """Compare the sides, then measure them with so many threads.
+    """Compare the sides, then measure them with this number of threads.
 
-    The comparison has a process of its own, gone when timing begins: its three gigabytes beside
-    them slowed both sides, and ours more.
+    The comparison runs in a separate process that ends before the timing, because its three
+    gigabytes of memory slowed both sides, and ours more.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -263,7 +264,7 @@ def run(threads: int, batch: int, repeats: int) -> dict[str, Any]:
 
 
 def run_remat(threads: int, batch: int, repeats: int) -> list[dict[str, Any]]:
-    """Time a training step of ours by what it recomputes, in this process, taking turns."""
+    """Time our training step for each choice of remat, in this process, in turns."""
     bind(threads)
     keep_freed_memory()
     inputs, sides = make_inputs(CONFIG, batch), {}
@@ -284,7 +285,7 @@ def run_remat(threads: int, batch: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def run_child(threads: int, batch: int, repeats: int, *more: str) -> Any:
-    """Measure with so many threads, in a process of its own."""
+    """Measure with this number of threads, in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.policy", "--here", "--threads", str(threads)]

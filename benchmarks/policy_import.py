@@ -1,15 +1,15 @@
-"""Memory that your own policy needs: import, train, export, import again.
+"""Measures the memory for your own policy: import, training, export and import of the export.
 
-A random checkpoint with the 982 keys of the 7B one at reduced width, bfloat16 in three shards, goes
-through the same code as a real one: two GRPO updates on a made-up batch, with all weights and with
-LoRA, a run's checkpoint, `launch.py --mode=export`, and the import of what that wrote.
+A random checkpoint with the 982 keys of the 7B one at reduced width, bfloat16 in three shards, is
+processed by the same code as a real one: two GRPO updates on a made-up batch, with all weights and
+with LoRA, a checkpoint of the run, `launch.py --mode=export`, and the import of the export.
 
     python -m benchmarks.policy_import                        # 0.3 B parameters; minutes, 24 GiB
     python -m benchmarks.policy_import --parameters 5e6       # the machinery only
 
-Every stage is a process of its own; its peak is what the kernel saw resident (`ru_maxrss`), the
-device's memory included, because on a CPU that is the host's. No file stays mapped while weights
-are read, so none of it is page cache.
+Every stage is a separate process. Its peak is the largest resident size (`ru_maxrss`). This
+includes the memory of the device, because on a CPU that is host memory. No file stays mapped while
+weights are read, so the peak contains no page cache.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def peak_gb() -> float:
 
 
 def config_of(parameters: float):
-    """Return the narrowest policy of the real depths with at least so many parameters."""
+    """Return the narrowest policy of the real depths with at least this number of parameters."""
     import dataclasses
 
     import numpy as np
@@ -124,7 +124,7 @@ def train_config(work: Path, variant: str):
             **VARIANTS[variant],
         ),
         algo=dataclasses.replace(config.algo, group_size=2, global_batch=2, micro_batch=1),
-        # Small steps would be lost in bfloat16.
+        # In bfloat16 small steps would be lost to rounding.
         optim=dataclasses.replace(config.optim, lr=1e-3),
     )
 
@@ -157,7 +157,7 @@ def _state(model):
 
 
 def train(work: Path, variant: str) -> dict:
-    """Two GRPO updates; leaves a run in WORK/<variant>."""
+    """Make two GRPO updates; the run is written to WORK/<variant>."""
     import jax
     import numpy as np
 
@@ -187,7 +187,7 @@ def train(work: Path, variant: str) -> dict:
 
 
 def _made_up_batch(learner, policy: Path, seed: int):
-    """Two episodes of one chunk on noise, of which one succeeds."""
+    """Two episodes of one chunk with noise as frames; one of them succeeds."""
     import jax
     import numpy as np
 
@@ -256,7 +256,7 @@ def run_process(command: list[str]) -> tuple[str, float]:
     """Run a command in the repository; return its last line of output and its peak in GB.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the command failed.
     """
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output)
@@ -270,7 +270,7 @@ def run_process(command: list[str]) -> tuple[str, float]:
 
 
 def measure(work: Path, parameters: float) -> dict[str, dict]:
-    """Run all stages; return what each told, with its peak."""
+    """Run all stages; return the figures and the peak of each."""
     this = [sys.executable, "-m", "benchmarks.policy_import", "--work", str(work)]
     told: dict[str, dict] = {}
 
@@ -326,7 +326,7 @@ def main() -> None:
         f"lora_peak_gb={told['train:lora']['trained_gb']:.2f} bit_equal={equal}"
     )
     peak_gib = max(stage["peak_gb"] for stage in told.values()) * 1e9 / 2**30
-    # In smaller ones the code that reads outweighs what it reads.
+    # For smaller policies the code itself takes more memory than the weights.
     roomy = made["parameters"] >= 1e8 and read["added_gb"] > read["allowed_gb"]
     if not equal or roomy or peak_gib > LIMIT_GIB:
         sys.exit(f"not as promised: {read}, {verdicts}, peak {peak_gib:.1f} of {LIMIT_GIB:.0f} GiB")

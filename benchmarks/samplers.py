@@ -1,18 +1,18 @@
-"""What fewer denoising steps cost: rewards and frames against 50 steps, on the shipped miniature.
+"""Compares fewer denoising steps with 50 steps on the shipped miniature: rewards and frames.
 
     python -m benchmarks.samplers [--per_kind 24] [--out FILE]
 
-The actions of fresh ground-truth episodes of four kinds (expert, noisy, start policy, trained
-policy) are played in imagination, once by 50 steps of DDIM without noise and once by every other
-solver and number of steps, from the same noise. One thread; seconds are medians over the chunks.
+The actions of new ground-truth episodes of four kinds (expert, noisy, start policy, trained policy)
+are played in imagination: with 50 deterministic DDIM steps, and with every other solver and number
+of steps, from the same start noise. One thread; seconds are medians over the chunks.
 
-same       share of episodes with the verdict of the 50 steps
-truth      share of episodes with the verdict of the ground truth
+same       share of episodes with the same verdict as 50 steps
+truth      share of episodes with the same verdict as the ground truth
 vs 50      PSNR of the frames of chunk 1 and chunk 4 against those of the 50 steps, dB
 vs truth   the same against the ground truth
 
-The last line is for programs: the cheapest solver that agrees with the truth no less than the 50
-steps do, within TOLERANCE, its agreement with both, and how many times faster a chunk is.
+The last line is for programs: the cheapest solver whose agreement with the truth is not lower than
+that of 50 steps, within TOLERANCE, its agreement with both, and the speed-up of a chunk.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 def cheapest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the row with the fewest steps that is as true as the reference, the first one."""
+    """Return the row with the fewest steps that agrees as well as the reference, the first row."""
     enough = [row for row in rows if row["truth"] >= rows[0]["truth"] - TOLERANCE]
     return min(enough, key=lambda row: (row["steps"], -row["truth"]))
 

@@ -1,15 +1,15 @@
-"""How the miniature's costs grow with environments, episode length and devices.
+"""Measures how the miniature's time and memory grow with environments, episode length, devices.
 
     python -m benchmarks.scaling [--parts environments length devices] [--out FILE]
 
 environments  a chunk of the shipped world model for 1 to 64 environments: time, memory
-length        episodes of 1 to 32 chunks: time per chunk and memory must stay flat
-devices       the learner's update on 1 to 8 virtual devices: on one machine this is overhead only
+length        episodes of 1 to 32 chunks: time per chunk and memory must not grow
+devices       the learner's update on 1 to 8 virtual devices: on one machine only overhead shows
 
-Pipeline stages have a command of their own, `benchmarks.pipeline`.
+Pipeline stages have their own command, `benchmarks.pipeline`.
 
-Each part has processes of its own with one thread each; figures are medians after a warm-up. The
-last line is for programs: flat_time and flat_memory are those of the last quarter of the longest
+Each part has its own processes with one thread each; figures are medians after a warm-up. The last
+line is for programs: flat_time and flat_memory are the values of the last quarter of the longest
 episode over those of its second quarter.
 """
 
@@ -63,7 +63,7 @@ def play_chunks(num_envs: int, chunks: int) -> dict[str, list[float]]:
     from evac_jax.bridge.server import build_environments
     from evac_jax.simulators import world_model_specs
 
-    # One environment cannot be a group, which is the trainer's business, not the simulator's.
+    # A single environment cannot form a group; that matters to the trainer, not to the simulator.
     spec = world_model_specs(miniature_config(max(num_envs, 2), chunks))[0]
     spec["config"] = spec["config"] | {"num_envs": num_envs}
     torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def play_chunks(num_envs: int, chunks: int) -> dict[str, list[float]]:
 
 
 def _row(value: int, told: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the medians of an episode; its first chunk conditions on another image and is left."""
+    """Return the medians of an episode without its first chunk, which uses another image."""
     kept = slice(1 if len(told["mb"]) > 1 else 0, None)
     return {
         "value": value,
@@ -109,7 +109,7 @@ def length(counts: list[int]) -> dict[str, Any]:
         rows.append(_row(count, told))
     quarter = max(len(told["mb"]) // 4, 1)
     early, late = slice(quarter, 2 * quarter), slice(-quarter, None)
-    # CPU time: on a busy machine wall time would tell what others do meanwhile.
+    # CPU time, because wall time depends on other processes of a busy machine.
     flat = {
         name: statistics.median(told[key][late]) / statistics.median(told[key][early])
         for name, key in (("flat_time", "cpu"), ("flat_memory", "mb"))
@@ -138,7 +138,7 @@ def devices(layouts: list[str]) -> dict[str, Any]:
 
 
 def run_child(part: str, values: list) -> dict[str, Any]:
-    """Measure one part in a process of its own, on the CPU with one thread."""
+    """Measure one part in a separate process, on the CPU with one thread."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.scaling", "--here", "--parts", part]

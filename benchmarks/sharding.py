@@ -1,16 +1,19 @@
-"""Whether cutting the trainer over devices and processes changes loss and gradients: it must not.
+"""Checks that loss and gradients do not depend on how the trainer is sharded.
 
     python -m benchmarks.sharding [--layouts 1p-2x4 2p-1x2 ..] [--optimised] [--out FILE]
 
-One update of GRPO and of PPO by the real learner (import, placement, sharded state, micro-batches)
-on the same weights and the same made-up episodes, in float32, on 1 to 8 virtual CPU devices. Layout
-2p-1x4 is two processes, which talk through gloo, and a mesh of data 1 x fsdp 4. Each layout has
-processes of its own. An optimiser that keeps the gradient and moves nothing takes the place of
-AdamW. Compared with one device are gradient norm, each parameter's gradient (the largest difference
-over that array's largest value) and loss (over the sum of its terms' sizes, because GRPO's terms
-cancel). Beside it stands what the compiled update sends between devices. XLA partitions as always
-but leaves its machine code unoptimised, which halves the time to compile; --optimised does not. The
-last line is for programs; the goal is 1e-5.
+The real learner (import, placement, sharded state, micro-batches) makes one update of GRPO and one
+of PPO, in float32, on 1 to 8 virtual CPU devices. Weights and made-up episodes are always the same.
+Layout 2p-1x4 means two processes, which communicate through gloo, and a mesh of data 1 x fsdp 4.
+Each layout runs in separate processes. Instead of AdamW, an optimiser is used that stores the
+gradient and does not change parameters.
+
+Three figures are compared with those of one device: the gradient norm, the gradient of each
+parameter (largest difference over the largest value of that array), and the loss (difference over
+the sum of the sizes of its terms, because GRPO's terms cancel). The output also shows what the
+compiled update sends between devices. XLA partitions as usual, but its machine code is not
+optimised, which halves the compile time; --optimised changes that. The last line is for programs;
+the goal is 1e-5.
 """
 
 import argparse
@@ -51,11 +54,11 @@ COMPARED = ("loss", "grad_norm", "gradients")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an update is computed.
+    """The processes and devices of an update.
 
     Attributes:
-        processes: trainers, each with an equal share of the devices.
-        data, fsdp: the mesh; data x fsdp devices in all.
+        processes: number of trainers; each has an equal share of the devices.
+        data, fsdp: the mesh; data x fsdp devices in total.
     """
 
     processes: int
@@ -75,7 +78,7 @@ class Layout:
         """Return the layout of a name such as 2p-1x4.
 
         Raises:
-            argparse.ArgumentTypeError: no such name, or it cannot be divided.
+            argparse.ArgumentTypeError: not such a name, or devices and processes do not divide.
         """
         match = re.fullmatch(r"(\d+)p-(\d+)x(\d+)", text)
         found = cls(*(int(n) for n in match.groups())) if match else None
@@ -95,7 +98,7 @@ DEFAULT = (
 
 
 def sizes():
-    """Return the policy: small, but with most parameters large enough to be cut."""
+    """Return the sizes of the policy: small, but most parameters are large enough to be sharded."""
     from evac_jax.miniature.sizes import POLICY
 
     return dataclasses.replace(POLICY, num_layers=2, hidden_size=128, intermediate_size=512)
@@ -114,7 +117,7 @@ def make_policy(folder: Path) -> None:
 
 
 def train_config(algorithm: str, folder: Path, layout: Layout):
-    """Return a run whose iteration is one global batch of two micro-batches."""
+    """Return the configuration of a run; an iteration is one global batch of two micro-batches."""
     from evac_jax.config.build import default_config
     from evac_jax.config.schema import MeshConfig, PolicyConfig
 
@@ -140,7 +143,7 @@ def train_config(algorithm: str, folder: Path, layout: Layout):
 
 
 def made_up_batch(with_values: bool):
-    """Return episodes on noise; half of them succeed, one of these in its first chunk."""
+    """Return episodes with noise as frames; half succeed, one of these in its first chunk."""
     from algos.types import RolloutBatch
 
     policy, random = sizes(), np.random.default_rng(0)
@@ -157,7 +160,7 @@ def made_up_batch(with_values: bool):
         prompt_tokens=random.integers(3, first, (EPISODES, length), np.int32),
         prompt_mask=mask,
         tokens=random.integers(first, first + bins, tokens, np.int32),
-        # Around those of a policy that knows nothing, so that some ratios are clipped.
+        # Close to the values of an untrained policy, so that some ratios are clipped.
         log_probs=(random.normal(0.0, 0.2, tokens) - np.log(bins)).astype(np.float32),
         values=values if with_values else None,
         rewards=rewards,
@@ -173,7 +176,7 @@ class Kept(NamedTuple):
 
 
 def keep_gradient(_config):
-    """Return an optimiser that moves nothing; takes the place of `algos.optim.make_optimizer`."""
+    """Return an optimiser that changes no parameter; it replaces `algos.optim.make_optimizer`."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -207,7 +210,7 @@ def update_once(algorithm: str, folder: Path, layout: Layout) -> tuple[dict, dic
     own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     rows = jax.tree.map(lambda x: x[own], made_up_batch(learner.has_value_head))
     batch, key = learner.put(rows), jax.random.key(0)
-    # Compiled beforehand to read the program; the learner then calls what was read.
+    # Compiled here to read the program; the learner then calls this compiled program.
     program = learner._update.lower(learner.state, learner._rest, batch, key).compile()
     learner._update = program
     figures = learner.update(batch, key)
@@ -228,7 +231,7 @@ def update_once(algorithm: str, folder: Path, layout: Layout) -> tuple[dict, dic
 
 
 def _cut_share(params) -> float:
-    """Return which share of the parameters' entries lies cut over several devices."""
+    """Return the share of the parameters' entries that are sharded over several devices."""
     import jax
 
     leaves = jax.tree.leaves(params)
@@ -237,10 +240,10 @@ def _cut_share(params) -> float:
 
 
 def compare(told: dict, gradients: dict, reference: dict, golden: dict) -> dict[str, Any]:
-    """Return relative differences from the reference: of loss, norm and the worst gradient.
+    """Return relative differences from the reference: loss, norm and the worst gradient.
 
     Raises:
-        SystemExit: the two have different parameters, or an array without any gradient.
+        SystemExit: the two have different parameters, or the gradient of an array is zero.
     """
     if set(gradients) != set(golden):
         raise SystemExit(f"gradients of different parameters: {set(gradients) ^ set(golden)}")
@@ -262,14 +265,14 @@ def compare(told: dict, gradients: dict, reference: dict, golden: dict) -> dict[
 def run(
     layout: Layout, folder: Path, algorithms: tuple[str, ...], flags: str = QUICK
 ) -> dict[str, tuple[dict, dict]]:
-    """Compute the updates in processes of their own; return {algorithm: (figures, gradients)}.
+    """Compute the updates in separate processes; return {algorithm: (figures, gradients)}.
 
     Args:
         folder: holds the policy; results are written there.
         flags: for XLA.
 
     Raises:
-        SystemExit: a process failed or took too long; ends with what it printed.
+        SystemExit: a process failed or took too long; the message ends with its output.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -291,7 +294,7 @@ def run(
                     stderr=subprocess.STDOUT,
                 )
             )
-        # One that fails leaves the others waiting for it, so none is waited for alone.
+        # If one process fails, the others wait for it, so all are watched at the same time.
         while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
             if time.monotonic() > deadline:
                 raise SystemExit(f"layout {layout}: no result after {TIMEOUT_S} s")
@@ -340,10 +343,10 @@ def measure(
     flags: str = QUICK,
     on_row: Callable[[dict], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """Return one row per layout and algorithm, each told to `on_row` when it is there.
+    """Return one row per layout and algorithm; `on_row` gets each as soon as it is measured.
 
     Args:
-        layouts: the first one is what the others are compared with.
+        layouts: the others are compared with the first one.
         flags: for XLA.
     """
     rows = []

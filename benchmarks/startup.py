@@ -1,12 +1,12 @@
-"""How much sooner does a second start of the same run learn? Compiled programs are kept on disk.
+"""Times a second start of the same run, which loads its compiled programs from disk.
 
     python -m benchmarks.startup [--envs 8] [--chunks 1] [--out FILE]
 
-Starts `launch.py` on the miniature twice, for three short iterations without evaluations, in a
-folder of its own: the first time nothing is compiled yet. `first` and `second` are the seconds from
-the start of the command to the end of its first iteration, start of the processes, imports and
-weights included. The programs that each iteration compiled or loaded stand beside: none from the
-third one on.
+It starts `launch.py` on the miniature twice in a new folder, for three short iterations without
+evaluations. At the first start nothing is compiled yet. `first` and `second` are the seconds from
+the start of the command to the end of its first iteration, including the start of processes,
+imports and weights. The output also shows how many programs each iteration compiled or loaded; from
+the third iteration on there are none.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def start(folder: Path, run: str, envs: int, chunks: int) -> dict[str, Any]:
     """Run the command; return the seconds to its first iteration and its compilations.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the command failed.
     """
     settings = {
         "log.dir": folder,
@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     facts = machine.describe()
     machine.show(facts)
-    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # it would go before the run's own folder
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # it takes precedence over the run's folder
     told = {}
     with tempfile.TemporaryDirectory() as folder:
         for run in ("first", "second"):

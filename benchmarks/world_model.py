@@ -1,20 +1,21 @@
-"""Time the world model beside the naive path with the same weights and the same noise.
+"""Compares the speed of the world model with the naive path; weights and noise are the same.
 
     python -m benchmarks.world_model [--px 64 128] [--chunks 4] [--threads N] [--processes N]
         [--flat 34] [--out F] [--compile]
 
-UNet of 60.6 M parameters, autoencoder of 21 M, random weights; chunks of 8 frames behind 4 of
-history, 4 environments, 10 DDIM steps, eta 1, float32, the full-size success classifier on every
-new frame. The naive path (`baselines/evac_model.py`, `evac_unet.py`) does the work of the public
-code in one process with a thread per core. Ours deals its environments to a process per core with
-one thread each, as `configs/miniature.py` deals them to its simulators; `--processes 1` keeps all
-in the process of the naive path, with its threads. Both imagine the same episodes, taking turns
-chunk by chunk, after a warm-up and a comparison of their frames; every later chunk is compared
-too. With --compile ours is compiled (`world_model.compile`), which takes minutes of the warm-up.
-Then our path alone, packed and in one process, imagines 34 chunks in a row, with fewer DDIM steps,
-for the growth of time and memory; beside the last ones, taking turns, the first of another episode.
+The UNet has 60.6 M parameters and the autoencoder 21 M, with random weights. There are chunks of 8
+frames after 4 of history, 4 environments, 10 DDIM steps, eta 1, float32, and the full-size success
+classifier on every new frame. The naive path (`baselines/evac_model.py`, `evac_unet.py`) does the
+work of the public code in one process with a thread per core. Our path divides its environments
+among one process per core with one thread each, as the simulators of `configs/miniature.py` do.
+With `--processes 1` it runs in the process of the naive path, with the same threads. Both imagine
+the same episodes and take turns chunk by chunk, after a warm-up. The frames of every chunk are
+compared. With --compile our path is compiled (`world_model.compile`), which takes minutes of the
+warm-up. Then our path alone, packed and in one process, imagines 34 chunks in a row with fewer DDIM
+steps, to measure the growth of time and memory. Its last chunks take turns with the first chunks of
+another episode.
 
-Ratios are medians over the turns of wall time and of CPU time; the last line gives wall time's.
+Ratios of wall time and CPU time are medians over the turns; the last line has those of wall time.
 """
 
 import argparse
@@ -43,12 +44,12 @@ from benchmarks.world_model_sides import (
 from evac_jax.files import cards
 
 ENVS, STEPS = 4, 10
-TOLERANCE = 1e-3  # largest difference of a pixel in [-1, 1]; float32 leaves about a tenth of it
+TOLERANCE = 1e-3  # largest difference of a pixel in [-1, 1]; the float32 error is about a tenth
 FLAT_STEPS, FLAT_WARM_UP, FLAT_SPAN = 2, 2, 16
 
 
 def timed(call: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float, float]:
-    """Return the frames that the call returns, its wall seconds and the CPU seconds it tells."""
+    """Return the frames of the call, its wall seconds and the CPU seconds that it reports."""
     began = time.perf_counter()
     frames, cpu = call()
     return frames, time.perf_counter() - began, cpu
@@ -59,14 +60,14 @@ def compare(px: int, chunks: int, processes: int, compiled: bool) -> dict[str, A
     """Let both paths imagine one episode; return times by path and chunk.
 
     Args:
-        processes: of our path; with 1 it shares this one.
+        processes: number of processes of our path; with 1 it runs in this process.
 
     Raises:
         SystemExit: their frames differ by more than the tolerance.
     """
     config, watch = make_config(px), Stopwatch()
     model = make_model(config)
-    # The baseline first: it copies the weights, and ours are then rearranged for good.
+    # The baseline comes first, because it copies the weights; then ours are packed permanently.
     sides: dict[str, Any] = {"naive": Theirs(model, watch)}
     if processes > 1:
         sides["ours"] = OursInProcesses(px, watch, compiled, processes)
@@ -128,7 +129,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def peak_bytes(reset: bool = False) -> int:
-    """Return the most memory this process held since the last reset."""
+    """Return the peak memory of this process since the last reset, bytes."""
     status = Path("/proc/self/status").read_text()
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
@@ -139,8 +140,9 @@ def peak_bytes(reset: bool = False) -> int:
 def flatness(px: int, chunks: int) -> dict[str, Any]:
     """Let our path imagine a long episode; return how its last chunks differ from first ones.
 
-    In time from those of another episode, which begins late and takes turns with it, the median of
-    the turns: a machine whose speed drifts is not taken for growth. In memory from its own.
+    For time, they are compared with the first chunks of another episode, which starts late and
+    takes turns with it (median of the turns), so that a change of the machine's speed does not look
+    like growth. For memory, they are compared with the first chunks of the same episode.
     """
     config = make_config(px)
     side, episode = Ours(make_model(config), Stopwatch()), EpisodeInputs(config, ENVS, 3)

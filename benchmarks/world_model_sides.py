@@ -1,4 +1,4 @@
-"""The two paths that `benchmarks.world_model` times: sizes, episodes, and who imagines where."""
+"""The two paths that `benchmarks.world_model` times: their sizes, episodes and processes."""
 
 import abc
 import contextlib
@@ -30,7 +30,7 @@ STAGES = ("tower", "encode", "unet", "decode", "classifier")
 
 
 def make_config(px: int) -> EvacConfig:
-    """Return the sizes at which figures compare with the public references."""
+    """Return the sizes for which figures are comparable with the public references."""
     resampler = ResamplerConfig(dim=256, depth=4, heads=4, dim_head=64, output_dim=256)
     return EvacConfig(
         image_size=(px, px),
@@ -44,7 +44,7 @@ def make_config(px: int) -> EvacConfig:
 
 
 def make_model(config: EvacConfig) -> EvacModel:
-    """Return a model of random weights, none of them zero, so that every input matters."""
+    """Return a model with random weights; none is zero, so that every input has an effect."""
     torch.manual_seed(0)
     model = EvacModel(config).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -62,7 +62,7 @@ class EpisodeInputs:
         self.start = self._draw(envs, 3, height, width).clamp(-1, 1)
         intrinsic = torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
         c2w = torch.eye(4)
-        c2w[2, 3] = -1.0  # a metre before the workspace
+        c2w[2, 3] = -1.0  # one metre in front of the workspace
         self.camera = Camera(intrinsic.expand(1, 1, 3, 3), c2w.expand(1, 1, 4, 4))
         self._window = torch.tensor([0.0, 0, 0, 0, 0, 0, 1, 0.5]).repeat(envs, config.frames, 1)
 
@@ -70,7 +70,7 @@ class EpisodeInputs:
         return torch.randn(shape, generator=self._generator)
 
     def chunk(self, steps: int) -> tuple[Tensor, list[Tensor]]:
-        """Return the pose window [B, T, 16] of the next chunk and its draws of noise."""
+        """Return the pose window [B, T, 16] of the next chunk and its noise."""
         chunk, past = self.config.chunk, self.config.n_previous
         moves = 0.01 * self._draw(len(self._window), chunk, 8)
         ahead = self._window[:, -1:] + moves.cumsum(1)
@@ -98,13 +98,13 @@ class Stopwatch:
         setattr(owner, method, timed)
 
     def take(self) -> dict[str, float]:
-        """Return the sums and begin anew."""
+        """Return the sums and reset them."""
         sums, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
         return sums
 
 
 class Side(abc.ABC):
-    """One of the two paths; its frames go to a classifier of its own."""
+    """One of the two paths; each has its own classifier for its frames."""
 
     def __init__(self, watch: Stopwatch):
         self.watch = watch
@@ -119,10 +119,10 @@ class Side(abc.ABC):
         """Return the frames [B, chunk, 3, H, W] of the next chunk."""
 
     def play(self, start: Tensor | None, capacity: int, *chunk: Any) -> tuple[Tensor, float]:
-        """Return the frames of a chunk and the CPU seconds that they took.
+        """Return the frames of a chunk and the CPU seconds that it took.
 
         Args:
-            start: frames with which an episode begins, or None.
+            start: start frames if a new episode begins, or None.
             capacity: see `begin`.
             chunk: see `imagine`.
         """
@@ -168,7 +168,7 @@ class Ours(Side):
 
 @torch.no_grad()
 def serve(connection: Connection, px: int, compiled: bool) -> None:
-    """Be a process that imagines; ends when the other side hangs up."""
+    """Run a process that imagines; it ends when the other side closes the pipe."""
     torch.set_num_threads(1)
     watch = Stopwatch()
     side = Ours(make_model(make_config(px)), watch, compiled)
@@ -179,24 +179,24 @@ def serve(connection: Connection, px: int, compiled: bool) -> None:
 
 
 class OursInProcesses:
-    """Our path, its environments dealt to processes of one thread each."""
+    """Our path, with its environments divided among processes of one thread each."""
 
     def __init__(self, px: int, watch: Stopwatch, compiled: bool, processes: int):
         self.watch, context = watch, multiprocessing.get_context("spawn")
         before = os.environ.copy()
-        # As `WorkerProcess` does; a process reads them before its first import.
+        # As in `WorkerProcess`; a process reads these variables before its first import.
         os.environ.update(KEEP_FREED_MEMORY, OMP_NUM_THREADS="1")
         self._connections = []
         for _ in range(processes):
             ours, theirs = context.Pipe()
             context.Process(target=serve, args=(theirs, px, compiled), daemon=True).start()
-            theirs.close()  # so that the end of the process is the end of the pipe
+            theirs.close()  # so that the pipe ends when the process ends
             self._connections.append(ours)
         os.environ.clear()
         os.environ.update(before)
 
     def play(self, start: Tensor | None, capacity: int, *chunk: Any) -> tuple[Tensor, float]:
-        """See `Side`; a stage takes as long as in the process that is slowest at it."""
+        """See `Side`; the time of a stage is that of the slowest process."""
         poses, camera, noise = chunk
         size = len(poses) // len(self._connections)
         for index, connection in enumerate(self._connections):
@@ -226,7 +226,7 @@ class Theirs(Side):
         watch.watch(self.model, "tower", "tower")
 
     def begin(self, start: Tensor, capacity: int) -> None:
-        """Begin an episode; nothing is computed yet, and the history is not bounded."""
+        """Begin an episode; nothing is computed yet, and the history may grow without limit."""
         del capacity
         self.model.restart(start)
 

@@ -1,4 +1,4 @@
-"""Policies by name. A new one is a folder and a line: the strings are resolved on use."""
+"""The table of policies. A new policy needs a folder and one line; strings are imported on use."""
 
 # name -> module with load_policy(folder, *, ...) and check_policy(folder, *, ...).
 POLICIES = {"openvla_oft": "policies.openvla_oft.import_hf"}

@@ -1,8 +1,9 @@
 """Sharding of activations while a policy is traced: the trainer sets it, layers apply it.
 
-Parameters are cut over devices, but a policy does not state the sharding of its activations. On its
-own XLA then computes some layers by tensor parallelism: it gathers the activations of a whole
-micro-batch and waits for their sums, while weights could be gathered ahead (docs/scaling.md).
+Parameters are sharded over devices, but a policy does not state the sharding of its activations.
+Without it XLA computes some layers by tensor parallelism: it gathers the activations of a whole
+micro-batch and waits for their sums. Weights, in contrast, can be gathered ahead of their use
+(docs/scaling.md).
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ _place: ContextVar[jax.sharding.Sharding | None] = ContextVar("activations", def
 
 @contextmanager
 def activations_at(place: jax.sharding.Sharding | None) -> Iterator[None]:
-    """Make `held` keep activations to `place`, a cut of their first axis; None leaves them free."""
+    """Make `held` apply `place`, a sharding of the first axis; None leaves the choice to XLA."""
     token = _place.set(place)
     try:
         yield
@@ -32,6 +33,6 @@ def held(x: Array) -> Array:
 
 
 def platform() -> str | None:
-    """Return the platform of the devices that hold activations, as "cpu"; None if nobody said."""
+    """Return the platform of the devices that hold activations, such as "cpu"; None if not set."""
     place = _place.get()
     return None if place is None else next(iter(place.device_set)).platform

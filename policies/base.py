@@ -1,4 +1,4 @@
-"""What the trainer expects of a policy. A structural type: policies do not inherit from it."""
+"""The interface of a policy, as the trainer uses it. A protocol: policies need not inherit it."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -14,8 +14,8 @@ from policies.types import ObsBatch, PolicyEvaluation, PolicyOutput
 class Policy(Protocol):
     """An NNX module that samples action chunks and evaluates given ones.
 
-    Both methods are pure: under `nnx.split` / `nnx.merge` and `jax.jit` they depend on their
-    arguments and the parameters only. For the same parameters, observation, tokens, temperature
+    Both methods are pure: under `nnx.split` / `nnx.merge` and `jax.jit` the results depend only on
+    the arguments and the parameters. With the same parameters, observation, tokens, temperature
     and top_k, `evaluate` returns the log-probs that `sample` returned.
     """
 
@@ -36,8 +36,8 @@ class Policy(Protocol):
     ) -> PolicyOutput:
         """Draw one chunk per row (the likeliest one if greedy).
 
-        `rows` gives each row a number, None = 0 .. B - 1. A row's draw depends on the key and this
-        number only, so dividing a batch changes no actions.
+        `rows` gives each row a number; None = 0 .. B - 1. The draw of a row depends only on the key
+        and on this number, so the actions do not change when a batch is divided.
         """
         ...
 
@@ -66,8 +66,8 @@ class LoadedPolicy(Protocol):
 
     Attributes:
         model: the policy, an NNX module.
-        tokenizer: of its prompts.
-        notes: remarks on the import for the user, one line each.
+        tokenizer: makes its prompts.
+        notes: messages about the import for the user, one line each.
     """
 
     model: Policy

@@ -1,7 +1,7 @@
 """Bounds of a number, as part of its type: `Annotated[float, Range(0, 1)]`.
 
-Standard library only. The module lies in the lowest package because algorithms, the configuration
-and the simulators' side all declare settings with it.
+Standard library only. The module is in the lowest package because algorithms, configuration and
+simulators all declare settings with it.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Range:
     Attributes:
         low: smallest number; None = no bound.
         high: largest number; None = no bound.
-        open: "low", "high" or "both": that bound itself is not allowed.
+        open: "low", "high" or "both": which bounds are excluded from the range.
     """
 
     low: float | None = None
@@ -23,7 +23,7 @@ class Range:
     open: Literal["", "low", "high", "both"] = ""
 
     def __contains__(self, value: float) -> bool:
-        """Whether a number is allowed; nan never is."""
+        """Whether a number is allowed; NaN is never allowed."""
         above = self.low is None or value > self.low or (value == self.low and not self._open_low)
         below = self.high is None or value < self.high or (
             value == self.high and not self._open_high
@@ -31,7 +31,7 @@ class Range:
         return above and below and value == value
 
     def __str__(self) -> str:
-        """The bounds in words, as messages and the reference page give them."""
+        """The bounds in words, as in messages and on the reference page."""
         if self.low is None and self.high is None:
             return "any number"
         if self.high is None:

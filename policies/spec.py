@@ -1,6 +1,6 @@
-"""What a policy's actions mean: the one contract that both processes can import.
+"""The meaning of a policy's actions, in a form that both processes can import.
 
-Standard library only, because the simulator process reads it without importing JAX.
+It uses the standard library only, because the simulator process reads it without importing JAX.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ class ActionSpec:
     Attributes:
         dim: entries of one action; 7 = translation 3, rotation 3 (axis-angle or Euler deltas),
             gripper 1.
-        chunk: actions of one decision; also the frames that the world model imagines for it.
-        convention: name of the meaning, compared between policy and simulator at start-up.
-            "delta_ee_7": end-effector deltas, gripper as the environment wants it.
+        chunk: number of actions per decision; also the number of frames that the world model
+            imagines for it.
+        convention: name of the meaning; policy and simulator must have the same one (checked at
+            start-up). "delta_ee_7": end-effector deltas, gripper as the environment expects it.
     """
 
     dim: int = 7

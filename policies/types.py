@@ -1,9 +1,9 @@
-"""Arrays that cross the border between policies, algorithms and the trainer.
+"""Arrays that policies, algorithms and the trainer pass to one another.
 
 Dimension letters, used in every signature of the project:
 B episodes or samples, T chunk steps, K actions per chunk, A action dimensions, V views,
 H W image height and width, P proprioception, L prompt tokens, S sequence, D width.
-Batch axis first everywhere, because it is the sharded one.
+The batch axis is always first, because it is the one that is sharded.
 """
 
 import chex
@@ -32,7 +32,7 @@ class PolicyOutput:
     Attributes:
         actions: un-normalised actions in the units of the checkpoint's statistics.
         tokens: absolute token ids.
-        log_probs: log-probability of each token under the distribution it was drawn from, nats.
+        log_probs: log-probability (nats) of each token under the distribution it was drawn from.
         values: value estimates, [B 1] (chunk level), [B K] (action level) or None without a head.
     """
 

@@ -1,1 +1,1 @@
-"""Plain PyTorch paths that the benchmarks measure ours against, with the same weights."""
+"""Plain PyTorch baselines of the benchmarks, with the same weights as our code."""

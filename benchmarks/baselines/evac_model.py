@@ -1,10 +1,11 @@
-"""EVAC's imagination with the work that the public code repeats, on a copy of our modules.
+"""EVAC's imagination with the repeated work of the public code, on a copy of our modules.
 
-What our model leaves out is done here: all frames of a chunk are encoded although they repeat one
-picture (first chunk), the maps of the history are drawn and encoded although their latents are
-zeroed, history frames are decoded again in every chunk, the image tower sees the same start frame
-in every chunk, the autoencoder encodes in pairs and decodes one by one, its attention is written
-out, and the denoiser is `evac_unet`. Latents are posterior means, so that both paths can be equal.
+It does the work that our model avoids. In the first chunk all frames are encoded, although they are
+the same picture. The maps of the history are drawn and encoded, although their latents are set to
+zero. History frames are decoded again in every chunk. The image tower sees the same start frame in
+every chunk. The autoencoder encodes frames in pairs and decodes them one by one; its attention is
+written as separate operations. The denoiser is `evac_unet`. Latents are posterior means, so that
+both paths give equal results.
 
 Source: specification of EnerVerse-AC, sections 3 (procedure) and 12 (inefficiencies).
 """
@@ -27,7 +28,7 @@ class NaiveEvac:
     """Imagines chunk after chunk of B episodes of one view.
 
     Args:
-        model: unpacked; its modules are copied.
+        model: not packed; its modules are copied.
         start: frames [B, 3, H, W] in [-1, 1].
     """
 
@@ -40,10 +41,10 @@ class NaiveEvac:
     def restart(self, start: Tensor) -> None:
         """Begin other episodes."""
         self.frames = start[:, None]  # [B n 3 H W], the whole history
-        self.latents: Tensor | None = None  # [B 4 n h w], likewise
-        self.poses: Tensor | None = None  # [B n 16], likewise
+        self.latents: Tensor | None = None  # [B 4 n h w], the whole history
+        self.poses: Tensor | None = None  # [B n 16], the whole history
 
-    # Methods of their own, so that a benchmark can time them.
+    # Separate methods, so that a benchmark can time them.
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents [B, 4, n, h, w] of frames [B, n, 3, H, W], two frames per call."""
@@ -77,7 +78,7 @@ class NaiveEvac:
         Args:
             poses: [B, n_previous + chunk, 16].
             camera: at rest, shared by all episodes.
-            noise: [B, 4, chunk, h, w] the start, then the fresh noise of each step as it is used;
+            noise: [B, 4, chunk, h, w] each: the start noise, then the noise of each step in order;
                 so there are `len(noise) - 1` steps.
             eta: see `sampler.sample`.
 

@@ -1,9 +1,9 @@
-"""EVAC's video UNet computed the naive way, on the modules (and so the weights) of ours.
+"""EVAC's video UNet, computed in the naive way on our modules, and so with our weights.
 
-What our UNet leaves out is done here, in every denoising step: the context repeated for every frame
-and its keys and values projected anew, embeddings computed frame by frame, features kept
-channel-first and copied at every border between a convolution and a transformer, causal
-convolutions over time as 3D convolutions, attention written out as two products and a softmax.
+It does the work that our UNet avoids, in every denoising step. The context is repeated for every
+frame, and its keys and values are projected again. Embeddings are computed frame by frame. Features
+are channel-first and are copied between convolutions and transformers. Causal convolutions over
+time are 3D convolutions. Attention is written as two products and a softmax.
 
 Source: specification of EnerVerse-AC's UNet (section 7.1) and of its inefficiencies (12.10).
 """
@@ -22,7 +22,7 @@ from evac_jax.evac.unet import Downsample, ResBlock, TemporalConvBlock, UNet, si
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """Attention of [N, L, heads * D] queries, written out; the result has their shape."""
+    """Attention of queries [N, L, heads * D] as separate operations; the result has that shape."""
     query, keys, values = (
         x.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for x in (query, keys, values)
     )  # [N * heads, L, D]

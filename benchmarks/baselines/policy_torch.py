@@ -1,9 +1,10 @@
-"""OpenVLA-OFT as one writes it in plain PyTorch: timm's towers and the Llama of transformers.
+"""OpenVLA-OFT in plain PyTorch: timm's towers and the Llama of transformers.
 
-Modules are named as the checkpoint's tensors are, so the weights of our policy load strictly. It
-does the work of the public references: every block of the towers although the last one's output is
-dropped, logits of the whole vocabulary at every position, and only then the 256 bins. (The
-references' entropy has NaN gradients; here it is read, but nothing differentiates it.)
+Modules have the names of the checkpoint's tensors, so all weights of our policy can be loaded. The
+module does the work of the public references: it computes every block of the towers, although the
+output of the last one is discarded, and logits of the whole vocabulary at every position, from
+which it takes the 256 bins. (In the references the gradient of the entropy is NaN. Here the entropy
+is computed but not differentiated.)
 """
 
 from collections.abc import Mapping
@@ -121,7 +122,7 @@ class TorchOpenVLAOFT(nn.Module):
             )
         )
         self.value_head = ValueHead(config)
-        # timm's own name; the checkpoints' was chosen because transformers once renamed "gamma".
+        # timm's name. Checkpoints use another one, because transformers used to rename "gamma".
         tensors = {
             name.replace(".scale_factor", ".gamma"): torch.tensor(array)
             for name, array in weights.items()

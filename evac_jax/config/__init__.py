@@ -1,1 +1,1 @@
-"""What a run is told: its settings, their checks, presets and flags."""
+"""The settings of a run, their checks, presets and flags."""

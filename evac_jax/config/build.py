@@ -1,6 +1,6 @@
-"""Builds a checked `TrainConfig` from nested mappings, and renders one as such.
+"""Builds a checked `TrainConfig` from nested mappings, and converts it back.
 
-Every problem is collected before anything is raised, so that one message holds them all.
+All problems are collected first, so one error message lists all of them.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def default_config(algorithm: str) -> TrainConfig:
 
 
 def _arguments(cls: type, values: Any, prefix: str, problems: list[str]) -> dict[str, Any]:
-    """Return the arguments of a dataclass from a mapping; note all that is wrong with them."""
+    """Return the arguments of a dataclass from a mapping; append what is wrong to `problems`."""
     if not hasattr(values, "items"):
         problems.append(f"config.{prefix.rstrip('.')}: expected a section, got {values!r}")
         return {}
@@ -54,8 +54,8 @@ def from_config_dict(values: dict[str, Any]) -> TrainConfig:
     """Build and validate a configuration from nested mappings (a ConfigDict's `to_dict()`).
 
     Raises:
-        ConfigError: unknown fields, wrong types, values that are not allowed, missing files and
-            impossible combinations, all in one message.
+        ConfigError: unknown fields, wrong types, values out of range, missing files and impossible
+            combinations, all in one message.
     """
     values = dict(values)
     problems: list[str] = []

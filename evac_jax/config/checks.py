@@ -1,6 +1,6 @@
-"""What a configuration must fulfil beyond its fields' types: combinations of values, and paths.
+"""Checks of a configuration that the types of single fields cannot express: combinations and paths.
 
-Loads nothing. Choices and bounds of single fields are in their types (`schema`).
+Nothing is loaded. Choices and bounds of single fields are in their types (`schema`).
 """
 
 import importlib
@@ -12,13 +12,13 @@ from evac_jax.config.cluster import parse_devices
 from evac_jax.config.fields import value_problems
 from evac_jax.config.schema import TrainConfig
 
-# Solver of the world model -> its values of eta, () for all; as `evac.sampler.check_solver`, which
-# is on the other side of the bridge.
+# Solver of the world model -> its values of eta; () = all. `evac.sampler.check_solver` has the same
+# rules for the simulator processes.
 SOLVER_ETAS = {"ddim": (), "dpm++": (0.0, 1.0), "unipc": (0.0,)}
 
 
 def validate(config: TrainConfig) -> list[str]:
-    """Return every problem that can be seen without loading anything, [] when there is none."""
+    """Return every problem that can be found without loading anything, [] if there is none."""
     c = config
     problems = value_problems(c)
     sound = not problems
@@ -35,7 +35,7 @@ def validate(config: TrainConfig) -> list[str]:
 
 
 def _reward_problems(c: TrainConfig) -> list[str]:
-    """What sampler and classifier cannot do with values that are valid one by one."""
+    """Combinations of sampler and classifier settings that do not work."""
     problems, etas = [], SOLVER_ETAS[c.world_model.solver]
     if etas and c.world_model.eta not in etas:
         problems.append(
@@ -51,7 +51,7 @@ def _reward_problems(c: TrainConfig) -> list[str]:
 
 
 def _cluster_problems(c: TrainConfig) -> list[str]:
-    """What cannot be placed or overlapped, whatever the machine has."""
+    """Placements and overlaps that work on no machine."""
     problems, cluster = [], c.cluster
     if not 0 <= cluster.node < cluster.num_nodes:
         problems.append(
@@ -93,7 +93,7 @@ def _cluster_problems(c: TrainConfig) -> list[str]:
 
 
 def _missing_paths(c: TrainConfig) -> list[str]:
-    """Every path that the run needs: named together, so that one look tells what to fetch."""
+    """Every path that the run needs and that is missing, in one list."""
     needed = {"policy.checkpoint": (c.policy.checkpoint, "Hugging Face folder of the start policy")}
     imagined = c.env.simulator == "world_model"
     if imagined:
@@ -120,7 +120,7 @@ def _missing_paths(c: TrainConfig) -> list[str]:
 
 
 def _combinations(c: TrainConfig) -> list[str]:
-    """Problems between sections, asked only of values that are valid one by one."""
+    """Problems between sections; checked only if each value is valid by itself."""
     problems = _twin_problems(c)
     group = getattr(c.algo, "group_size", 1)
     if c.rollout.refill and group == 1:
@@ -179,7 +179,7 @@ def _combinations(c: TrainConfig) -> list[str]:
 
 
 def _twin_problems(c: TrainConfig) -> list[str]:
-    """What keeps imagined episodes from being replayed in the ground truth."""
+    """Reasons why imagined episodes cannot be replayed in the ground truth."""
     if not c.eval.twin_fraction:
         return []
     twin = f"config.eval.twin_fraction = {c.eval.twin_fraction}"

@@ -1,4 +1,4 @@
-"""Where a run computes: hosts, devices and what they do. Plain data."""
+"""Settings for hosts and devices, and which device does what. Plain data."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,11 +9,11 @@ from policies.ranges import Count, CountOrZero, Range
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The trainer's devices as a grid; -1 = what is left.
+    """The trainer's devices as a grid, data x fsdp; -1 = all that remain.
 
     Attributes:
-        data: devices that hold whole copies of the parameters.
-        fsdp: devices that parameters and optimiser state are cut over.
+        data: number of copies of the parameters (data parallelism).
+        fsdp: devices over which each copy of parameters and optimiser state is sharded.
     """
 
     data: Annotated[int, Range(-1)] = 1
@@ -22,16 +22,15 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class PlacementConfig:
-    """Which devices of every host do what: "0-3", "0,2" or "" for all of them.
+    """Which devices of every host do what: "0-3", "0,2", or "" for all devices.
 
-    Devices with several parts take turns; parts with devices of their own work side by side.
+    Tasks that share a device take turns; tasks on different devices run at the same time.
 
     Attributes:
-        env: CUDA devices of the simulator processes, which are dealt out to them in blocks; "" = as
-            simulator.devices says.
-        rollout: the trainer's devices that decide on actions. Where they are not those of `actor`
-            they hold a copy of the policy, renewed after every update.
-        actor: the trainer's devices that learn, laid out as `mesh` says.
+        env: CUDA devices of the simulator processes, assigned in blocks; "" = simulator.devices.
+        rollout: devices of the trainer that decide on actions. If they differ from `actor`, they
+            hold a copy of the policy, which is renewed after every update.
+        actor: devices of the trainer that learn, arranged as in `mesh`.
     """
 
     env: str = ""
@@ -44,22 +43,23 @@ class ClusterConfig:
     """Devices and hosts (docs/scaling.md).
 
     Attributes:
-        engine: "local": this command is the trainer, on each host the same command is started by
-            hand or by a job scheduler; "ray": this command places one trainer on every host of a
-            Ray cluster (requirements-ray.txt) and waits for them.
+        engine: "local": this command is the trainer; with several hosts, start it on each, by hand
+            or by a job scheduler. "ray": this command starts one trainer on every host of a Ray
+            cluster (requirements-ray.txt) and waits for them.
         num_nodes: hosts. Each has simulator.processes simulators and an equal share of the
             environments; all share log.dir.
-        node: number of this host, 0 .. num_nodes - 1; set by Ray where that is the engine.
-        coordinator: "address:port" of host 0, where the trainers meet; likewise.
+        node: number of this host, 0 .. num_nodes - 1; with the engine "ray", Ray sets it.
+        coordinator: "address:port" of host 0, where the trainers connect; with the engine "ray",
+            Ray sets it.
         placement: which devices do what.
-        offload: what leaves its devices while it has nothing to do, of "simulator" (the world
-            model, during updates), "optimizer" (its state, during rollouts) and "sampler" (the
-            copy of the policy that decides, during updates).
-        memory_fraction: share of a GPU's memory that JAX takes at once; 0 = half where
-            simulators share its GPUs, JAX's own default elsewhere. What
-            XLA_PYTHON_CLIENT_MEM_FRACTION or XLA_PYTHON_CLIENT_PREALLOCATE say goes first.
+        offload: what is moved off its devices while it is not in use: "simulator" (the world model,
+            during updates), "optimizer" (its state, during rollouts) and "sampler" (the copy of
+            the policy that decides, during updates).
+        memory_fraction: share of a GPU's memory that JAX takes at the start; 0 = half if simulators
+            share its GPUs, else JAX's default. The environment variables
+            XLA_PYTHON_CLIENT_MEM_FRACTION and XLA_PYTHON_CLIENT_PREALLOCATE take precedence.
         compilation_cache: folder in which compiled programs are kept for the next start;
-            "auto" = <log.dir>/.compiled, "" = none. JAX_COMPILATION_CACHE_DIR goes first.
+            "auto" = <log.dir>/.compiled, "" = none. JAX_COMPILATION_CACHE_DIR takes precedence.
     """
 
     engine: Literal["local", "ray"] = "local"
@@ -73,10 +73,10 @@ class ClusterConfig:
 
 
 def parse_devices(text: str) -> tuple[int, ...]:
-    """Return the numbers of "0-3,6", in their order; () for "".
+    """Return the numbers in a text such as "0-3,6", in that order; () for "".
 
     Raises:
-        ValueError: no such list, or a number comes twice.
+        ValueError: the text is not such a list, or a number occurs twice.
     """
     numbers: list[int] = []
     for part in text.replace(" ", "").split(",") if text.strip() else ():

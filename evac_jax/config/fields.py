@@ -1,7 +1,7 @@
-"""The fields of the configuration, read from its dataclasses: type, choices, bounds, meaning.
+"""Reads the fields of the configuration from its dataclasses: type, choices, bounds, meaning.
 
-Checks and their messages, the flags' types, docs/config.md and `launch.py --help` are all made from
-what this module reads, so a field is declared once.
+Checks, error messages, the types of flags, docs/config.md and `launch.py --help` are all made from
+this, so each field is declared only once.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from policies.ranges import Range
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may hold.
+    """The values that a field may have.
 
     Attributes:
         type: str, int, float, bool or tuple.
@@ -43,7 +43,7 @@ class Kind:
         """Read a type hint such as `Annotated[int, Range(1)] | None` or `tuple[Literal["a"], ...]`.
 
         Raises:
-            TypeError: a form of hint that the configuration does not know.
+            TypeError: the form of the hint is not supported.
         """
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
@@ -73,7 +73,7 @@ class Kind:
 
     @property
     def allowed(self) -> str:
-        """The choices or bounds in words, those of a tuple's entries too; "" = every value."""
+        """The choices or bounds in words, for a tuple those of its entries; "" = any value."""
         if self.entries:
             return self.entries[0].allowed
         if self.choices:
@@ -81,7 +81,7 @@ class Kind:
         return "" if self.range is None else str(self.range)
 
     def convert(self, value: Any, path: str, problems: list[str]) -> Any:
-        """Return `value` as this type (an int for a float becomes one), or note why it is none."""
+        """Return `value` as this type (int to float if needed), or append to `problems`."""
         if value is None and self.optional:
             return None
         if self.type is tuple:
@@ -104,7 +104,7 @@ class Kind:
         return tuple(kind.convert(entry, path, problems) for kind, entry in entries)
 
     def problems(self, value: Any, path: str) -> list[str]:
-        """Return what a value of this type has against it: choices, bounds, nan and infinity."""
+        """Return what is wrong with a value of this type: choices, bounds, NaN and infinity."""
         if value is None:
             return []
         if self.type is tuple:
@@ -126,10 +126,10 @@ class Field(NamedTuple):
     """One field of a section.
 
     Attributes:
-        name: as its flag has it after `--config.`, e.g. "optim.lr".
-        kind: what it may hold.
-        value: what the section that was read has there.
-        meaning: its text in the docstring, in one line.
+        name: the part of its flag after `--config.`, e.g. "optim.lr".
+        kind: the values that it may have.
+        value: its value in the section that was read.
+        meaning: its description in the docstring, in one line.
     """
 
     name: str
@@ -154,10 +154,10 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def walk(section: Any, prefix: str = "") -> Iterator[Field]:
-    """Yield every field of a section, and of the sections within it.
+    """Yield every field of a section and of its subsections.
 
     Args:
-        prefix: what comes before a field's own name, e.g. "optim.".
+        prefix: text before each field's name, e.g. "optim.".
     """
     declared, texts = hints(type(section)), meanings(type(section))
     for field in dataclasses.fields(section):
@@ -169,7 +169,7 @@ def walk(section: Any, prefix: str = "") -> Iterator[Field]:
 
 
 def value_problems(section: Any, prefix: str = "") -> list[str]:
-    """Return a line for every value that its field's choices or bounds do not allow."""
+    """Return one line for every value that is not among the choices or within the bounds."""
     return [
         text
         for field in walk(section, prefix)

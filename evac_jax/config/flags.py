@@ -1,7 +1,7 @@
 """Reads presets and `--config.a.b=value` flags, for launch.py and for tools.
 
-ml_collections stops at the first mistake; a user would rather read all of them at once, each with
-the nearest valid name. Everything else about flags (types, tuples, locking) is ml_collections' own.
+ml_collections stops at the first mistake. This module reports all mistakes at once, each with the
+nearest valid name. ml_collections does the rest (types, tuples, locking).
 """
 
 import importlib.util
@@ -45,10 +45,10 @@ def _module(path: str) -> ModuleType:
 
 
 def preset_names(path: str) -> list[str]:
-    """Return the presets of a file in its own order, [] if it does not list them.
+    """Return the presets of a file in the order of the file, [] if it does not list them.
 
     Raises:
-        ConfigError: no such file, or it cannot give a configuration.
+        ConfigError: there is no such file, or it gives no configuration.
     """
     return list(getattr(_module(path), "PRESETS", ()))
 
@@ -57,7 +57,7 @@ def load_preset(file: str) -> config_dict.ConfigDict:
     """Return `get_config(preset)` of "path.py" or "path.py:preset".
 
     Raises:
-        ConfigError: no such file, or it cannot give a configuration.
+        ConfigError: there is no such file, or it gives no configuration.
     """
     path, _, preset = file.partition(":")
     module = _module(path)
@@ -73,7 +73,7 @@ def read_preset(file: str, overrides: Sequence[str] = ()) -> config_dict.ConfigD
     check_flags([f"--config={file}", *overrides])
     known, argv = flags.FlagValues(), ["", *overrides]
     try:
-        # Its declaration reads the flags' names from `argv`, so it can fail like the parser.
+        # The declaration of the flag reads names from `argv`, so it can fail as the parser can.
         config_flags.DEFINE_config_dict(
             "config", load_preset(file), flag_values=known, sys_argv=argv
         )
@@ -94,7 +94,7 @@ def _problem(flag: str, value: str | None, valid: dict[str, type | None]) -> str
         by_leaf = leaf.get(name.rsplit(".", 1)[-1])
         hint = f" Did you mean {by_leaf!r}?" if by_leaf else nearest(name, valid)
         return f"--config.{name}: unknown field.{hint}"
-    if bracket:  # ml_collections takes it for an entry of a list and breaks off
+    if bracket:  # ml_collections takes this as an entry of a list and fails
         return f'--config.{flag}: expected the whole value, as --config.{name}="(A, B)"'
     kind = valid[name]
     if value is not None and kind in (int, float):
@@ -106,7 +106,7 @@ def _problem(flag: str, value: str | None, valid: dict[str, type | None]) -> str
 
 
 def preset_file(argv: Sequence[str]) -> str:
-    """Return what `--config` names in a command line; the default preset if it is not given."""
+    """Return the value of `--config` in a command line; the default preset if it is absent."""
     file = DEFAULT_PRESET
     for index, argument in enumerate(argv):
         flag, has_value, value = argument.partition("=")

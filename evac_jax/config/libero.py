@@ -1,4 +1,4 @@
-"""How LIBERO (MuJoCo) is run as the ground truth, and what it needs. Read by both runtimes."""
+"""Settings of LIBERO (MuJoCo) as the ground truth, and what it needs; used by JAX and PyTorch."""
 
 import importlib.util
 import subprocess
@@ -23,20 +23,20 @@ _TOLD = "docs/libero.md tells what to install and to fetch"
 
 @dataclass(frozen=True)
 class LiberoConfig:
-    """LIBERO as `eval.ground_truth = "libero"` runs it; docs/libero.md is the protocol.
+    """LIBERO as ground truth (`eval.ground_truth = "libero"`); docs/libero.md has the protocol.
 
     Attributes:
-        suite: tasks of the benchmark.
+        suite: which set of tasks of the benchmark.
         root: folder that holds LIBERO's `assets` and `bddl_files`.
         states: folder of <suite>.npz, made by evac_jax.tools.episodes.import_libero_states.
         python: interpreter that has LIBERO installed; "" = the one that runs evac_jax.
-        renderer: "egl" (GPU, or Mesa in software) or "osmesa" (software), MuJoCo's MUJOCO_GL.
+        renderer: "egl" (GPU, or software by Mesa) or "osmesa" (software); MuJoCo's MUJOCO_GL.
         image_size: height and width of the camera frames, pixels.
-        max_steps: actions of an episode; 0 = the suite's own.
+        max_steps: actions of an episode; 0 = the usual number of the suite.
         wait_steps: actions without motion before an episode begins, while objects settle.
-        seed: of what LIBERO draws at a reset, the number of the initial state added.
-        camera: what recordings say of the camera: "true", where it really is, or "reference", the
-            fixed one that the public EVAC weights were trained with.
+        seed: seed of LIBERO's random numbers at a reset; the number of the initial state is added.
+        camera: the camera that is written to recordings: "true", the real one, or "reference", the
+            fixed one with which the public EVAC weights were trained.
     """
 
     suite: Suite = "libero_spatial"
@@ -62,7 +62,7 @@ class LiberoConfig:
 
 
 def problems(config: LiberoConfig) -> list[str]:
-    """Return which files and packages LIBERO lacks, [] when there is everything."""
+    """Return which files and packages of LIBERO are missing, [] if there are none."""
     return _missing_files(config) + _missing_packages(config)
 
 
@@ -87,7 +87,7 @@ def _missing_files(config: LiberoConfig) -> list[str]:
 
 
 def _missing_packages(config: LiberoConfig) -> list[str]:
-    """Ask for the packages without importing them; another interpreter is asked by a command."""
+    """Look for the packages without importing them; a command asks another interpreter."""
     if not config.python:
         missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
         who = "this Python has"

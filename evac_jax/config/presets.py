@@ -1,6 +1,6 @@
-"""Renders the dataclass defaults to a ConfigDict and applies a preset to it.
+"""Converts the dataclass defaults to a ConfigDict and applies a preset to it.
 
-A preset only overrides: fields, meaning and ranges are in `evac_jax/config/schema.py`.
+A preset only overrides values; fields, meanings and ranges are in `evac_jax/config/schema.py`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from evac_jax.errors import ConfigError, nearest
 
 
 def render(value) -> config_dict.ConfigDict:
-    """Return a dataclass as a ConfigDict; optional fields at None keep their type for the flags."""
+    """Return a dataclass as a ConfigDict; optional fields that are None keep their type."""
     result = config_dict.ConfigDict()
     declared = hints(type(value))
     for field in dataclasses.fields(value):

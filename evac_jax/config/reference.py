@@ -1,8 +1,8 @@
-"""The reference of the configuration: docs/config.md and the list of fields in `launch.py --help`.
+"""Makes docs/config.md and the list of fields in `launch.py --help`.
 
     python -m evac_jax.config.reference > docs/config.md
 
-Both are made from the dataclasses: their types, defaults and docstrings.
+Both are made from the types, defaults and docstrings of the dataclasses.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from evac_jax.config.fields import Field, Kind, walk
 from evac_jax.config.flags import load_preset, preset_file
 
 HELP_FLAGS = ("help", "helpfull", "?")  # not --helpshort, which lists launch.py's own flags only
-WIDTH = 80  # of --help, as absl's own part of it
+WIDTH = 80  # of --help, the same as in absl's own part
 
 HEAD = """\
 # Configuration
@@ -43,7 +43,7 @@ def _summary(cls: type) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as it is written in a preset."""
+    """A value in the form in which presets write it."""
     if isinstance(value, tuple):
         entries = ", ".join(map(_text, value))
         return f"({entries},)" if len(value) == 1 else f"({entries})"
@@ -70,7 +70,7 @@ def _section(title: str, summary: str, fields: Iterable[Field]) -> list[str]:
 
 
 def _algorithms() -> list[str]:
-    """The tables of `algo`: what all algorithms have alike, then what each has of its own."""
+    """The tables of `algo`: fields that all algorithms share, then those of each algorithm."""
     configs = {name: default_config(name).algo for name in ALGORITHMS}
     fields = {name: list(walk(config, "algo.")) for name, config in configs.items()}
     shared = [f for f in fields["grpo"] if all(f in others for others in fields.values())]
@@ -94,15 +94,15 @@ def page() -> str:
 
 
 def _of_section(fields: Iterable[Field], section: str) -> list[Field]:
-    """The fields of a section; "" = those that stand in none."""
+    """The fields of a section; "" = fields that are in no section."""
     return [f for f in fields if section == (f.name.partition(".")[0] if "." in f.name else "")]
 
 
 def help_text(argv: Sequence[str]) -> str:
-    """Return the fields with the values of a command line's preset, "" if it asks for no help.
+    """Return the fields with the values of the given preset; "" if no help was asked for.
 
     Raises:
-        ConfigError: `--config` names no preset.
+        ConfigError: `--config` does not name a preset.
     """
     if not any(argument.lstrip("-") in HELP_FLAGS for argument in argv if argument[:1] == "-"):
         return ""
@@ -120,7 +120,7 @@ def help_text(argv: Sequence[str]) -> str:
 
 
 def _help_lines(field: Field, preset: Any) -> list[str]:
-    """A field in the form that absl gives flags."""
+    """A field in the same form as absl's flags."""
     value = preset
     for key in field.name.split("."):
         value = value[key]

@@ -1,8 +1,8 @@
-"""The whole configuration of a run: frozen dataclasses, checked before anything heavy starts.
+"""The whole configuration of a run: frozen dataclasses, checked before anything slow starts.
 
-Defaults, choices and bounds live here and nowhere else: checks, messages, flags and docs/config.md
-are made from these types (`fields`). Presets render the defaults to a ConfigDict and override some;
-below launch.py no code sees a ConfigDict.
+Defaults, choices and bounds are defined only here; checks, messages, flags and docs/config.md are
+made from these types (`fields`). Presets convert the defaults to a ConfigDict and override some of
+them. Only launch.py and presets use ConfigDicts; all other code uses these dataclasses.
 """
 
 from dataclasses import dataclass, field
@@ -22,26 +22,30 @@ MINIATURE_WEIGHTS = str(Path(__file__).parents[1] / "miniature" / "weights")
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Which policy, from which weights, sampled how.
+    """The policy: its weights and how actions are sampled.
 
     Attributes:
         checkpoint: Hugging Face folder of the start policy; a restored run overrides it.
-        lora_rank: of the LoRA adapters, which with the value head train alone; 0 = all trains.
+        lora_rank: rank of the LoRA adapters. Only adapters and value head train; 0 = no adapters:
+            all weights train.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = a scale of 1.
-        lora_adapter: PEFT folder, "" = none; merged on import, or trained on if lora_rank > 0.
+        lora_adapter: PEFT folder; "" = none. It is merged on import, or trained further if
+            lora_rank > 0.
         unnorm_key: key of the action statistics; "<key>_no_noops" is tried too.
-        value_head: "none", "chunk_level" (one value a chunk) or "action_level" (one an action).
-        max_prompt_length: tokens that every prompt is padded to; a longer prompt is an error.
+        value_head: "none", "chunk_level" (one value per chunk) or "action_level" (one per action).
+        max_prompt_length: every prompt is padded to this number of tokens; a longer prompt is an
+            error.
         keep_stop_token: attend to a stop token after the action slots, as OFT's own code does;
-            False follows RLinf. Use what the checkpoint was fine-tuned with.
-        temperature: softmax temperature when sampling and when training.
+            False follows RLinf. Use the value with which the checkpoint was fine-tuned.
+        temperature: softmax temperature in sampling and in training.
         eval_temperature: the same in evaluation; 0 = greedy.
-        top_k: keep the k likeliest bins; -1 = all 256.
-        param_dtype: how weights are kept.
-        compute_dtype: what the layers compute in; logits are float32.
-        remat: what the backward pass recomputes of a layer: "none", "dots" (all but the results of
-            matrix products) or "full". Less memory for more time, docs/policy_speed.md.
-        scan_layers: compile one layer and loop over it; compile time no longer grows with depth.
+        top_k: sample only from the k most likely bins; -1 = all 256.
+        param_dtype: type in which weights are stored.
+        compute_dtype: type in which layers compute; logits are float32.
+        remat: what the backward pass recomputes of a layer: "none", "dots" (all except the results
+            of matrix products) or "full". It saves memory and costs time (docs/policy_speed.md).
+        scan_layers: compile one layer and loop over it, so that compile time does not grow with
+            depth.
     """
 
     checkpoint: str = ""
@@ -63,17 +67,18 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class WorldModelConfig:
-    """EVAC: weights and how it is sampled.
+    """The world model EVAC: its weights and how it is sampled.
 
     Attributes:
         checkpoint: folder with config.json and model.safetensors.
         steps: denoising steps per chunk.
         eta: stochasticity; 0 = deterministic.
         solver: "ddim"; for fewer steps "dpm++" (eta 0 or 1) or "unipc" (eta 0).
-        compile: let torch.compile make the denoiser's kernels, which takes minutes; episodes that
-            are over are then imagined on, as every other batch size would be compiled anew.
-        reference_compat: reproduce the reference environment's defects (one-place-early poses,
-            raw pose model, rounding at 0.5, all environments reset together); for comparison only.
+        compile: compile the denoiser with torch.compile, which takes minutes. Finished episodes are
+            then still imagined, because each batch size needs its own compilation.
+        reference_compat: reproduce the defects of the reference environment (poses one place too
+            early, raw pose model, rounding at 0.5, all environments reset together); only for
+            comparison.
     """
 
     checkpoint: str = ""
@@ -86,19 +91,20 @@ class WorldModelConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The success classifier and what its verdict is worth.
+    """The success classifier and the reward for success.
 
     Attributes:
-        checkpoint: folder of the classifier, or of several, joined by commas: the mean of their
-            probabilities counts.
-        veto: with several, a frame on which they are further apart than this is no success;
-            0 = no veto.
-        threshold: probability from which a frame counts as success.
-        success_frames: consecutive frames that must count before the episode does.
-        judged_frames: last frames of every chunk that are decoded and judged; 0 = all. Success
-            that persists is seen in the last ones too, and the others then cost nothing.
-        coefficient: reward of success.
-        relative: reward the change of the score, so that an episode's sum is its last score.
+        checkpoint: folder of the classifier; or several folders, separated by commas, whose mean
+            probability is used.
+        veto: with several classifiers, a frame is not a success if their probabilities differ by
+            more than this; 0 = no veto.
+        threshold: a frame counts as success if its probability is at least this.
+        success_frames: number of consecutive successful frames that make the episode a success.
+        judged_frames: how many frames at the end of every chunk are decoded and judged; 0 = all.
+            A lasting success is visible in the last frames too, and the others then cost nothing.
+        coefficient: reward for success.
+        relative: reward the change of the score, so that the rewards of an episode sum to its last
+            score.
     """
 
     checkpoint: str = ""
@@ -115,22 +121,22 @@ class EnvConfig:
     """The episodes that the policy learns from.
 
     Attributes:
-        simulator: what the policy learns in: "world_model", or "ground_truth", the environment
-            that eval.ground_truth names: what learning gains where nothing is imagined.
+        simulator: where the policy learns: "world_model", or "ground_truth", the environment that
+            eval.ground_truth names; the latter shows what learning gains without a world model.
         initial_states: "miniature" (built-in scenes), "npy" (a folder of start frames) or
-            "recording" (first frames of a recording's training part, docs/episodes.md).
-        initial_states_path: that folder; unused by the miniature.
-        train_starts: [low, high) range of start ids for training; high -1 = all there are.
-        start_order: "random", "ordered" (one after another) or "fixed" (the same ones always).
-        num_envs: episodes imagined side by side, over all simulator processes.
+            "recording" (first frames of the training part of a recording, docs/episodes.md).
+        initial_states_path: that folder; not used with "miniature".
+        train_starts: [low, high) range of start ids for training; high = -1: up to the last one.
+        start_order: "random", "ordered" (one after another) or "fixed" (always the same ones).
+        num_envs: episodes that are imagined at the same time, over all simulator processes.
         max_episode_steps: actions after which an episode is truncated; a multiple of the chunk.
-        keyframes: share of the groups that begin in the middle of a recorded episode: a
-            long task whose end is never reached gives no reward.
+        keyframes: share of the groups that begin in the middle of a recorded episode. It helps if
+            a task is so long that its end, and so a reward, is never reached.
         keyframe_data: that recording (docs/episodes.md), of which the training part is used, or a
             folder of RLinf's keyframe files (docs/bring_your_world_model.md).
-        gripper: how the policy's gripper entry becomes the simulator's: "libero" (-sign(2g-1)),
-            "binary" or "none".
-        pose_model: folder of the network that turns (action, pose) into the next pose.
+        gripper: how the policy's gripper entry g is converted for the simulator: "libero"
+            (-sign(2g-1)), "binary" or "none".
+        pose_model: folder of the network that predicts the next pose from (action, pose).
     """
 
     simulator: Literal["world_model", "ground_truth"] = "world_model"
@@ -151,14 +157,15 @@ class SimulatorConfig:
     """The processes that imagine.
 
     Attributes:
-        processes: simulator processes; num_envs is divided among them, groups kept whole.
-        devices: torch device of each process; one entry serves all.
+        processes: simulator processes; env.num_envs is divided among them, and groups stay
+            together.
+        devices: torch device of each process; a single entry is used for all.
         threads: CPU threads of each process.
-        dtype: what the world model computes in.
+        dtype: type in which the world model computes.
         slots: frame buffers per process.
-        timeout_s: seconds that one chunk may take before the process counts as stuck.
-        start_timeout_s: seconds that loading may take.
-        restarts: times that a dead simulator is started again before the run stops.
+        timeout_s: longest time of one chunk, seconds; after it the process counts as stuck.
+        start_timeout_s: longest time for loading, seconds.
+        restarts: how often a dead simulator is started again before the run stops.
     """
 
     processes: Count = 1
@@ -173,16 +180,17 @@ class SimulatorConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How many episodes make one iteration.
+    """The episodes of one iteration.
 
     Attributes:
-        epochs: times that all environments play an episode, one after another, per iteration;
+        epochs: number of episodes that every environment plays per iteration, one after another;
             episodes per iteration = env.num_envs x epochs.
-        refill: times that an iteration may collect as many episodes again, to replace groups whose
-            members all succeed or all fail, or that algo.filter_rewards drops (dynamic sampling);
-            0 = never. For groups only.
-        pipeline_stages: parts that the environments are cut in: one imagines while the policy
-            decides for another. 2 where both take about the same time; the numbers are the same.
+        refill: how often an iteration may collect the same number of episodes again, to replace
+            groups whose members all succeed or all fail, or that algo.filter_rewards drops (dynamic
+            sampling); 0 = never. Only with groups.
+        pipeline_stages: number of parts into which the environments are divided. One part imagines
+            while the policy decides for another. Use 2 if both take about the same time; results do
+            not change.
     """
 
     epochs: Count = 1
@@ -201,13 +209,13 @@ class EvalConfig:
         ground_truth: environment to evaluate in for real: "miniature", "libero" (set up in the
             section of this name) or "none".
         ground_truth_episodes: episodes per evaluation in the ground truth.
-        ground_truth_envs: ground-truth environments stepped side by side.
+        ground_truth_envs: ground-truth environments that run at the same time.
         twin_fraction: share of every iteration's imagined episodes whose actions are replayed in
             the ground truth; 0 = none, else at least one episode.
-        twin_window: last replays that the alarm looks at.
-        twin_alarm: success that imagination may show beyond the real one; the alarm is
-            raised when the excess is larger by a one-sided test at 95 %.
-        twin_action: what follows the alarm: "warn", or "stop" after a checkpoint.
+        twin_window: number of latest replays that the alarm uses.
+        twin_alarm: how much the imagined success rate may exceed the real one; the alarm is raised
+            if the excess is larger by a one-sided test at 95 %.
+        twin_action: what the alarm does: "warn", or "stop" after a checkpoint.
     """
 
     interval: CountOrZero = 4
@@ -227,8 +235,8 @@ class CollectConfig:
     """Episodes recorded in the ground truth by `--mode=collect`; seeded by `seed`.
 
     Attributes:
-        out: new folder for them (docs/episodes.md is the format).
-        episodes: of all players together.
+        out: new folder for the episodes (docs/episodes.md describes the format).
+        episodes: number of episodes of all players together.
         mix: "player=share,..."; a player is a script of the ground truth, "policy" (the configured
             policy at its training temperature) or "policy:FOLDER@TEMPERATURE".
     """
@@ -240,14 +248,15 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Length of the run, how far acting may lag behind learning, and when to give up.
+    """Length of the run, staleness of the acting policy, and when the run gives up.
 
     Attributes:
-        iterations: rollout-and-update rounds in all, counted from the first start of the run.
-        max_staleness: updates that the policy which acts may be behind. With 1 the next
-            iteration's episodes are collected while an update is computed; needs algo.decoupled.
-            A run that is continued collects the episodes that were under way anew.
-        max_skipped_updates: non-finite optimiser steps in a row after which the run stops.
+        iterations: total number of iterations (rollout and update) since the first start of the
+            run.
+        max_staleness: how many updates the acting policy may be behind. With 1 the episodes of the
+            next iteration are collected while an update is computed; this needs algo.decoupled. A
+            resumed run collects the unfinished episodes again.
+        max_skipped_updates: the run stops after this many consecutive non-finite optimiser steps.
     """
 
     iterations: Count = 100
@@ -260,13 +269,13 @@ class CheckpointConfig:
     """Saving and restoring runs (not to be confused with policy.checkpoint, the import).
 
     Attributes:
-        restore: "" = start anew; "latest" = newest run of this algorithm under log.dir (or the
+        restore: "" = a new run; "latest" = the newest run of this algorithm under log.dir (or the
             run log.run); or the path of a run or of its checkpoint folder.
-        step: iteration to restore when only evaluating; -1 = the newest. Training goes on from
+        step: iteration to restore for evaluation; -1 = the newest. Training always continues from
             the newest.
         interval: iterations between checkpoints; the last iteration is always saved.
-        keep: newest checkpoints to keep.
-        dir: where; "" = <run folder>/checkpoints.
+        keep: how many of the newest checkpoints are kept.
+        dir: folder of the checkpoints; "" = <run folder>/checkpoints.
     """
 
     restore: str = ""
@@ -278,13 +287,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where a run leaves its traces.
+    """Where a run writes its logs and metrics.
 
     Attributes:
-        dir: folder that holds all runs.
-        run: name of the run's own folder; "" = <algorithm>-<date>-<time>.
-        tensorboard: write event files.
-        wandb: whether Weights & Biases gets the metrics too.
+        dir: folder of all runs.
+        run: name of this run's folder; "" = <algorithm>-<date>-<time>.
+        tensorboard: write TensorBoard event files.
+        wandb: whether metrics are also sent to Weights & Biases.
         wandb_project: project name for Weights & Biases.
     """
 
@@ -302,8 +311,8 @@ class VideoConfig:
     Attributes:
         save: write mp4 files at every evaluation.
         overlay: draw instruction, reward and success into them.
-        dir: where; "" = <run folder>/videos.
-        episodes: episodes filmed per evaluation, at most the environments of one process.
+        dir: folder of the videos; "" = <run folder>/videos.
+        episodes: episodes filmed per evaluation; at most the number of environments of one process.
         fps: frames per second.
     """
 
@@ -319,9 +328,9 @@ class TrainConfig:
     """Everything that defines a run.
 
     Attributes:
-        algorithm: "grpo" or "ppo"; the preset file says which.
+        algorithm: "grpo" or "ppo"; set by the preset file.
         algo: the configuration of that algorithm.
-        seed: of all that is drawn: starts, actions, noise, order of samples.
+        seed: seed of all random numbers: starts, actions, noise, order of samples.
     """
 
     algorithm: str

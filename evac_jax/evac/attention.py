@@ -1,8 +1,8 @@
 """Transformers of the video UNet, on channel-last features [B, T, V, H, W, C].
 
-In that layout a spatial sequence (all views of a frame), the frames of a pixel and the input of a
-linear layer are views or one copy, where the channel-first layout of the reference copies at every
-border between a convolution and a transformer.
+In this layout a spatial sequence (all views of a frame), the frames of a pixel and the input of a
+linear layer need at most one copy. The reference is channel-first and copies between every
+convolution and transformer.
 
 Parameter names are those of public EVAC checkpoints.
 """
@@ -19,9 +19,9 @@ CACHED_VALUES = 2**19  # values of one hidden layer to keep in a CPU core's cach
 
 @functools.lru_cache(maxsize=64)
 def _averaging(rows: int, channels: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Ones [1, rows], and [C, C] that makes sums over `rows` means of a channel's group."""
+    """Ones [1, rows], and a matrix [C, C] that turns sums over `rows` into means of groups."""
     size = channels // groups
-    with torch.inference_mode(False):  # also for a training that comes after imagination
+    with torch.inference_mode(False):  # so that a later training can use the cached tensors
         same_group = torch.eye(groups).repeat_interleave(size, 0).repeat_interleave(size, 1)
         return torch.ones(1, rows), same_group / (size * rows)
 
@@ -29,8 +29,8 @@ def _averaging(rows: int, channels: int, groups: int) -> tuple[Tensor, Tensor]:
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Group normalisation of channel-last x [N, ..., C] over all but its first axis.
 
-    In plain operations that keep the layout, with statistics in float32: the library's kernel
-    transposes on CUDA. On a CPU it is taken where it is the faster one.
+    It uses basic operations that keep the layout, with statistics in float32, because torch's own
+    kernel transposes on CUDA. On a CPU torch's kernel is used where it is faster.
     """
     count, channels, groups = x.shape[0], x.shape[-1], norm.num_groups
     flat = x.reshape(count, -1, channels)
@@ -40,7 +40,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
             channels_last = flat[:, :, None].permute(0, 3, 1, 2)
             y = F.group_norm(channels_last, groups, norm.weight, norm.bias, norm.eps)
             return y.permute(0, 2, 3, 1).reshape(x.shape)
-        # Products with ones, as sums over all but a short last axis are not vectorised.
+        # Products with ones, because sums over all but a short last axis are not vectorised.
         ones, mean_of_group = _averaging(cells, channels, groups)
         ones = ones.expand(count, -1, -1)
         sums = torch.cat((torch.bmm(ones, flat), torch.bmm(ones, flat * flat)), 1)  # [N 2 C]
@@ -64,9 +64,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention without bias on queries, keys and values.
 
-    Cross-attention (`context_dim` given) holds three pairs of key and value maps: one for image
-    tokens (`_ip`), one for action tokens (`_tp`), and the text pair, which no EVAC model uses but
-    all checkpoints carry.
+    Cross-attention (`context_dim` given) has three pairs of key and value maps: one for image
+    tokens (`_ip`), one for action tokens (`_tp`), and one for text. No EVAC model uses the text
+    pair, but all checkpoints contain it.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] to [..., hidden]."""
-        # Two products with contiguous results: halves of one would be slow to read, strided.
+        # Two products with contiguous results: halves of a single one are strided, slow to read.
         values, gates = (
             F.linear(x, weight, bias)
             for weight, bias in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
@@ -130,7 +130,7 @@ class FeedForward(nn.Module):
         """[..., dim] to [..., dim]."""
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.net(x)
-        # On a CPU a hidden layer that stays in the cache is a third faster than one that does not.
+        # On a CPU this is a third faster if the hidden layer stays in the cache.
         rows = x.reshape(-1, x.shape[-1])
         size = max(1, CACHED_VALUES // (4 * x.shape[-1]))
         return torch.cat([self.net(part) for part in rows.split(size)]).view(x.shape)
@@ -149,8 +149,8 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
         """Update sequences x [N, L, dim].
 
-        With a `context` of B <= N rows, N / B consecutive sequences share one row: the second
-        attention then runs on them joined, so that keys and values are never repeated.
+        With a `context` of B <= N rows, N / B consecutive sequences share one row. The second
+        attention treats them as one sequence, so keys and values are not repeated.
         """
         x = x + self.attn1(self.norm1(x))
         if context is None:
@@ -230,7 +230,7 @@ class TemporalTransformer(nn.Module):
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """The module with all its parameters set to zero: a residual branch that starts as nothing."""
+    """The module with all parameters set to zero, so that its residual branch starts at zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

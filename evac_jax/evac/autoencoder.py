@@ -1,8 +1,8 @@
-"""Image autoencoder: frames in [-1, 1] to latents an eighth of their size, and back.
+"""Image autoencoder: encodes frames in [-1, 1] to latents of an eighth of their size, and back.
 
 The network is diffusers' `AutoencoderKL`. Public EVAC checkpoints name its weights as the latent
-diffusion code did, so `Autoencoder.state_dict()` speaks those names, and `load_state_dict` takes
-either naming. diffusers' names never leave this file.
+diffusion code did. So `Autoencoder.state_dict()` uses those names, and `load_state_dict` accepts
+both. The names of diffusers are used only in this file.
 """
 
 import re
@@ -17,12 +17,12 @@ from evac_jax.evac.lean_imports import lean_imports
 with lean_imports("diffusers"):
     from diffusers import AutoencoderKL
 
-# Values in the largest feature map of a call. On a CPU small ones are faster; on a GPU this is 1 GB
-# in bfloat16, 32 frames of the full-size model.
+# Values in the largest feature map of a call. On a CPU small maps are faster. On a GPU the map is
+# 1 GB in bfloat16, or 32 frames of the full-size model.
 CPU_VALUES, GPU_VALUES = 2**22, 2**29
 LOGVAR_RANGE = (-30.0, 20.0)  # the log variance is clamped to this, as in training
 # Latent-diffusion name against diffusers name, applied to whole dotted parts, in this order.
-# "#" stands for a number that stays, "@" for a level counted from the other end.
+# "#" stands for a number that is kept, "@" for a level that is counted from the other end.
 _RENAMES = (
     ("encoder.down.#.block.#", "encoder.down_blocks.#.resnets.#"),
     ("encoder.down.#.downsample.conv", "encoder.down_blocks.#.downsamplers.0.conv"),
@@ -73,8 +73,8 @@ def ldm_to_diffusers(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]
     """Rename latent-diffusion weights; the attention's 1x1 convolutions become matrices.
 
     Args:
-        state: weights without prefix; keys already in diffusers' naming pass unchanged.
-        levels: entries of `channel_mult`, as the decoder counts its levels from the other end.
+        state: weights without prefix; keys that already have diffusers' names are unchanged.
+        levels: entries of `channel_mult`; the decoder counts its levels from the other end.
     """
     rename, renamed = _renamer(0, levels), {}
     for key, value in state.items():
@@ -94,7 +94,7 @@ def diffusers_to_ldm(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]
 class Autoencoder(nn.Module):
     """Frames to latents and back, all frames of a call in one batch.
 
-    Differs from the reference in that the posterior mean is as easily had as a sample: the
+    Difference from the reference: the posterior mean is available as well as a sample. The
     reference always samples, which makes its conditioning random.
 
     Source: AgibotTech/EnerVerse-AC `AutoencoderKL`; CompVis/latent-diffusion, the KL-f8 model.
@@ -143,18 +143,18 @@ class Autoencoder(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A posterior sample times the scale factor; `noise` (or the generator) is unit normal."""
+        """A posterior sample times the scale factor; `noise`, given or drawn, is unit normal."""
         mean, logvar = self.encode(frames)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device).to(mean)
         return self.config.scale_factor * (mean + (logvar / 2).exp() * noise)
 
     def decode_scaled(self, latents: Tensor) -> Tensor:
-        """`decode` of latents that carry the scale factor."""
+        """`decode` of latents that are multiplied by the scale factor."""
         return self.decode(latents / self.config.scale_factor)
 
     def forward(self, frames: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction, mean and log variance; the form in which it is trained."""
+        """Reconstruction, mean and log variance, as needed in training."""
         mean, logvar = self.encode(frames)
         noise = torch.randn_like(mean) if noise is None else noise
         return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
@@ -167,7 +167,7 @@ class Autoencoder(nn.Module):
 
 
 def frames_per_call(config: AutoencoderConfig, x: Tensor) -> int:
-    """Frames or latents of x [N, C, H, W] for one network call, so that memory is bounded."""
+    """How many frames or latents of x [N, C, H, W] go into one network call, to bound memory."""
     cells = x.shape[-2] * x.shape[-1]
     pixels = cells if x.shape[1] == 3 else cells * config.factor**2
     # The widest map: the decoder's second level, after its upsampling.

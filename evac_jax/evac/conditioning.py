@@ -1,7 +1,7 @@
-"""What the denoiser is told besides the noisy latents: rays, deltas, channels.
+"""Inputs of the denoiser besides the noisy latents: rays, pose deltas, concatenated channels.
 
-Called by `model.py` (imagination) and `training.py`; trajectory maps have their own file.
-Tensors are batch first; V views and T frames follow. Latents are `[B, V, 4, T, h, w]`.
+Imagination and training use them; trajectory maps are in `trajectory_maps`. The batch axis is
+first, V views and T frames follow. Latents are `[B, V, 4, T, h, w]`.
 """
 
 import math
@@ -24,8 +24,8 @@ def scale_intrinsic(intrinsic: Tensor, size_from, size_to) -> Tensor:
 def ray_maps(intrinsic: Tensor, c2w: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Viewing rays through the centres of the cells of a grid.
 
-    d = R ((x - cx) / fx, (y - cy) / fy, 1) / |.|, o = t, for c2w = [R t]; the camera looks along
-    +Z, also where the fork's renderer assumes -Z.
+    d = R ((x - cx) / fx, (y - cy) / fy, 1) / |.|, o = t, for c2w = [R t]. The camera looks along
+    +Z, even if the trajectory maps are drawn by the "fork" renderer, which assumes -Z.
 
     Args:
         intrinsic: [..., 3, 3] in units of the grid's cells.
@@ -82,7 +82,7 @@ def euler_xyz(quaternion: Tensor) -> Tensor:
 
 
 def delta_actions(poses: Tensor, config: EvacConfig, *, normalize: bool = True) -> Tensor:
-    """Change of pose from each frame to the next, with the gripper reached.
+    """Change of pose from each frame to the next, and the gripper reading of the later frame.
 
     Args:
         poses: [B, n, 16]; left then right arm, each xyz (metres), quaternion xyzw, gripper.
@@ -114,13 +114,13 @@ def window_deltas(window: Tensor, config: EvacConfig) -> Tensor:
 
 
 def image_condition(history: Tensor, chunk: int) -> Tensor:
-    """History latents [B, V, 4, n_previous, h, w], then `chunk` copies of the last of them."""
+    """History latents [B, V, 4, n_previous, h, w], followed by `chunk` copies of the last one."""
     copies = history[:, :, :, -1:].expand(-1, -1, -1, chunk, -1, -1)
     return torch.cat((history, copies), 3)
 
 
 def concat_channels(condition: Tensor, map_latents: Tensor, rays: Tensor, mask: Tensor) -> Tensor:
-    """The 15 channels that join the noisy latents at the denoiser's input.
+    """The 15 channels that are concatenated with the noisy latents at the denoiser's input.
 
     Args:
         condition: [B, V, 4, T, h, w] from `image_condition`.

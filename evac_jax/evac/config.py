@@ -1,8 +1,8 @@
-"""Sizes and constants of an EVAC world model; every network is built from these and nothing else.
+"""Sizes and constants of an EVAC world model; they determine every network completely.
 
-Defaults are the full-size model as RLinf runs it on LIBERO: 256x256 images, 8 frames per chunk.
-A miniature is the same classes with smaller numbers. Frozen, and JSON both ways
-(`EvacConfig.from_dict`, `to_dict`), so a folder of weights carries its own description.
+The defaults are the full-size model as RLinf runs it on LIBERO: 256x256 images, 8 frames per
+chunk. A miniature uses the same classes with smaller numbers. The classes are frozen and convert
+to and from JSON (`EvacConfig.from_dict`, `to_dict`), so a folder of weights describes itself.
 
 Source: the public configurations of AgibotTech/EnerVerse-AC and jzndd/EnerVerse-AC.
 """
@@ -31,7 +31,7 @@ AGIBOTWORLD_DELTA_STD = (
 
 
 class JsonConfig:
-    """Dataclass mixin: to and from plain JSON values, unknown keys refused by name."""
+    """Dataclass mixin that converts to and from plain JSON values and rejects unknown keys."""
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of JSON values; tuples become lists."""
@@ -88,10 +88,11 @@ class UNetConfig(JsonConfig):
         num_head_channels: width of one attention head.
         init_heads: heads of the temporal transformer behind the first convolution.
         context_dim: width of the context tokens.
-        action_tokens: the last so many context tokens are action tokens, the others image tokens.
+        action_tokens: number of action tokens, at the end of the context; the others are image
+            tokens.
         num_domains: rows of the embodiment table.
-        norm_groups: groups of every group norm. Public weights need 32; at a width of 32 that is
-            one channel per group, which erases the time embedding, so a miniature takes fewer.
+        norm_groups: groups of every group norm. Public weights need 32. At a width of 32 this would
+            be one channel per group, which erases the time embedding, so a miniature has fewer.
         dropout: in [0, 1), inside residual blocks and attention outputs, in training only.
         gradient_checkpointing: recompute blocks in the backward pass; less memory, more time.
     """
@@ -114,7 +115,7 @@ class UNetConfig(JsonConfig):
 
 @dataclass(frozen=True)
 class AutoencoderConfig(JsonConfig):
-    """KL autoencoder; it halves the image once per level but the last.
+    """KL autoencoder; every level except the last halves the image.
 
     Attributes:
         channels: width of level 0; a multiple of `norm_groups`.
@@ -123,9 +124,8 @@ class AutoencoderConfig(JsonConfig):
         norm_groups: groups of every group normalisation.
         latent_channels: channels of a latent.
         scale_factor: latents are stored multiplied by this.
-        max_batch: frames per network call, to bound memory; 0 = as many as
-            `autoencoder.frames_per_call` finds right. Frames are independent, so it never changes
-            results.
+        max_batch: frames per network call, to bound memory; 0 = chosen by
+            `autoencoder.frames_per_call`. Frames are independent, so results do not depend on it.
     """
 
     channels: int = 128
@@ -144,7 +144,7 @@ class AutoencoderConfig(JsonConfig):
 
 @dataclass(frozen=True)
 class ResamplerConfig(JsonConfig):
-    """Perceiver resampler: any number of input tokens to a fixed number of context tokens.
+    """Perceiver resampler: maps any number of input tokens to a fixed number of context tokens.
 
     Attributes:
         dim: width inside.
@@ -235,9 +235,9 @@ class EvacConfig(JsonConfig):
         fps: frame-rate conditioning value, truncated to an integer.
         domain_id: row of the embodiment table; 11 is AgiBot World.
         delta_mean, delta_std: 12 statistics of the pose deltas (metres, radians).
-        delta_std_factor: deltas are normalised by this many means and standard deviations, as
-            the frames of the training data lay up to so many steps apart.
-        gripper_scale: delta actions carry the gripper reading divided by this.
+        delta_std_factor: mean and standard deviation are multiplied by this before deltas are
+            normalised, because frames of the training data were up to this many steps apart.
+        gripper_scale: the gripper reading is divided by this in the delta actions.
         unet, autoencoder, action_resampler, image_resampler, image_tower, maps: the parts.
     """
 
@@ -280,7 +280,7 @@ class EvacConfig(JsonConfig):
         return self.image_resampler.num_queries * self.chunk
 
     def __post_init__(self):
-        """Refuse sizes that do not fit together, all problems at once."""
+        """Raise one error that lists all sizes that do not fit together."""
         unet, tower = self.unet, self.image_tower
         width = self.action_resampler.output_dim
         checks = {

@@ -1,10 +1,10 @@
 """The loss that trains an EVAC world model, as a pure function of model, batch and generator.
 
-Frozen parts can be run once and cached: the loss takes latents, not pictures.
+It takes latents, not pictures, so the output of the frozen parts can be cached.
 
 Source: specification of EnerVerse-AC's `p_losses` and batch preparation. The released recipe
-trains the UNet and the image resampler with AdamW 5e-5 and gradient norm 0.5; which parameters
-train is the caller's choice through `requires_grad`.
+trains the UNet and the image resampler with AdamW 5e-5 and gradient norm 0.5. The caller chooses
+which parameters train by `requires_grad`.
 """
 
 import functools
@@ -32,8 +32,8 @@ class TrainingBatch:
         map_latents: [B, V, 4, chunk, h, w] scaled latents of the chunk's trajectory maps.
         rays: [B or 1, V, 6, T, h, w] from `EvacModel.rays`.
         deltas: [B, n, 14] from `conditioning.window_deltas`.
-        images: [B, V, F, 3, H, W] in [-1, 1], candidates for the image tower, one of which is
-            drawn at random; the released recipe offers the history frames (F = n_previous).
+        images: [B, V, F, 3, H, W] in [-1, 1], candidates for the image tower. One of them is drawn
+            at random; in the released recipe they are the history frames (F = n_previous).
     """
 
     latents: Tensor
@@ -48,11 +48,11 @@ class LossOptions:
     """Randomisation of the conditioning; the defaults are the released recipe.
 
     Attributes:
-        dropout: p in [0, 0.25]. Of one uniform number u per sample: actions dropped for u < 2p,
-            tower image for p <= u < 3p, image condition for u < p/2, p <= u < 1.5p and
-            2.5p <= u < 3.5p, trajectory maps for p/2 <= u < 1.5p.
-        history_noise: noise the history latents, later frames more, so that the model forgives
-            its own past errors in a rollout.
+        dropout: p in [0, 0.25]. One uniform number u is drawn per sample. Actions are dropped for
+            u < 2p, the tower image for p <= u < 3p, the image condition for u < p/2,
+            p <= u < 1.5p and 2.5p <= u < 3.5p, trajectory maps for p/2 <= u < 1.5p.
+        history_noise: add noise to the history latents, more to later frames, so that in a rollout
+            the model tolerates its own earlier errors.
     """
 
     dropout: float = 0.1
@@ -77,17 +77,17 @@ def training_loss(
     """Scalar loss of one batch.
 
     Args:
-        model: the world model; gradients flow into whatever requires them.
+        model: the world model; parameters with `requires_grad` get gradients.
         batch: see `TrainingBatch`.
         options: randomisation; `PLAIN` for none.
         generator: source of all randomness, on the host or the batch's device.
         weight: factors of the squared error, broadcastable to [B, V, 4, chunk, h, w]; None is 1.
         timesteps: [B] int64 instead of uniform draws.
         noise: shaped like `batch.latents`, instead of standard normal draws.
-        schedule: tables, to build them once outside of a training loop.
-        share: (first, total) when `batch` is samples first, first + 1, ... of a larger batch of
-            `total`: the random numbers are then those that the larger batch would give them, so
-            losses of its parts average to its own.
+        schedule: tables, if they were built once outside the training loop.
+        share: (first, total) if `batch` is samples first, first + 1, ... of a larger batch of
+            `total`. They get the random numbers that they would have in the larger batch, so the
+            mean of the losses of its parts is its loss.
     """
     config = model.config
     draw = _Random(generator, batch.latents, share)
@@ -128,10 +128,11 @@ def diffusion_loss(
     weight: Tensor | None = None,
     **labels: Tensor,
 ) -> Tensor:
-    """Mean squared error of v on the chunk frames, conditioning given.
+    """Mean squared error of v on the chunk frames, with given conditioning.
 
-    All frames are scaled by the timestep's input scale, history included. (Imagination feeds
-    history unscaled: a mismatch of the public recipe, kept because its weights live with it.)
+    All frames, history included, are multiplied by the input scale of the timestep. (Imagination
+    uses unscaled history. This mismatch is in the public recipe and is kept, because the public
+    weights were trained with it.)
 
     Args:
         model: the denoiser and its configuration.
@@ -140,7 +141,7 @@ def diffusion_loss(
         concat: [B, V, 15, T, h, w].
         context: [B, V, tokens, width].
         timesteps: [B] int64, shared by the views.
-        noise: like `latents`; its history frames are not used.
+        noise: of the shape of `latents`; its history frames are not used.
         weight: see `training_loss`.
         **labels: `fps` and `domain_id` for `EvacModel.velocity`.
     """
@@ -163,7 +164,7 @@ def diffusion_loss(
 
 
 def condition_dropout(uniform: Tensor, p: float) -> dict[str, Tensor]:
-    """Which parts of the conditioning are dropped, [B] bool each, for draws in [0, 1)."""
+    """Which parts of the conditioning are dropped, [B] bool each, for uniform draws in [0, 1)."""
     u = uniform
     return {
         "actions": u < 2 * p,
@@ -174,10 +175,10 @@ def condition_dropout(uniform: Tensor, p: float) -> dict[str, Tensor]:
 
 
 def noise_history(history: Tensor, num_timesteps: int, schedule: Schedule, draw) -> Tensor:
-    """History latents [B, V, 4, P, h, w], each frame noised to a random time, ascending.
+    """History latents [B, V, 4, P, h, w] with noise of a random time per frame, ascending.
 
-    Times are (N / d) (1 - cos a), a uniform in (-pi/2, pi/2) with negative ones set to zero (so
-    half of the frames get the smallest noise), d one random integer in 3..20 per batch.
+    Times are (N / d) (1 - cos a). a is uniform in (-pi/2, pi/2), and negative values are set to
+    zero, so half of the frames get the smallest noise. d is one random integer in 3..20 per batch.
     """
     batch, _, _, past = history.shape[:4]
     divisor = draw.integers(3, 21, ())
@@ -192,9 +193,9 @@ def _drop(values: Tensor, drop: Tensor) -> Tensor:
 
 
 class _Random:
-    """Draws on the generator's device, results on the batch's.
+    """Draws on the generator's device and moves the results to that of the batch.
 
-    The first axis is the batch, of which `share` (see `training_loss`) keeps a part.
+    The first axis is the batch; `share` (see `training_loss`) selects a part of it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""CLIP image tower: frames in [-1, 1] to the tokens of all patches.
+"""CLIP image tower: maps frames in [-1, 1] to the tokens of all patches.
 
-The network is open_clip's `VisionTransformer`, the pixels are prepared here. Parameter names are
-those of public checkpoints (`embedder.model.visual.*`).
+The network is open_clip's `VisionTransformer`; this module prepares the pixels. Parameter names
+are those of public checkpoints (`embedder.model.visual.*`).
 """
 
 import torch
@@ -19,7 +19,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def gaussian_kernel(sigma: float, like: Tensor) -> Tensor:
-    """Normalised odd kernel over two standard deviations to each side, three taps at least."""
+    """Normalised kernel of odd length, two standard deviations to each side, at least 3 taps."""
     size = max(int(4 * sigma), 3) | 1
     x = torch.arange(size, dtype=like.dtype, device=like.device) - size // 2
     weight = torch.exp(-(x**2) / (2 * sigma**2))
@@ -29,8 +29,8 @@ def gaussian_kernel(sigma: float, like: Tensor) -> Tensor:
 def resize_antialiased(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Frames [N, C, H, W] at `size`: Gaussian blur if any axis shrinks, then bicubic.
 
-    The blur's standard deviation is (factor - 1) / 2 per axis, its border reflected; corners
-    are aligned. These are the semantics of kornia's `resize(antialias=True)`.
+    The standard deviation of the blur is (factor - 1) / 2 per axis. Borders are reflected and
+    corners are aligned, as in kornia's `resize(antialias=True)`.
     """
     factors = [have / want for have, want in zip(frames.shape[-2:], size, strict=True)]
     if max(factors) > 1:
@@ -47,7 +47,7 @@ def resize_antialiased(frames: Tensor, size: tuple[int, int]) -> Tensor:
 class ImageTower(nn.Module):
     """All patch tokens, class token first, without the final norm and projection.
 
-    Differs from the reference only in holding none of CLIP's text weights.
+    Difference from the reference: it does not hold CLIP's text weights.
 
     Source: AgibotTech/EnerVerse-AC, its frozen OpenCLIP image embedder; open_clip 2.22 semantics.
     """
@@ -79,7 +79,7 @@ class ImageTower(nn.Module):
         first = visual.class_embedding.expand(len(patches), 1, -1)
         x = visual.ln_pre(torch.cat((first, patches), dim=1) + visual.positional_embedding)
         blocks = visual.transformer.resblocks
-        # open_clip changed from sequence-first to batch-first; the blocks know which they are.
+        # Old versions of open_clip are sequence-first, new ones batch-first; the blocks know which.
         batch_first = blocks[0].attn.batch_first
         x = x if batch_first else x.transpose(0, 1)
         for block in blocks:

@@ -1,9 +1,9 @@
-"""Imports diffusers and open_clip: beside any build of torch, and in a third of the time.
+"""Imports diffusers and open_clip with any build of torch, and in a third of the time.
 
-Both import torchvision, whose PyPI wheels are CUDA builds: beside a CPU torch their compiled part
-does not load, and `import torchvision` dies for want of two operators that nothing here calls. And
-both look for optional companions of features that are not used here, which took 3.6 of the 5.3 s
-that a simulator spent on imports.
+Both import torchvision, whose PyPI wheels are CUDA builds. With a CPU build of torch their compiled
+part does not load, and `import torchvision` fails because two operators are missing, which nothing
+here calls. Both libraries also import optional packages for features that are not used here. That
+took 3.6 of the 5.3 s that a simulator spent on imports.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ COMPANIONS = ("scipy", "timm", "transformers", "wandb")
 
 @contextlib.contextmanager
 def lean_imports(library: str) -> Iterator[None]:
-    """Let `library`, imported within for the first time, find COMPANIONS missing.
+    """Hide the packages COMPANIONS while `library` is imported for the first time in the block.
 
-    It goes on without them for good; afterwards everyone else may import them. Nothing is hidden
-    from a library that has looked before, nor where a companion is there already: it may be in
-    the midst of needing the others, as transformers is.
+    `library` then works without them; other code can import them after the block. Nothing is hidden
+    if `library` was imported before, or if one of the packages was: a package that is just being
+    imported, such as transformers, may need the others.
     """
     ensure_torchvision()
     there = any(name in sys.modules for name in (library, *COMPANIONS))
     hidden = [] if there else COMPANIONS
-    sys.modules |= dict.fromkeys(hidden)  # None: `import` says that there is no such module
+    sys.modules |= dict.fromkeys(hidden)  # None makes `import` report that there is no such module
     try:
         yield
     finally:
@@ -35,9 +35,9 @@ def lean_imports(library: str) -> Iterator[None]:
 
 
 def ensure_torchvision() -> None:
-    """Make `import torchvision` work; a working one is left alone, repeated calls are safe.
+    """Make `import torchvision` work. A working one is not changed; repeated calls are safe.
 
-    Declares the two missing operators without implementing them, so calling them still raises.
+    The two missing operators are declared but not implemented, so calling them still raises.
 
     Raises:
         RuntimeError: if torchvision is broken in another way.

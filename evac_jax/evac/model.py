@@ -1,9 +1,9 @@
-"""The world model: one chunk of poses in, one chunk of frames out, history kept on the device.
+"""The world model: one chunk of poses in, one chunk of frames out; the history is on the device.
 
-Nothing whose result is never read is computed: a start frame is encoded once, only a chunk's own
-maps are drawn and encoded, only new frames are decoded, and the image tower runs on start frames
-alone. History is a preallocated tensor with a length per environment, so environments may be at
-different chunks of their episodes.
+Only results that are used are computed. A start frame is encoded once. Maps are drawn and encoded
+only for the frames of the chunk. Only new frames are decoded. The image tower sees only start
+frames. The history is a preallocated tensor with a length per environment, so environments may be
+at different chunks of their episodes.
 
 Source: specification of EnerVerse-AC's `inference` and RLinf's `EvacEnv`. Deliberate differences:
 1. posterior means instead of posterior samples, so conditioning is deterministic;
@@ -33,11 +33,11 @@ from evac_jax.evac.unet import UNet
 
 @dataclass(frozen=True)
 class Camera:
-    """Where the views look from.
+    """The cameras of the views.
 
     Attributes:
         intrinsic: [B or 1, V, 3, 3], pixels of the model's image size.
-        c2w: camera to world, metres; [B or 1, V, 4, 4] for a resting camera, or
+        c2w: camera to world, metres; [B or 1, V, 4, 4] for a fixed camera, or
             [B or 1, V, n_previous + chunk, 4, 4] along a pose window.
     """
 
@@ -56,11 +56,11 @@ class EvacState:
     """What the model remembers of B episodes; the tensors are overwritten in place.
 
     Attributes:
-        latents: [B, L, V, 4, h, w] start latents in the first n_previous places, then imagined
-            ones in order.
+        latents: [B, L, V, 4, h, w]: the start latent n_previous times, then the imagined latents
+            in order.
         c2w: [B, L, V, 4, 4] cameras of the same frames.
-        tokens: [B, 2, V, tokens, width] image tokens of the start frame: as given, for the first
-            chunk, and as the autoencoder reproduces it, for later ones.
+        tokens: [B, 2, V, tokens, width] image tokens of the start frame: of the given frame, for
+            the first chunk, and of its reconstruction by the autoencoder, for later chunks.
         length: [B] int64 on the host; frames stored, 0 before the first chunk.
     """
 
@@ -72,7 +72,7 @@ class EvacState:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything the denoiser is told about one chunk.
+    """All inputs of the denoiser for one chunk besides the noisy latents.
 
     Attributes:
         history: [B, V, 4, n_previous, h, w] clean latents.
@@ -86,9 +86,9 @@ class Conditioning:
 
 
 class EvacModel(nn.Module):
-    """The five networks of an EVAC checkpoint and the procedure that joins them.
+    """The five networks of an EVAC checkpoint and the procedure that connects them.
 
-    Children carry the checkpoint's prefixes: `model.diffusion_model` (UNet), `first_stage_model`
+    Submodules have the checkpoint's names: `model.diffusion_model` (UNet), `first_stage_model`
     (autoencoder), `cond_stage_model` (action resampler), `image_proj_model` (image resampler),
     `embedder` (image tower).
     """
@@ -177,12 +177,12 @@ class EvacModel(nn.Module):
 
     @torch.no_grad()
     def restart(self, state: EvacState, frames: Tensor, mask: Tensor) -> EvacState:
-        """Begin again in the masked environments; the others are not touched.
+        """Begin new episodes in the masked environments; the others are unchanged.
 
         Args:
             state: overwritten in place.
             frames: [B, V, 3, H, W] start frames; entries outside the mask are not read.
-            mask: [B] bool, best on the host.
+            mask: [B] bool, preferably on the host.
         """
         rows = mask.cpu().nonzero().squeeze(1)
         if len(rows) == 0:
@@ -224,20 +224,20 @@ class EvacModel(nn.Module):
                 xyzw, gripper reading.
             camera: of the same environments.
             steps: denoising steps.
-            eta: 0 deterministic given the start noise, 1 ancestral.
+            eta: 0 = deterministic given the start noise, 1 = ancestral sampling.
             noise: [B, V, 4, chunk, h, w] start noise; None draws it from `generator`.
-            generator: source of randomness on the model's device; None is torch's default one. A
-                function gives the fresh noise of a step (see `sampler.sample`); `noise` is
-                required then.
-            rows: [b] environments to imagine; every other argument and the returned frames then
+            generator: source of randomness on the model's device; None is torch's default one. It
+                may be a function that gives the noise of a step (see `sampler.sample`); then
+                `noise` is required.
+            rows: [b] environments to imagine; all other arguments and the returned frames then
                 have b entries instead of B.
-            deltas: [B, n, 14] replaces the deltas computed from `poses`; only for golden vectors
-                of upstream's `inference`, see `tests.parity.evac_upstream`.
+            deltas: [B, n, 14] replaces the deltas computed from `poses`; used only for golden
+                vectors of upstream's `inference`, see `tests.parity.evac_upstream`.
             guidance: classifier-free guidance scale; 1 is none, and the only tested choice for
                 the RLinf weights.
             solver: see `sampler.solve`.
             decoded: how many of the chunk's last frames to decode and return; 0 = all. The others
-                stay in the history as latents (see `decode_history`).
+                remain in the history as latents (see `decode_history`).
 
         Returns:
             The state with the chunk appended, and frames [B, V, chunk or decoded, 3, H, W],
@@ -260,13 +260,13 @@ class EvacModel(nn.Module):
 
     @torch.no_grad()
     def decode_history(self, state: EvacState, rows: Tensor, begin: int, end: int) -> Tensor:
-        """Frames [b, V, begin - end, 3, H, W] that were imagined but not decoded.
+        """Decode frames of the history; return [b, V, begin - end, 3, H, W].
 
         Args:
-            state: where they are remembered.
+            state: holds the history.
             rows: [b] environments.
-            begin: the first one, counted back from the end of each history (1 is the last one).
-            end: the one behind the last one, counted likewise.
+            begin: the first frame, counted back from the end of each history (1 is the last frame).
+            end: the frame after the last one, counted in the same way.
         """
         rows = rows.cpu()
         places = state.length[rows][:, None] - torch.arange(begin, end, -1)
@@ -275,7 +275,7 @@ class EvacModel(nn.Module):
         return self.decode(latents).transpose(1, 2)
 
     def _append(self, state: EvacState, rows: Tensor, latents: Tensor, camera: Camera) -> EvacState:
-        """Store a chunk [b, chunk, V, 4, h, w] behind what each of `rows` remembers."""
+        """Append a chunk [b, chunk, V, 4, h, w] to the history of each of `rows`."""
         past, chunk = self.config.n_previous, self.config.chunk
         here = latents.device
         c2w = camera.along(past + chunk).transpose(1, 2).to(state.c2w)
@@ -300,7 +300,7 @@ class EvacModel(nn.Module):
         rows: Tensor | None = None,
         deltas: Tensor | None = None,
     ) -> Conditioning:
-        """What the denoiser is told about the next chunk; arguments as in `imagine`."""
+        """The denoiser's conditioning for the next chunk; arguments as in `imagine`."""
         rows = torch.arange(len(state.length)) if rows is None else rows.cpu()
         past, chunk = self.config.n_previous, self.config.chunk
         here = state.latents.device
@@ -337,8 +337,8 @@ class EvacModel(nn.Module):
     ) -> Tensor:
         """Latents [B, V, 4, chunk, h, w] of a chunk from noise of the same shape.
 
-        They are float32 whatever the networks are: rounded to 16 bits after every step, they
-        would lose what a small step adds.
+        They are float32 whatever the dtype of the networks: if they were rounded to 16 bits after
+        every step, the change of a small step would be lost.
         """
         batch, views = noise.shape[:2]
         branches = [conditioning]
@@ -379,7 +379,7 @@ class EvacModel(nn.Module):
         """The denoiser's v for latents [BV, 4, T, h, w] and their conditioning.
 
         Args:
-            x: noisy chunk behind clean history.
+            x: clean history, followed by the noisy chunk.
             timesteps: [BV] int64 of the chunk frames.
             concat: [BV, 15, T, h, w].
             context: result of `unet.prepare_context`, or plain tokens [BV, tokens, width].
@@ -427,10 +427,10 @@ class EvacModel(nn.Module):
 
 
 def history_places(length: Tensor, n_previous: int) -> Tensor:
-    """[B, n_previous] stored frames that condition the next chunk.
+    """[B, n_previous] indices of the stored frames that condition the next chunk.
 
-    floor(n i / (n_previous - 1)) for i = 0 .. n_previous - 2, then the last one; n is the stored
-    length [B]. A first chunk (n = 0) reads place 0, the start frame.
+    floor(n i / (n_previous - 1)) for i = 0 .. n_previous - 2, then the last frame; n is the stored
+    length [B]. The first chunk (n = 0) reads index 0, the start frame.
     """
     spread = torch.arange(n_previous - 1, device=length.device)
     early = length[:, None] * spread // (n_previous - 1)

@@ -1,9 +1,9 @@
-"""Models in and out of folders, and whether the weights of a file fit a model.
+"""Saves models to folders, loads them, and checks whether the weights of a file fit a model.
 
-A folder is `config.json` ({"model": class name, "config": sizes}) beside `model.safetensors`;
-`evac_jax.tools.world_model.import_evac` makes one of a public file. Or write `config.json` beside
-such a file and name it under "weights": it is read as it is, see `weight_files`. Weights are fitted
-strictly: a key that the model lacks must be on the short list of those known to be unused.
+A folder holds `config.json` ({"model": class name, "config": sizes}) and `model.safetensors`;
+`evac_jax.tools.world_model.import_evac` makes one from a public file. Or write `config.json` beside
+a public file and name that file under "weights": it is read unchanged, see `weight_files`. The
+comparison is strict: a key that the model lacks must be in the short list of unused keys.
 """
 
 import importlib
@@ -56,9 +56,9 @@ class Fit:
         missing: keys of the model that the file lacks.
         unexpected: keys of the file that the model lacks and that are not known to be unused.
         mismatched: key -> (shape in the file, shape in the model).
-        mistyped: key -> (type in the file, type in the model), integers against real numbers.
-        unused: keys of the file that are left out knowingly.
-        hints: what the differences suggest.
+        mistyped: key -> (type in the file, type in the model), if only one of them is an integer.
+        unused: keys of the file that are known and not needed.
+        hints: likely causes of the differences.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Fit:
 
 
 def _listing(what: str, keys: list[str], told: Mapping[str, str] | None = None) -> str:
-    """One line: the first keys, and of how many in which part of the model they are examples."""
+    """One line: the first keys as examples, and how many there are in each part of the model."""
     if not keys:
         return ""
     line = f"  {len(keys)} {what}: {', '.join((told or {}).get(key, key) for key in keys[:SHOWN])}"
@@ -104,7 +104,7 @@ def fit(
 ) -> Fit:
     """Compare the keys, shapes and, if given, types of a file with those of a model.
 
-    The model may be on "meta". Precisions may differ, whole numbers must stay such.
+    The model may be on "meta". Precisions may differ, but integers must be integers in both.
     """
     ours = model.state_dict()
     theirs = {key: tuple(shape) for key, shape in shapes.items()}
@@ -143,7 +143,7 @@ def _variant_hint(model: nn.Module, in_file: int, in_model: int) -> str:
 
 
 def require_fit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
-    """`fit` of a state dict of the file `name`.
+    """The `fit` of a state dict, read from the file `name`.
 
     Raises:
         CheckpointError: with every key that does not fit.
@@ -163,12 +163,12 @@ def load_weights(
 ) -> Fit:
     """Load a file into a model, strictly; parameters keep the model's dtype.
 
-    A model built on "meta" takes the file's tensors as they are, so it is never held twice.
+    A model on "meta" takes the tensors of the file itself, so memory holds them only once.
 
     Args:
-        model: anywhere; the others only matter on "meta".
+        model: on any device; `device` and `dtype` matter only for "meta".
         path: the file.
-        device: each tensor goes there as soon as it is read, so that the host holds one.
+        device: each tensor is moved there as soon as it is read, so the host holds one at a time.
         dtype: of the floating-point tensors, instead of the model's.
 
     Raises:
@@ -186,10 +186,10 @@ def load_weights(
 
 
 def save_model(folder: str | Path, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Write a model and its configuration; an interrupted call leaves the old files in place.
+    """Write a model and its configuration; an interrupted call keeps the old files.
 
     Args:
-        folder: created if missing; other files in it stay.
+        folder: created if missing; other files in it are kept.
         model: an instance of one of `MODELS`.
         dtype: store floating-point weights in this type to save space.
 
@@ -210,7 +210,7 @@ def save_weights(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a model that was never built; see `save_model`.
+    """Write a model from its state dict, without building it; see `save_model`.
 
     Args:
         folder: created if missing.
@@ -239,8 +239,8 @@ def load_model(
 
     Args:
         folder: holds `config.json` and the weights, see the module's docstring.
-        kind: class name expected, a key of `MODELS`; None takes any.
-        device: where to put it.
+        kind: expected class name, a key of `MODELS`; None = any.
+        device: of the model.
         dtype: of its floating-point weights; None = float32.
 
     Raises:
@@ -262,7 +262,7 @@ def load_model(
         raise CheckpointError(f"{path}: expected a model of kind {expected}, got {name!r}")
     cls, config_cls = map(_imported, MODELS[name])
     config = config_cls.from_dict(description.get("config", {}))
-    with torch.device("meta"):  # no time spent on initial values that are replaced at once
+    with torch.device("meta"):  # initial values would be replaced at once, so none are computed
         model = cls(config)
     load_weights(model, path.with_name(description.get("weights", WEIGHTS_FILE)), device, dtype)
     return model.to(device).eval()

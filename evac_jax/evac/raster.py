@@ -1,13 +1,13 @@
-"""Filled circles and thick lines, pixel by pixel as OpenCV draws them, for a whole batch at once.
+"""Draws filled circles and thick lines for a whole batch, with exactly the pixels of OpenCV.
 
 The public EVAC weights were trained on maps drawn with OpenCV's integer geometry, so an edge that
-is one pixel off is a distribution shift. Every shape here is convex along a row, hence one closed
-interval of columns per row describes it; the intervals follow from OpenCV's fixed-point
-recurrences solved in closed form, and a shape costs O(H) instead of O(H W) integer operations.
+is one pixel off is a distribution shift. Every shape here is convex along a row, so one closed
+interval of columns per row describes it. The intervals follow from OpenCV's fixed-point
+recurrences, solved in closed form; a shape costs O(H) instead of O(H W) integer operations.
 
 A shape is a tensor `[2, N, P, H]` int64: first and last column per row of each of P pieces, empty
-when first > last. A thick line has three pieces, because OpenCV leaves pin holes between a
-line's body and its round ends, which a single interval would close.
+if first > last. A thick line has three pieces, because OpenCV leaves small holes between the body
+of a line and its round ends, which a single interval would fill.
 
 Source: opencv/opencv 4.x and 5.x, modules/imgproc/src/drawing.cpp (Circle, ThickLine,
 FillConvexPoly, Line2, LineIterator, clipLine), facts only.
@@ -23,7 +23,7 @@ SHIFT = 16  # OpenCV's sub-pixel bits
 ONE = 1 << SHIFT
 HALF = ONE >> 1
 EMPTY_FIRST, EMPTY_LAST = 1 << 40, -(1 << 40)  # an interval that never wins a min / max
-# Python bindings of OpenCV take 32-bit coordinates; farther points cannot be drawn there at all.
+# OpenCV's Python bindings take 32-bit coordinates; points beyond them cannot be drawn there.
 LIMIT = (1 << 31) - 1
 
 
@@ -67,7 +67,7 @@ def line(start: Tensor, end: Tensor, thickness: int, height: int, width: int) ->
 
     Args:
         start: [N, 2] int64 pixel (column, row), within +-2^31.
-        end: [N, 2] likewise.
+        end: [N, 2] in the same form.
         thickness: pixels, >= 1. Above 1 the ends are round.
         height: rows of the canvas.
         width: columns of the canvas; the geometry depends on it, because OpenCV clips the
@@ -104,7 +104,7 @@ def line(start: Tensor, end: Tensor, thickness: int, height: int, width: int) ->
 
 def covers(shape: Tensor, width: int) -> Tensor:
     """Mask [N, H, width] of the pixels of a shape [2, N, P, H]."""
-    # 16-bit columns: this is the only O(H W) work, and memory traffic bounds it.
+    # 16-bit columns: this is the only O(H W) work, and memory bandwidth limits it.
     columns = torch.arange(width, device=shape.device, dtype=torch.int16)
     bounds = shape.clamp(-1, width).to(torch.int16)[..., None]
     pieces = [(columns >= first) & (columns <= last) for first, last in bounds.unbind(2)]
@@ -116,7 +116,7 @@ def _interval(first: Tensor, last: Tensor, keep: Tensor) -> Tensor:
 
 
 def _merge(*shapes: Tensor) -> Tensor:
-    """Row-wise hull [2, N, H], for parts that overlap or touch in every row they share."""
+    """Row-wise hull [2, N, H] of parts that overlap or touch in every row that they share."""
     first = functools.reduce(torch.minimum, [shape[0] for shape in shapes])
     last = functools.reduce(torch.maximum, [shape[1] for shape in shapes])
     return torch.stack((first, last))
@@ -232,7 +232,7 @@ def _clip(p: Tensor, q: Tensor, right: int, bottom: int) -> tuple[Tensor, Tensor
         return (a == b) & (a != 0)
 
     def cut(apply, code, limit, along, across, along_from, along_to, across_from, across_to):
-        # Moves `along` onto the border; doubles and truncation toward zero as in clipLine.
+        # Moves `along` to the border, with doubles and truncation toward zero as in clipLine.
         border = torch.where(code < 0, 0, limit)
         span = (along_to - along_from).double()
         shift = (border - along).double() * (across_to - across_from).double() / span

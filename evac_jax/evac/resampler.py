@@ -1,6 +1,6 @@
-"""Perceiver resampler: any number of tokens in, a fixed number of context tokens out.
+"""Perceiver resampler: maps any number of tokens to a fixed number of context tokens.
 
-EVAC uses two, one for the tokens of the image tower and one for the delta actions of a chunk.
+EVAC has two: one for the tokens of the image tower and one for the delta actions of a chunk.
 Parameter names are those of public checkpoints (`image_proj_model.*`, `cond_stage_model.*`).
 """
 
@@ -35,14 +35,14 @@ class ResamplerAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Learned queries refined by attention to the input.
+    """Learned queries that attend to the input.
 
-    The input carries no positions: the order of the actions in a chunk cannot be seen.
+    The input has no positions, so the output does not depend on the order of a chunk's actions.
 
     Args (of the constructor):
         config: sizes.
-        num_queries: output tokens; default `config.num_queries`. The image resampler has that
-            many per frame of a chunk, so its owner passes the product.
+        num_queries: output tokens; default `config.num_queries`. The image resampler needs that
+            many per frame of a chunk, so the model passes the product.
 
     Source: AgibotTech/EnerVerse-AC `Resampler`, after Flamingo (arXiv:2204.14198, section 3.1).
     """

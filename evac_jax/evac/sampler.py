@@ -1,8 +1,8 @@
 """Sampling of a chunk with EVAC's per-step input scale, and classifier-free guidance.
 
-DDIM as the public model samples, or a higher-order solver of diffusers that needs fewer steps.
-Only the frames to imagine are carried from step to step: the references put the clean history back
-after each step, which is the same as never touching it.
+The sampler is DDIM, as in the public model, or a higher-order solver of diffusers that needs fewer
+steps. Only the frames to imagine are updated in each step. The references restore the clean history
+after each step, which has the same result.
 
 Source: "Denoising Diffusion Implicit Models" (Song et al., 2020), eq. 12; v prediction from
 "Progressive Distillation" (Salimans and Ho, 2022); guidance rescale from Lin et al. (2023), 3.4.
@@ -52,8 +52,8 @@ def ddim_update(
     signal, spread = math.sqrt(alpha), math.sqrt(1.0 - alpha)
     clean = (signal * x - spread * v) * (float(table.scale_prev[index]) / float(table.scale[index]))
     eps = signal * v + spread * x
-    # At zero signal and eta 1 the remainder is zero up to rounding, on either side. float32, as
-    # in the references, because the root of that rounding error is visible (2e-4).
+    # At zero signal and eta 1 the remainder is zero up to a rounding error of either sign. It is
+    # float32, as in the references, because the square root of that error is visible (2e-4).
     remainder = np.float32(1) - np.float32(alpha_prev) - np.float32(sigma) ** 2
     toward = math.sqrt(max(float(remainder), 0.0))
     moved = math.sqrt(alpha_prev) * clean + toward * eps
@@ -65,7 +65,7 @@ def ddim_update(
 
 
 def guide(v: Tensor, v_uncond: Tensor, scale: float, rescale: float = GUIDANCE_RESCALE) -> Tensor:
-    """Guided prediction v_u + s (v_c - v_u), its spread pulled back towards that of v_c.
+    """Guided prediction v_u + s (v_c - v_u), rescaled towards the standard deviation of v_c.
 
     Args:
         v: [N, ...] conditional prediction, history frames included.
@@ -94,12 +94,13 @@ def sample(
         history: [N, 4, n_previous, h, w] clean latents.
         noise: [N, 4, chunk, h, w] standard normal start.
         table: timesteps and factors.
-        generator: source of the fresh noise when eta > 0; None is torch's default one. A function
-            gives the noise of a step by its index in the table, in any shape of as many entries.
+        generator: source of the fresh noise if eta > 0; None is torch's default one. It may be a
+            function from a step's index in the table to noise, of any shape with the same number
+            of entries.
 
     Returns:
-        [N, 4, chunk, h, w], still multiplied by the scale of the smallest timestep, which is how
-        the public model decodes and remembers its latents.
+        [N, 4, chunk, h, w], still multiplied by the scale of the smallest timestep; the public
+        model decodes and stores its latents in this form.
     """
     past = history.shape[2]
     x = noise
@@ -120,10 +121,10 @@ def _fresh(generator: Noise, index: int, x: Tensor) -> Tensor:
 
 
 def check_solver(solver: str, eta: float) -> None:
-    """Refuse what no solver does.
+    """Check that a solver exists and supports eta.
 
     Raises:
-        ConfigError: an unknown name, or an eta that the solver does not have.
+        ConfigError: an unknown name, or an eta that the solver does not support.
     """
     if solver not in SOLVERS:
         raise ConfigError(f"solver: expected one of {SOLVERS}, got {solver!r}")
@@ -147,15 +148,15 @@ def solve(
     """Imagine a chunk of latents by the named solver.
 
     Args:
-        solver: "ddim"; "dpm++", second-order multistep DPM-Solver++, by eta its ODE (0) or its SDE
-            (1); "unipc", second-order, for eta 0.
+        solver: "ddim"; "dpm++", the second-order multistep DPM-Solver++ (eta 0: its ODE, eta 1: its
+            SDE); "unipc", second-order, for eta 0.
         config: schedule constants.
         denoise, history, noise, generator: see `sample`.
         steps: calls of `denoise`; all solvers use the same timesteps.
         eta: 0 deterministic, 1 ancestral.
 
     Returns:
-        As `sample`. All solvers end at timestep 0, at 3 % of noise.
+        As `sample`. All solvers end at timestep 0, where 3 % of noise is left.
 
     Raises:
         ConfigError: see `check_solver`.
@@ -170,10 +171,11 @@ def solve(
 
 @torch.no_grad()
 def _multistep(solver, config, denoise, history, noise, table, eta, generator) -> Tensor:
-    """A solver of diffusers, which knows variance-preserving processes x = a x0 + s eps only.
+    """Sample by a solver of diffusers, for variance-preserving processes x = a x0 + s eps only.
 
-    EVAC's has signal a = scale * sqrt(alpha), and so a^2 + s^2 < 1: the solver works on x / norm,
-    norm = sqrt(a^2 + s^2), whose process is of that kind, and is given x0 instead of v.
+    EVAC's process has signal a = scale * sqrt(alpha), so a^2 + s^2 < 1. The process of x / norm,
+    norm = sqrt(a^2 + s^2), preserves the variance. So the solver works on x / norm, and on x0
+    instead of v.
     """
     tables = checkpoint_tables(config)
     kept = tables["alphas_cumprod"].astype(np.float64)
@@ -186,7 +188,7 @@ def _multistep(solver, config, denoise, history, noise, table, eta, generator) -
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
         "final_sigmas_type": "sigma_min",
-        "rescale_betas_zero_snr": True,  # the betas have it already; guards the infinite ratio
+        "rescale_betas_zero_snr": True,  # the betas are rescaled already; avoids an infinite ratio
     }
     if solver == "unipc":
         scheduler = UniPCMultistepScheduler(**options)

@@ -1,7 +1,7 @@
 """Noise schedule of EVAC: betas with zero terminal signal, per-step input scale, DDIM tables.
 
-Computed in float64 on the host once, then cast; a diffusers scheduler has no per-step input scale
-and another zero-SNR rounding, so only its idea is used.
+The tables are computed once in float64 on the host and then cast. The schedulers of diffusers are
+not used, because they have no per-step input scale and another zero-SNR rounding.
 
 Source: "Common diffusion noise schedules and sample steps are flawed" (Lin et al., 2023), section
 3.1, for the rescaling; specification of EnerVerse-AC's buffers for the rest.
@@ -20,7 +20,7 @@ MIN_VARIANCE = 1e-20  # floor before the logarithm of the posterior variance
 
 
 def zero_snr_betas(num_timesteps: int) -> np.ndarray:
-    """[num_timesteps] float64 betas whose last step holds no signal at all."""
+    """[num_timesteps] float64 betas; at the last step no signal is left."""
     betas = np.linspace(LINEAR_START**0.5, LINEAR_END**0.5, num_timesteps) ** 2
     signal = np.sqrt(np.cumprod(1.0 - betas))
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
@@ -29,13 +29,13 @@ def zero_snr_betas(num_timesteps: int) -> np.ndarray:
 
 
 def input_scale(config: EvacConfig) -> np.ndarray:
-    """[num_timesteps + turning_step] float64 factors on the clean latents, 1 down to base_scale."""
+    """[num_timesteps + turning_step] float64 factors of clean latents, from 1 to base_scale."""
     ramp = np.linspace(1.0, config.base_scale, config.turning_step)
     return np.concatenate((ramp, np.full(config.num_timesteps, config.base_scale)))
 
 
 def checkpoint_tables(config: EvacConfig) -> dict[str, np.ndarray]:
-    """Every schedule buffer that the public checkpoints carry, float32, under its own name."""
+    """Every schedule buffer of the public checkpoints, float32, under its name there."""
     betas = zero_snr_betas(config.num_timesteps)
     kept = np.cumprod(1.0 - betas)
     previous = np.append(1.0, kept[:-1])
@@ -122,7 +122,7 @@ class DdimTable:
 
 
 def ddim_table(config: EvacConfig, steps: int, eta: float) -> DdimTable:
-    """Timesteps spaced from the last one downwards ("uniform trailing"), and their factors.
+    """Timesteps at equal distances down from the last one ("uniform trailing"), and their factors.
 
     Args:
         config: schedule constants.

@@ -1,11 +1,11 @@
-"""Trajectory maps: where the gripper will be, painted into the camera image.
+"""Trajectory maps: pictures that show where the gripper will be in the camera image.
 
-Each future pose becomes one picture: a disc at the end effector, coloured by the gripper opening,
-and three lines along its axes, on a grey canvas. The whole batch is drawn on its own device.
+Each future pose becomes one picture on a grey canvas: a disc at the end effector, coloured by the
+gripper opening, and three lines along its axes. The whole batch is drawn on its device.
 
-Two conventions are public: `renderer="upstream"` (AgibotTech/EnerVerse-AC, both arms, camera along
-+Z) and `renderer="fork"` (jzndd/EnerVerse-AC, the one RLinf's weights were tuned with: only the
-left pose, camera along -Z, pixels mirrored in both axes).
+There are two public conventions: `renderer="upstream"` (AgibotTech/EnerVerse-AC: both arms, camera
+along +Z) and `renderer="fork"` (jzndd/EnerVerse-AC, used for RLinf's weights: only the left pose,
+camera along -Z, pixels mirrored in both axes).
 
 Source: specification of the public repositories' `get_traj`; drawing in `raster.py`.
 """
@@ -22,7 +22,7 @@ CANVAS = 50  # grey level of an empty map, all channels
 LEFT_AXES = ((0, 0, 255), (255, 255, 0), (0, 255, 255))
 RIGHT_AXES = ((255, 0, 255), (255, 0, 0), (0, 255, 0))
 # ColorBrewer's nine-step sequential maps, the anchors of matplotlib's "Greens" and "Reds".
-# matplotlib stores the last blue of Reds as a decimal just below 13 / 255, which truncates to 12.
+# matplotlib stores the last blue of "Reds" as a decimal just below 13 / 255; it truncates to 12.
 GREENS = (
     (247, 252, 245), (229, 245, 224), (199, 233, 192), (161, 217, 155), (116, 196, 118),
     (65, 171, 93), (35, 139, 69), (0, 109, 44), (0, 68, 27),
@@ -31,19 +31,19 @@ REDS = (
     (255, 245, 240), (254, 224, 210), (252, 187, 161), (252, 146, 114), (251, 106, 74),
     (239, 59, 44), (203, 24, 29), (165, 15, 21), (103, 0, 12.9999999999),
 )  # fmt: skip
-# The fork draws a second view as if from a camera fixed to the hand: end effector to camera.
+# End effector to camera. The fork draws a second view as seen from a camera fixed to the hand.
 WRIST_CAMERA = (
     (1.0, 0.0, 0.0, 0.046498),
     (0.0, 0.0, 1.0, 0.067399),
     (0.0, 1.0, 0.0, 0.020001),
     (0.0, 0.0, 0.0, 1.0),
 )
-MIN_DEPTH = 1e-6  # metres; the fork's guard for points behind the camera
+MIN_DEPTH = 1e-6  # metres; the smallest depth in the fork, for points behind the camera
 
 
 def color_table(anchors: tuple[tuple[float, float, float], ...], device=None) -> Tensor:
     """[256, 3] uint8 rows of a colour map, truncated as the renderer truncates them."""
-    # NumPy and this order of operations, because truncation shows the last bit of the arithmetic.
+    # NumPy and this order of operations, because truncation depends on the last bit.
     knots = np.array(anchors) / 255
     knot_at = np.linspace(0, 1, len(anchors)) * 255
     row_at = 255 * np.linspace(0, 1, 256)[1:-1]
@@ -90,8 +90,8 @@ def project(pose: Tensor, intrinsic: Tensor, w2c: Tensor, config: MapConfig, siz
         [B, V, T, 4, 2] float64 (column, row), not rounded.
     """
     height, width = size
-    # The references multiply matrices in float32 and points in float64; truncation to pixels
-    # would show another order of rounding.
+    # The references multiply matrices in float32 and points in float64. Another order of rounding
+    # would change pixels, because coordinates are truncated.
     hand = (w2c.float() @ pose_to_matrix(pose.float())[:, None]).double()  # [B V T 4 4]
     upstream = config.renderer == "upstream"
     if not upstream and config.wrist_view and w2c.shape[1] > 1:
@@ -135,8 +135,8 @@ def draw_maps(
         [B, V, T, 3, height, width] uint8 RGB.
     """
     fork = config.renderer == "fork"
-    # The fork projects the left pose for both arms, so the right one, drawn last in its own
-    # colours, hides the left one entirely.
+    # The fork projects the left pose for both arms. The right arm is drawn last, with its own
+    # colours, so it hides the left one completely.
     arms = ((0, 15, REDS, RIGHT_AXES),) if fork else (
         (0, 7, GREENS, LEFT_AXES), (8, 15, REDS, RIGHT_AXES),
     )[: config.arms]  # fmt: skip
@@ -160,7 +160,7 @@ def _arm_masks(points: Tensor, config: MapConfig, size) -> tuple[Tensor, list[Te
     limit = torch.tensor((width, height), device=points.device)
     base = points[:, 0]
     inside = ((base >= 0) & (base < limit)).all(1)
-    # An arm whose base is outside is not drawn: move it where no disc and no line is visible.
+    # An arm whose base is outside is not drawn: move it to where no disc and no line is visible.
     away = torch.full_like(points, raster.LIMIT)
     points = torch.where(inside[:, None, None], points, away)
     disc = raster.covers(raster.circle(points[:, 0], config.radius, height), width)
@@ -174,7 +174,7 @@ def _arm_masks(points: Tensor, config: MapConfig, size) -> tuple[Tensor, list[Te
 
 
 def _paint(discs, lines, palettes, size) -> Tensor:
-    """[N, 3, H, W] uint8: discs first, then lines, each hiding what lies below."""
+    """[N, 3, H, W] uint8: discs first, then lines; each hides what is below it."""
     count, device = discs[0].shape[0], discs[0].device
     label = torch.zeros(count, *size, dtype=torch.uint8, device=device)
     for number, mask in enumerate((*discs, *lines), start=1):

@@ -1,13 +1,13 @@
-"""The video UNet: noisy latents and conditions of a chunk in, v prediction out.
+"""The video UNet: maps the noisy latents and conditions of a chunk to a v prediction.
 
-Features are channel-last, [B, T, V, H, W, C], from the first to the last layer: 2D convolutions see
-them as a channels-last batch, causal convolutions over time as images of height T, transformers as
-token sequences, all without copies. What depends on the context alone (keys and values of the
-cross-attentions) is computed once per chunk, and what depends on the diffusion time alone once per
-time, not per frame.
+Features are channel-last, [B, T, V, H, W, C], in all layers. 2D convolutions see them as a
+channels-last batch, causal convolutions over time as images of height T, transformers as token
+sequences, all without copies. Keys and values of the cross-attentions depend only on the context
+and are computed once per chunk. Embeddings depend only on the diffusion time and are computed once
+per time, not per frame.
 
-Parameter names are those of public EVAC checkpoints (`model.diffusion_model.*`), a misspelt one
-(`temopral_conv`) included.
+Parameter names are those of public EVAC checkpoints (`model.diffusion_model.*`), including a
+misspelt one (`temopral_conv`).
 """
 
 import math
@@ -44,16 +44,16 @@ def conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def causal_image(x: Tensor) -> Tensor:
-    """Features [B, T, V, H, W, C] as images [B, C, T + 2, V H W], two copies of frame 0 on top."""
+    """Features [B, T, V, H, W, C] as images [B, C, T + 2, V H W], with frame 0 repeated twice."""
     rows = x.flatten(2, 4)
     first = rows[:, :1]
     return torch.cat((first, first, rows), 1).permute(0, 3, 1, 2)
 
 
 class CausalConv(nn.Conv3d):
-    """Convolution over time only, seeing three frames: its own and the two before it.
+    """Convolution over time only; it sees three frames: the current one and the two before it.
 
-    The first frame stands in for those before it. Holds the weight of a (3, 1, 1) 3D convolution.
+    Before the start, the first frame is repeated. The weight is that of a (3, 1, 1) 3D convolution.
     """
 
     def __init__(self, channels: int):
@@ -102,7 +102,7 @@ def norm_per_view(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Residual block of a frame, conditioned on the embedding, then one over time."""
+    """Residual block on each frame, conditioned on the embedding, then one over time."""
 
     def __init__(self, channels: int, out_channels: int, embed_dim: int, groups: int, dropout):
         super().__init__()
@@ -185,7 +185,7 @@ class UNet(nn.Module):
     Spatial transformers are numbered in construction order; even ones read the action tokens of
     view 0, odd ones the image tokens of all views.
 
-    Differs from the reference: (1) token counts, view count and frame counts come from the
+    Differences from the reference: (1) the numbers of tokens, views and frames come from the
     configuration and the inputs; (2) a context length of 77 + 16 T has no special meaning;
     (3) nothing is repeated per frame.
 
@@ -269,7 +269,7 @@ class UNet(nn.Module):
         return block
 
     def spatial_transformers(self) -> list[SpatialTransformer]:
-        """All spatial transformers in the order in which the features meet them."""
+        """All spatial transformers in the order of computation."""
         return [m for m in self.modules() if isinstance(m, SpatialTransformer)]
 
     def prepare_context(self, context: Tensor, n_view: int = 1) -> list[KeysValues]:
@@ -281,7 +281,7 @@ class UNet(nn.Module):
         """
         context = context.unflatten(0, (-1, n_view))  # [B V L D]
         split = context.shape[2] - self.config.action_tokens
-        image = context[:, :, :split].flatten(1, 2)  # of all views, one sequence
+        image = context[:, :, :split].flatten(1, 2)  # one sequence of all views
         tokens = {"ip": image, "tp": context[:, 0, split:]}
         return [block.keys_values(tokens[block.kind]) for block in self.spatial_transformers()]
 

@@ -1,9 +1,9 @@
-"""Weight files: public containers are read without running anything in them, ours are streamed out.
+"""Reads public weight files without running anything in them, and writes safetensors files.
 
-Public files come as Lightning (`state_dict`), DeepSpeed (`module`, also as a folder), action
-predictor (`model_state_dict` beside statistics), bare state dict or safetensors. Tensors of zip
-`.pt` and of safetensors files are mapped, so a tensor takes memory when it is used. Writing holds
-one tensor at a time.
+Public formats are Lightning (`state_dict`), DeepSpeed (`module`, also as a folder), action
+predictor (`model_state_dict` beside statistics), bare state dicts and safetensors. Tensors of zip
+`.pt` files and of safetensors files are mapped, so a tensor takes memory only when it is used.
+Writing holds one tensor at a time.
 """
 
 import json
@@ -33,8 +33,8 @@ STORED = {
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 SHOWN = 8
-# Classes of configurations and training state that Lightning and DeepSpeed leave beside weights.
-# An empty object stands for each of them; none is looked up, imported or called.
+# Classes of configurations and training state that Lightning and DeepSpeed store beside weights.
+# Each is replaced by an empty object; none is looked up, imported or called.
 BESIDE_WEIGHTS = re.compile(
     r"(omegaconf|pytorch_lightning|lightning|lightning_fabric|deepspeed)\..+"
     r"|argparse\.Namespace|typing\.\w+|pathlib\.\w*Path"
@@ -56,7 +56,7 @@ _NUMPY = [
 
 
 class _LeftOut:
-    """Stands for an object of a class that is not needed; takes no notice of what it is given."""
+    """Replaces an object of a class that is not needed; it ignores all arguments."""
 
     def __new__(cls, *_args, **_options):
         return super().__new__(cls)
@@ -73,10 +73,10 @@ def _left_out_dict(*_args) -> dict:
 
 
 def find_file(path: str | Path) -> Path:
-    """The weight file that `path` means: itself, or the one inside a DeepSpeed folder.
+    """The weight file at `path`: the file itself, or the one inside a DeepSpeed folder.
 
     Raises:
-        CheckpointError: nothing there, or weights that are spread over several files.
+        CheckpointError: there is none, or the weights are divided into several files.
     """
     path = Path(path)
     if path.is_file():
@@ -116,12 +116,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return unwrap(load_file(path), str(path))
-        # Whatever a broken header provokes; each of them is a bad file.
+        # A broken header can raise any of these; each means a bad file.
         except Exception as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{_damaged(path, 'safetensors')} ({error})") from error
-    # A zip's table of contents lies at its end: without it the file was cut short.
+    # The table of contents of a zip file is at its end; if it is missing, the file is truncated.
     if begin.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise CheckpointError(_damaged(path, "PyTorch"))
     return unwrap(_load_pickled(path), str(path))
@@ -131,14 +131,14 @@ def _load_pickled(path: Path) -> Any:
     zipped = zipfile.is_zipfile(path)
     asked_for = torch.serialization.get_unsafe_globals_in_checkpoint
     try:
-        # Only zip files can say beforehand what they ask for; torch refuses the others' wishes.
+        # Only zip files can list in advance the classes that they need; for others torch refuses.
         beside = [n for n in (asked_for(path) if zipped else ()) if BESIDE_WEIGHTS.fullmatch(n)]
         harmless = [*_NUMPY, (_left_out_dict, "collections.defaultdict")]
         with torch.serialization.safe_globals([*harmless, *((_LeftOut, n) for n in beside)]):
             refused = sorted(asked_for(path)) if zipped else []
             if not refused:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    # A damaged pickle raises whatever its broken opcodes provoke; each of them is a bad file.
+    # A damaged pickle can raise any of these; each means a bad file.
     except Exception as error:
         raise CheckpointError(
             f"{path}: damaged, or more than plain tensors. Only weights are read, never pickled "
@@ -153,7 +153,7 @@ def _load_pickled(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What torch found, without the advice to load the file unsafely that it wraps around it."""
+    """The cause in torch's message, without its advice to load the file unsafely."""
     found = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
     text = str(found or error).strip().partition("\n")[0].partition(" Please use ")[0]
     return text or type(error).__name__
@@ -167,7 +167,7 @@ def _damaged(path: Path, kind: str) -> str:
 
 
 def unwrap(content: Any, name: str = "checkpoint") -> dict[str, Tensor]:
-    """The state dict inside a container, DeepSpeed's prefix removed where a key has it.
+    """The state dict inside a container; DeepSpeed's prefix is removed from keys that have it.
 
     Args:
         content: Lightning ("state_dict"), DeepSpeed ("module"), action predictor
@@ -175,7 +175,7 @@ def unwrap(content: Any, name: str = "checkpoint") -> dict[str, Tensor]:
         name: for the error message.
 
     Raises:
-        CheckpointError: there is no state dict of plain tensors in it.
+        CheckpointError: it contains no state dict of plain tensors.
     """
     state = content
     if isinstance(content, Mapping):
@@ -206,7 +206,7 @@ def cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`value` in `dtype`.
 
     Raises:
-        CheckpointError: names the weight that holds NaN or infinity, or gets it from the cast.
+        CheckpointError: the weight holds NaN or infinity, before or after the cast; names it.
     """
     result = value.to(dtype)
     if dtype.is_floating_point and not result.isfinite().all():
@@ -231,13 +231,13 @@ def write_weights(
     """Write a safetensors file, one tensor at a time.
 
     Args:
-        path: overwritten; give a temporary one and rename it.
-        tensors: any devices and layouts.
+        path: overwritten; pass a temporary path and rename it afterwards.
+        tensors: on any device, with any memory layout.
         dtype: store floating-point weights in this type; None = as they are.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        CheckpointError: a weight is not finite, or of a type that is not stored.
+        CheckpointError: a weight is not finite, or its type is not supported.
     """
     kept = {
         key: dtype if dtype is not None and value.is_floating_point() else value.dtype
@@ -245,7 +245,7 @@ def write_weights(
     }
     if odd := [f"{key} ({kind})" for key, kind in kept.items() if kind not in STORED]:
         raise CheckpointError(f"{path}: cannot store {', '.join(odd[:SHOWN])}")
-    # Wide types first, so that every tensor lies at a multiple of its own width.
+    # Wide types first, so that the offset of every tensor is a multiple of its type's size.
     order = sorted(tensors, key=lambda key: (-kept[key].itemsize, key))
     header, end = {}, 0
     for key in order:

@@ -1,1 +1,1 @@
-"""A small tabletop with ground truth."""
+"""A small simulated tabletop with ground truth."""

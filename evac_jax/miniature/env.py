@@ -1,7 +1,7 @@
-"""The tabletop as an environment: the ground truth that imagination is measured against.
+"""The tabletop as an environment: the ground truth with which imagination is compared.
 
-Same interface, same rewards and same ends as the world model's environment; only the frames and
-the success are real. Torch appears because frames are handed over in torch tensors.
+Its interface, rewards and ends of episodes are those of the world model's environment, but frames
+and success are real. Torch is used because frames are passed in torch tensors.
 """
 
 import dataclasses
@@ -41,22 +41,22 @@ class GroundTruthConfig:
     """Settings of `GroundTruthEnv`.
 
     Attributes:
-        num_envs: scenes stepped as one batch, B.
+        num_envs: number of scenes in the batch, B.
         image_size: height and width, pixels.
         max_episode_steps: actions of an episode; checked at the end of each chunk.
         chunk: actions per decision, K.
         coefficient, relative, ignore_terminations: see `EpisodeRules`.
-        auto_reset: restart an environment as soon as its episode is over, from the next start of
-            a seeded cycle over the starts handed to `reset`.
-        gripper: how the policy's gripper entry becomes the scene's, a key of
-            `GRIPPER_RULES`. "libero": the policy says 0 = close .. 1 = open (0.5 = neither), as
-            OpenVLA's data do, and the scene gets +1 = close, -1 = open.
-        clip_envs: environments (the first ones) that send whole chunks of frames, for videos.
-        keyframe_data: folder of a recording of this tabletop whose episodes may be begun in their
-            middle; their scenes are reached by the recorded actions. "" = none.
-        start_seed_base: added to a start id to get the seed of its scene.
-        num_starts: starts to choose from; a large number costs nothing.
-        device: accepted for the sake of the worker; the tabletop is computed on the CPU.
+        auto_reset: restart an environment as soon as its episode is over, from the next start in a
+            seeded cycle over the starts that `reset` got.
+        gripper: how the policy's gripper entry is converted for the scene, a key of
+            `GRIPPER_RULES`. "libero": the policy outputs 0 = close .. 1 = open (0.5 = neither), as
+            in OpenVLA's data, and the scene gets +1 = close, -1 = open.
+        clip_envs: how many environments (the first ones) send all frames of a chunk, for videos.
+        keyframe_data: folder of a recording of this tabletop. Episodes may begin in the middle of
+            those recorded; the recorded actions are played to reach that scene. "" = none.
+        start_seed_base: start id + this = seed of the scene.
+        num_starts: number of starts to choose from; a large number costs nothing.
+        device: ignored, because the tabletop is computed on the CPU; the worker process sets it.
     """
 
     num_envs: int = 1
@@ -90,15 +90,15 @@ def make(spec: dict) -> "GroundTruthEnv":
 
 
 def to_policy_actions(actions: np.ndarray) -> np.ndarray:
-    """Return scene actions [.. 7] as a policy is taught to say them: gripper 0 closes, 1 opens."""
+    """Return scene actions [.. 7] in the form that a policy learns: gripper 0 closes, 1 opens."""
     return np.concatenate((actions[..., :6], (1 - actions[..., 6:]) / 2), axis=-1)
 
 
 class GroundTruthEnv:
     """A batch of tabletop scenes; implements `evac_jax.bridge.environment.Environment`.
 
-    An episode that is over stays as it is until it is restarted. With auto-reset frames, task and
-    pose of the result are the new episode's, rewards, flags and figures the finished one's.
+    A finished episode does not change until it is restarted. With auto-reset, a result has frames,
+    task and pose of the new episode, and rewards, flags and metrics of the finished one.
     """
 
     def __init__(self, config: GroundTruthConfig, table: Tabletop = TABLETOP):
@@ -133,7 +133,7 @@ class GroundTruthEnv:
         self._pictures = np.zeros((config.num_envs, *self.spec.image_shape), np.uint8)
 
     def parts(self, count: int) -> "list[GroundTruthEnv]":
-        """Cut into independent environments; see `Environment.parts`."""
+        """Divide into independent environments; see `Environment.parts`."""
         share = whole_part(self._config.num_envs, count)
         config = dataclasses.replace(self._config, num_envs=share)
         return [GroundTruthEnv(config, self._table) for _ in range(count)]
@@ -151,7 +151,7 @@ class GroundTruthEnv:
         if ((plain < 0) | (plain >= config.num_starts)).any():
             raise DataError(f"start ids: expected 0..{config.num_starts - 1} or IDLE, got {starts}")
         self._cycle = StartCycle(starts[~idle], (seed,))
-        # An idle environment holds some scene, so that all arrays keep their shape.
+        # An idle environment has an arbitrary scene, so that all arrays keep their shape.
         self._scenes = self._sample(np.where(idle, 0, starts))
         self._episodes.restart(torch.ones(len(idle), dtype=torch.bool), torch.from_numpy(idle))
         self._pictures[~idle] = self._render(np.flatnonzero(~idle))
@@ -202,10 +202,10 @@ class GroundTruthEnv:
         return self._result(outcome, figures, seconds)
 
     def park(self) -> None:
-        """Nothing lies on an accelerator."""
+        """Do nothing: no memory of an accelerator is used."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
     def _restart(self, rows: np.ndarray) -> None:
         scenes = self._sample(self._cycle.next(len(rows)))

@@ -1,8 +1,8 @@
 """Scripted players of the tabletop, good and deliberately bad, batched over scenes.
 
-They keep to a schedule (reach in 8 steps, close in 2, carry in 7, lower in 2, open in 2, retreat)
-instead of moving as fast as they can: a policy is asked once every 8 steps, so demonstrations
-must show what is right at those moments, and full-speed actions would all lie at the limits.
+They follow a schedule (reach in 8 steps, close in 2, carry in 7, lower in 2, open in 2, retreat)
+and do not move at full speed. A policy decides once every 8 steps, so demonstrations must show
+what is right at those steps. At full speed all actions would be at the limits.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from evac_jax.miniature import scene as world
 from evac_jax.miniature.scene import DISTRACTOR, TABLETOP, TARGET, Scenes, Tabletop
 
 REACH, CLOSE, CARRY, LOWER, OPEN, RETREAT = range(6)
-# Random players turn less than they move: pictures of a gripper on its side teach nothing.
+# Random players turn less than they move; pictures of a gripper on its side are not useful.
 RANDOM_TILT = 0.3
 KINDS = ("expert", "noisy", "sloppy", "near_miss", "random_midway", "random")
 
@@ -25,9 +25,9 @@ class Schedule:
     Attributes:
         reach_steps, carry_steps, lower_steps, retreat_steps: steps of each moving phase.
         pace: metres per step; a short way takes fewer steps than its phase allows.
-        tolerance: metres from a goal that count as there.
-        carry_height: metres of the tip while carrying.
-        retreat_height: metres of the tip at the end.
+        tolerance: distance from a goal, metres, within which it counts as reached.
+        carry_height: height of the tip while carrying, metres.
+        retreat_height: height of the tip at the end, metres.
     """
 
     reach_steps: int = 8
@@ -42,18 +42,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Flaws:
-    """How a player deviates; all zero is the expert.
+    """How a player deviates from the expert, for whom all values are zero.
 
     Attributes:
-        grasp_offset: its aim is off by up to this, in a direction of its own, metres.
-        place_left: metres that it puts the block down left of the plate's centre, mean and
-            standard deviation.
-        place_offset: and up to this far from there, in a direction of its own, metres.
+        grasp_offset: largest error of the grasp position, in a random direction, metres.
+        place_left: distance to the left of the plate's centre at which it puts the block down,
+            metres, mean and standard deviation.
+        place_offset: largest additional error of that position, in a random direction, metres.
         either_block: share of episodes in which it takes the distractor.
         blind: share of episodes in which it does not notice that a grasp has failed.
         noise: standard deviation of each action entry except the gripper's.
         gripper_flips: share of steps in which the gripper does the opposite.
-        turns_random: it plays on at random from a step drawn from [low, high).
+        turns_random: from a step drawn from [low, high) on it acts at random.
     """
 
     grasp_offset: float = 0.0
@@ -70,8 +70,8 @@ SCHEDULE = Schedule()
 FLAWS = {
     "expert": Flaws(),
     "noisy": Flaws(noise=0.15, gripper_flips=0.01),
-    # Puts the block down just outside of what counts: succeeds at times, and always fails the
-    # same way, which reinforcement learning can correct. The picture shows why it failed.
+    # Puts the block down just outside of the area that counts. It succeeds at times, and always
+    # fails in the same way, which reinforcement learning can correct. The picture shows the cause.
     "sloppy": Flaws(place_left=(0.05, 0.008)),
     "near_miss": Flaws(
         grasp_offset=0.065, place_offset=0.09, either_block=0.3, blind=0.7, noise=0.05
@@ -84,8 +84,8 @@ FLAWS = {
 class Expert:
     """Plays one batch of episodes; make a new one for the next batch.
 
-    It looks at the state, so it may begin anywhere in an episode. What it adds is a memory of the
-    phase it is in and of the steps it has left there.
+    It reads the state, so it may begin anywhere in an episode. Besides, it remembers its current
+    phase and how many steps are left in it.
 
     Args:
         kind: one of `KINDS`.
@@ -124,7 +124,7 @@ class Expert:
 
         actions = np.zeros((len(scenes), world.ACTION_DIM))
         actions[:, :3] = way / self._left[:, None] / self._table.max_translation
-        # Turn back upright: the rotation vector of the inverse orientation, shortest way round.
+        # Turn back upright: the rotation vector of the inverse orientation, by the shortest way.
         sign = np.where(scenes.quaternion[:, 3:] < 0, 1.0, -1.0)
         actions[:, 3:6] = sign * 2 * scenes.quaternion[:, :3] / self._table.max_rotation
         actions[:, 6] = np.where(self._closes(scenes, phase), 1.0, -1.0)
@@ -166,7 +166,7 @@ class Expert:
         closed = scenes.opening <= self._table.open_above
         carries = np.where(self._blind, closed, scenes.held == self._block)
         self._phase = np.where(carries, CARRY, np.where(placed, RETREAT, REACH))
-        # -1 as the previous phase makes `act` plan the steps of the first one.
+        # With -1 as the previous phase, `act` plans the steps of the first one.
         self._start = self._phase.copy()
         self._phase = np.full(count, -1)
 
@@ -188,7 +188,7 @@ class Expert:
         up[:, 2] = schedule.retreat_height
         goals = np.stack((grasp, grasp, over, down, down, up), 1)
         goal = goals[np.arange(len(scenes)), phase]
-        # Stay still while the fingers move, also where the aim has moved away with the block.
+        # Stay still while the fingers move, even if the goal has moved with the block.
         still = (phase == CLOSE) | (phase == OPEN)
         goal = np.where(still[:, None], scenes.position, goal)
         return np.clip(goal, self._table.workspace_low, self._table.workspace_high)
@@ -206,7 +206,7 @@ class Expert:
             way = self._goal(scenes, np.full(len(scenes), which)) - scenes.position
             return np.abs(way).max(1) < tolerance
 
-        # Later lines see what earlier ones have changed, so a phase without work is passed over.
+        # Later lines see the changes of earlier ones, so a phase without work is skipped.
         lost = ~self._blind & ~holds & np.isin(phase, (CARRY, LOWER)) & ~released
         dropped = ~self._blind & ~holds & released & np.isin(phase, (CARRY, LOWER, OPEN, RETREAT))
         phase = np.where(lost | (dropped & ~self._on_place(scenes, own)), REACH, phase)
@@ -226,7 +226,7 @@ class Expert:
         if flaws.gripper_flips:
             actions[rng.random(len(actions)) < flaws.gripper_flips, 6] *= -1
         if flaws.turns_random is not None:
-            # A drift that changes at times covers more ground than fresh noise every step.
+            # A drift that changes from time to time reaches more states than new noise every step.
             fresh = rng.random(len(actions)) < 0.2
             new = np.clip(rng.standard_normal(actions.shape) * 0.6, -1, 1)
             new[:, 3:6] *= RANDOM_TILT
@@ -246,8 +246,8 @@ def demonstrate(
 ) -> tuple[np.ndarray, list[Scenes]]:
     """Play `steps` actions; return them, float32 [N steps 7], and the steps + 1 states.
 
-    With a fresh `Expert` this labels any state with what it would do next; `scenes` stay as they
-    are.
+    With a new `Expert` this labels any state with the actions that it would take next; `scenes`
+    are not changed.
     """
     states, actions = [scenes], []
     for _ in range(steps):

@@ -1,8 +1,8 @@
 """Pictures of the tabletop: a windowed NumPy ray caster, batched over scenes.
 
-Each box, disc and shadow tests only the pixels of a window around its own projection. Colours are
-kept as one byte per sample (an index into `_PALETTE`) until the end, when 2 x 2 samples are
-averaged into a pixel; the soft edges tell a network positions finer than a pixel.
+Each box, disc and shadow tests only the pixels in a window around its projection. A colour is one
+byte per sample (an index into `_PALETTE`). At the end 2 x 2 samples are averaged to a pixel. The
+soft edges show positions with a precision finer than a pixel.
 """
 
 import functools
@@ -15,7 +15,7 @@ EYE = (0.0, -0.42, 0.60)
 LOOK_AT = (0.0, 0.0, 0.055)
 FIELD_OF_VIEW = np.deg2rad(35.0)
 SAMPLES = 2  # per pixel and axis
-_BATCH = 32  # scenes drawn at once; larger arrays fall out of the processor's cache
+_BATCH = 32  # scenes drawn at once; larger arrays do not fit into the processor's cache
 
 # Metres, in the gripper's own frame with the tip at the origin.
 FINGER_HALF = (0.006, 0.009, 0.025)
@@ -38,7 +38,7 @@ BLOCK_COLORS = _COLORS[_BLOCK:]  # as `Scenes.colors` counts them, before shadin
 _SHADES = (0.72, 0.86, 1.0, 0.5)  # side faces, front and back faces, top, in shadow
 _FLAT, _SHADOWED = 2, 3  # rows of _SHADES for surfaces that lie on the table
 _SURFACES = len(_COLORS)
-# Three channels side by side in one integer, ten bits each: four samples add without carrying.
+# Three channels in one integer, ten bits each, so that the sum of four samples does not overflow.
 _RGB = np.rint(np.concatenate([_COLORS * shade for shade in _SHADES])).astype(np.uint32)
 _PALETTE = (_RGB[:, 0] << 20) | (_RGB[:, 1] << 10) | _RGB[:, 2]
 
@@ -48,8 +48,8 @@ def camera(image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return intrinsics [3 3] and camera-to-world [4 4], float32, read-only.
 
     OpenCV's convention: x right, y down, z forward. The centre of pixel (row i, column j) is at
-    (j + 0.5, i + 0.5), so `floor` of a projected point is the pixel it falls into; EVAC's ray
-    maps and trajectory maps count the same way.
+    (j + 0.5, i + 0.5), so `floor` of a projected point is its pixel. EVAC's ray maps and
+    trajectory maps use the same convention.
 
     Args:
         image_size: height and width in pixels.
@@ -136,7 +136,7 @@ class _Canvas:
     def _window(self, center: np.ndarray, radius: float):
         """Samples that may see an object inside spheres with centres [N 3].
 
-        Returns their columns and rows, int64 [N w], which may lie outside the picture, and the
+        Returns their columns and rows, int64 [N w], which may be outside the picture, and the
         same as coordinates on the camera's image plane at depth 1, float32 [N w].
         """
         local = (center - self._c2w[:3, 3]) @ self._c2w[:3, :3]
@@ -159,7 +159,7 @@ class _Canvas:
         enters, leaves = [], []
         for axis in range(3):
             a, b, c = (camera_axes[:, axis, i, None] for i in range(3))
-            # Separable: the ray's direction is a sum of a column term and a row term.
+            # Separable: the direction of a ray is the sum of a column term and a row term.
             with np.errstate(divide="ignore"):
                 inverse = 1 / ((a * u)[:, None, :] + (b * v + c)[:, :, None])
             # A ray is between the two faces of this axis from middle - span to middle + span.

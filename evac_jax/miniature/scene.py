@@ -1,7 +1,7 @@
 """The tabletop's state and dynamics: N scenes as arrays, stepped together.
 
-A free gripper, two coloured blocks and a plate. Nothing is hidden: the picture of a scene and an
-action determine the next picture, so a world model can learn them. NumPy only.
+A scene has a free gripper, two coloured blocks and a plate. There is no hidden state: a picture and
+an action determine the next picture, so a world model can learn the dynamics. NumPy only.
 """
 
 import dataclasses
@@ -25,23 +25,23 @@ class Tabletop:
     Attributes:
         workspace_low: smallest x, y, z of the gripper tip.
         workspace_high: largest x, y, z.
-        max_translation: of one step along each axis, for an action entry of 1.
-        max_rotation: of one step about each axis.
-        max_opening: change of the opening (0 closed .. 1 open) in one step.
-        block_size: edge of the cubes.
-        reach: a closed gripper whose tip is this near to a block's centre holds it. A large reach
-            keeps the decision several pixels wide, so that it can be read from a 64-pixel frame.
-        closed_below: opening from which downwards the gripper grasps.
-        open_above: opening from which upwards it lets go.
+        max_translation: largest translation of one step along each axis, for an action entry of 1.
+        max_rotation: largest rotation of one step about each axis.
+        max_opening: largest change of the opening (0 closed .. 1 open) in one step.
+        block_size: edge length of the cubes.
+        reach: a closed gripper holds a block if its tip is within this distance of the block's
+            centre. It is several pixels in a 64-pixel frame, so that frames show what is held.
+        closed_below: the gripper grasps if its opening is less than this.
+        open_above: the gripper lets go if its opening is greater than this.
         plate_radius: radius of the plate.
-        success_radius: the target's centre counts as on the plate within this distance.
-        success_clearance: and the tip must have left it by more than this.
-        block_area: half extents of the area that blocks start in, x and y.
+        success_radius: the target is on the plate if its centre is within this distance.
+        success_clearance: for success the tip must also be farther than this from the target.
+        block_area: half extents of the area in which blocks start, x and y.
         plate_area: the same for the plate's centre.
         gripper_area: the same for the tip.
         gripper_start_height: lowest and highest start of the tip.
-        plate_gap: least distance of a block's start from the plate's centre.
-        block_gap: least distance of the blocks' starts.
+        plate_gap: smallest distance between a block's start and the plate's centre.
+        block_gap: smallest distance between the starts of the blocks.
     """
 
     workspace_low: tuple[float, float, float] = (-0.15, -0.12, 0.02)
@@ -69,7 +69,7 @@ TABLETOP = Tabletop()
 
 @dataclass
 class Scenes:
-    """N scenes. Functions return new ones; arrays of a returned value are never written again.
+    """N scenes. Functions return new objects and never change the arrays of existing ones.
 
     Attributes:
         position: gripper tip, metres, [N 3]; x to the right, y away from the camera, z up.
@@ -104,7 +104,7 @@ class Scenes:
 
     @property
     def pose(self) -> np.ndarray:
-        """What a policy or a world model is told: xyz, quaternion xyzw, opening; float32 [N 8]."""
+        """The pose for policy and world model: xyz, quaternion xyzw, opening; float32 [N 8]."""
         return np.concatenate(
             (self.position, self.quaternion, self.opening[:, None]), axis=1, dtype=np.float32
         )
@@ -127,10 +127,10 @@ def where(mask: np.ndarray, yes: Scenes, no: Scenes) -> Scenes:
 
 
 def sample_scenes(seeds: np.ndarray, table: Tabletop = TABLETOP) -> Scenes:
-    """Return the start scenes named by `seeds`, non-negative integers [N].
+    """Return the start scenes of `seeds`, non-negative integers [N].
 
-    A scene depends on its own seed only, so a seed is a start id. Target colour, distractor
-    colour, positions and the gripper's start are uniform under the gaps of `table`.
+    A scene depends only on its own seed, so a seed is a start id. Target colour, distractor colour,
+    positions and the gripper's start are uniform, subject to the gaps of `table`.
     """
     seeds = np.asarray(seeds, np.int64)
     rows = np.array([_sample_row(int(seed), table) for seed in seeds]).reshape(-1, 11)
@@ -153,7 +153,7 @@ def _sample_row(seed: int, table: Tabletop) -> list[float]:
     rng = np.random.default_rng(seed)
     target = int(rng.integers(len(COLORS)))
     distractor = (target + int(rng.integers(1, len(COLORS)))) % len(COLORS)
-    # Plain floats: on six numbers they are several times faster than arrays.
+    # Plain floats: for six numbers they are several times faster than arrays.
     scales = table.plate_area + table.block_area * 2
     while True:
         draw = rng.random(6).tolist()
@@ -174,13 +174,13 @@ def _sample_row(seed: int, table: Tabletop) -> list[float]:
 def step(scenes: Scenes, actions: np.ndarray, table: Tabletop = TABLETOP) -> Scenes:
     """Return the scenes one action later.
 
-    Grasping is a rule about states, not an event: a closed gripper near a block's centre holds
-    it, centre at the tip; a gripper opened beyond `open_above` holds nothing, and what it held
-    drops straight down at once. Blocks do not collide.
+    Whether a block is held depends on the state only. A closed gripper near a block's centre holds
+    the block, with its centre at the tip. A gripper that is open beyond `open_above` holds nothing,
+    and the block drops straight down at once. Blocks do not collide.
 
     Args:
-        actions: [N 7], cut to [-1, 1]: translation in world axes, rotation vector in world axes,
-            and the gripper in LIBERO's sense: -1 opens, +1 closes.
+        actions: [N 7], clipped to [-1, 1]: translation in world axes, rotation vector in world
+            axes, and the gripper as in LIBERO: -1 opens, +1 closes.
     """
     actions = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
     position = np.clip(
@@ -208,9 +208,9 @@ def step(scenes: Scenes, actions: np.ndarray, table: Tabletop = TABLETOP) -> Sce
 
 
 def is_success(scenes: Scenes, table: Tabletop = TABLETOP) -> np.ndarray:
-    """Return where the task is done, bool [N]; readable from one picture.
+    """Return whether the task is done, bool [N]; one picture shows it.
 
-    The target lies on the plate, the gripper is open and has moved away from it.
+    The target is on the plate, and the gripper is open and has moved away from it.
     """
     target = scenes.blocks[:, TARGET]
     on_plate = np.linalg.norm(target[:, :2] - scenes.plate, axis=1) < table.success_radius

@@ -1,6 +1,6 @@
-"""Sizes of the miniature's networks, all in one place.
+"""All sizes of the miniature's networks.
 
-The classes are those of the full-size system; only these numbers differ.
+The classes are those of the full-size system; only the numbers here differ.
 """
 
 from evac_jax.evac.config import (
@@ -29,8 +29,8 @@ WORLD_MODEL = EvacConfig(
         model_channels=32,
         channel_mult=(1, 2),
         num_res_blocks=1,
-        # Attention at both sizes: a carried block is copied from where the history shows it, and
-        # cells of 4 x 4 are too coarse for that.
+        # Attention at both resolutions: it copies a carried block from the history frames, and a
+        # grid of 4 x 4 cells is too coarse for that.
         attention_resolutions=(1, 2),
         num_head_channels=16,
         init_heads=2,
@@ -93,13 +93,13 @@ POLICY = OpenVLAOFTConfig(
     hidden_size=96,
     intermediate_size=256,
     num_layers=4,
-    # Positions alone tell action slots apart; over 100 tokens this base resolves them better than
-    # 10000, which is meant for thousands of tokens.
+    # Action slots differ only in their positions. For 100 tokens this base distinguishes them
+    # better than 10000, which is meant for thousands of tokens.
     rope_theta=100.0,
     num_heads=4,
     num_kv_heads=4,
     vocab_size=704,
     pad_token_id=640,
     max_prompt_length=28,
-    scan_layers=False,  # four layers: unrolling costs little to compile and runs faster
+    scan_layers=False,  # with four layers, unrolling compiles almost as fast and runs faster
 )

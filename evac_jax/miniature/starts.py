@@ -23,7 +23,7 @@ class MiniatureStarts:
         self.camera_size = (image_size, image_size)
 
     def load(self, ids: np.ndarray) -> Starts:
-        """Return the scenes named by `ids`, int64 [B]; each distinct one is drawn once."""
+        """Return the scenes of `ids`, int64 [B]; each different id is drawn once."""
         ids, rows = np.unique(checked_ids(ids, self.num_starts), return_inverse=True)
         scenes = scene.sample_scenes(ids)
         images = render.render(scenes, self._image_size)[:, None]

@@ -1,1 +1,1 @@
-"""What a run leaves for people to look at: figures, progress, videos."""
+"""Output of a run for people: metrics, progress, videos."""

@@ -1,4 +1,4 @@
-"""Shows how far a run is: a live bar in a terminal, one log line per iteration elsewhere."""
+"""Shows the progress of a run: a live bar in a terminal, one log line per iteration elsewhere."""
 
 import sys
 import time
@@ -26,9 +26,9 @@ def format_success(success: Mapping[str, float]) -> str:
 
 
 class Estimate:
-    """Time left, from the mean duration of the iterations done since this process started.
+    """Remaining time, from the mean duration of the iterations since this process started.
 
-    rich's own estimate covers the last half minute only, less than one iteration here.
+    rich's own estimate covers only the last half minute, which is less than one iteration here.
     """
 
     def __init__(self, total: int, finished: int, clock: Callable[[], float] = time.monotonic):
@@ -50,7 +50,7 @@ class Estimate:
 
 
 class _EtaColumn(ProgressColumn):
-    """Counts down between updates."""
+    """Column with the remaining time, which counts down between updates."""
 
     max_refresh = 0.5
 
@@ -67,8 +67,8 @@ class Progress:
 
     Args:
         total: iterations of the whole run.
-        finished: those done by earlier processes of a resumed run.
-        console: where to draw; the default is stderr, which leaves stdout to the summary.
+        finished: iterations that earlier processes of a resumed run have done.
+        console: where to draw; the default is stderr, because the summary goes to stdout.
     """
 
     def __init__(self, total: int, finished: int = 0, console: Console | None = None):
@@ -90,7 +90,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
-            # absl keeps the stderr it found at start; the bar needs its lines to come through rich.
+            # absl writes to the stderr of its start; the bar needs all lines to go through rich.
             self._absl = logging.get_absl_handler().python_handler
             self._stream = self._absl.setStream(sys.stderr)
         return self
@@ -102,11 +102,11 @@ class Progress:
             self._bar.stop()
 
     def update(self, done: int, *, success: Mapping[str, float]) -> None:
-        """Show that `done` iterations are finished, and the latest success rate of each place.
+        """Show that `done` iterations are finished, and the latest success rates.
 
         Args:
             done: finished iterations of the whole run.
-            success: {"imagined": 0..1, "ground_truth": 0..1}, those that are evaluated.
+            success: {"imagined": 0..1, "ground_truth": 0..1}, as far as they are evaluated.
         """
         self._estimate.update(done)
         text = format_success(success) or "not evaluated"

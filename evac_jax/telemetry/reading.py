@@ -1,4 +1,4 @@
-"""Shows how far the reading of large files is: a bar on a terminal, log lines elsewhere."""
+"""Shows the progress of reading large files: a bar in a terminal, log lines elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ class ReadProgress:
     """Context manager that is called as (bytes read so far, bytes to read).
 
     Args:
-        what: the thing that is read, such as "policy weights".
+        what: what is read, such as "policy weights".
         console: where to draw; the default is stderr.
     """
 

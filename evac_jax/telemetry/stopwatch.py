@@ -17,7 +17,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add what the block takes to a phase."""
+        """Add the duration of the block to a phase."""
         began = time.perf_counter()
         yield
         self.add(name, time.perf_counter() - began)

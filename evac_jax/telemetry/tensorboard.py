@@ -1,4 +1,4 @@
-"""TensorBoard event files. Needs neither JAX nor PyTorch: the trainer and the tools both use it."""
+"""TensorBoard event files, without JAX or PyTorch, because both the trainer and tools use them."""
 
 import io
 import math
@@ -12,15 +12,15 @@ from evac_jax.telemetry import video
 
 
 def finite(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Return the figures that are numbers; viewers would draw the others as gaps."""
+    """Return the finite figures; viewers would draw the others as gaps."""
     return {name: float(value) for name, value in scalars.items() if math.isfinite(value)}
 
 
 class TensorBoardWriter:
-    """Event files, through the writer that TensorBoard itself ships.
+    """Writes event files with TensorBoard's own writer.
 
-    Difference to common practice: neither torch.utils.tensorboard nor tensorboardX, which both
-    import torch, and the trainer must not.
+    It does not use torch.utils.tensorboard or tensorboardX, as is common, because both import torch
+    and the trainer must not import it.
     """
 
     def __init__(self, directory: Path, resume_step: int = 0):
@@ -29,7 +29,7 @@ class TensorBoardWriter:
 
         self._event, self._summary, self._tensor = event_pb2, summary_pb2, tensor_pb2
         self._writer = EventFileWriter(str(directory))
-        # A session's START event makes viewers hide what an earlier one wrote from this step on.
+        # A START event makes viewers hide what earlier sessions wrote from this step on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.add_event(
             event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start)
@@ -46,7 +46,7 @@ class TensorBoardWriter:
         self._add(step, [value(tag=k, simple_value=v) for k, v in finite(scalars).items()])
 
     def text(self, name: str, text: str) -> None:
-        """Add a text to the Text tab, set as it is."""
+        """Add a text to the Text tab, without formatting."""
         metadata = self._summary.SummaryMetadata()
         metadata.plugin_data.plugin_name = "text"
         indented = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's code block
@@ -54,7 +54,7 @@ class TensorBoardWriter:
         self._add(0, [self._summary.Summary.Value(tag=name, metadata=metadata, tensor=tensor)])
 
     def video(self, name: str, path: Path, step: int) -> None:
-        """Add the video as a moving GIF: TensorBoard cannot play mp4."""
+        """Add the video as an animated GIF, because TensorBoard cannot play mp4."""
         frames, fps = video.read_mp4(path)
         self._add_image(name, frames.shape[1:3], video.encode_gif(frames, fps=fps), step)
 

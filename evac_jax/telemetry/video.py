@@ -1,4 +1,4 @@
-"""Episodes as mp4 files, GIFs and film strips. Frames are uint8 [T H W 3] throughout."""
+"""Episodes as mp4 files, GIFs and film strips. Frames are always uint8 [T H W 3]."""
 
 import io
 import math
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from evac_jax.files.atomic import replacing
 
-MIN_SIZE = 256  # pixels; smaller frames are unreadable in a browser and leave no room for text
+MIN_SIZE = 256  # pixels; smaller frames are too small for a browser and have no room for text
 TEXT_SIZE = 15
 MARGIN = 6
 BORDER = 5
@@ -33,7 +33,7 @@ class Overlay:
     Attributes:
         instruction: the task in words.
         reward_so_far: sum of the rewards up to and including each frame, [T].
-        success: whether the episode has succeeded by each frame, bool [T]; colours the border.
+        success: whether the episode has succeeded by each frame, bool [T]; sets the border colour.
     """
 
     instruction: str
@@ -48,9 +48,9 @@ def upscale(frames: Frames, min_size: int = MIN_SIZE) -> Frames:
 
 
 def annotate(frames: Frames, overlay: Overlay) -> Frames:
-    """Return larger frames: a band of text on top, a border that turns green with success.
+    """Return larger frames, with text above and a border that turns green at success.
 
-    The last line of the band tells the step (the start frame is step 0), the reward so far and the
+    The last line of the text shows the step (the start frame is step 0), the reward so far and the
     success flag.
 
     Raises:
@@ -87,7 +87,7 @@ def annotate(frames: Frames, overlay: Overlay) -> Frames:
 
 
 def _wrap(text: str, font, width: int) -> list[str]:
-    """Break `text` between words into lines of at most `width` pixels; one word never breaks."""
+    """Break `text` between words into lines of at most `width` pixels; words are not divided."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -99,11 +99,11 @@ def _wrap(text: str, font, width: int) -> list[str]:
 
 
 def tile(episodes: Sequence[Frames], columns: int | None = None) -> Frames:
-    """Return episodes side by side in a grid; one that ends early keeps its last frame.
+    """Return episodes side by side in a grid; a shorter episode repeats its last frame.
 
     Args:
-        episodes: frames of one size, lengths may differ.
-        columns: None makes the grid as square as it gets.
+        episodes: frames of one size; lengths may differ.
+        columns: None makes the grid as square as possible.
 
     Raises:
         ValueError: no episodes, or frames of different sizes.
@@ -124,9 +124,9 @@ def tile(episodes: Sequence[Frames], columns: int | None = None) -> Frames:
 
 
 def write_mp4(path: Path, frames: Frames, *, fps: int, overlay: Overlay | None = None) -> None:
-    """Write an episode as H.264 (MPEG-4 part 2 where PyAV was built without x264), atomically.
+    """Write an episode as H.264 (MPEG-4 part 2 if PyAV was built without x264), atomically.
 
-    Frames are enlarged to `MIN_SIZE`; 4:2:0 colour, because many players know nothing else.
+    Frames are enlarged to `MIN_SIZE`. Colour is 4:2:0, because many players support nothing else.
 
     Raises:
         ValueError: frames are not uint8 [T H W 3] with T >= 1.
@@ -134,7 +134,7 @@ def write_mp4(path: Path, frames: Frames, *, fps: int, overlay: Overlay | None =
     frames = upscale(_checked(frames))
     if overlay is not None:
         frames = annotate(frames, overlay)
-    # 4:2:0 halves both sides: odd ones get their last row or column twice.
+    # 4:2:0 halves both sides, so for odd sizes the last row or column is repeated.
     odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
     frames = np.pad(frames, odd, mode="edge")
     h264 = "libx264" in av.codecs_available
@@ -157,14 +157,14 @@ def read_mp4(path: Path) -> tuple[Frames, float]:
 
 
 def decode_mp4(path: Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a video, uint8 [H W 3], one at a time: a long one fits no memory."""
+    """Yield the frames of a video, uint8 [H W 3], one by one; a long video may exceed memory."""
     with av.open(str(path)) as file:
         for frame in file.decode(video=0):
             yield frame.to_ndarray(format="rgb24")
 
 
 def encode_gif(frames: Frames, *, fps: float) -> bytes:
-    """Return an endless GIF, which READMEs and TensorBoard show without a video player."""
+    """Return a GIF that repeats endlessly; READMEs and TensorBoard show it without a player."""
     images = [Image.fromarray(frame) for frame in _checked(frames)]
     buffer = io.BytesIO()
     images[0].save(
@@ -179,7 +179,7 @@ def encode_gif(frames: Frames, *, fps: float) -> bytes:
 
 
 def filmstrip(frames: Frames, count: int = 8, *, gap: int = 2) -> Image.Image:
-    """Return `count` frames at even distances, first and last among them, as one row."""
+    """Return `count` frames at equal distances, including the first and the last, as one row."""
     frames = _checked(frames)
     picked = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
     _, height, width, _ = picked.shape

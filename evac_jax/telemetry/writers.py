@@ -1,8 +1,8 @@
-"""Where a run's figures go: JSON lines always, TensorBoard and Weights & Biases when asked.
+"""Writes a run's metrics: always JSON lines; TensorBoard and Weights & Biases if configured.
 
-Only process 0 writes. Figures that are not finite are never passed on as numbers, because JSON
-cannot represent them and viewers silently draw gaps. They become null in the JSON lines, with their
-names beside them, are left out elsewhere, and are counted as `log/non_finite`.
+Only process 0 writes. Figures that are not finite are not written as numbers, because JSON cannot
+represent them and viewers silently draw gaps. In the JSON lines they are null and their names are
+listed; elsewhere they are left out. `log/non_finite` counts them.
 """
 
 import json
@@ -25,10 +25,10 @@ NON_FINITE = "log/non_finite"
 
 
 class MetricWriter(Protocol):
-    """The interface of a writer as the training loop uses it. Steps are finished iterations."""
+    """The interface of a metric writer. Steps are finished iterations."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record figures of iteration `step`; several calls for one step add up."""
+        """Record figures of iteration `step`; several calls for one step complete each other."""
         ...
 
     def text(self, name: str, text: str) -> None:
@@ -45,7 +45,7 @@ class MetricWriter(Protocol):
 
 
 class NullWriter:
-    """Writes nothing: processes other than the first, and evaluation without a run."""
+    """Writes nothing; for processes other than the first, and for evaluation without a run."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Do nothing."""
@@ -67,9 +67,9 @@ class JsonlWriter:
     "non_finite". A second `write` for the same iteration completes its line.
 
     Args:
-        path: the file; made, or continued.
-        resume_step: iterations that the restored checkpoint has behind it. Lines of later ones are
-            dropped, atomically: the resumed run writes them anew.
+        path: the file; it is created, or continued.
+        resume_step: finished iterations of the restored checkpoint. Lines of later iterations are
+            removed atomically; the resumed run writes them again.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
@@ -84,7 +84,7 @@ class JsonlWriter:
         self._start = self._file.tell() - last
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append a line, or complete the last one if it is of the same iteration."""
+        """Append a line, or complete the last one if it belongs to the same iteration."""
         if self._line.get("iteration") != step:
             self._line = {"iteration": step}
             self._start = self._file.seek(0, 2)
@@ -95,7 +95,7 @@ class JsonlWriter:
             lost |= set() if finite else {name}
         if lost:
             self._line["non_finite"] = sorted(lost)
-        # Over the old text, not after cutting it off: a kill in between must not lose the line.
+        # Overwrite the old text instead of truncating first: a kill in between must not lose it.
         self._file.seek(self._start)
         self._file.write(f"{json.dumps(self._line)}\n".encode())
         self._file.flush()
@@ -115,13 +115,13 @@ class JsonlWriter:
 
 
 def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Return the lines of iterations <= `step`; warn of those that are damaged."""
+    """Return the lines of iterations <= `step`; warn about damaged lines."""
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), start=1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            # A killed process may leave half a line. The run can go on without it.
+            # A killed process may leave half a line. The run can continue without it.
             logging.warning("%s: line %d is damaged and was dropped", path, number)
             continue
         if line["iteration"] <= step:
@@ -130,10 +130,10 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 class WandbWriter:
-    """Weights & Biases; all its files stay inside the run's folder.
+    """Weights & Biases; all its files are inside the run's folder.
 
-    The run's id is kept in `wandb_id`, so that a resumed run continues its own page. The x axis is
-    the figure "iteration", not W&B's step, which may never go back.
+    The run's id is stored in `wandb_id`, so that a resumed run continues its own page. The x axis
+    is the figure "iteration", because W&B's own step can never go back.
 
     Raises:
         ConfigError: W&B is not installed or does not start (no account, no network).
@@ -160,7 +160,7 @@ class WandbWriter:
                 mode=mode,
                 dir=str(folder),
                 config=dict(config),
-                # The console belongs to the progress bar.
+                # W&B must not write to the console, where the progress bar is.
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:
@@ -197,7 +197,7 @@ class FanOut:
         self._count = 0
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record figures, and as `log/non_finite` how many of this iteration's are not finite."""
+        """Record figures, and in `log/non_finite` how many of this iteration are not finite."""
         lost = len(scalars) - len(finite(scalars))
         self._count = lost + (self._count if step == self._step else 0)
         self._step = step

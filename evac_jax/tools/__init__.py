@@ -1,1 +1,1 @@
-"""Commands that make episodes, world models, classifiers and start policies."""
+"""Commands that make and check episodes, world models, classifiers and policies."""

@@ -1,6 +1,6 @@
-"""What the tools' command lines share: their help, and options that more than one has.
+"""Common parts of the tools' command lines: their help, and options that several tools have.
 
-Help is the tool's docstring as it is laid out, and every option with a default states it.
+The help shows the docstring of the tool without reformatting, and the default of every option.
 """
 
 import argparse
@@ -11,7 +11,7 @@ DEVICES = ("cpu", "cuda")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of the description and adds defaults, also where there is no help text."""
+    """Keeps the layout of the description and adds defaults, even if there is no help text."""
 
     def add_argument(self, action: argparse.Action) -> None:
         default = _shown(action)
@@ -22,7 +22,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _shown(action: argparse.Action) -> str:
-    """Return the default as one would type it; "" where there is none, as for a switch."""
+    """Return the default as one would type it; "" if there is none, as for a switch."""
     default = action.default
     if default is None or default is False or default == argparse.SUPPRESS:
         return ""
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     Args:
         tool: "noun.verb", or "noun".
         doc: docstring of the tool.
-        **options: of `argparse.ArgumentParser`.
+        **options: passed to `argparse.ArgumentParser`.
     """
 
     def __init__(self, tool: str, doc: str | None, **options: Any):
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_device(self) -> None:
         """Add `--device` of a tool that computes in PyTorch."""
-        # Tools without it run where JAX computes, and have no need of PyTorch.
+        # Tools without this option compute in JAX and do not need PyTorch.
         import torch
 
         default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,10 +60,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU")
 
     def add_seed(self, of: str) -> None:
-        """Add `--seed`; `of` says of what."""
+        """Add `--seed`; `of` says what the seed is for."""
         self.add_argument("--seed", type=int, default=0, help=f"of {of}")
 
     def add_image_size(self, default: int = 0) -> None:
-        """Add `--image_size`; a default of 0 leaves pictures as they are."""
+        """Add `--image_size`; a default of 0 keeps the size of the pictures."""
         text = "pixels per side" + ("" if default else "; 0 = as they are")
         self.add_argument("--image_size", type=int, default=default, help=text)

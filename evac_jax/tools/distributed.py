@@ -1,7 +1,7 @@
-"""Several processes that train one model: `torchrun --nproc_per_node N -m evac_jax.tools...`.
+"""Training of one model by several processes: `torchrun --nproc_per_node N -m evac_jax.tools...`.
 
-Plain means of gradients instead of DistributedDataParallel: the world model's loss is not its
-`forward`, and some of its weights (see `ImageTowerConfig.embed_dim`) never get a gradient.
+Gradients are averaged directly. DistributedDataParallel is not used, because the world model's loss
+is not its `forward`, and some of its weights (see `ImageTowerConfig.embed_dim`) get no gradient.
 """
 
 import os
@@ -19,12 +19,12 @@ BUCKET = 25_000_000  # gradient entries per message
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run.
+    """This process and the other processes of a run.
 
     Attributes:
         rank: 0..world - 1.
         world: number of processes.
-        device: what this process computes on.
+        device: the device of this process.
     """
 
     rank: int = 0
@@ -33,7 +33,7 @@ class Ranks:
 
     @classmethod
     def join(cls, device: str) -> "Ranks":
-        """Join the processes that torchrun started, or be alone.
+        """Join the processes that torchrun started; without torchrun there is only this one.
 
         Args:
             device: "cpu" or "cuda"; torchrun's local rank chooses the GPU.
@@ -76,7 +76,7 @@ class Ranks:
         return value
 
     def agree(self, flag: bool) -> bool:
-        """The first process's flag, everywhere."""
+        """Return the flag of the first process, in all processes."""
         if self.world == 1:
             return flag
         value = torch.tensor(float(flag), device=self.device)

@@ -1,4 +1,4 @@
-"""Whether a training tool's saved progress is that of the run that wants to go on from it."""
+"""Checks that the saved progress of a training tool belongs to the run that continues from it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +8,12 @@ from evac_jax.errors import CheckpointError
 
 
 def check_same_run(path: Path, saved: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
-    """Refuse progress that was made with other arguments: going on would be another run.
+    """Raise if the progress was made with other arguments, because it would be another run.
 
     Args:
         path: of the progress, for the message.
-        saved: what its run was started with.
-        setup: the same of this run.
+        saved: arguments of the run that saved the progress.
+        setup: arguments of this run.
 
     Raises:
         CheckpointError: names every argument that differs, with both values.

@@ -1,8 +1,8 @@
-"""Stores a folder of weights in half precision: half the bytes, loaded as before.
+"""Stores a folder of weights in half precision. It takes half the bytes and is loaded as before.
 
     python -m evac_jax.tools.store_as --source DIR --out DIR2 --dtype float16
 
-What is scored afterwards should be this copy, for it is the one that others get.
+Measure scores on this copy, because it is the one that others will use.
 """
 
 import json
@@ -25,7 +25,7 @@ DTYPES = ("float16", "bfloat16")
 def store(source: Path, out: Path, dtype: str) -> None:
     """Write the new folder `out`: float32 tensors of `source` as `dtype`, JSON files as they are.
 
-    Of a policy folder, config.json names the new precision; the card gets `stored_as`.
+    In a policy folder, config.json then names the new precision. `stored_as` is added to the card.
 
     Raises:
         CheckpointError: `out` exists, there are no weights, or a value does not fit.
@@ -52,7 +52,7 @@ def store(source: Path, out: Path, dtype: str) -> None:
 
 
 def _name_precision(file: Path, dtype: str) -> None:
-    """Say the precision where a Hugging Face configuration says it; others do not."""
+    """Change the precision in a Hugging Face configuration; other files do not contain it."""
     config = json.loads(file.read_text()) if file.is_file() else {}
     if "torch_dtype" in config:
         config["torch_dtype"] = config.setdefault("text_config", {})["torch_dtype"] = dtype

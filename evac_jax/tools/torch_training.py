@@ -1,4 +1,4 @@
-"""What the PyTorch training tools share: schedule, optimizers, moving average, progress."""
+"""Common parts of the PyTorch training tools: schedule, optimizers, moving average, progress."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.files.atomic import replacing
 from evac_jax.tools.resume import check_same_run
 
-MUON_SMALLEST = 16  # a narrower matrix has no spectrum worth orthogonalising
+MUON_SMALLEST = 16  # for a narrower matrix orthogonalisation has no use
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,7 +38,7 @@ def make_optimizers(
     Args:
         module: what is trained, on its device already.
         kind: "adamw" for all, or "muon" for the weights of linear layers and AdamW for the rest.
-            Muon's steps are scaled to the size of AdamW's, so one learning rate serves both.
+            Muon's steps are scaled to the size of AdamW's, so both use the same learning rate.
         weight_decay: of both.
         beta2: of AdamW.
 
@@ -68,7 +68,7 @@ def make_optimizers(
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Return the context in which a forward pass runs; a no-op for "float32"."""
+    """Return the autocast context for a forward pass; for "float32" it does nothing."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
@@ -82,7 +82,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move towards the module's parameters; early on, faster than `decay` says."""
+        """Move towards the module's parameters; in the first steps faster than by `decay`."""
         self._updates += 1
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
         parameters = _trainable(module)
@@ -91,7 +91,7 @@ class Ema:
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
-        """Exchange the module's parameters and the average; call twice to get back."""
+        """Exchange the module's parameters and the average; a second call undoes it."""
         for name, parameter in _trainable(module).items():
             kept = parameter.detach().clone()
             parameter.copy_(self._average[name])
@@ -111,13 +111,13 @@ def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trainable parameters by name; the frozen ones are on disk elsewhere."""
+    """Return the trainable parameters by name; other files hold the frozen ones."""
     return {name: parameter.detach() for name, parameter in _trainable(module).items()}
 
 
 @torch.no_grad()
 def load_trainable(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put `trainable_state`'s output back.
+    """Load the output of `trainable_state`.
 
     Raises:
         CheckpointError: it belongs to other parameters.
@@ -141,7 +141,7 @@ def save_progress(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_progress(path: Path, setup: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a state of `save_progress` whose "setup" is that of this run.
+    """Return a state that `save_progress` wrote; its "setup" must be that of this run.
 
     Raises:
         CheckpointError: it was made with other arguments.

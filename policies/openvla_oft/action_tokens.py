@@ -1,8 +1,8 @@
-"""Between tokens and actions: bins, statistics, and the distribution over the 256 bins.
+"""Converts between tokens and actions: bins, statistics, and the distribution over 256 bins.
 
-A larger token id means a smaller action. With V the tokenizer's vocabulary, token t has bin
-clip(V - t - 1, 0, 254): the 256 edges on [-1, 1] enclose 255 bins, so the two lowest ids decode to
-the same action. Their log-probs stay apart, as in the reference.
+A larger token id means a smaller action. With a tokenizer vocabulary of size V, token t has bin
+clip(V - t - 1, 0, 254). The 256 edges on [-1, 1] enclose 255 bins, so the two lowest ids decode to
+the same action. They keep separate log-probs, as in the reference.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ NORMALIZATIONS = {"quantiles": ("q01", "q99"), "min_max": ("min", "max")}
 
 @dataclass(frozen=True)
 class ActionStatistics:
-    """What un-normalises actions: 0.5 (x + 1) (high - low + 1e-8) + low where the mask is True.
+    """Un-normalises actions: 0.5 (x + 1) (high - low + 1e-8) + low where the mask is True.
 
     Attributes:
         low, high: per dimension, in the units of the robot.
-        mask: False leaves that dimension as it is, in -1..1 (the gripper of LIBERO).
+        mask: where it is False, the dimension keeps its value in -1..1 (the gripper of LIBERO).
     """
 
     low: tuple[float, ...]
@@ -51,7 +51,7 @@ class ActionStatistics:
             norm_stats: dataset name -> {"action": {"q01": [..], "q99": [..], "mask": [..] ..}}.
             unnorm_key: dataset name; "<key>_no_noops" is tried too.
             normalization: "quantiles" (q01, q99) or "min_max" (OpenVLA-OFT's ALOHA constants).
-                The reference guesses it from the command line.
+                The reference infers it from the command line.
 
         Raises:
             KeyError: no such dataset.
@@ -98,10 +98,10 @@ def log_distribution(
 
 
 def entropy(log_probs: Float[Array, "... n"]) -> Float[Array, "..."]:
-    """Return -sum p log p in nats; bins with p = 0 count as 0, in the gradient too.
+    """Return -sum p log p in nats; bins with p = 0 contribute 0, also to the gradient.
 
-    The reference takes it over the whole vocabulary with -inf outside the bins, and its gradient
-    is NaN for every parameter.
+    The reference sums over the whole vocabulary with -inf outside the bins, which makes the
+    gradient of every parameter NaN.
     """
     possible = jnp.isfinite(log_probs)
     safe = jnp.where(possible, log_probs, 0.0)

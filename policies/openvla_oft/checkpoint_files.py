@@ -1,7 +1,7 @@
-"""The files of a checkpoint folder: which tensor lies where, read and written one at a time.
+"""The files of a checkpoint folder: where each tensor is; tensors are read and written one by one.
 
-No file stays mapped: a tensor's pages are given back with it, so what a process holds is what its
-peak resident size (`ru_maxrss`) says.
+No file stays mapped. The pages of a tensor are released with it, so the peak resident size of a
+process (`ru_maxrss`) is the memory that it really holds.
 """
 
 import json
@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD = "value_head."
-# What weights may be kept in; anything else is no weight (counters, quantised tensors).
+# Types that weights may have; tensors of other types (counters, quantised ones) are not weights.
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Content of a JSON file, None if there is no such file.
 
     Raises:
-        ValueError: no JSON object.
+        ValueError: the file holds no JSON object.
     """
     if not path.is_file():
         return None
@@ -110,22 +110,22 @@ def read_tensor(path: Path, key: str) -> np.ndarray:
 
 def _all_finite(tensor: np.ndarray) -> bool:
     if tensor.dtype == jnp.bfloat16:
-        # Exponent bits all set. NumPy's own test of bfloat16 takes five times as long.
+        # All exponent bits are set. NumPy's own test of bfloat16 takes five times as long.
         return not ((tensor.view(np.uint16) & 0x7FFF) >= 0x7F80).any()
     return bool(np.isfinite(tensor).all())
 
 
 class CheckpointFiles:
-    """The weights of a folder, by key. The index counts where there is one.
+    """The weights of a folder, by key. If there is an index, it decides which files are used.
 
     Attributes:
         entries: every tensor, key -> where and what.
-        absent: keys that the index names and no file holds.
-        notes: files that were passed over.
+        absent: keys that the index names but that are in no file.
+        notes: files that were not used.
 
     Raises:
-        FileNotFoundError: no weights that can be read, or a shard is missing.
-        ValueError: a damaged file, or a checkpoint whose actions come from another head.
+        FileNotFoundError: there are no readable weights, or a shard is missing.
+        ValueError: a file is damaged, or the actions of the checkpoint come from another head.
     """
 
     def __init__(self, folder: str | Path):

@@ -1,6 +1,6 @@
-"""Every size and switch of OpenVLA-OFT, and how a Hugging Face config.json gives them.
+"""All sizes and switches of OpenVLA-OFT, and how they are read from a Hugging Face config.json.
 
-Defaults are the public 7B checkpoints. A miniature is the same class with other numbers.
+The defaults are the public 7B checkpoints. A miniature is the same class with other numbers.
 """
 
 import dataclasses
@@ -105,10 +105,10 @@ class OpenVLAOFTConfig:
         remat: what the backward pass recomputes per layer: "none" keeps all activations, "full"
             recomputes the layer, "dots" keeps the results of its matrix products.
         scan_layers: loop over stacked layers with one compiled body; False unrolls them. The
-            parameters lie the same way in both.
-        attention: implementation of jax.nn.dot_product_attention: "auto", "xla" or "cudnn"; on a
-            CPU "auto" is one of our own, see `kernels`.
-        lora_rank: rank of the adapters that train while the base is frozen; 0 = no adapters, all
+            parameters have the same layout in both.
+        attention: implementation of jax.nn.dot_product_attention: "auto", "xla" or "cudnn". "auto"
+            is our own one on a CPU (see `kernels`) and JAX's default elsewhere (XLA in 0.10.2).
+        lora_rank: rank of the adapters, which train while the base is frozen; 0 = no adapters: all
             weights train.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = lora_rank, a scale of 1.
         lora_targets: modules that get an adapter, by the last part of their checkpoint name.
@@ -208,7 +208,7 @@ class OpenVLAOFTConfig:
 
     @property
     def lora_scale(self) -> float:
-        """What adapters are multiplied with, alpha / r; 0 without adapters."""
+        """Factor of the adapters, alpha / r; 0 without adapters."""
         return (self.lora_alpha or self.lora_rank) / self.lora_rank if self.lora_rank else 0.0
 
     @property
@@ -224,7 +224,7 @@ class OpenVLAOFTConfig:
 
         `tiny_vision_overrides` (a list of two, DINOv2 first; absent in public checkpoints) may set
         embed_dim, depth, num_heads, mlp_ratio, patch_size and reg_tokens of the towers.
-        `overrides` are fields of this class that config.json does not know (chunk, value_type ..).
+        `overrides` are fields of this class that config.json does not have (chunk, value_type ..).
 
         Raises:
             ValueError: an architecture that this code does not have.
@@ -287,7 +287,7 @@ class OpenVLAOFTConfig:
     def to_hf(self) -> dict[str, Any]:
         """Return a config.json that `from_hf` reads back to the same sizes.
 
-        Fields that a checkpoint does not fix (chunk, value_type, dtypes ..) are not in it.
+        It leaves out fields that a checkpoint does not determine (chunk, value_type, dtypes ..).
         """
         towers = (self.dinov2, self.siglip)
         return {
@@ -319,7 +319,7 @@ class OpenVLAOFTConfig:
                     "embed_dim": tower.width,
                     "depth": tower.depth,
                     "num_heads": tower.heads,
-                    # The half keeps int(width * ratio) from falling below a width that is whole.
+                    # The 0.5 makes int(width * ratio) give the width itself despite rounding.
                     "mlp_ratio": (tower.mlp_width + 0.5) / tower.width,
                     "patch_size": self.patch_size,
                     "reg_tokens": tower.register_tokens,

@@ -55,13 +55,14 @@ def export_policy(
 
     Args:
         model: parameters fully addressable from this process.
-        source: folder whose config.json, tokenizer, statistics and Python files go along.
-        like_source: lay tensors out as in `source`: the same keys in the same files in the same
-            dtypes; what the policy did not import (a value head that nobody asked for) is copied.
-            A value head that the source lacks gets a file of its own, which no index names.
+        source: folder from which config.json, tokenizer, statistics and Python files are copied.
+        like_source: arrange tensors as in `source`: the same keys in the same files with the same
+            dtypes. Tensors that the policy did not import (an unused value head) are copied. A
+            value head that the source lacks is written to a separate file, which no index names.
         dtype: "float32" or "bfloat16" on disk; None = as the parameters are, or as `source` has
             them with `like_source`.
-        norm_stats: statistics of further datasets, added to the source's or in their place.
+        norm_stats: statistics of further datasets; they are added to those of the source and
+            replace those of the same name.
         extra: further files, name -> content.
         max_shard_bytes: size from which a new safetensors file starts; not with `like_source`.
 
@@ -109,7 +110,7 @@ def create_policy_folder(
     dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a policy that comes from no checkpoint as a Hugging Face folder; return the folder.
+    """Write a policy that was not made from a checkpoint as a Hugging Face folder; return it.
 
     Args:
         model: the policy; its config's `to_hf` becomes config.json.
@@ -195,8 +196,8 @@ def _learn_merges(texts: list[str], vocab: dict[str, int], room: int) -> list[tu
     """Merge the most frequent neighbours within words until `room` is full; extends `vocab`."""
     words: dict[tuple[str, ...], int] = {}
     for text in texts:
-        # A word ends before the next space mark or newline, so that no piece spans two words and
-        # the trailing space stays a token of its own.
+        # A word ends before the next space mark or newline. So no piece spans two words, and the
+        # trailing space remains a separate token.
         for word in text.replace(SPACE, f" {SPACE}").replace("\n", " ").split():
             words[tuple(word)] = words.get(tuple(word), 0) + 1
     merges = []
@@ -233,7 +234,7 @@ Layout = dict[str, dict[str, Entry]]
 
 
 class _Tensors:
-    """A policy's tensors by checkpoint key, and how they may lie in files.
+    """A policy's tensors by checkpoint key, and how they are divided into files.
 
     Args:
         dtype: on disk, unless a layout says otherwise.
@@ -263,7 +264,7 @@ class _Tensors:
         return Entry(file, self._dtype, source.hf_shape(self._variables[path].shape))
 
     def in_shards(self, max_bytes: int) -> Layout:
-        """Fill one file after another; a single one is called as transformers expects it."""
+        """Fill one file after another; a single file gets the name that transformers expects."""
         shards: list[dict[str, Entry]] = [{}]
         size = 0
         for key in self._places:
@@ -324,7 +325,7 @@ def _write_folder(
 
 
 def _index(layout: Layout) -> dict[str, Any] | None:
-    """Return which file holds which key; None for the one file that needs no index."""
+    """Return which file holds which key; None if there is only one file, which needs no index."""
     if list(layout) == [SINGLE]:
         return None
     return {

@@ -1,4 +1,4 @@
-"""Which checkpoint tensors each of our parameters consists of, for import and export alike."""
+"""Maps each of our parameters to its checkpoint tensors; used by import and export."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from flax import nnx
 
 from policies.openvla_oft.config import OpenVLAOFTConfig
 
-# First match wins; applied to our path, "/"-joined.
+# The first match is used. Patterns are applied to our path, joined by "/".
 MODULES = (
     (r"^vision/dinov2/", "vision_backbone.featurizer."),
     (r"^vision/siglip/", "vision_backbone.fused_featurizer."),
@@ -36,9 +36,9 @@ class Source:
     """How one parameter is made from checkpoint tensors.
 
     Attributes:
-        keys: tensors; one, or one per layer of a stacked parameter.
-        stacked: whether a leading layer axis is built from the keys.
-        axes: transposition from the checkpoint's axes to ours; None = as it is.
+        keys: names of the tensors: one, or one per layer of a stacked parameter.
+        stacked: whether the tensors are stacked along a leading layer axis.
+        axes: transposition from the checkpoint's axes to ours; None = no change.
     """
 
     keys: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> policy. Each tensor is read once and handed on as it is read."""
+"""Reads a policy from a Hugging Face folder; each tensor is read once and placed at once."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from policies.openvla_oft.peft import LoraAdapter
 from policies.openvla_oft.prompt import PromptTokenizer
 from policies.openvla_oft.tensors import Shardings, place
 
-# Buffers that old exports hold and nobody reads.
+# Buffers in old exports; they are not used.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 NO_NOOPS = "_no_noops"
 # (bytes read so far, bytes to read).
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """What a policy folder gives.
+    """A policy that was read from a folder.
 
     Attributes:
         model: the policy, parameters placed by `shardings`.
@@ -47,7 +47,7 @@ class LoadedPolicy:
 
 
 def read_norm_stats(folder: str | Path) -> dict[str, Any]:
-    """Return the folder's statistics: config.json's, dataset_statistics.json's merged over."""
+    """Return the statistics in config.json, overridden by those in dataset_statistics.json."""
     folder = Path(folder)
     config = read_json(folder / "config.json") or {}
     return config.get("norm_stats", {}) | (read_json(folder / "dataset_statistics.json") or {})
@@ -56,14 +56,14 @@ def read_norm_stats(folder: str | Path) -> dict[str, Any]:
 def read_statistics(
     folder: str | Path, unnorm_key: str, normalization: str = "quantiles"
 ) -> tuple[ActionStatistics, list[str]]:
-    """Return a dataset's action statistics and what is to be noted about them.
+    """Return a dataset's action statistics, and notes about them for the user.
 
     Args:
-        unnorm_key: dataset; the name with or without "_no_noops" will do where only that is there.
+        unnorm_key: dataset. If only the name with or without "_no_noops" exists, it is used.
 
     Raises:
         KeyError: no such dataset.
-        ValueError: its statistics are not whole.
+        ValueError: its statistics are incomplete.
     """
     folder, notes = Path(folder), []
     stats = read_norm_stats(folder)
@@ -135,7 +135,7 @@ def load_policy(
 def check_policy(folder: str | Path, **options) -> None:
     """Raise what `load_policy` raises before it reads a weight.
 
-    For whoever starts something dear first: a wrong folder is told at once.
+    Call it before slow work, so that a wrong folder is reported at once.
 
     Args:
         folder: as of `load_policy`.
@@ -144,7 +144,7 @@ def check_policy(folder: str | Path, **options) -> None:
     Raises:
         FileNotFoundError: a file is missing.
         KeyError: `unnorm_key` is not among the statistics.
-        ValueError: tensors are missing, unexpected, no floats or of another shape, or the adapter
+        ValueError: tensors are missing, unexpected, not floats or of another shape, or the adapter
             does not fit; all are listed at once. Or a file is damaged.
     """
     _open(folder, **options)
@@ -160,7 +160,7 @@ def _open(
     seed: int = 0,
     **fields,
 ) -> tuple["_Reader", PromptTokenizer, list[str]]:
-    """Return what reads the weights of a folder, its tokenizer, and what is to be noted.
+    """Return the reader of a folder's weights, its tokenizer, and notes for the user.
 
     Args:
         folder: see `load_policy`.
@@ -169,8 +169,8 @@ def _open(
         lora_adapter: PEFT folder, "" = none. Merged in float32 while reading; with `lora_rank` > 0
             its pairs become the policy's adapters instead, which train on.
         normalization: see `ActionStatistics.from_norm_stats`.
-        seed: of what the folder lacks: new adapters, and a value head that `value_type` asks for.
-            One that it has and nobody asked for is skipped. Both are noted.
+        seed: for parameters that the folder lacks: new adapters, and a value head if `value_type`
+            asks for one. A value head that is not asked for is skipped. Both are noted.
         fields: of `OpenVLAOFTConfig` (value_type, param_dtype, remat, lora_rank ..).
     """
     folder, notes, statistics = Path(folder), [], None
@@ -191,7 +191,7 @@ def abstract_model(
 
 
 class _Reader:
-    """Knows what is to be read for a model, and reads it.
+    """Finds which tensors a model needs, and reads them.
 
     Raises:
         ValueError: folder, configuration and adapter do not fit together.
@@ -210,7 +210,7 @@ class _Reader:
             if path not in self._fresh
             for key in source.keys
         }
-        # Pairs of an adapter that goes on training are read as they are, all others are merged.
+        # The pairs of an adapter that trains are read as they are; all others are merged.
         self._pairs = {k: s for k, s in expected.items() if k.startswith(hf_keys.PEFT_PREFIX)}
         weights = {key: shape for key, shape in expected.items() if key not in self._pairs}
         _report(files, weights, skipped, None if self._pairs else adapter)
@@ -221,7 +221,7 @@ class _Reader:
         self._total = sum(files.entries[key].nbytes for key in weights)
 
     def _fresh_and_skipped(self, seed) -> tuple[dict[str, nnx.Variable], set[str]]:
-        """Return parameters that no file gives, and tensors that no parameter takes."""
+        """Return parameters that are in no file, and tensors that belong to no parameter."""
         config, keys = self.config, self.files.keys
         fresh: dict[str, nnx.Variable] = {}
         skipped = {key for key in keys if key.endswith(IGNORED_SUFFIXES)}
@@ -284,13 +284,13 @@ class _Reader:
 
 
 def _fresh_value_head(config, seed) -> dict[str, nnx.Variable]:
-    """Parameters of a value head as a fresh model has them; only the head is computed."""
+    """Parameters of a freshly initialised value head; only the head is computed."""
     head = ValueHead(config, Maker.create(config, nnx.Rngs(seed)))
     return {f"value_head/{path}": variable for path, variable in hf_keys.parameters(head)}
 
 
 def _fresh_adapters(variables, config, seed) -> dict[str, nnx.Variable]:
-    """New adapters: A as `lora.Adapter` draws it, B zero."""
+    """New adapters: A is drawn as in `lora.Adapter`, B is zero."""
     make = Maker(jnp.dtype("float32"), np.random.default_rng(seed))
     return {
         path: (

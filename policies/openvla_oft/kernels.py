@@ -1,7 +1,7 @@
-"""Operations that are written in another way for a CPU: products, activations, attention.
+"""Operations that have a separate implementation for CPUs: products, activations, attention.
 
-Both ways give the same numbers but for rounding; `by_platform` chooses. What each way gains stands
-in docs/policy_speed.md. Everything else in this folder is the same on all devices.
+Both implementations give the same numbers up to rounding; `by_platform` chooses between them.
+docs/policy_speed.md says what each gains. The rest of this folder is the same on all devices.
 """
 
 import math
@@ -17,11 +17,11 @@ from policies import activations
 
 
 def by_platform(*args, cpu: Callable, default: Callable):
-    """Return `cpu(*args)` where the result is computed on a CPU, else `default(*args)`.
+    """Return `cpu(*args)` if the result is computed on a CPU, else `default(*args)`.
 
-    The mesh that the trainer named decides (`policies/activations.py`), and only one of the two is
-    traced. Without a mesh, and in a backward pass, both are, and the platform that the program is
-    lowered for decides: this also holds for a program that another machine will run.
+    If the trainer has set a mesh (`policies/activations.py`), its platform decides, and only one of
+    the two is traced. Without a mesh, and in a backward pass, both are traced, and the platform for
+    which the program is lowered decides. That is right even if another machine runs the program.
     """
     platform = activations.platform()
     if platform is None:
@@ -32,9 +32,8 @@ def by_platform(*args, cpu: Callable, default: Callable):
 def matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
     """Return x @ kernel.
 
-    On a CPU it is a product of two matrices: with more axes XLA copies x and its gradient,
-    transposed, before the backward pass multiplies them; of matrices it multiplies either way
-    round.
+    On a CPU, x is first reshaped to a matrix. With more axes, XLA makes transposed copies of x and
+    of its gradient before the backward pass multiplies them. For matrices it needs no such copies.
     """
     return by_platform(x, kernel, cpu=_matmul_on_cpu, default=jnp.matmul)
 
@@ -45,11 +44,11 @@ def _matmul_on_cpu(x, kernel):
 
 @jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """Exact (erf) GELU, in float32 inside, as torch computes it.
+    """Exact (erf) GELU, computed in float32 as in torch.
 
-    Like `swiglu` it keeps nothing but its input for the backward pass: every intermediate of an MLP
-    that is kept costs more to write and to read again than to compute. XLA for CPUs would share one
-    after all, so there both spell it in another way than the forward pass.
+    Like `swiglu` it keeps only its input for the backward pass: to write and read an intermediate
+    result of an MLP takes longer than to compute it again. XLA for CPUs would merge equal
+    expressions and so keep the result. Therefore the backward pass on a CPU uses another form.
     """
     wide = x.astype(jnp.float32)
     return (wide * (0.5 * (1 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
@@ -71,7 +70,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 @jax.custom_vjp
 def swiglu(gate: Array, up: Array) -> Array:
-    """SiLU of the gate times the other half, of one shape."""
+    """SiLU of the gate times the other half; both have the same shape."""
     return jax.nn.silu(gate) * up
 
 
@@ -115,13 +114,14 @@ def attend_on_cpu(
     values: Float[Array, "B T G D"],
     mask: Bool[Array, "B 1 1 T"] | None,
 ) -> Float[Array, "B S Q D"]:
-    """`jax.nn.dot_product_attention`, made for a CPU.
+    """`jax.nn.dot_product_attention` for a CPU.
 
-    One head after the other, so that the scores of one head are the only ones in memory: those of
-    all heads are tens of megabytes a layer, which leave the cache between operations and whose
-    pages the system clears first. It is heads and not rows, as devices share the batch. Heads lie
-    before positions, so that XLA's products read rows. The backward pass computes the scores again,
-    as FlashAttention does (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+    Heads are computed one after another, so only the scores of one head are in memory. The scores
+    of all heads take tens of megabytes per layer: they do not stay in the cache between operations,
+    and the system must clear their pages first. The loop is over heads and not over the batch,
+    because the batch is sharded over devices. The head axis is placed before the positions, so that
+    XLA's products read contiguous rows. The backward pass computes the scores again, as in
+    FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
     """
     groups = queries.shape[2] // keys.shape[2]
     queries, keys, values = (jnp.moveaxis(x, 2, 0) for x in (queries, keys, values))
@@ -177,7 +177,7 @@ def _attend_backward(saved, gradient):
         weights = jnp.exp(_scores(queries, keys, mask) - top) / total
         through = jnp.sum((gradient * attended).astype(jnp.float32), axis=-1, keepdims=True)
         of_scores = weights * (product("bsd,btd->bst", gradient, values) - through)
-        of_scores = jnp.where(mask, of_scores, 0)  # a row that sees nothing has weights, too
+        of_scores = jnp.where(mask, of_scores, 0)  # fully masked rows have nonzero weights too
         of_scores = (of_scores * queries.shape[-1] ** -0.5).astype(queries.dtype)
         weights = weights.astype(values.dtype)
         return (

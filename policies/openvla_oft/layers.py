@@ -1,7 +1,7 @@
-"""What towers and Llama share: parameters, linear layers, norms, attention, the layer loop.
+"""Parts that towers and Llama share: parameters, linear layers, norms, attention, the layer loop.
 
-Parameters of equal layers lie stacked, [depth ...], whether the loop is compiled once
-(`lax.scan`) or unrolled, so checkpoints and shardings do not depend on that choice.
+The parameters of equal layers are stacked, [depth ...], both when the loop is compiled once
+(`lax.scan`) and when it is unrolled. So checkpoints and shardings do not depend on that choice.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ REMAT = {
 
 
 class UnusedParam(nnx.Variable):
-    """A checkpoint's tensor that no forward pass reads.
+    """A checkpoint tensor that no forward pass reads.
 
-    Kept so that an export holds every tensor of the import. Not an `nnx.Param`: it gets no
-    gradient and no optimiser state.
+    It is kept so that an export contains every tensor of the import. It is not an `nnx.Param`, so
+    it gets no gradient and no optimiser state.
     """
 
 
@@ -40,13 +40,13 @@ class UnusedParam(nnx.Variable):
 class Maker:
     """Makes the parameters of modules.
 
-    Fresh values are drawn on the host: a hundred differently shaped random draws take XLA half a
-    minute to compile, and real sizes come from checkpoints anyway.
+    Initial values are drawn on the host: XLA takes half a minute to compile a hundred random draws
+    of different shapes. Models of full size are read from checkpoints and need no draws.
 
     Attributes:
         dtype: of the parameters.
-        generator: source of fresh values; None makes zeros, for shapes without memory inside
-            `nnx.eval_shape`.
+        generator: source of initial values; None makes zeros, for use inside `nnx.eval_shape`,
+            where only shapes are needed.
         stack: leading axes of every parameter, (depth,) for layers in a loop.
         variable: `nnx.Param`, `UnusedParam`, or `lora.FrozenParam` for a base under adapters.
     """
@@ -90,7 +90,7 @@ class Linear(nnx.Module):
     """x W + b, kernel [in.. out]. Fresh kernels are N(0, 1/in) unless `std` says otherwise.
 
     Attributes:
-        lora: what an adapter adds to x W; None without one. Set by `lora.attach`.
+        lora: the adapter, whose output is added to x W; None = none. Set by `lora.attach`.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ def attend(
     values: Float[Array, "B S G D"],
     key_mask: Bool[Array, "B S"] | None = None,
 ) -> Float[Array, "B S QD"]:
-    """Bidirectional attention with scale 1/sqrt(D); every query sees the keys that are True."""
+    """Bidirectional attention with scale 1/sqrt(D); all queries see the keys whose mask is True."""
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if config.attention == "auto":
         attended = kernels.attend(queries, keys, values, mask)
@@ -175,10 +175,11 @@ def run_layers(
 
     Args:
         collect: keep every layer's output.
-        of_last: further arguments of the last layer; only for an unrolled loop.
+        of_last: extra arguments for the last layer; only with an unrolled loop.
 
     Returns:
-        the last output and, with `collect`, every layer's output stacked in front; else None.
+        the last output and, with `collect`, the outputs of all layers stacked along a leading axis,
+        else None.
     """
     graphdef, stacked = nnx.split(layers)
 
@@ -190,7 +191,7 @@ def run_layers(
         call = partial(apply, **more)
         if config.remat != "none":
             # Inside a scan the compiler cannot merge the recomputation with the forward pass, so
-            # the barriers that prevent it would only cost.
+            # barriers against that would only cost time.
             barriers = not config.scan_layers
             call = jax.checkpoint(call, policy=REMAT[config.remat], prevent_cse=barriers)
         return call(x, layer)

@@ -1,4 +1,4 @@
-"""The Llama of OpenVLA-OFT: bidirectional, with a key mask; no cache, no token is fed back.
+"""The Llama of OpenVLA-OFT: bidirectional attention with a key mask; no cache, no generation loop.
 
 Source: transformers 4.40.1 `LlamaModel` with moojink/transformers-openvla-oft's one change,
 bidirectional attention in the SDPA path.
@@ -14,17 +14,17 @@ from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.kernels import swiglu
 from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, run_layers
 
-# Neighbouring columns of a sequence, [N] on the host where all rows have the same, else [B N].
+# Adjacent columns of a sequence: [N] on the host if they are the same for all rows, else [B N].
 Columns = np.ndarray | jax.Array
 
 
 def rotary_tables(
     config: OpenVLAOFTConfig, positions: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S 1 D"], Float[Array, "B S 1 D"]]:
-    """Return (cos, sin) of the rotary embedding, each half of the head dimension alike.
+    """Return (cos, sin) of the rotary embedding; both halves of the head dimension are equal.
 
-    Angles are float32: theta^(-2j/D) * position. They are looked up in tables made on the host:
-    XLA would compute them anew wherever they are used, in every layer and for every head.
+    The angles are theta^(-2j/D) * position in float32. They are looked up in tables that are made
+    on the host. XLA would compute them again wherever they are used, in every layer and head.
 
     Args:
         positions: 0 .. S - 1.
@@ -79,7 +79,7 @@ class LlamaLayer(nnx.Module):
         key_mask: Bool[Array, "B S"],
         read: Columns | None = None,
     ) -> Float[Array, "B N D"]:
-        """Return the new states, of the columns `read` alone if they are given."""
+        """Return the new states, only of the columns `read` if they are given."""
         config, normed = self.config, self.input_layernorm(x)
         keys, values, turns = self.k_proj(normed), self.v_proj(normed), (cos, sin)
         if read is not None:
@@ -101,7 +101,7 @@ class Llama(nnx.Module):
         self.embed_tokens = make.normal((config.vocab_size, config.hidden_size), 0.02)
         self.layers = LlamaLayer(config, make.stacked(config.num_layers))
         self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
-        # One row per token, as on disk: the action tokens are then one contiguous block.
+        # One row per token, as on disk, so that the action tokens are one contiguous block.
         self.lm_head = make.normal((config.vocab_size, config.hidden_size), 0.02)
         self.lm_head_lora: nnx.Module | None = nnx.data(None)
 
@@ -122,8 +122,8 @@ class Llama(nnx.Module):
         """Return hidden states after the final norm and, with `collect`, after every layer.
 
         Args:
-            read: columns whose final states are wanted, None for all. Where layers are unrolled the
-                last one computes nothing else: most of its work, which nobody reads.
+            read: columns whose final states are needed; None = all. If the layers are unrolled, the
+                last layer computes only these columns, which saves most of its work.
         """
         cos, sin = rotary_tables(self.config, positions)
         early = read is not None and not collect and not self.config.scan_layers
@@ -146,8 +146,8 @@ class Llama(nnx.Module):
     ) -> Float[Array, "... tokens"]:
         """Return float32 logits of tokens first .. first + count - 1 (all by default).
 
-        Difference from the reference: products accumulate and stay in float32 instead of passing
-        through bfloat16 in bfloat16 runs.
+        Difference from the reference: in bfloat16 runs the products accumulate and stay in float32;
+        the reference rounds them to bfloat16.
         """
         stop = self.config.vocab_size if count is None else first + count
         rows = jax.lax.slice_in_dim(self.lm_head[...], first, stop)

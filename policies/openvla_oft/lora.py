@@ -1,8 +1,8 @@
 """Low-rank adapters that train while the base stays frozen: y = x W + (alpha / r) (x A) B.
 
-A model with `config.lora_rank` > 0 holds its base as `FrozenParam`s, its adapters as `LoraParam`s.
-A `LoraParam` is an `nnx.Param`, a `FrozenParam` is not: whoever trains, copies or saves the
-`nnx.Param`s of a policy does so with adapters and value head alone.
+In a model with `config.lora_rank` > 0 the base weights are `FrozenParam`s and the adapters are
+`LoraParam`s. A `LoraParam` is an `nnx.Param`, a `FrozenParam` is not. So code that trains, copies
+or saves the `nnx.Param`s of a policy handles only the adapters and the value head.
 
 Source: Hu et al. 2021, "LoRA" (arXiv:2106.09685); initial values and module names as PEFT's.
 """
@@ -24,14 +24,14 @@ class LoraParam(nnx.Param):
 
 
 class FrozenParam(nnx.Variable):
-    """A weight of the base under adapters: read by every pass, never differentiated or written."""
+    """A weight of the base model under adapters: it is read, but gets no gradient and no update."""
 
 
 class Adapter(nnx.Module):
-    """(alpha / r) (x A) B beside a kernel [.. in.. out]: A [.. in.. r], B [.. 1.. r out].
+    """The adapter (alpha / r) (x A) B of a kernel [.. in.. out]: A [.. in.. r], B [.. 1.. r out].
 
-    A is drawn from N(0, 1/r) and B is 0, as PEFT's "gaussian" initialisation has it. Both are
-    float32 whatever the base is kept in: bfloat16 would swallow small steps.
+    A is drawn from N(0, 1/r) and B is 0, as in PEFT's "gaussian" initialisation. Both are float32
+    whatever the dtype of the base: in bfloat16 small steps would be lost to rounding.
     """
 
     def __init__(self, make: Maker, kernel_shape: tuple[int, ...], rank: int, scale: float):
@@ -41,15 +41,15 @@ class Adapter(nnx.Module):
         self.b = make.constant((*(1,) * (len(shape_in) - 1), rank, width_out), 0.0)
 
     def __call__(self, x: Float[Array, "... i"], columns: slice | None = None) -> Array:
-        """Return what is added to x W [... o], or to some columns of it."""
+        """Return the term that is added to x W [... o], or to some columns of it."""
         a, b = (p[...].reshape(-1, p.shape[-1]).astype(x.dtype) for p in (self.a, self.b))
         return (x @ a) @ (b if columns is None else b[:, columns]) * self.scale
 
 
 def attach(model: nnx.Module, make: Maker) -> None:
-    """Put an adapter beside every layer whose checkpoint module is named in `lora_targets`.
+    """Add an adapter to every layer whose checkpoint module is named in `lora_targets`.
 
-    Layers that no forward pass reads get theirs too, as PEFT's do, but as `UnusedParam`s.
+    Layers that no forward pass reads get one too, as in PEFT, but as `UnusedParam`s.
 
     Args:
         model: an `OpenVLAOFT` under construction.
@@ -79,11 +79,11 @@ def attach(model: nnx.Module, make: Maker) -> None:
 def merged(
     model: nnx.Module, variables: dict[str, nnx.Variable], path: str, layer: int | None
 ) -> np.ndarray:
-    """Return a weight as the same policy has it without adapters: W + (alpha / r) A B in float32.
+    """Return a weight with its adapter merged: W + (alpha / r) A B in float32.
 
     Args:
         variables: all parameters of the model, by path.
-        path: a parameter that is no adapter.
+        path: a parameter that is not part of an adapter.
         layer: one layer of a stacked parameter; None = the whole parameter.
 
     Returns:
@@ -95,6 +95,6 @@ def merged(
         return weight
     a, b = (fetch(variables[factor][...], layer) for factor in factors)
     change = model.config.lora_scale * (a @ b)
-    # The output head lies as on disk, one row per token.
+    # The output head has the layout of the checkpoint: one row per token.
     change = change.T if path == hf_keys.LM_HEAD else change
     return (weight.astype(np.float32) + change).astype(weight.dtype)

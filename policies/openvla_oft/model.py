@@ -1,14 +1,15 @@
 """OpenVLA-OFT as a policy: one forward pass, all action tokens at once.
 
-All K * A tokens come from the same pass and are independent given the observation: action slots
-hold zero vectors and only their positions tell them apart. The token of slot j is predicted one
-place earlier, so the outputs read start at the prompt's last token.
+All K * A tokens come from the same pass and are independent given the observation. The action
+slots hold zero vectors and differ only in their positions. The token of slot j is predicted one
+position earlier, so the outputs that are read start at the last token of the prompt.
 
 Source: RLinf openvla_oft, `implement_version: rlinf` (revision a3816b5). Deliberate differences:
 1. 256 logits per slot instead of the whole vocabulary (same numbers with top-k off).
-2. Top-k after the restriction to the 256 bins in `evaluate` as in `sample`; the reference's
-   training cuts first (`topk_order="reference"`), and so can rule out a sampled token.
-3. Temperature applies to greedy log-probs too, so that they agree with `evaluate`.
+2. In `evaluate` as in `sample`, top-k is applied after the restriction to the 256 bins. The
+   reference applies top-k first in training (`topk_order="reference"`), which can exclude a token
+   that was sampled.
+3. The temperature also applies to greedy log-probs, so that they agree with `evaluate`.
 4. The entropy's gradient is finite.
 """
 
@@ -34,9 +35,9 @@ TOPK_ORDERS = ("mask_first", "reference")
 
 
 class ValueHead(nnx.Module):
-    """Hidden state of the prompt's last token to values; float32 throughout.
+    """Maps the hidden state of the prompt's last token to values; float32 throughout.
 
-    Initialised as the reference's loading effectively does: weights N(0, 0.02), biases 0.
+    Initial weights are N(0, 0.02) and biases 0, which is the effect of the reference's loading.
     """
 
     def __init__(self, config: OpenVLAOFTConfig, make: Maker):
@@ -51,7 +52,7 @@ class ValueHead(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """What one pass leaves for the heads.
+    """The results of one forward pass that the heads need.
 
     Attributes:
         slots: hidden states that predict the action tokens, [B N D].
@@ -114,8 +115,8 @@ class OpenVLAOFT(nnx.Module):
 
         Args:
             key: PRNG key; unused if greedy.
-            rows: int [B], names of the rows: a draw depends on the key and its row's name, not on
-                what else is in the batch. None = 0 .. B - 1.
+            rows: int [B], a number for each row. The draw of a row depends only on the key and on
+                this number, not on the rest of the batch. None = 0 .. B - 1.
             temperature: > 0; may be traced.
             top_k: bins kept, ties included; <= 0 keeps all.
             greedy: take the likeliest bin instead.
@@ -154,8 +155,8 @@ class OpenVLAOFT(nnx.Module):
             tokens: absolute ids, first_action_token .. + 255.
             temperature, top_k: as in `sample`.
             topk_order: "mask_first": top-k among the bins, as when sampling. "reference": top-k
-                over the whole vocabulary, then the restriction to the bins; a token that is cut
-                has log-prob -inf. For comparison with RLinf only.
+                over the whole vocabulary, then the restriction to the bins; a token that top-k
+                excludes has log-prob -inf. For comparison with RLinf only.
 
         Raises:
             ValueError: unknown topk_order.
@@ -181,7 +182,7 @@ class OpenVLAOFT(nnx.Module):
         """Return preprocessed frames in the compute dtype.
 
         Raises:
-            ValueError: another number of images than the policy was built for.
+            ValueError: the number of images is not the one that the policy was built for.
         """
         if images.ndim != 5 or images.shape[1] != self.config.num_images:
             raise ValueError(
@@ -199,7 +200,7 @@ class OpenVLAOFT(nnx.Module):
         *,
         collect: bool = False,
     ) -> Forward:
-        """Run everything up to the heads; with `collect`, keep the stages on the way."""
+        """Run the network up to the heads; with `collect`, keep the intermediate results."""
         features, stages = self.vision(pixels, collect=collect)
         patches = self.projector(features)
         x, valid, positions = self.sequence(patches, prompt_tokens, prompt_mask)
@@ -226,9 +227,9 @@ class OpenVLAOFT(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"], Int[Array, "B S"]]:
         """Return (embeddings, validity mask, positions) of the Llama's input.
 
-        `BOS, patches, PAD * k, words, N zero vectors`. Positions count valid tokens, so a row does
-        not depend on its padding. With `keep_stop_token` a stop token follows and the pads come
-        last, at position 1.
+        The sequence is `BOS, patches, PAD * k, words, N zero vectors`. Positions count valid tokens
+        only, so a row does not depend on its padding. With `keep_stop_token` a stop token follows,
+        and the pads come last, at position 1.
         """
         config, batch = self.config, patches.shape[0]
         words = self.llama.embed(prompt_tokens)
@@ -267,7 +268,7 @@ class OpenVLAOFT(nnx.Module):
         return self.llama.logits(slots, self.config.first_action_token, self.config.num_bins)
 
     def values(self, forward: Forward) -> Float[Array, "B v"] | None:
-        """Return the value estimates, read where the first action token is predicted."""
+        """Return the value estimates, read at the position that predicts the first action token."""
         return None if self.value_head is None else self.value_head(forward.slots[:, 0])
 
     def _action_range(self, logits: Float[Array, "... vocab"]) -> Float[Array, "... bins"]:

@@ -25,11 +25,11 @@ class LoraAdapter:
     """An adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
     The file may also hold base weights of adapted modules (`*.base_layer.weight`, which PEFT saves
-    for the output head); they are skipped, because the checkpoint's are used.
+    for the output head). They are skipped, because those of the checkpoint are used.
 
     Attributes:
-        rank, scale: r, and what B A is multiplied with.
-        modules: checkpoint modules that have a pair.
+        rank, scale: r, and the factor of B A.
+        modules: checkpoint modules that have a pair (A, B).
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -80,7 +80,7 @@ class LoraAdapter:
         return read_tensor(self._path, name).astype(np.float32)
 
     def other_base(self, folder: Path) -> str:
-        """Return a remark if the adapter names another base than `folder`, else ""."""
+        """Return a note if the adapter names a base other than `folder`, else ""."""
         if self._base in ("", folder.resolve().name):
             return ""
         return f"the adapter {self.folder} names {self._base!r} as its base, here it meets {folder}"
@@ -124,10 +124,10 @@ class LoraAdapter:
         return weight.astype(np.float32) + self.scale * delta.reshape(weight.shape)
 
     def check_continues(self, shapes: dict[str, tuple[int, ...]], config: OpenVLAOFTConfig) -> None:
-        """Refuse an adapter that training with this configuration cannot go on from.
+        """Raise if training with this configuration cannot continue from the adapter.
 
         Args:
-            shapes: what the policy's adapters are in PEFT's file, name -> shape.
+            shapes: the policy's adapters as PEFT's file would hold them, name -> shape.
 
         Raises:
             ValueError: rank, scale, modules or sizes differ; all are listed at once.
@@ -157,13 +157,13 @@ class LoraAdapter:
 
 
 def save_adapter(model: nnx.Module, folder: str | Path, *, base: str | Path) -> Path:
-    """Write a policy's adapters as PEFT does; return the folder, which appears complete or not.
+    """Write a policy's adapters as PEFT does, complete or not at all; return the folder.
 
-    The value head is not in it: an export of the policy holds it, and so does a run's checkpoint.
+    It does not contain the value head; an export of the policy and a run's checkpoint do.
 
     Args:
         model: an `OpenVLAOFT` with `lora_rank` > 0.
-        base: checkpoint folder that the adapters belong to; its name is told.
+        base: checkpoint folder that the adapters belong to; its name is written down.
 
     Raises:
         FileExistsError: `folder` exists already.

@@ -1,7 +1,7 @@
-"""Camera frames to what the two towers see, in JAX: resize, optional crop, normalise.
+"""Prepares camera frames for the two towers, in JAX: resize, optional crop, normalise.
 
-Every resize is separable and linear per axis, so each is two matrix products with weights that
-are computed once on the host.
+A resize is separable and linear along each axis. It is computed as two matrix products, with
+weights that are made once on the host.
 """
 
 import functools
@@ -44,9 +44,9 @@ def resize_weights(
 ) -> np.ndarray:
     """Return the antialiased resize along one axis as a matrix; `dtype` [out in].
 
-    With s = in/out and c = s (i + 0.5), pixel k weighs K((k - c + 0.5) / max(s, 1)), normalised to
-    sum 1 over the taps within the support. Computed in `dtype` throughout: pixels whose value is a
-    rounding tie come out as in torch only if the weights are rounded as there.
+    With s = in/out and c = s (i + 0.5), pixel k has weight K((k - c + 0.5) / max(s, 1)), normalised
+    to sum 1 over the taps within the support. All is computed in `dtype`: a pixel whose value lies
+    exactly between two integers is rounded as in torch only if the weights are rounded as there.
 
     Source: torch `_upsample_bicubic2d_aa` (float32) and Pillow `precompute_coeffs` (float64).
     """
@@ -94,7 +94,7 @@ def resize(
 ) -> UInt8[Array, "*batch size size C"]:
     """Resize with antialiasing in float32; clamp and round half to even once, at the end.
 
-    Frames that have the size already come back untouched.
+    Frames that already have this size are returned unchanged.
     """
     height, width = images.shape[-3:-1]
     if (height, width) == (size, size):
@@ -147,10 +147,10 @@ def normalize(
 def pixel_values(
     images: UInt8[Array, "B V H W 3"], config: OpenVLAOFTConfig
 ) -> Float[Array, "B V size size 6"]:
-    """Return what the towers see: three channels for DINOv2, then three for SigLIP; float32.
+    """Return the input of the towers: three channels for DINOv2, then three for SigLIP; float32.
 
-    Source: RLinf's multi-image processor; with `resize_rule="fixed_point"` and `center_crop`
-    that of moojink/openvla-oft. Difference: channels last, views on their own axis.
+    Source: RLinf's multi-image processor; with `resize_rule="fixed_point"` and `center_crop` that
+    of moojink/openvla-oft. Difference: channels are last, and views have their own axis.
     """
     size = config.image_size
     if config.center_crop:

@@ -1,4 +1,4 @@
-"""Task descriptions to padded prompt tokens, with the checkpoint's own tokenizer."""
+"""Converts task descriptions to padded prompt tokens with the checkpoint's own tokenizer."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ SPACE = "▁"  # the piece that the prompt's trailing space becomes
 class PromptTokenizer:
     """Prompts of a policy folder: `[BOS, PAD * k, words .., ':', space]`.
 
-    The padding stands between BOS and the words because image patches are inserted after column 0.
+    The padding is between BOS and the words because image patches are inserted after column 0.
 
     Args:
         folder: Hugging Face folder with tokenizer.json (and config.json for the pad id).

@@ -1,4 +1,4 @@
-"""Between tensors on the host and sharded arrays, one layer of a stacked parameter at a time."""
+"""Moves tensors between host and sharded arrays, one layer of a stacked parameter at a time."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Smaller stacks cross in one piece: a program per shape would cost more than the memory it saves.
+# Smaller stacks are moved whole: compiling a program per shape costs more than the memory is worth.
 STREAMED_BYTES = 2**26
 
-# (path such as "llama/layers/q_proj/kernel", shape) -> where the parameter lies.
+# (path such as "llama/layers/q_proj/kernel", shape) -> sharding of the parameter.
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
@@ -22,23 +22,23 @@ def place(
     *,
     stacked: bool,
 ) -> jax.Array:
-    """Cast tensors and lay them on their shards as one array.
+    """Cast tensors and place them on their shards as one array.
 
-    On the host there is one tensor and its cast at a time; large stacks are filled on the devices.
-    Other processes of a cluster place the same tensors in the same order.
+    The host holds one tensor and its cast at a time; large stacks are filled on the devices. All
+    processes of a cluster must place the same tensors in the same order.
 
     Args:
-        tensors: one tensor, or the layers of a stack; consumed as they are needed.
+        tensors: one tensor, or the layers of a stack; each is read when it is needed.
         shape: of the whole array.
         sharding: None = the default device.
-        stacked: whether the tensors lie along a leading axis.
+        stacked: whether the tensors are stacked along a leading axis.
     """
     if stacked and _streams(shape, dtype, sharding):
         array = _zeros(shape, dtype, sharding)()
         for index, tensor in enumerate(tensors):
             layer = _put(np.ascontiguousarray(tensor, dtype)[None], sharding)
             array = _writer(sharding)(array, layer, index)
-            # Layers that wait in a queue would be the whole stack on the host again.
+            # Wait for each layer: otherwise queued layers would fill the host with the whole stack.
             array.block_until_ready()
         return array
     whole = np.empty(shape, dtype)
@@ -50,7 +50,7 @@ def place(
 def fetch(array: jax.Array, index: int | None = None) -> np.ndarray:
     """Return an array, or one entry of its first axis, on the host.
 
-    What is fetched whole from a device stays cached with its array; layers of large stacks do not.
+    JAX caches the host copy of an array that is fetched whole, but not the layers of large stacks.
     """
     if index is None:
         return np.asarray(array)

@@ -1,10 +1,10 @@
 """The fused vision backbone: DINOv2 with registers and SigLIP, and the projector to the Llama.
 
-A tower's output is the stream after its second-to-last block, without the final norm. The last
-block, the final norm and SigLIP's attention pooling are held as `UnusedParam`s, not computed.
+The output of a tower is taken after its second-to-last block, without the final norm. The last
+block, the final norm and SigLIP's attention pooling are kept as `UnusedParam`s, not computed.
 
 Source: timm 0.9 `VisionTransformer` (vit_large_patch14_reg4_dinov2, vit_so400m_patch14_siglip_224)
-as moojink/openvla-oft uses it. Difference: the reference computes the last block and drops it.
+as used by moojink/openvla-oft. Difference: the reference computes the last block and discards it.
 """
 
 import jax
@@ -16,13 +16,13 @@ from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
 from policies.openvla_oft.kernels import gelu
 from policies.openvla_oft.layers import LayerNorm, Linear, Maker, attend, run_layers
 
-# Of a fresh model only; checkpoints bring their own. CaiT's value for shallow networks: DINOv2's
-# 1e-5 would keep a small tower an identity for a long time.
+# For a fresh model only; checkpoints have their own values. This is CaiT's value for shallow
+# networks: with DINOv2's 1e-5 a small tower would stay close to the identity for a long time.
 LAYER_SCALE_INIT = 0.1
 
 
 class PatchEmbed(Linear):
-    """Non-overlapping patches to vectors; rows of patches first, then columns."""
+    """Maps non-overlapping patches to vectors, row by row."""
 
     def __init__(self, make: Maker, patch: int, width: int):
         super().__init__(make, (patch, patch, 3), width)
@@ -88,7 +88,7 @@ class Block(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """SigLIP's pooling head: held for export, never computed."""
+    """SigLIP's pooling head: kept for export, never computed."""
 
     def __init__(self, tower: VisionTowerConfig, make: Maker):
         width = tower.width
@@ -146,7 +146,7 @@ class Projector(nnx.Module):
 
 
 class VisionBackbone(nnx.Module):
-    """Both towers on every image; features side by side, images one after another."""
+    """Applies both towers to every image; concatenates features, and images along the sequence."""
 
     def __init__(self, config: OpenVLAOFTConfig, make: Maker):
         self.dinov2 = VisionTower(config, config.dinov2, make)

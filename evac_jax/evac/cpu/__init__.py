@@ -1,5 +1,5 @@
-"""Faster forms of a float32 world model's layers on a CPU; no other device or type comes here.
+"""Faster layers for a float32 world model on a CPU; other devices and types do not use them.
 
-`packed` serves every such model. `winograd` and the map matrices of `packed` serve large ones only,
-from the sizes that their docstrings give: the miniature reaches neither.
+All such models use `packed`. Only large models use `winograd` and the map matrices of `packed`;
+their docstrings give the sizes. The miniature uses neither.
 """

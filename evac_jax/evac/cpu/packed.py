@@ -1,11 +1,11 @@
-"""Faster float32 imagination on a CPU: weights laid out once as oneDNN's kernels read them.
+"""Faster float32 imagination on a CPU: weights are stored once in the layout of oneDNN's kernels.
 
-A layer that is called as usual has its weight rearranged in every call, or takes a slower kernel.
-`pack` replaces such layers, for good: a packed network imagines, but cannot be trained, saved,
-copied or moved to another device.
+Without this, every call of a layer rearranges its weight or uses a slower kernel. `pack` replaces
+such layers permanently: a packed network can imagine, but it cannot be trained, saved, copied or
+moved to another device.
 
-Simulators and `tools.world_model.imagine_dataset` come here by `accelerate`, with models of any
-size. Only large ones reach `map_matrix` and `winograd`. The operations are those that torch's own
+Simulators and `tools.world_model.imagine_dataset` use it through `accelerate`, with models of any
+size. Only large models use `map_matrix` and `winograd`. The operations are those that torch's own
 compiler emits for CPUs.
 """
 
@@ -32,12 +32,12 @@ class PackedLinear(nn.Module):
         return _ops._linear_pointwise(x, self.weight, self.bias, activation, [], "none")
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
-        """The layer's output [..., out] times a factor of its shape."""
+        """The layer's output [..., out] times a factor of the same shape."""
         return _ops._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
 
 
 class PackedGEGLU(nn.Module):
-    """`GEGLU` without a pass over memory of its own for the GELU or the product."""
+    """`GEGLU` without separate passes over memory for the GELU and the product."""
 
     def __init__(self, source: GEGLU):
         super().__init__()
@@ -53,14 +53,15 @@ class PackedGEGLU(nn.Module):
 
 
 def map_matrix(weight: Tensor, height: int, width: int) -> Tensor:
-    """[height width out, height width in] of a 3x3 convolution [out, in, 3, 3] of a tiny map.
+    """A 3x3 convolution [out, in, 3, 3] of a tiny map as a matrix [h w out, h w in].
 
-    On a map of at most 2 x 2, padded by one, every output sees every input: the convolution is a
-    matrix, cells first, then channels, and holds no zeros that a padded convolution would add up.
+    On a map of at most 2 x 2 cells, padded by one, every output depends on every input. So the
+    convolution is a full matrix; its axes are cells first, then channels. It does not multiply the
+    zeros of the padding.
 
-    Reached where a UNet halves its latents to at most 2 x 2 cells: with the default four levels
-    that is from images of at most 128 x 128 pixels (`benchmarks.world_model`). The miniature's two
-    levels end at 4 x 4.
+    It is used if a UNet halves its latents to at most 2 x 2 cells. With the default four levels
+    this happens for images of at most 128 x 128 pixels (`benchmarks.world_model`). The two levels
+    of the miniature end at 4 x 4.
     """
     cells = [(y, x) for y in range(height) for x in range(width)]
     rows = (
@@ -71,7 +72,7 @@ def map_matrix(weight: Tensor, height: int, width: int) -> Tensor:
 
 
 class MapLinear(PackedLinear):
-    """A 3x3 convolution of maps of one tiny size, as `map_matrix` makes it a linear layer."""
+    """A 3x3 convolution of maps of one tiny size, as a linear layer (see `map_matrix`)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, height: int, width: int):
         bias = None if bias is None else bias.repeat(height * width)
@@ -86,9 +87,9 @@ class MapLinear(PackedLinear):
 class PackedConv2d(nn.Module):
     """A 2D convolution; its output is in the channels-last memory format.
 
-    A 3x3 one with stride 1 has faster forms for some maps, `MapLinear` for maps of at most 2 x 2,
-    whose padding oneDNN multiplies too, and `WinogradConv2d`: each made, with a weight of its own,
-    when the first such map comes.
+    A 3x3 convolution with stride 1 has faster forms for some maps: `MapLinear` for maps of at most
+    2 x 2, where oneDNN would multiply the padding too, and `WinogradConv2d`. Each form has a copy
+    of the weight in its own layout, which is made at the first input of such a size.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding, stride):
@@ -140,11 +141,11 @@ class PackedCausalConv(nn.Module):
 
 
 class PackedTemporalConvBlock(nn.Module):
-    """`TemporalConvBlock`, whose activations write what the convolutions read, without a copy."""
+    """`TemporalConvBlock` whose activations write directly into the convolutions' input."""
 
     def __init__(self, source: TemporalConvBlock):
         super().__init__()
-        # Their convolutions are replaced after this block, as for every other parent.
+        # The convolutions inside are replaced after this block, as in every other module.
         self.stages = nn.ModuleList((source.conv1, source.conv2, source.conv3, source.conv4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ def pack(network: nn.Module) -> nn.Module:
     Results differ from the unpacked network's by rounding alone (1e-6 relative).
 
     Raises:
-        ValueError: the network is elsewhere, or of another type.
+        ValueError: the network is on another device or has another type.
     """
     weight = next(network.parameters())
     if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
@@ -199,15 +200,15 @@ def pack(network: nn.Module) -> nn.Module:
 
 
 def accelerate(model: EvacModel, compiled: bool = False) -> EvacModel:
-    """Make a model fit for fast imagination and nothing else; returns it.
+    """Prepare a model for fast imagination only, and return it.
 
     Args:
         model: with its final weights, type and device.
-        compiled: let `torch.compile` make the denoiser's kernels, at its first call for each
-            batch size (minutes; on a CPU it needs a C++ compiler).
+        compiled: compile the denoiser with `torch.compile`, at its first call for each batch size
+            (this takes minutes; on a CPU it needs a C++ compiler).
 
-    A float32 model on a CPU is packed, its denoiser where it is not compiled; any other stays as
-    it is.
+    A float32 model on a CPU is packed; its denoiser only if it is not compiled. Any other model is
+    not packed.
     """
     model.eval().requires_grad_(False)
     weight = next(model.parameters())

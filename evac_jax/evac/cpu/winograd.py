@@ -1,17 +1,17 @@
-"""3x3 convolutions of a CPU in a quarter of the multiplications.
+"""3x3 convolutions on a CPU with a quarter of the multiplications.
 
-Winograd's F(4x4, 3x3): a tile of 4 x 4 outputs is the product of 36 numbers of its 6 x 6 inputs and
-36 of the kernel, transformed to and fro by small constant matrices; over all channels and tiles
-that is 36 matrix products.
+The method is Winograd's F(4x4, 3x3). Small constant matrices transform the 6 x 6 inputs of a tile,
+and the kernel, to 36 numbers each. These are multiplied, and the products are transformed back to
+4 x 4 outputs. Over all channels and tiles this is 36 matrix products.
 
-`packed.PackedConv2d` comes here from 64 channels in, 96 out and 8 tiles on (`WinogradConv2d.pays`):
-wide levels of large models (`benchmarks.world_model`, the full-size model on a CPU). The miniature
-has at most 64 channels out.
+`packed.PackedConv2d` uses it from 64 input channels, 96 output channels and 8 tiles on
+(`WinogradConv2d.pays`): in the wide levels of large models (`benchmarks.world_model`, the full-size
+model on a CPU). The miniature has at most 64 output channels.
 
-Sources: Lavin and Gray, arXiv:1509.09308, the algorithm; Alam et al., arXiv:2201.10369, points of
-the form 0, +-c, +-1/c. Their rounding is what makes it fit for float32: at c = 2/3 a result is less
-than twice as far from the exact one as that of oneDNN's direct convolution of channels-last maps
-(1.0e-6 and 5.9e-7 of its norm, 128 channels), where the usual 0, +-1, +-2 are at 2.4e-6.
+Sources: Lavin and Gray, arXiv:1509.09308, for the algorithm; Alam et al., arXiv:2201.10369, for
+points of the form 0, +-c, +-1/c. Their small rounding errors make it accurate enough for float32.
+At c = 2/3 the error is 1.0e-6 of the norm of the result (128 channels). oneDNN's direct convolution
+of channels-last maps has 5.9e-7; the usual points 0, +-1, +-2 have 2.4e-6.
 """
 
 import functools
@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 TILE, TAPS = 4, 3
 INPUTS = TILE + TAPS - 1
 POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # and infinity
-# Values of a band's transformed tiles, so that they stay in a CPU core's cache: 4 MB.
+# Number of values in the transformed tiles of a band; 4 MB, so that they stay in a core's cache.
 BAND_VALUES = 2**20
 
 
@@ -31,7 +31,7 @@ BAND_VALUES = 2**20
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
     """Float64 matrices A [4, 6], G [6, 3], B [6, 6] of one axis: y = A ((G g) * (B d)).
 
-    Polynomials of degree n - 1 are told apart by their values at n points; correlation is the
+    A polynomial of degree n - 1 is determined by its values at n points. A correlation is the
     transpose of the product of two polynomials.
     """
 
@@ -41,7 +41,7 @@ def transforms() -> tuple[Tensor, Tensor, Tensor]:
         return torch.cat((finite, torch.eye(coefficients, dtype=torch.float64)[-1:]))
 
     of_inputs = torch.linalg.inv(values(INPUTS)).T
-    # Any scale may move from one factor to the other; this one keeps inputs at their size.
+    # A scale can be moved from one factor to the other; this choice keeps the scale of the inputs.
     scale = of_inputs.abs().sum(1, keepdim=True)
     return values(TILE).T, values(TAPS) * scale, of_inputs / scale
 
@@ -63,7 +63,7 @@ class WinogradConv2d(nn.Module):
 
     @staticmethod
     def pays(channels: int, out_channels: int, x_shape: torch.Size) -> bool:
-        """Whether this is the faster way, as measured on one core beside oneDNN's direct one."""
+        """Whether this is faster than oneDNN's direct convolution, as measured on one core."""
         count, height, width = x_shape[0], *x_shape[2:]
         fits = height % TILE == 0 and width % TILE == 0
         tiles = count * height * width // TILE**2

@@ -1,1 +1,1 @@
-"""What a configuration needs of each device's memory."""
+"""Estimates the memory that a configuration needs on each device."""

@@ -1,12 +1,12 @@
-r"""Tells what memory a run will need, per device and host, before any weight is there.
+r"""Estimates the memory that a run will need, per device and host; weights are not needed.
 
     python -m evac_jax.tools.memory --config=configs/grpo.py:libero_spatial --devices 8
     python -m evac_jax.tools.memory --config=configs/ppo.py:lora --config.algo.micro_batch=8 \
         --policy_config FOLDER/config.json --device_gb 48 --xla 600
 
-Sizes come from the configuration and, where their folders are there, from the policy's and the
-world model's config.json; else those of the published 7B OpenVLA-OFT and of EVAC for LIBERO are
-taken. `--devices 0`: everything on the host. docs/memory.md tells how the numbers are made.
+Sizes come from the configuration and from the config.json of policy and world model. If their
+folders do not exist, the sizes of the published 7B OpenVLA-OFT and of EVAC for LIBERO are used.
+`--devices 0` puts everything on the host. docs/memory.md explains how the numbers are computed.
 """
 
 import argparse
@@ -36,11 +36,11 @@ PATHS = (
     *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
 )
 EXISTING = "."
-BUILT_IN = "miniature"  # has weights of its own; no choice for a 7B policy
+BUILT_IN = "miniature"  # has its own weights; not for a 7B policy
 
 
 def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:
-    """Return a preset changed by `--config.a.b=value` flags, checked but for the files it names.
+    """Return a preset changed by `--config.a.b=value` flags, checked except for the named files.
 
     Raises:
         ConfigError: unknown fields, wrong values, impossible combinations.
@@ -63,7 +63,7 @@ def read_setup(config: TrainConfig, policy_file: str, world_model_file: str) -> 
     """Return the run with its networks' sizes, from config.json files or as published.
 
     Raises:
-        ConfigError: a file that is named cannot be read.
+        ConfigError: a named file cannot be read.
     """
     policy = _json(policy_file, config.policy.checkpoint)
     world_model = _json(world_model_file, config.world_model.checkpoint)
@@ -88,7 +88,7 @@ def _json(file: str, folder: str) -> dict[str, Any]:
 
 
 def compiled(argv: Sequence[str], devices: int, seconds: float) -> tuple[int, int] | None:
-    """Return XLA's (arguments, temporaries) of a device, by a process with so many CPU devices.
+    """Return XLA's (arguments, temporaries) of a device, from a process with as many CPU devices.
 
     None if it takes longer than `seconds`.
     """
@@ -113,7 +113,7 @@ def compiled(argv: Sequence[str], devices: int, seconds: float) -> tuple[int, in
 
 
 def compile_here(setup: Setup) -> None:
-    """Compile the update and print what XLA says about it."""
+    """Compile the update and print XLA's figures."""
     from evac_jax.tools.memory.trainer import compiled_bytes
 
     arguments, temporaries = compiled_bytes(setup.config, setup.sizes, setup.episode)
@@ -202,7 +202,7 @@ def _print_compiled(argv: Sequence[str], args: argparse.Namespace, found: Layout
 
 
 def main() -> None:
-    """Run; a user's mistake ends with one message and status 2."""
+    """Run; a mistake of the user gives one message and status 2."""
     try:
         run(sys.argv[1:])
     except EvacJaxError as error:

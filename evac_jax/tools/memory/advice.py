@@ -1,4 +1,4 @@
-"""What to change where a run does not fit, and which preset needs the least hardware."""
+"""What to change if a run does not fit, and which preset needs the least hardware."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +9,7 @@ from evac_jax.tools.memory.layouts import COLLOCATED, Layout, Setup, indivisible
 from evac_jax.tools.memory.parts import GB
 
 DEVICE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-# Changes by what they cost the run, the harmless ones first. "devices" and "half" are worked out.
+# Changes; those that cost the run least come first. "devices" and "half" are computed values.
 LEVERS: tuple[dict[str, object], ...] = (
     {"policy.remat": "full"},
     {"algo.micro_batch": "devices"},
@@ -18,7 +18,7 @@ LEVERS: tuple[dict[str, object], ...] = (
     {"policy.compute_dtype": "bfloat16"},
     {"policy.lora_rank": 32, "policy.param_dtype": "bfloat16"},
 )
-WORTH_WHILE = 0.99  # a change that saves less than a hundredth is not named
+WORTH_WHILE = 0.99  # a change that saves less than a hundredth is left out
 
 
 def changed(config: TrainConfig, values: Mapping[str, object]) -> TrainConfig:
@@ -31,7 +31,7 @@ def changed(config: TrainConfig, values: Mapping[str, object]) -> TrainConfig:
 
 
 def _worked_out(config: TrainConfig, lever: Mapping[str, object], devices: int) -> dict:
-    """Return a lever's values for this run, {} where it cannot be pulled (any further)."""
+    """Return the values of a change for this run, {} if it is not possible (any more)."""
     values = dict(lever)
     if values.get("algo.micro_batch"):
         values = {"algo.micro_batch": devices}
@@ -45,7 +45,7 @@ def _worked_out(config: TrainConfig, lever: Mapping[str, object], devices: int) 
 
 
 def steps(setup: Setup, devices: int, name: str) -> Iterator[tuple[dict, Layout]]:
-    """Yield (all changes so far, the layout with them), change by change."""
+    """Yield (all changes so far, the layout with them) after each change."""
     best, so_far = layout(setup, devices, name), {}
     for lever in LEVERS:
         while values := _worked_out(setup.config, lever, max(devices, 1)):
@@ -58,7 +58,7 @@ def steps(setup: Setup, devices: int, name: str) -> Iterator[tuple[dict, Layout]
 
 
 def advice(setup: Setup, devices: int, name: str, limit: float) -> str:
-    """Return the flags that make a layout fit under `limit` bytes a device, or how far they go."""
+    """Return the flags that make a layout fit in `limit` bytes per device, or come closest."""
     tried = []
     for step in steps(setup, devices, name):
         tried.append(step)
@@ -75,7 +75,7 @@ def advice(setup: Setup, devices: int, name: str, limit: float) -> str:
 
 
 def fewest_devices(setup: Setup, limit: float) -> tuple[int, Layout] | None:
-    """Return the smallest number of devices that a run fits on, collocated; None if 64 will not do.
+    """Return the smallest number of devices on which a run fits, collocated; None if above 64.
 
     Numbers that do not divide the batches are left out.
     """

@@ -1,4 +1,4 @@
-"""Who lies where: the trainer's and the simulators' memory on devices and host."""
+"""Where the memory of trainer and simulators is: on which devices, and on the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from evac_jax.tools.memory import simulator, trainer
 from evac_jax.tools.memory.parts import Part, peak, table
 from policies.openvla_oft.config import OpenVLAOFTConfig
 
-# Resident size of either process before it holds anything, with torch's and JAX's CPU builds:
-# 0.24 GB with JAX, 0.52 GB with torch, rounded up. CUDA builds take more.
+# Resident size of a process without data, with the CPU builds of torch and JAX: 0.24 GB with JAX,
+# 0.52 GB with torch, rounded up. CUDA builds take more.
 BARE_PROCESS = 0.6e9
-# What a process takes on a GPU for its CUDA context. A customary value, not measured here.
+# Memory of a process on a GPU for its CUDA context. A usual value, not measured here.
 CUDA_CONTEXT = Part("CUDA context (assumed)", 0.5e9)
-# Title, parts of one process, how many such processes.
+# Title, parts of one process, number of such processes.
 Held = tuple[str, tuple[Part, ...], int]
 COLLOCATED, SEPARATED = "collocated", "separated"
 
@@ -37,7 +37,7 @@ class Setup:
 
     @property
     def sizes(self) -> OpenVLAOFTConfig:
-        """The policy as the run would import it."""
+        """The sizes of the policy as the run would import it."""
         model = self.world_model
         return trainer.policy_sizes(
             self.config.policy, self.published, chunk=model.chunk, num_images=model.n_view
@@ -45,7 +45,7 @@ class Setup:
 
     @property
     def episode(self) -> EpisodeShapes:
-        """What the policy sees and does."""
+        """Shapes of the policy's inputs and actions."""
         return EpisodeShapes.imagined_by(self.world_model, self.config.env.max_episode_steps)
 
     @property
@@ -60,8 +60,8 @@ class Place:
 
     Attributes:
         name: for the table.
-        held: (title, parts, how many such processes); peaks add up, because no process gives
-            memory back that it had at its own peak.
+        held: (title, parts, number of such processes). Peaks are added, because no process gives
+            back the memory of its peak.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Place:
 
     @property
     def num_bytes(self) -> float:
-        """Memory that the place must have."""
+        """Memory that the place needs."""
         return sum(peak(parts)[0] * count for _, parts, count in self.held)
 
     def describe(self) -> str:
@@ -84,7 +84,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run lies on a machine.
+    """How a run is placed on a machine.
 
     Attributes:
         name: `COLLOCATED` or `SEPARATED`.
@@ -103,13 +103,13 @@ class Layout:
 
     @property
     def line(self) -> str:
-        """What every place takes, in one line."""
+        """The memory of every place, in one line."""
         places = (*self.devices, self.host)
         return ", ".join(f"{p.name} {p.num_bytes / 1e9:.1f} GB" for p in places)
 
 
 def layouts(setup: Setup, devices: int) -> list[Layout]:
-    """Return what is possible: together on all devices; with two or more, also half and half.
+    """Return the possible layouts: all on all devices; with two or more, also half and half.
 
     Args:
         devices: accelerators of one host; 0 = everything on the host.
@@ -125,7 +125,7 @@ def layout(setup: Setup, devices: int, name: str) -> Layout:
     """Return one layout; see `layouts`.
 
     Raises:
-        ConfigError: batches cannot be cut for so many devices.
+        ConfigError: batches are not divisible by this number of devices.
     """
     config = setup.config
     training = devices // 2 if name == SEPARATED else max(devices, 1)
@@ -137,7 +137,7 @@ def layout(setup: Setup, devices: int, name: str) -> Layout:
     trains = tuple(trainer.trainer_parts(config, setup.sizes, setup.episode, training))
     imagines = _simulator(setup) if processes else ()
     slots = _slots(setup) if processes else Part("frame slots", 0)
-    shared = on_gpu and name == COLLOCATED  # slots lie on the GPU where both use the same one
+    shared = on_gpu and name == COLLOCATED  # slots are on the GPU if both use the same one
     host: list[Held] = [
         ("bare processes and what they read", tuple(_host(setup, processes, on_gpu)), 1)
     ]
@@ -166,7 +166,7 @@ def layout(setup: Setup, devices: int, name: str) -> Layout:
 
 
 def indivisible(config: TrainConfig, devices: int) -> list[str]:
-    """Return what the trainer would refuse about a mesh of so many devices."""
+    """Return the trainer's objections to a mesh of this many devices."""
     micro = config.algo.micro_batch or config.algo.global_batch
     return [
         f"config.{field}: must be a multiple of the {devices} training devices, got {count}"

@@ -1,4 +1,4 @@
-"""The unit in which memory is told beforehand: parts, and the phases in which each is held."""
+"""The unit of the estimate: parts of memory, and the phases in which each is held."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ class Part:
     Attributes:
         name: for the table.
         num_bytes: on one device, or on the host.
-        phases: of an iteration, in which it is held; () = always.
+        phases: phases of an iteration in which it is held; () = always.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Part:
 
 
 def peak(parts: Sequence[Part]) -> tuple[float, str]:
-    """Return (bytes held at once at most, the phase in which they are; "" if all are alike)."""
+    """Return (largest number of bytes held at once, its phase; "" if all phases are equal)."""
     phases = list(dict.fromkeys(phase for part in parts for phase in part.phases)) or [""]
     sums = {
         phase: sum(p.num_bytes for p in parts if phase in (p.phases or phases)) for phase in phases

@@ -1,9 +1,9 @@
-"""What a simulator process holds, from shapes alone; part of `tools.memory`.
+"""Memory of a simulator process, computed from shapes alone; part of `tools.memory`.
 
-The networks are built on torch's meta device and run there, with every allocation followed, so that
-the peaks are those of the real code and nothing is computed. Of one environment, multiplied: the
-networks treat environments alike. Attention counts as the fused kernel that CUDA has, which never
-holds its scores. What cuDNN and the allocator add is not known here.
+The networks are built on torch's meta device and run there, and every allocation is followed. So
+the peaks are those of the real code, but nothing is computed. They are for one environment and then
+multiplied, because the networks treat all environments alike. Attention counts as CUDA's fused
+kernel, which never holds the scores. Memory of cuDNN and of the allocator is not included.
 """
 
 import functools
@@ -34,7 +34,7 @@ def simulator_parts(
     decoded: int,
     classifiers: int,
 ) -> list[Part]:
-    """Return what one simulator process holds on its device.
+    """Return the memory of one simulator process on its device.
 
     Args:
         envs: environments of the process.
@@ -72,7 +72,7 @@ def weight_bytes(model: EvacConfig) -> int:
 
 
 def reading_bytes(model: EvacConfig) -> int:
-    """Return what the host holds while a world model is read: its largest tensor and the cast."""
+    """Return the host's bytes while a world model is read: its largest tensor and the cast."""
     return 2 * max(tensor.nbytes for tensor in _build(model, "float32").state_dict().values())
 
 
@@ -126,14 +126,14 @@ def _classifier() -> tuple[int, int]:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Return the most bytes that tensors made inside `function` held at once."""
+    """Return the largest number of bytes that tensors made inside `function` hold at once."""
     with torch.no_grad(), _Allocations() as allocations, _FusedAttention():
         function()
     return allocations.most
 
 
 class _Allocations(TorchDispatchMode):
-    """Follows the storages that operations make, until they are freed."""
+    """Follows the storages that operations allocate, until they are freed."""
 
     def __init__(self):
         super().__init__()
@@ -162,7 +162,7 @@ def _tensors(tree) -> list[torch.Tensor]:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention that makes its result only; the meta device would hold all scores."""
+    """Attention that allocates only its result; on the meta device it would hold all scores."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:

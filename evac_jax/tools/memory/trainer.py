@@ -1,8 +1,8 @@
-"""What the trainer holds on each of its devices, from shapes alone: no weight is read or made.
+"""Memory of the trainer on each of its devices, from shapes alone; no weight is read or made.
 
-Parameters, optimiser state, gradients and rollout are counted from the very trees that the learner
-builds. What the backward pass keeps is counted from the policy's own trace: the residuals of
-`jax.vjp`. Two factors are fitted to what XLA reports about compiled updates (docs/memory.md).
+Parameters, optimiser state, gradients and rollout are counted from the same trees that the learner
+builds. What the backward pass keeps is counted from a trace of the policy: the residuals of
+`jax.vjp`. Two factors are fitted to XLA's figures for compiled updates (docs/memory.md).
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ from policies.openvla_oft.layers import Maker
 from policies.openvla_oft.llama import LlamaLayer
 from policies.types import ObsBatch
 
-# Transient arrays of a layer's backward pass, in units of what the layer would save for it.
+# Temporary arrays of a layer's backward pass, in units of what the layer would save for it.
 WORKSPACE = 2.6
-# A forward pass alone frees as it goes; it holds about what one layer would save.
-# Share of Adam's moments that is held twice while the optimiser writes new ones: a step that may be
-# skipped needs the old ones to the end.
+# A forward pass alone frees its arrays; it holds about as much as one layer would save.
+# Share of Adam's moments that is held twice while the optimiser writes new ones. The old ones are
+# needed to the end, because the step may be skipped.
 MOMENTS_HELD_TWICE = 0.85
 ROLLOUT, BACKWARD, OPTIMISER = "the rollout", "the backward pass", "the optimiser's step"
 
 
 def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any):
-    """Return `published` with the settings of a run, as the import would make it."""
+    """Return `published` with the settings of a run, as after an import."""
     return dataclasses.replace(
         published,
         value_type=policy.value_head,
@@ -62,12 +62,12 @@ def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any)
 def trainer_parts(
     config: TrainConfig, sizes: OpenVLAOFTConfig, episode: EpisodeShapes, devices: int
 ) -> list[Part]:
-    """Return what one device of a mesh over `devices` holds.
+    """Return the memory of one device of a mesh over `devices`.
 
     Raises:
-        ConfigError: the mesh does not have so many devices.
+        ConfigError: the mesh does not have this number of devices.
     """
-    mesh: Any = _abstract_mesh(config, devices)  # as good as a mesh where only shapes are asked for
+    mesh: Any = _abstract_mesh(config, devices)  # equivalent to a mesh where only shapes are needed
     _, params, rest = _split(sizes)
     state = _abstract_state(config, params)
 
@@ -106,7 +106,7 @@ def trainer_parts(
 
 
 def import_bytes(sizes: OpenVLAOFTConfig) -> int:
-    """Return what the import holds on the host: the largest tensor as bfloat16, and its cast."""
+    """Return the host's bytes during the import: the largest tensor as bfloat16, and its cast."""
     largest = max(math.prod(leaf.shape[-2:]) for leaf in jax.tree.leaves(_split(sizes)[1:]))
     return largest * (2 + jnp.dtype(sizes.param_dtype).itemsize)
 
@@ -121,10 +121,10 @@ def count(sizes: OpenVLAOFTConfig) -> tuple[int, int]:
 def compiled_bytes(
     config: TrainConfig, sizes: OpenVLAOFTConfig, episode: EpisodeShapes
 ) -> tuple[int, int]:
-    """Compile the update for this process's devices; return (arguments, temporaries) of one.
+    """Compile the update for this process's devices; return (arguments, temporaries) of a device.
 
     Nothing is allocated, but XLA takes a minute of CPU time for a policy of 7 billion parameters.
-    It reports on the program of this platform: a CPU computes bfloat16 in float32.
+    The figures are for this platform; a CPU computes bfloat16 in float32.
     """
     devices = jax.devices()
     shape = _abstract_mesh(config, len(devices))
@@ -202,7 +202,7 @@ def _bytes(tree, places=None) -> int:
 
 def _residual_bytes(function, *arguments) -> int:
     """Return what `function` saves beyond its inputs; it returns the second result of `jax.vjp`."""
-    # The platform is named, as the learner names it: else a trace holds every platform's kernels.
+    # The platform is set, as in the learner; otherwise a trace has the kernels of all platforms.
     with activations_at(jax.sharding.SingleDeviceSharding(jax.devices()[0])):
         traced = jax.make_jaxpr(function)(*arguments).jaxpr
     known = {*traced.invars, *traced.constvars}
@@ -212,14 +212,14 @@ def _residual_bytes(function, *arguments) -> int:
 
 def _saved_bytes(sizes: OpenVLAOFTConfig, batch: int, image_shape: tuple[int, ...]) -> int:
     """Return what a forward pass of `batch` samples keeps for the backward pass."""
-    # Every array grows with the batch or does not; two traces tell, and stay known.
+    # An array grows with the batch or not; two traces show which, and their results are cached.
     one, two = (_traced_bytes(sizes, count, image_shape) for count in (1, 2))
     return one + (two - one) * (batch - 1)
 
 
 @functools.lru_cache
 def _traced_bytes(sizes: OpenVLAOFTConfig, batch: int, image_shape: tuple[int, ...]) -> int:
-    # An unrolled loop would look as if it saved the weights of every layer.
+    # With an unrolled loop the weights of every layer would count as saved.
     graphdef, params, rest = _split(dataclasses.replace(sizes, scan_layers=True))
     shape = jax.ShapeDtypeStruct
     obs = ObsBatch(
@@ -268,7 +268,7 @@ def _logit_bytes(sizes: OpenVLAOFTConfig) -> int:
 
 
 def _gathered_bytes(sizes: OpenVLAOFTConfig) -> int:
-    """Return two layers' whole weights (this one's and the next one's) or the embedding."""
+    """Return the larger of two layers' whole weights (current and next) and the embedding."""
     _, params, rest = _split(sizes)
     layers = [
         math.prod(leaf.shape[1:]) * leaf.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Recorded episodes as training data of a policy: what it saw when asked, what was done next."""
+"""Recorded episodes as training data of a policy: frames at each decision and the next actions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,20 +8,20 @@ import numpy as np
 from evac_jax.errors import DataError
 from evac_jax.files.recordings import ACTION_DIM, Episodes
 
-# What a policy says for a recorded gripper entry, -1 opens .. +1 closes; the inverses of the rules
-# that env.gripper names. "binary" has none: recordings do not hold its 0 and 1.
+# The policy's output for a recorded gripper entry (-1 opens .. +1 closes): the inverses of the
+# rules of env.gripper. "binary" has no inverse: recordings do not contain its 0 and 1.
 GRIPPER_RULES = {"libero": lambda gripper: (1 - gripper) / 2, "none": lambda gripper: gripper}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B moments of V cameras, and the K actions after each.
+    """B decisions with frames of V cameras, and the K actions after each.
 
     Attributes:
         frames: uint8 [B V H W 3].
         task: index into the recording's instructions, [B].
-        actions: as the policy says them, normalised and clipped to [-1, 1], float32 [B K A].
-        valid: which of them exist, bool [B K]; an episode may end within a chunk.
+        actions: in the policy's form, normalised and clipped to [-1, 1], float32 [B K A].
+        valid: which actions exist, bool [B K]; an episode may end within a chunk.
     """
 
     frames: np.ndarray
@@ -31,13 +31,13 @@ class Batch:
 
 
 def policy_actions(actions: np.ndarray, gripper: str) -> np.ndarray:
-    """Return executed actions [.. A] as the policy says them, gripper last; float64."""
+    """Return executed actions [.. A] in the policy's form, gripper last; float64."""
     actions = np.asarray(actions, np.float64)
     return np.concatenate((actions[..., :-1], GRIPPER_RULES[gripper](actions[..., -1:])), axis=-1)
 
 
 def action_statistics(data: Episodes, gripper: str) -> dict[str, Any]:
-    """Return an entry of `norm_stats` over every action of `data`; the gripper is left as it is."""
+    """Return an entry of `norm_stats` from all actions of `data`; the gripper is not normalised."""
     steps = np.concatenate([f + np.arange(n) for f, n in zip(data.first, data.length, strict=True)])
     actions = policy_actions(data.actions[steps], gripper)
     low, high = np.quantile(actions, (0.01, 0.99), axis=0)
@@ -52,12 +52,12 @@ def action_statistics(data: Episodes, gripper: str) -> dict[str, Any]:
 
 
 class Chunks:
-    """Every moment of some episodes at which a policy is asked: steps 0, K, 2 K ..
+    """All steps of some episodes at which a policy decides: steps 0, K, 2 K ..
 
     Args:
         data: the episodes.
         chunk: actions per decision, K.
-        statistics: what `action_statistics` returned, of the training episodes.
+        statistics: the result of `action_statistics` for the training episodes.
         gripper: a key of `GRIPPER_RULES`.
 
     Raises:
@@ -74,18 +74,18 @@ class Chunks:
         self._step = chunk * np.concatenate([np.arange(count) for count in counts])
 
     def __len__(self) -> int:
-        """Moments in all."""
+        """Total number of decisions."""
         return len(self._episode)
 
     def read(self, which: np.ndarray) -> Batch:
-        """Return the moments of numbers [B]."""
+        """Return the decisions with the numbers [B]."""
         data, stats = self._data, self._statistics
         episode, step = self._episode[which], self._step[which]
         steps = step[:, None] + np.arange(self._chunk)
-        # Of an action that does not exist, the (zero) row of the episode's last frame is read.
+        # For an action that does not exist, the (zero) row of the episode's last frame is read.
         rows = data.rows(episode[:, None], np.minimum(steps, data.length[episode][:, None]))
         said = policy_actions(data.actions[rows], self._gripper)
-        # The inverse of `action_tokens.action_table`, for a dimension that never moves too.
+        # The inverse of `action_tokens.action_table`, also for a dimension that never changes.
         scaled = 2 * (said - stats["q01"]) / (stats["q99"] - stats["q01"] + 1e-8) - 1
         return Batch(
             frames=np.asarray(data.frames[data.rows(episode, step)]),

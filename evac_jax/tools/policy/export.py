@@ -5,9 +5,9 @@ r"""Writes a policy as a Hugging Face folder that any run, and the public tools,
     python -m evac_jax.tools.policy.export --run SOURCE --out OUT [--adapter] [--dtype float32]
 
 SOURCE is a run, one of its checkpoints (RUN/checkpoints/40) or a Hugging Face folder. No simulator
-is started: of a run's checkpoint only the parameters are read. Keys, files and dtypes are those of
-the folder that the policy started from; LoRA adapters are merged, --adapter writes them alone, in
-PEFT's layout.
+is started, and only the parameters of a checkpoint are read. Keys, files and dtypes are those of
+the folder from which the policy started. LoRA adapters are merged; --adapter writes only the
+adapters, in PEFT's layout.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ VALUE_OUTPUTS = "params/value_head/fc3/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run as an export needs it; its simulators' files need not be there any more.
+    """The parts of a training run that an export needs; files of its simulators may be missing.
 
     Attributes:
         policy: the start policy and how it was imported.
@@ -52,14 +52,14 @@ class Run:
 
 
 def find_run(source: Path, step: int = -1) -> Run | None:
-    """Return the run that `source` is, or is a checkpoint of; None for a Hugging Face folder.
+    """Return the run at `source`, or the run of the checkpoint there; None for a policy folder.
 
     Args:
         source: RUN, RUN/checkpoints, RUN/checkpoints/<iteration> or a Hugging Face folder.
         step: iteration, unless `source` names it.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: `source` is none of these.
     """
     folder = source
     if source.name.isdigit() and source.parent.name == "checkpoints":
@@ -90,7 +90,7 @@ def find_run(source: Path, step: int = -1) -> Run | None:
 
 
 def trained_model(run: Run) -> tuple[OpenVLAOFT, int]:
-    """Return the policy of a run at an iteration, and which.
+    """Return the policy of a run at an iteration, and that iteration.
 
     Raises:
         CheckpointError: no such checkpoint, or its parameters are not those of the start policy.
@@ -101,20 +101,20 @@ def trained_model(run: Run) -> tuple[OpenVLAOFT, int]:
     iteration = checkpoints.existing(run.step)
     more = {}
     if run.policy.value_head == "action_level":
-        # One output per action of the simulator's chunk, which only the checkpoint still tells.
+        # One output per action of the simulator's chunk, whose length only the checkpoint shows.
         outputs = checkpoints.shapes(iteration).get(VALUE_OUTPUTS)
         more = {"chunk": outputs.shape[-1]} if outputs else {}
     model = import_policy(run.policy, seed=run.seed, **more).model
     graphdef, start, rest = nnx.split(model, nnx.Param, ...)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), start)
-    # What trained is about to be read: without this it would be in memory twice.
+    # The trained parameters are read next; without this they would be in memory twice.
     del model, start
     params = checkpoints.restore_part(iteration, "params", shapes)
     return nnx.merge(graphdef, params, rest), iteration
 
 
 def stored_model(folder: Path, lora_adapter: str = "") -> OpenVLAOFT:
-    """Return the policy of a Hugging Face folder in a dtype that loses nothing of it.
+    """Return the policy of a Hugging Face folder, in a dtype that does not round its weights.
 
     Args:
         lora_adapter: PEFT folder to merge, "" = none.
@@ -138,16 +138,16 @@ def export(
     dtype: str | None = None,
     lora_adapter: str = "",
 ) -> None:
-    """Write the policy of `source` to the new folder `out`, whole or not at all.
+    """Write the policy of `source` to the new folder `out`, complete or not at all.
 
     Args:
         source, step: see `find_run`.
-        adapter: write a LoRA run's adapters alone.
+        adapter: write only the adapters of a LoRA run.
         dtype: "float32" or "bfloat16"; None = as the start policy's folder has each tensor.
         lora_adapter: adapter to merge into a Hugging Face folder.
 
     Raises:
-        CheckpointError: nothing to export, `out` exists, or it cannot be written.
+        CheckpointError: there is nothing to export, `out` exists, or it cannot be written.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; remove it or name another export folder")

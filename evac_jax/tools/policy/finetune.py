@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a policy folder on recorded episodes; `train_policy --data` runs it.
 
-One device. Everything random comes from the step, so that a resumed run sees what an unbroken one
-would have seen.
+It uses one device. The step is the seed of all random numbers, so a resumed run repeats an
+uninterrupted one.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from policies.openvla_oft.peft import save_adapter
 from policies.openvla_oft.prompt import PromptTokenizer
 from policies.types import ObsBatch
 
-HELD_OUT_CHUNKS = 1024  # at most so many are scored, evenly spaced
-ANY_LENGTH = 10**6  # of a prompt, while the longest one is looked for
-# Arguments that make another run of it when they change.
+HELD_OUT_CHUNKS = 1024  # largest number of chunks that are scored, evenly spaced
+ANY_LENGTH = 10**6  # limit of a prompt's length while the longest one is determined
+# Arguments that must be the same when a run is resumed.
 SETUP = (
     *("steps", "batch", "lr", "sd_bins", "seed", "chunk", "gripper", "unnorm_key"),
     *("start", "successful", "lora_rank", "lora_alpha", "compute_dtype", "keep_stop_token"),
@@ -68,7 +68,7 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
 
     Raises:
         DataError: the recordings do not fit, or `args.out` exists.
-        CheckpointError: the progress kept beside `args.out` is another run's.
+        CheckpointError: the progress beside `args.out` belongs to another run.
     """
     out = Path(args.out)
     if out.exists():
@@ -115,8 +115,8 @@ def _episodes(args: argparse.Namespace) -> tuple[Episodes, Episodes]:
 
 
 def _load(args: argparse.Namespace, data: Episodes) -> LoadedPolicy:
-    """Load the start policy for the recording's cameras; labels are normalised before it."""
-    # Numbers do not depend on the padding, so prompts are as long as the longest one needs.
+    """Load the start policy for the recording's cameras; labels are normalised beforehand."""
+    # Results do not depend on the padding, so prompts are padded only to the longest one.
     tokenizer = PromptTokenizer(args.start, ANY_LENGTH)
     loaded = load_policy(
         args.start,
@@ -127,7 +127,7 @@ def _load(args: argparse.Namespace, data: Episodes) -> LoadedPolicy:
         max_prompt_length=max(len(tokenizer.prompt_ids(text)) for text in data.instructions),
         lora_rank=args.lora_rank,
         lora_alpha=args.lora_alpha,
-        # Weights that train need float32 for small steps; a frozen base does not.
+        # Weights that train need float32 because steps are small; a frozen base does not.
         param_dtype=args.compute_dtype if args.lora_rank else "float32",
         compute_dtype=args.compute_dtype,
         keep_stop_token=args.keep_stop_token,
@@ -140,7 +140,7 @@ def _load(args: argparse.Namespace, data: Episodes) -> LoadedPolicy:
 
 
 def _train(args, model, prompts, training: Chunks, held_out: Chunks, setup, progress: Path):
-    """Return the trained model and the held-out scores on the way."""
+    """Return the trained model and the held-out scores during training."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = make_optimizer(args.lr, args.steps)
     state, history = (params, jax.jit(optimizer.init)(params)), []
@@ -172,14 +172,14 @@ def _compile(graphdef, optimizer, sd_bins: float):
     """Return jitted (state, rest, batch) -> state, loss and (params, rest, batch) -> sums [3]."""
 
     def sums(params, rest, obs, actions, valid):
-        """Summed cross-entropy, right tokens and tokens; the latter two of valid actions only."""
+        """Sums of cross-entropy, correct tokens and tokens; the last two for valid actions only."""
         model = nnx.merge(graphdef, params, rest)
         pixels = model.pixel_values(obs.images)
         forward = model.forward(pixels, obs.prompt_tokens, obs.prompt_mask)
         logits = model.action_logits(forward.slots).reshape(*actions.shape, -1)
         num_bins, dim = logits.shape[-1], actions.shape[-1]
         targets = soft_targets(actions, ActionStatistics.identity(dim), sd_bins, num_bins)
-        # The two lowest ids stand for the same action, so values are compared instead of ids.
+        # The two lowest ids mean the same action, so values are compared instead of ids.
         centres = jnp.asarray(bin_centres(num_bins))
         right = centres[logits.argmax(-1)] == centres[targets.argmax(-1)]
         losses = optax.softmax_cross_entropy(logits, targets)
@@ -190,7 +190,7 @@ def _compile(graphdef, optimizer, sd_bins: float):
         loss, _, count = sums(params, *batch)
         return loss / count
 
-    # `rest` is an argument: what a jitted function closes over is copied into its program.
+    # `rest` is an argument, because arrays that a jitted function closes over are copied into it.
     @partial(jax.jit, donate_argnums=0)
     def step(state, rest, *batch):
         params, opt_state = state
@@ -215,7 +215,7 @@ def validate(score, chunks: Chunks, prompts, size: int) -> dict[str, float]:
 
     Args:
         score: (obs, actions, valid) -> sums of losses, right tokens, tokens.
-        size: of a batch; the last one is filled up with rows that do not count.
+        size: batch size; the last batch is filled with rows that do not count.
     """
     chosen = np.linspace(0, len(chunks) - 1, min(len(chunks), HELD_OUT_CHUNKS)).round().astype(int)
     total = np.zeros(3)
@@ -227,7 +227,7 @@ def validate(score, chunks: Chunks, prompts, size: int) -> dict[str, float]:
 
 
 def save_progress(path: Path, setup: dict[str, Any], state: Any, facts: dict[str, Any]) -> None:
-    """Write a tree of arrays, `facts` and what the run was started with."""
+    """Write a tree of arrays, `facts` and the arguments of the run."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {path_name(name): np.asarray(leaf) for name, leaf in leaves}
     texts = {"setup": setup, "facts": facts}

@@ -1,17 +1,17 @@
 """Supervised fine-tuning of OpenVLA-OFT's token head, on the tabletop or on recordings, in JAX.
 
-On the tabletop every sample is a fresh scene, so nothing can be memorised: the picture at a moment
-when the policy would be asked, and the demonstrator's next actions. The tokens' targets are
-Gaussians over neighbouring bins; their width becomes the exploration noise that reinforcement
-learning starts with.
+On the tabletop every sample is from a new scene, so nothing can be memorised. A sample is the
+picture at a step where the policy would decide, and the demonstrator's next actions. The targets of
+the tokens are Gaussians over neighbouring bins; their width becomes the exploration noise at the
+start of reinforcement learning.
 
     python -m evac_jax.tools.policy.train --out DIR --labels expert --steps 6000
     python -m evac_jax.tools.policy.train --start DIR --out DIR2 --labels sloppy --steps 800
     python -m evac_jax.tools.policy.train --start DIR --out DIR2 --lora_rank 8 --lr 3e-3
     python -m evac_jax.tools.policy.train --start DIR --out DIR2 --data RECORDING --unnorm_key robot
 
---data takes recorded episodes of any robot instead (docs/episodes.md, docs/lora.md), --lora_rank
-trains adapters alone.
+--data uses recorded episodes of any robot instead (docs/episodes.md, docs/lora.md); --lora_rank
+trains only adapters.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from policies.openvla_oft.prompt import PromptTokenizer
 from policies.types import ObsBatch
 
 UNNORM_KEY = "miniature"
-# Deltas use the whole of -1..1; the gripper's 0 (close) .. 1 (open) stays as it is.
+# Deltas use the whole range -1..1; the gripper, 0 (close) .. 1 (open), is not changed.
 NORM_STATS = {
     UNNORM_KEY: {
         "action": {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
@@ -54,8 +54,8 @@ NORM_STATS = {
 }
 FIRST_SCENE = 100_000_000  # seeds of supervised scenes, above those of RL and of recordings
 FRESH_SCENES = 2_000_000  # seeds of the scores below, used nowhere else
-ASKED_AT = (0, 8, 16, 24)  # steps of an episode at which the policy is asked
-# Who has played until then: mostly the demonstrator, at times somebody who leaves its path.
+ASKED_AT = (0, 8, 16, 24)  # steps of an episode at which the policy decides
+# Which player acts until then: mostly the demonstrator, sometimes one that leaves its path.
 PLAYERS = ((0.5, None), (0.3, "noisy"), (0.2, "near_miss"))
 OBJECTS = len(COLORS) + 2
 
@@ -65,7 +65,7 @@ def samples(labels: str, num_scenes: int, seed: int, chunk: int):
 
     Args:
         labels: kind of demonstrator (see `miniature.expert.KINDS`) whose actions are the targets.
-        seed: batches of different seeds share no scene.
+        seed: batches with different seeds have no scene in common.
     """
     rng = np.random.default_rng(seed)
     scenes = world.sample_scenes(FIRST_SCENE + seed * num_scenes + np.arange(num_scenes))
@@ -78,9 +78,9 @@ def samples(labels: str, num_scenes: int, seed: int, chunk: int):
 
 
 def object_targets(scenes: world.Scenes) -> tuple[np.ndarray, np.ndarray]:
-    """Return where things are: index of the patch that shows them [n O], and xyz [n O 3] in 10 cm.
+    """Return the places of objects: index of their patch [n O], and xyz [n O 3] in units of 10 cm.
 
-    The objects are the blocks by colour (index -1 where one is not seen), the plate and the tip.
+    The objects are the blocks by colour (index -1 if one is not visible), the plate and the tip.
     """
     count = len(scenes)
     points = np.full((count, OBJECTS, 3), np.nan)
@@ -96,18 +96,18 @@ def object_targets(scenes: world.Scenes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def goals_of(scenes: world.Scenes) -> np.ndarray:
-    """Return what actions depend on, float32 [n 8]: target, plate (x, y) and tip, in 10 cm."""
+    """Return the inputs of a decision, float32 [n 8]: target, plate (x, y), tip; unit 10 cm."""
     parts = (scenes.blocks[:, world.TARGET], scenes.plate, scenes.position)
     return 10 * np.concatenate(parts, axis=1, dtype=np.float32)
 
 
 def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, seed: int):
-    """Teach a fresh model to see and to read, in place of a pretrained vision-language model.
+    """Teach a new model vision and language, in place of a pretrained vision-language model.
 
-    Through linear read-outs, thrown away afterwards, every patch must tell which objects are in it
-    and where, and every word of the instruction where its target, the plate and the tip are. There
-    are no action slots yet, which makes steps cheap; and words find the thing that they name
-    many times sooner than 56 slots do that have actions to learn as well.
+    Linear read-outs, which are discarded afterwards, predict from every patch which objects are in
+    it and where, and from every word of the instruction where its target, the plate and the tip
+    are. There are no action slots yet, so steps are cheap. Words also learn to find the object that
+    they name many times sooner than 56 slots that must learn actions at the same time.
 
     Args:
         prompts: (tokens [M L], mask [M L]) of the instructions.
@@ -180,10 +180,10 @@ def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, s
 def make_step(graphdef, optimizer, statistics, sd_bins, goal_weight):
     """Return the jitted step: (trained, opt_state, rest, batch..) -> trained, opt_state, losses.
 
-    A batch is obs, actions, goals; `rest` is what does not train, under LoRA nearly everything.
-    Beside its token every action slot must tell the goals, through a linear read-out that is
-    thrown away afterwards: a small trunk that was never a language model finds out what the
-    instruction's colour has to do with the picture several times sooner.
+    A batch is obs, actions, goals. `rest` holds the parameters that do not train; with LoRA these
+    are nearly all. Besides its token, every action slot must predict the goals through a linear
+    read-out that is discarded afterwards. With it, a small network that is not a pretrained
+    language model learns several times sooner which block the instruction's colour means.
     """
 
     def loss_fn(trained, rest, obs, actions, goals):

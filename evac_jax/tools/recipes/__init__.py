@@ -1,1 +1,1 @@
-"""Tables of commands that make weights from nothing."""
+"""Tables of commands that make weights from scratch."""

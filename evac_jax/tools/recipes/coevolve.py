@@ -1,16 +1,17 @@
-r"""Policy, world model and classifier improve one another, round by round.
+r"""Co-evolution: trains policy, world model and classifier in rounds, each with the others.
 
-A round trains the policy in imagination, tries it in the ground truth, records a few real episodes
-with it, and fine-tunes world model and classifier on the old and the new recordings: a better
-policy goes where the old recordings never were. It ends when real success stops rising.
+A round trains the policy in imagination, evaluates it in the ground truth, records a few real
+episodes with it, and fine-tunes world model and classifier on the old and the new recordings. This
+is needed because a better policy reaches states that the old recordings do not contain. Rounds end
+when real success stops rising.
 
     python -m evac_jax.tools.recipes.coevolve --config=configs/grpo.py --rounds 3 \
         --data DIR --out DIR2
 
-Rounds are compared on some scenes; the last line is measured on others. A robot takes the place
-of the miniature by recordings of its own: train a round, record episodes with the policy that it
-leaves in round_1/policy, call again with --real_data FOLDER, and so on; finished stages are kept.
-Their share of successful episodes is then the round's real success.
+Rounds are compared on some scenes; the last line is measured on others. With a robot instead of
+the miniature, record the episodes yourself: train a round, record episodes with the policy in
+round_1/policy, run the command again with --real_data FOLDER, and so on. Finished stages are kept.
+The share of successful episodes in a folder is then the real success of that round.
 """
 
 import argparse
@@ -31,12 +32,12 @@ from evac_jax.tools.command_line import Parser
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
 
-RECORDINGS = 50  # seeds of recordings from here on: their scenes are in no other recording
+RECORDINGS = 50  # first seed of the recordings; no other recording has their scenes
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """What a round starts from, as paths in command lines."""
+    """The models with which a round starts, as paths for command lines."""
 
     policy: str
     world_model: str
@@ -56,7 +57,7 @@ class Models:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every round does, see the command line's help."""
+    """The settings of every round; see the help of the command line."""
 
     config: str
     settings: Mapping[str, object]
@@ -83,8 +84,8 @@ def rounds_to_go(success: Sequence[float], patience: int, rounds: int) -> int:
 
     Args:
         success: of the start policy, then of each finished round.
-        patience: rounds in a row that need not beat the best before them.
-        rounds: at most.
+        patience: number of consecutive rounds that may fail to beat the best one before them.
+        rounds: largest number of rounds.
     """
     best = max(range(len(success)), key=lambda n: (success[n], -n))
     stale = len(success) - 1 - best >= patience
@@ -92,7 +93,10 @@ def rounds_to_go(success: Sequence[float], patience: int, rounds: int) -> int:
 
 
 def training_stages(number: int, models: Models, options: Options) -> list[Stage]:
-    """Return what gives round `number` its policy and, with a ground truth, its success."""
+    """Return the stages that train the policy of round `number` and measure its real success.
+
+    Without a ground truth to simulate, the success is not measured.
+    """
     folder = f"{WORK}/round_{number}"
     settings = dict(options.settings) | models.settings() | {"seed": options.seed + number - 1}
     if options.iterations is not None:
@@ -122,7 +126,7 @@ def evaluation(name: str, options: Options, policy: str, starts: tuple[int, int]
 
 
 def learning_stages(number: int, models: Models, options: Options) -> tuple[list[Stage], Models]:
-    """Return what follows a round's policy, and what the next round starts from."""
+    """Return the stages after a round's policy is trained, and the models for the next round."""
     folder = f"round_{number}"
     following = Models(
         policy=f"{WORK}/{folder}/policy",
@@ -193,7 +197,7 @@ def learning_stages(number: int, models: Models, options: Options) -> tuple[list
 
 
 def _recordings(number: int, options: Options) -> str:
-    """Return the folder of a round's real episodes as command lines name it."""
+    """Return the folder of a round's real episodes, as written in command lines."""
     if options.real_data:
         return options.real_data[number - 1]
     return f"{WORK}/round_{number}/episodes"
@@ -203,7 +207,7 @@ def recorded_folder(number: int, options: Options) -> Path:
     """Return the given recordings of a round.
 
     Raises:
-        DataError: there are none yet; says what to record.
+        DataError: there are none yet; the message says what to record.
     """
     if len(options.real_data) < number:
         raise DataError(
@@ -215,16 +219,16 @@ def recorded_folder(number: int, options: Options) -> Path:
 
 
 def success_rate(workshop: Workshop, name: str) -> float:
-    """Return what an evaluation stage measured, 0..1."""
+    """Return the success rate that an evaluation stage measured, 0..1."""
     values = json.loads((workshop.work / "success" / name / report.EVALUATION_FILE).read_text())
     return values["success"]["ground_truth"]["rate"]
 
 
 def real_success(workshop: Workshop, number: int, options: Options) -> float:
-    """Return the real success of a round's policy: evaluated, or as it was recorded."""
+    """Return the real success of a round's policy: from its evaluation or from recordings."""
     if options.ground_truth:
         return success_rate(workshop, f"choose_{number}")
-    from evac_jax.files import recordings  # the only use; recordings may be large
+    from evac_jax.files import recordings  # used only here; recordings may be large
 
     return float(recordings.load(recorded_folder(number, options)).success_once().mean())
 
@@ -233,9 +237,9 @@ def coevolve(workshop: Workshop, start: Models, options: Options) -> dict:
     """Run rounds until real success stops rising; return what `main` prints.
 
     Returns:
-        {"success": [start, round 1, ..] on the scenes of choice, "best": number of the best one,
-        "report": {number: success on other scenes}, "rounds": facts per round}. The start's
-        success is None where nothing can measure it.
+        {"success": [start, round 1, ..] on the scenes for the choice, "best": number of the best
+        round, "report": {number: success on other scenes}, "rounds": facts per round}. The success
+        of the start policy is None if it cannot be measured.
     """
     models, stages, facts = start, [], []
     success = [-math.inf]
@@ -270,7 +274,7 @@ def coevolve(workshop: Workshop, start: Models, options: Options) -> dict:
 
 
 def _report(workshop, stages, policies, best, options) -> dict[int, float]:
-    """Measure the start policy, one round of plain RL and the best round on scenes of their own."""
+    """Measure the start policy, one round of plain RL and the best round on separate scenes."""
     numbers = sorted({0, 1, best})
     names = {number: f"report_{number}" for number in numbers}
     more = [
@@ -286,7 +290,7 @@ def _json(path: Path) -> dict:
 
 
 def _facts(workshop: Workshop, number: int) -> dict:
-    """What a round's run says of itself."""
+    """Figures from the run of a round."""
     run = workshop.work / f"round_{number}" / "run"
     imagined = _json(run / report.SUMMARY_FILE).get("success", {}).get("after", {}).get("imagined")
     return {
@@ -298,7 +302,7 @@ def _facts(workshop: Workshop, number: int) -> dict:
 
 
 def table(outcome: Mapping, scenes: int) -> str:
-    """Return one line per round: success where it was chosen, in imagination, and trust."""
+    """Return one line per round: success on the selection scenes, in imagination, and trust."""
 
     def show(value: float | None) -> str:
         return f"{100 * value:9.1f}%" if value is not None else f"{'-':>10}"
@@ -364,7 +368,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def options_of(args: argparse.Namespace) -> tuple[Models, Options]:
-    """Return what the first round starts from and what every round does."""
+    """Return the models of the first round and the settings of every round."""
     settings = dict(entry.split("=", 1) for entry in args.set)
 
     def value(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Command lines that more than one recipe needs; `{work}` in them as in `stages.Stage`."""
+"""Command lines that several recipes need; `{work}` has the meaning as in `stages.Stage`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from evac_jax.config.flags import load_preset
 from evac_jax.tools.recipes.stages import ROOT
 
 SELECTION = (1_000_000, 2_000_000)  # scenes of the miniature on which choices are made
-REPORT = (2_000_000, 3_000_000)  # scenes of figures that are told
+REPORT = (2_000_000, 3_000_000)  # scenes of the reported figures
 TRUST_FILE = "report.json"
 # Option of the tools that imagine -> field of the configuration.
 IMAGINATION = {
@@ -26,7 +26,7 @@ IMAGINATION = {
 def launch(
     config: str, folder: str, run: str, settings: Mapping[str, object], mode: str = "train"
 ) -> tuple[str, ...]:
-    """launch.py with its traces in `folder`/`run` and `settings` as flags."""
+    """launch.py with `settings` as flags; it writes to `folder`/`run`."""
     settings = {"log.dir": folder, "log.run": run, "video.save": False} | dict(settings)
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     return "launch.py", f"--config={config}", f"--mode={mode}", *flags
@@ -35,7 +35,7 @@ def launch(
 def train(
     config: str, folder: str, run: str, settings: Mapping[str, object], interval: int
 ) -> tuple[str, ...]:
-    """A run that keeps a checkpoint of every evaluation, so that the best can be taken."""
+    """A run that keeps a checkpoint of every evaluation, so that the best one can be used."""
     kept = {
         "eval.interval": interval,
         "checkpoint.interval": interval,
@@ -47,7 +47,7 @@ def train(
 def evaluate(
     config: str, folder: str, run: str, settings: Mapping[str, object], scenes: int
 ) -> tuple[str, ...]:
-    """Greedy success in the ground truth; nothing is imagined, no simulator of that kind starts."""
+    """Greedy success in the ground truth; nothing is imagined and no world model is started."""
     alone = {
         "env.simulator": "ground_truth",
         "eval.episodes": 0,
@@ -59,7 +59,7 @@ def evaluate(
 
 
 def export(run: str, out: str, *, best: bool = True, dtype: str = "") -> tuple[str, ...]:
-    """The policy of a run's best evaluation, or its last one, as a folder."""
+    """The policy of a run's best or last evaluation, as a folder."""
     command = ["-m", "evac_jax.tools.policy.export", f"--run={run}", f"--out={out}"]
     return (*command, *["--best"] * best, *[f"--dtype={dtype}"] * bool(dtype))
 
@@ -104,7 +104,7 @@ def fine_tune_world_model(
 def imagine(
     config: str, settings: Mapping[str, object], data: Sequence[str], out: str, episodes: int = 0
 ) -> tuple[str, ...]:
-    """What a world model imagines from the first frames and the poses of recordings; 0 = all."""
+    """Imagine recordings with a world model from first frames and poses; 0 = all episodes."""
     names = ("world_model", "steps", "eta")
     values = {name: value_of(config, settings, IMAGINATION[name]) for name in names}
     return tool("world_model.imagine_dataset", data=data, out=out, episodes=episodes, **values)
@@ -118,7 +118,7 @@ def train_reward(
     imagined: Sequence[str],
     steps: int,
 ) -> tuple[str, ...]:
-    """A classifier of real and imagined frames, calibrated on imagined ones as runs judge them."""
+    """A classifier of real and imagined frames, calibrated on imagined ones that runs judge."""
     names = ("success_frames", "judged_frames")
     values = {name: value_of(config, settings, IMAGINATION[name]) for name in names}
     command = tool("reward.train", data=data, out=out, steps=steps, **values)
@@ -128,19 +128,19 @@ def train_reward(
 def validate(
     config: str, settings: Mapping[str, object], data: Sequence[str], out: str
 ) -> tuple[str, ...]:
-    """The trust report on the held-out part of recordings, imagined as runs do it."""
+    """The trust report on the held-out part of recordings, imagined in the same way as in runs."""
     values = {option: value_of(config, settings, name) for option, name in IMAGINATION.items()}
     return tool("trust", data=data, out=out, **values)
 
 
 def value_of(config: str, settings: Mapping[str, object], name: str) -> object:
-    """Return "section.field" of a preset file, or what `settings` says instead."""
+    """Return the value of "section.field" in `settings`, or else in a preset file."""
     section, field = name.split(".")
     default = load_preset(str(ROOT / config))[section][field]
     return settings.get(name, default)
 
 
 def trust_figures(folder: Path) -> dict:
-    """Return the figures of a trust report, {} if it was not made."""
+    """Return the figures of a trust report, {} if there is none."""
     path = folder / TRUST_FILE
     return json.loads(path.read_text())["figures"] if path.is_file() else {}

@@ -1,12 +1,12 @@
-"""Makes every shipped weight of the miniature from nothing, with public commands only.
+"""Makes all shipped weights of the miniature from scratch, with public commands only.
 
     python -m evac_jax.tools.recipes.miniature            # all stages, weights in data/miniature
     python -m evac_jax.tools.recipes.miniature --ship     # the same, then replace the shipped ones
     python -m evac_jax.tools.recipes.miniature --verify   # are the shipped files those of the card?
 
-The table below is the recipe. Two stages run at a time, one core each; what is done is not done
-again (see `stages`), so an interrupted build goes on. docs/miniature.md tells why each stage is
-there and what it costs.
+The table below is the recipe. Two stages run at a time, on one core each. Finished stages are
+skipped (see `stages`), so an interrupted build continues. docs/miniature.md explains why each stage
+is needed and how long it takes.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from evac_jax.tools.command_line import Parser
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
 
-# What a build costs and how good it gets. `--scale` multiplies every count.
+# These counts set the time and the quality of a build. `--scale` multiplies all of them.
 COUNTS = {
     # recordings, episodes
     "base": 3000,
-    "rollouts": 800,  # of either policy, half of them greedy
+    "rollouts": 800,  # of each policy, half of them greedy
     # offline training, optimiser steps
     "autoencoder": 3000,
     "pose_model": 8000,
@@ -46,13 +46,13 @@ COUNTS = {
     # reinforcement learning, iterations
     "rl": 8,
 }
-# Least of a scaled count (others 4); pretraining warms up for 100 steps.
+# Lower bounds of scaled counts (4 for all others); pretraining has 100 warm-up steps.
 FLOORS = {"rl": 1, "base": 48, "rollouts": 16, "pretraining": 110}
 MIX = "expert=0.12,noisy=0.18,near_miss=0.30,random_midway=0.14,random=0.06,sloppy=0.20"
 CONFIG = "configs/grpo.py"
-# Two processes with 4 windows each: per second, steps of few windows lower the held-out loss far
-# more than steps of many. The model is only ever sampled in two steps, without dropped conditions:
-# nothing else is trained.
+# Two processes with 4 windows each: for the same time, many small steps lower the held-out loss far
+# more than few large ones. The model is only sampled in two steps and without dropped conditions,
+# so only that is trained.
 WORLD_MODEL = {
     "batch": 4,
     "lr": 1e-3,
@@ -71,17 +71,17 @@ SHIPPED = {
     "policy": "policy",
     "policy_trained": "policy_trained",
 }
-KEPT = (".json", ".safetensors")  # files of such a folder that belong to it; the rest is progress
+KEPT = (".json", ".safetensors")  # files to copy from such a folder; the rest is progress
 MAX_BYTES = 12_000_000
 CARD = "card.json"
 RECORDINGS = ("base", "rollouts_expert", "rollouts_start")
 
 
 def scaled(scale: float) -> dict[str, int]:
-    """Return `COUNTS` times `scale`, none below its floor.
+    """Return `COUNTS` times `scale`, each at least its lower bound.
 
     Raises:
-        ConfigError: a scale that is not in (0, 1].
+        ConfigError: the scale is not in (0, 1].
     """
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale: expected above 0 and at most 1, got {scale}")
@@ -89,9 +89,10 @@ def scaled(scale: float) -> dict[str, int]:
 
 
 def make_stages(scale: float = 1.0) -> list[Stage]:
-    """Return the recipe: stages in an order in which every input comes before its use.
+    """Return the recipe: stages, ordered so that every input is made before its use.
 
-    A stage is named after the folder under `{work}` that it makes, and reads those of its inputs.
+    A stage has the name of the folder under `{work}` that it makes. It reads the folders of its
+    inputs.
     """
     n = scaled(scale)
     stages: list[Stage] = []
@@ -100,7 +101,7 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
         stages.append(Stage(name, command, inputs, name, cores, resumes))
 
     add("base", commands.record(at("base"), MIX, n["base"], seed=0))
-    # On the other core meanwhile: supervised training draws its own scenes.
+    # This runs on the other core at the same time: supervised training draws its own scenes.
     supervised = {"batch": 16, "sd_bins": 6, "score_every": 1500}
     add(
         "policy_expert",
@@ -113,7 +114,7 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
         + commands.options(labels="sloppy", steps=n["sloppy"], lr=3e-4, seed=1, **supervised),
         "policy_expert",
     )
-    # Half the bytes; from here on everything meets the weights that are shipped.
+    # Half the bytes; all later stages use the weights that are shipped.
     add("policy", commands.store(at("policy_sloppy"), at("policy"), "bfloat16"), "policy_sloppy")
     add(
         "autoencoder",
@@ -122,13 +123,13 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
         "base",
         resumes=True,
     )
-    # A world model that never saw a policy's mistakes believes in them.
+    # A world model that has not seen a policy's mistakes imagines that they succeed.
     for seed, (name, policy) in enumerate((("expert", "policy_expert"), ("start", "policy")), 1):
         out = f"rollouts_{name}"
         command = commands.record_policy(CONFIG, {}, at(policy), at(out), n["rollouts"], seed)
         add(out, command, policy)
     recordings = [at(name) for name in RECORDINGS]
-    # Nor does a pose model know how far the hand goes under actions that it never saw.
+    # A pose model also cannot predict the motion for actions that it has not seen.
     command = commands.tool("world_model.train_pose_model", data=recordings, out=at("pose_model"))
     add("pose_model", (*command, *commands.options(steps=n["pose_model"])), *RECORDINGS)
     command = commands.tool("world_model.train", data=recordings, out=at("world_model_full"))
@@ -177,7 +178,7 @@ def add_trained_policy(add, n) -> None:
     """Reinforcement learning in imagination; its best evaluation becomes a policy folder."""
     settings = SIMULATOR | {
         "policy.checkpoint": at("policy"),
-        # Adapters take 2 % of the policy's bytes and learn as well at this rate.
+        # Adapters take 2 % of the policy's bytes and learn as well at this learning rate.
         "policy.lora_rank": 2,
         "optim.lr": 2e-3,
         "train.iterations": n["rl"],
@@ -190,7 +191,7 @@ def add_trained_policy(add, n) -> None:
 
 
 def machine() -> dict[str, object]:
-    """Return what the build ran on."""
+    """Return a description of the machine of the build."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -209,7 +210,7 @@ def digests(weights: Path) -> dict[str, str]:
 
 
 def verify(weights: Path) -> list[str]:
-    """Return what differs between the files and their card, [] if nothing does.
+    """Return the differences between the files and their card, [] if there are none.
 
     Raises:
         CheckpointError: there is no card.
@@ -229,7 +230,7 @@ def assemble(workshop: Workshop, stages: list[Stage], out: Path) -> dict:
     """Copy the shipped folders into the new folder `out` with their card; return the card.
 
     Raises:
-        ConfigError: together they are too large to be shipped.
+        ConfigError: the folders together are too large to be shipped.
     """
     with whole_folder(out, replace=True) as partial:
         sizes = _copy_shipped(workshop.work, partial)
@@ -247,7 +248,7 @@ def assemble(workshop: Workshop, stages: list[Stage], out: Path) -> dict:
 
 
 def _copy_shipped(work: Path, out: Path) -> dict[str, int]:
-    """Copy what is shipped into the new folder `out`; return the bytes of each part."""
+    """Copy the shipped files into the new folder `out`; return the bytes of each part."""
     for name, source in SHIPPED.items():
         (out / name).mkdir(parents=True)
         for file in sorted((work / source).iterdir()):
@@ -272,12 +273,12 @@ def stage_facts(workshop: Workshop, stage: Stage) -> dict:
 
 
 def scores(card: Mapping) -> object:
-    """Return what a tool's own card says of quality: its scores, or the end of its history."""
+    """Return the quality figures in a tool's own card: its scores, or the end of its history."""
     return card.get("scores") or (card.get("history") or [None])[-1]
 
 
 def ship(built: Path, target: Path) -> None:
-    """Put `built` in the place of `target`; a killed copy leaves the old weights whole."""
+    """Replace `target` by `built`; if the copy is interrupted, the old weights remain complete."""
     with whole_folder(target, replace=True) as new:
         shutil.copytree(built, new)
 

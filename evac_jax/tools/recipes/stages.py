@@ -1,9 +1,8 @@
-"""Runs commands that depend on one another, several at a time, and skips what is done already.
+"""Runs commands that depend on each other, several at a time, and skips those that are done.
 
-A stage is one public command. Its stamp is the hash of its command line and of its inputs' stamps,
-so a changed number runs that stage and all that rest on it again, and nothing else. In a command
-line `{work}` stands for the folder that everything is written to: stamps and cards are the same
-wherever that is.
+A stage is one public command. Its stamp is the hash of its command line and of its inputs' stamps.
+So if a number changes, that stage and all that depend on it run again, and no others. In a command
+line, `{work}` stands for the output folder, so stamps and cards do not depend on its path.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from evac_jax.files import cards
 WORK = "{work}"
 ROOT = Path(__file__).resolve().parents[3]
 POLL_S = 0.1
-TAIL_LINES = 30  # of a failed stage's output, in the error
+TAIL_LINES = 30  # last lines of a failed stage's output that the error shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +35,14 @@ class Stage:
     """One command.
 
     Attributes:
-        name: unique; names its log and its stamp.
-        command: arguments of the Python interpreter, `{work}` for the folder of the outputs.
+        name: unique; also the name of its log and its stamp.
+        command: arguments of the Python interpreter; `{work}` stands for the output folder.
         inputs: names of the stages whose outputs it reads.
-        output: file or folder that it makes, relative to `{work}`. Its absence means: not done.
-        cores: cores it gets for itself.
-        resumes: a killed one finds its own traces under `output` and goes on; otherwise whatever
-            is there is removed first.
+        output: file or folder that it makes, relative to `{work}`. If it is missing, the stage is
+            not done.
+        cores: number of cores that the stage gets.
+        resumes: the command continues from what a stopped run left under `output`; if False, that
+            is removed first.
     """
 
     name: str
@@ -54,15 +54,15 @@ class Stage:
 
     @property
     def shown(self) -> str:
-        """The command as one would type it."""
+        """The command as a user would type it."""
         return " ".join(["python", *self.command])
 
 
 def check(stages: Sequence[Stage]) -> None:
-    """Refuse a table that cannot be run.
+    """Check that a table can be run.
 
     Raises:
-        ConfigError: a name comes twice, or an input is not made by an earlier stage.
+        ConfigError: a name occurs twice, or no earlier stage makes an input.
     """
     seen: set[str] = set()
     for stage in stages:
@@ -87,11 +87,12 @@ class Workshop:
     """A folder with the outputs of stages, their stamps and their logs.
 
     Args:
-        work: the folder; made if needed. One process at a time works in it.
-        cores: stages share this many; at most what this process may use. None = all, up to 2.
+        work: the folder; created if needed. Only one process at a time may use it.
+        cores: number of cores that the stages share; at most those that this process may use.
+            None = all, up to 2.
 
     Raises:
-        DataError: another process, or a stage that outlived one, is still at work in it.
+        DataError: another process, or a stage that one left behind, still uses the folder.
     """
 
     def __init__(self, work: str | Path, cores: int | None = None):
@@ -101,7 +102,7 @@ class Workshop:
             folder.mkdir(parents=True, exist_ok=True)
         usable = sorted(os.sched_getaffinity(0))
         self._cores = usable[: min(cores or 2, len(usable))]
-        # The stages inherit the lock: it is free again when the last of them has ended too.
+        # The stages inherit the lock, so it is held until the last of them has ended.
         self._lock = (self.work / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,18 +112,18 @@ class Workshop:
             ) from None
 
     def record(self, name: str) -> dict:
-        """Return what is known of a stage: stamp, seconds, done, command; {} if it never began."""
+        """Return a stage's record: stamp, seconds, done, command; {} if it has not started."""
         path = self._stamps / f"{name}.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def is_done(self, stage: Stage, stamp: str) -> bool:
-        """Whether the stage's output is there and was made by this very command."""
+        """Whether the stage's output exists and was made by exactly this command."""
         record = self.record(stage.name)
         exists = not stage.output or (self.work / stage.output).exists()
         return exists and record.get("done", False) and record["stamp"] == stamp
 
     def clock(self) -> float:
-        """Seconds that all runs in this folder took together, by the wall clock."""
+        """Wall-clock seconds of all runs in this folder together."""
         path = self.work / "clock.json"
         return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
 
@@ -130,10 +131,10 @@ class Workshop:
         cards.write_json(self.work / "clock.json", {"seconds": seconds})
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """Run what is not done yet, in the table's order as far as inputs and cores allow.
+        """Run the stages that are not done, in the table's order as inputs and cores allow.
 
         Raises:
-            EvacJaxError: a stage failed; the others are ended. Calling again goes on from there.
+            EvacJaxError: a stage failed; the others are stopped. Another call continues from there.
         """
         marks = stamps(stages)
         waiting = [stage for stage in stages if not self.is_done(stage, marks[stage.name])]
@@ -167,7 +168,7 @@ class Workshop:
         record, output = self.record(stage.name), self.work / stage.output
         same = record.get("stamp") == stamp
         if stage.output and not (same and stage.resumes):
-            # Beside it may lie what a killed one left, under names such as <output>.partial.
+            # A stopped run may have left files beside it, with names such as <output>.partial.
             for path in (output, *output.parent.glob(f"{output.name}.*")):
                 _remove(path)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ class Workshop:
         return _Running(stage, record, process, cores, time.perf_counter())
 
     def _finish(self, part: "_Running") -> None:
-        """Write down how a stage ended."""
+        """Record how a stage ended."""
         status = part.process.wait()
         stage, log = part.stage, self._logs / f"{part.stage.name}.log"
         made = not stage.output or (self.work / stage.output).exists()
@@ -230,7 +231,7 @@ class _Running:
 
 @contextlib.contextmanager
 def _on(cores: list[int]) -> Iterator[None]:
-    """Let the process started inside inherit these cores: thread pools count them."""
+    """Let the process started in the block inherit these cores; thread pools count them."""
     all_cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:

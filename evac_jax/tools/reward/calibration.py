@@ -1,9 +1,9 @@
-"""Verdicts of a success classifier on whole episodes, and how to make 0.5 the right threshold.
+"""Judges whole episodes with a success classifier, and calibrates it so that 0.5 is the threshold.
 
-A classifier that is sure of itself on recorded frames is not on imagined ones, and what a lab
-wants to fix is not a probability but how many claimed successes may be false. `calibrate` does
-both with held-out imagined episodes and writes the outcome into the classifier's last layer:
-whoever loads it uses a threshold of 0.5.
+A classifier is less certain on imagined frames than on recorded ones. Besides, a user does not want
+to choose a probability, but the share of claimed successes that may be false. `calibrate` solves
+both with held-out imagined episodes. It writes the result into the classifier's last layer, so a
+threshold of 0.5 is right wherever the classifier is loaded.
 
 Source: Platt 1999, "Probabilistic outputs for support vector machines".
 """
@@ -16,7 +16,7 @@ from evac_jax.errors import TrainingError
 from evac_jax.report import wilson_interval
 from evac_jax.sim.reward import RewardNet
 
-LOGITS = np.linspace(-6.0, 6.0, 241)  # thresholds that are tried
+LOGITS = np.linspace(-6.0, 6.0, 241)  # thresholds to try
 
 
 def judged_steps(steps: int, chunk: int, last: int) -> np.ndarray:
@@ -24,8 +24,8 @@ def judged_steps(steps: int, chunk: int, last: int) -> np.ndarray:
 
     Args:
         steps: actions of an episode.
-        chunk: frames that are imagined together, behind frame 0.
-        last: frames at the end of every chunk that are judged; 0 = all of them.
+        chunk: number of frames that are imagined together, after frame 0.
+        last: number of frames at the end of every chunk that are judged; 0 = all.
     """
     place = (np.arange(steps + 1) - 1) % chunk
     return (np.arange(steps + 1) > 0) & (place >= chunk - (last or chunk))
@@ -34,14 +34,14 @@ def judged_steps(steps: int, chunk: int, last: int) -> np.ndarray:
 def judge(values: np.ndarray, success: np.ndarray, threshold: float, frames: int) -> dict:
     """Return the quality of the verdicts at one threshold.
 
-    "false_success" is the share of claimed successes that are none, "missed_success" the share of
-    true ones that are not claimed.
+    "false_success" is the share of claimed successes that are false, "missed_success" the share of
+    true successes that are not claimed.
 
     Args:
-        values: of every frame [N T], -inf where a frame is not judged.
-        success: truth [N T].
-        threshold: value from which a frame counts.
-        frames: consecutive frames that make an episode a success.
+        values: value of every frame [N T]; -inf if a frame is not judged.
+        success: the truth [N T].
+        threshold: a frame counts if its value is at least this.
+        frames: number of consecutive frames that make an episode a success.
     """
     hit = values >= threshold
     streak = np.lib.stride_tricks.sliding_window_view(hit, frames, axis=1).all(-1)
@@ -69,11 +69,12 @@ def choose_threshold(
     allowed: float,
     thresholds: np.ndarray = LOGITS,
 ) -> dict:
-    """Return the verdicts at the threshold that misses least among those that are strict enough.
+    """Return the verdicts at the strict enough threshold that misses the fewest successes.
 
-    Strict enough: at most the share `allowed` of the claimed successes is false. Among equals
-    the middle one is taken, which leaves room on both sides. Where none suffices, the one with
-    the smallest false share that claims anything is taken.
+    Strict enough means that at most the share `allowed` of the claimed successes is false. If
+    several thresholds are equal, the middle one is used, which leaves a margin on both sides. If no
+    threshold is strict enough, the one with the smallest false share that claims any success is
+    used.
     """
     verdicts = [judge(values, success, threshold, frames) for threshold in thresholds]
     claims = [verdict for verdict in verdicts if verdict["missed_success"] < 1]
@@ -90,10 +91,10 @@ def platt_scale(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
     Args:
         logits: of frames [N].
-        labels: bool [N], both kinds among them.
+        labels: bool [N]; both values must occur.
 
     Raises:
-        TrainingError: the logits say nothing about the labels, or one kind is missing.
+        TrainingError: the logits do not depend on the labels, or one value is missing.
     """
     if labels.all() or not labels.any():
         raise TrainingError(
@@ -128,14 +129,14 @@ def calibrate(
 
     Args:
         model: changed in place.
-        logits: its scores of held-out episodes [N T], -inf where a frame is not judged.
-        success: truth [N T].
-        frames: consecutive frames that make an episode a success.
+        logits: its scores of held-out episodes [N T]; -inf if a frame is not judged.
+        success: the truth [N T].
+        frames: number of consecutive frames that make an episode a success.
         allowed: largest share of the claimed successes that may be false.
 
     Returns:
-        slope, offset: of Platt's fit; threshold: the calibrated probability that 0.5 now stands
-        for. Above 0.5 it says that true probabilities are higher than the shown ones.
+        slope, offset: of Platt's fit; threshold: the calibrated probability that is now mapped to
+        0.5. If it is above 0.5, true probabilities are higher than those that the classifier shows.
     """
     judged = np.isfinite(logits)
     slope, offset = platt_scale(logits[judged], success[judged])

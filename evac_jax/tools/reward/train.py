@@ -2,13 +2,15 @@
 
     python -m evac_jax.tools.reward.train --data DIR --imagined DIR2 --out DIR3 --steps 2000
 
-It will judge imagined frames, which are blurred and slightly off in colour, so it is trained on
-disturbed ones, with --autoencoder also on frames that went through the world model's codec, and
-with --imagined on imagined episodes (evac_jax.tools.world_model.imagine_dataset) labelled with
-what really happened. Those that failed in reality and look like success are its hard negatives:
-they are looked for twice during the training and drawn more often. In the end it is calibrated on
-held-out imagined episodes, so that a threshold of 0.5 claims at most --false_success wrongly (see
-`calibration`). No flips: they would show scenes that the camera cannot see.
+The classifier will judge imagined frames, which are blurred and have slightly wrong colours.
+Therefore it is trained on disturbed frames. With --autoencoder it also sees frames that the world
+model's autoencoder has encoded and decoded. With --imagined it also sees imagined episodes
+(evac_jax.tools.world_model.imagine_dataset), labelled with what really happened. Frames that look
+like success although the episode failed in reality are hard negatives; the tool searches for them
+twice during training and draws them more often. At the end the classifier is calibrated on held-out
+imagined episodes, so that with a threshold of 0.5 at most the share --false_success of the claimed
+successes is false (see `calibration`). Frames are not flipped, because the camera never shows
+mirrored scenes.
 """
 
 import argparse
@@ -32,18 +34,18 @@ from evac_jax.tools.reward import calibration
 
 POSITIVES, OTHER_TASK = 0.35, 0.15  # of a batch; the rest fails
 NEAR_END = 0.7  # of the failing frames come from the second half of their episodes
-HARD = 0.15  # of a batch, once hard negatives are known
-MINE_AT = (0.4, 0.7)  # shares of the training after which they are looked for
-MINED = 4096  # frames looked at each time
-IMAGINED = "imagined:"  # sources of imagined episodes begin so
+HARD = 0.15  # of a batch, as soon as hard negatives are known
+MINE_AT = (0.4, 0.7)  # shares of the training after which the tool searches for them
+MINED = 4096  # frames that each search looks at
+IMAGINED = "imagined:"  # names of sources of imagined episodes begin with this
 
 
 class FrameSampler:
     """Draws class-balanced batches from recorded episodes.
 
-    Besides successes and failures a batch holds successes asked about with another instruction,
-    which are failures: without them the classifier may ignore the instruction. A classifier that
-    is not told the instruction (`num_instructions` 0) gets none.
+    Besides successes and failures, a batch contains successes with another task's instruction,
+    which count as failures. Without them the classifier might ignore the instruction. A classifier
+    without instructions (`num_instructions` 0) gets none of these.
     """
 
     def __init__(self, data: Episodes, num_instructions: int, rng: np.random.Generator):
@@ -84,9 +86,9 @@ class FrameSampler:
         return frames, task, labels
 
     def mine(self, model: RewardNet) -> int:
-        """Look for imagined frames of failed episodes that `model` takes for success.
+        """Search for imagined frames of failed episodes that `model` judges as success.
 
-        Returns how many were found; batches hold them from now on.
+        Returns how many were found; later batches contain them.
         """
         if not len(self._suspects):
             return 0
@@ -124,9 +126,10 @@ def to_network(frames: Tensor) -> Tensor:
 
 
 def disturb(frames: Tensor) -> Tensor:
-    """Return frames [N 3 H W] in [-1, 1] as an imperfect world model might show them.
+    """Return frames [N 3 H W] in [-1, 1], disturbed as an imperfect world model might do it.
 
-    Each with its own strength: blur, noise, brightness, a tint, and a ghost of another frame.
+    Disturbances are blur, noise, brightness, a tint, and a ghost image of another frame; each frame
+    has its own strengths.
     """
     count = len(frames)
 
@@ -158,7 +161,7 @@ def train(
     codec: nn.Module | None = None,
     device: str = "cpu",
 ) -> RewardNet:
-    """Return a classifier fitted to the frames of `data`, on `device`, where `codec` must be."""
+    """Return a classifier trained on the frames of `data`, on `device`, where `codec` must be."""
     torch.manual_seed(seed)
     sampler = FrameSampler(data, config.num_instructions, np.random.default_rng(seed))
     # With fewer channels oneDNN corrupts the heap in the backward pass on CPUs without AVX-512.
@@ -189,7 +192,7 @@ def train(
 
 
 def scores(model: RewardNet, data: Episodes, codec: nn.Module | None = None) -> np.ndarray:
-    """Return the logits of every frame of every episode, see `by_episode`."""
+    """Return the logits of all frames of all episodes, see `by_episode`."""
     flat = np.zeros(len(data.success), np.float32)
     for n in range(data.num_episodes):
         rows = data.rows(n, np.arange(data.length[n] + 1))
@@ -202,7 +205,7 @@ def scores(model: RewardNet, data: Episodes, codec: nn.Module | None = None) -> 
 
 
 def by_episode(data: Episodes, flat: np.ndarray, empty: float | bool = 0) -> np.ndarray:
-    """Return values per frame [F] as [N T+1], T the longest episode; `empty` behind a shorter."""
+    """Return values per frame [F] as [N T+1], T = longest episode; shorter ones end in `empty`."""
     steps = np.arange(int(data.length.max()) + 1)
     inside = steps <= data.length[:, None]
     rows = data.first[:, None] + np.where(inside, steps, 0)
@@ -267,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, judged_scores(), success, args.success_frames, args.false_success
     )
     out = Path(args.out)
-    # Half precision halves the file; what is scored below is what was stored.
+    # Half precision halves the file; the stored weights are those that are scored below.
     model_folders.save_model(out, model, torch.float16)
     model = model_folders.load_model(out, kind="RewardNet", device=args.device)
     verdict = calibration.judge(judged_scores(), success, 0.0, args.success_frames)

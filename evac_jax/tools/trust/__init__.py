@@ -1,1 +1,1 @@
-"""How far imagination can be trusted, as a report."""
+"""The trust report: how well imagination agrees with the ground truth."""

@@ -1,13 +1,14 @@
-r"""The trust report: how far what happens in a world model is what would really happen.
+r"""The trust report: how well episodes in a world model agree with what would really happen.
 
     python -m evac_jax.tools.trust --preset=miniature --out DIR
     python -m evac_jax.tools.trust --world_model DIR --reward DIR \
         --pose_model DIR --data RECORDING --threshold 0.8 --out DIR
 
-The actions of recorded episodes are played in imagination, from the first frame on, the way
-training does it; the recording tells what they really led to. Recordings are yours; with a preset
-and no --data they are made in its ground truth, from scenes that nothing else uses. Writes
-report.json, report.png, films.png and report.html (self-contained); the last line is for programs.
+The actions of recorded episodes are played in imagination, from the first frame on, as in
+training. The recording shows what really happened. --data is your recording; with a preset and
+without --data, episodes are recorded in the preset's ground truth, on scenes that nothing else
+uses. The tool writes report.json, report.png, films.png and report.html (self-contained). The last
+line is for programs.
 """
 
 import argparse
@@ -44,9 +45,9 @@ from evac_jax.tools.trust.scores import summarise
 ROOT = Path(__file__).parents[3]
 PRESETS = {"miniature": "configs/grpo.py:miniature"}
 TRAINED_POLICY = Path(MINIATURE_WEIGHTS) / "policy_trained"
-SEED = 100_000  # of the recording that a preset makes: far from the seeds of others
-BATCH = 64  # episodes played side by side
-CPU_BATCH = 8  # of which the networks see so many at once: more do not fit into its caches
+SEED = 100_000  # of the recording that is made for a preset; far from the seeds of others
+BATCH = 64  # episodes that are played at the same time
+CPU_BATCH = 8  # episodes per network call on a CPU; more do not fit into its caches
 # Flag -> field of the environment's settings.
 FIELDS = {
     "world_model": "world_model",
@@ -63,12 +64,12 @@ FIELDS = {
 
 
 def preset_config(name: str) -> TrainConfig:
-    """Return the configuration that runs of a preset have."""
+    """Return the configuration of a preset."""
     return from_config_dict(load_preset(str(ROOT / PRESETS[name])).to_dict())
 
 
 def settings_of(args: argparse.Namespace, config: TrainConfig | None) -> dict:
-    """Return the settings of the imagination: the preset's, with those of the command line."""
+    """Return the settings of the imagination: the preset's, overridden by the command line."""
     settings = dict(world_model_specs(config)[0]["config"]) if config else {}
     given = {field: getattr(args, flag) for flag, field in FIELDS.items()}
     settings |= {field: value for field, value in given.items() if value is not None}
@@ -80,9 +81,9 @@ def record(config: TrainConfig, trained: Path | None, per_kind: int, seed: int) 
     """Play fresh scenes of the miniature's ground truth, `per_kind` of each kind, and load them.
 
     Args:
-        config: names the start policy and the temperature that policies are sampled with.
-        trained: folder of a policy after training, or None: then there are three kinds.
-        per_kind: episodes of each.
+        config: names the start policy and the temperature with which policies are sampled.
+        trained: folder of a policy after training; None = only the other three kinds.
+        per_kind: episodes of each kind.
         seed: of scenes and players.
     """
     players, heat = {"expert": "expert", "noisy": "noisy"}, config.policy.temperature
@@ -99,7 +100,7 @@ def record(config: TrainConfig, trained: Path | None, per_kind: int, seed: int) 
             seed=seed,
             steps=config.env.max_episode_steps,
         )
-        # Its arrays are mapped, so they stay readable after the files are gone.
+        # The arrays are mapped, so they stay readable after the files are deleted.
         data = recordings.load(out)
     finally:
         shutil.rmtree(folder)
@@ -112,11 +113,11 @@ def choose(data: Episodes, part: str, per_kind: int, seed: int) -> Episodes:
     Args:
         data: a recording.
         part: "held_out" or "all".
-        per_kind: 0 = all there are.
+        per_kind: number of episodes; 0 = all.
         seed: of the draw.
 
     Raises:
-        DataError: nothing is left.
+        DataError: there are no such episodes.
     """
     if part == "held_out":
         data = data.split()[1]
@@ -147,8 +148,8 @@ def validate(
         data: the truth.
         settings: fields of `WorldModelEnvConfig`.
         seed: of the imagination's noise.
-        batch: episodes played side by side.
-        pictures: share of them whose pictures are compared, success being judged of all.
+        batch: episodes that are played at the same time.
+        pictures: share of them whose pictures are compared; success is judged for all.
     """
     if not settings.get("reward"):
         raise ConfigError("--reward: expected the folder of the success classifier, got nothing")
@@ -180,7 +181,7 @@ NO_TRAINED_POLICY = (
 
 
 def last_line(figures: dict) -> str:
-    """Return the line for programs; a figure that does not exist is nan."""
+    """Return the line for programs; a figure that does not exist is NaN."""
     values = {name: math.nan if v is None else v for name, v in figures.items()}
     return (
         f"agreement={values['agreement']:.2f} false_success={values['false_success']:.2f} "
@@ -253,7 +254,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _provenance(data: Episodes) -> dict:
-    """What the recording says of itself, without its long lists."""
+    """The description in the recording's card, without its long lists."""
     return {name: data.card[name] for name in ("command", "seed", "sha256") if name in data.card}
 
 

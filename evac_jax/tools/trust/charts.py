@@ -24,7 +24,7 @@ STYLE = {
     "savefig.dpi": 120,
 }
 PANEL = (4.2, 2.4)  # inches
-STRIP_SCALE = 64  # pixels that a frame's shorter side is enlarged to at least
+STRIP_SCALE = 64  # pixels; the shorter side of a frame is enlarged to at least this
 FILMS_PER_VERDICT = 2
 TITLES = {
     RIGHT: "right: success in both",
@@ -35,9 +35,9 @@ TITLES = {
 
 
 def bars(axes: Axes, title: str, kinds: Mapping[str, Mapping], names: Mapping[str, str]) -> None:
-    """Draw grouped bars with intervals: for every kind its shares `names` {figure: shown as}, %.
+    """Draw grouped bars with intervals: the shares `names` {figure: label} of every kind, in %.
 
-    A share of nothing, such as that of no imagined success, is written as "none".
+    A share with n = 0, such as false successes without imagined successes, is shown as "none".
     """
     width = 0.8 / len(names)
     for number, (figure, shown) in enumerate(names.items()):
@@ -113,7 +113,7 @@ def strips(films: Sequence[Film]) -> list[tuple[str, Image.Image]]:
 
 
 def draw_films(films: Sequence[Film], path: Path) -> None:
-    """Write the film strips below one another as a PNG file."""
+    """Write the film strips one below another as a PNG file."""
     pages = strips(films)
     with mpl.rc_context(STYLE | {"axes.grid": False}):
         inches = [page.height / page.width * 2 * PANEL[0] + 0.25 for _, page in pages]

@@ -1,4 +1,4 @@
-"""The trust report in words: what its figures mean for somebody who wants to train in it."""
+"""The trust report in words: what its figures mean for training in the world model."""
 
 import base64
 import html
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evac_jax.files.atomic import replacing
 
-# From which a simulator is called fit to learn in; the miniature's own are held to the same.
+# Limits for a world model that is good enough for training; also used for the miniature's own.
 LEAST_AGREEMENT, MOST_FALSE = 0.85, 0.15
 
 STYLE = """
@@ -33,8 +33,8 @@ def percent(share: Mapping) -> str:
 def judge(overall: Mapping) -> tuple[str, str]:
     """Return ("good", "unsure" or "bad") and the sentence that says so.
 
-    Good if both intervals lie on the right side of `LEAST_AGREEMENT` and `MOST_FALSE`, bad if one
-    of the estimates does not.
+    "good" if both intervals are on the right side of `LEAST_AGREEMENT` and `MOST_FALSE`; "bad" if
+    one of the estimates is on the wrong side.
     """
     agreement, false = overall["agreement"], overall["false_success"]
     bar = f"at least {LEAST_AGREEMENT:.0%} agreement, at most {MOST_FALSE:.0%} false successes"
@@ -59,7 +59,7 @@ def judge(overall: Mapping) -> tuple[str, str]:
 
 
 def findings(report: Mapping) -> list[str]:
-    """Return what the figures say, one plain sentence or two each."""
+    """Return what the figures mean, in one or two plain sentences each."""
     overall, kinds = report["overall"], report["kinds"]
     said = [
         f"Of {overall['episodes']} episodes, imagination and truth agree about success in "
@@ -164,7 +164,7 @@ def _chunk_table(report: Mapping) -> str:
 
 
 def write(path: Path, report: Mapping, pictures: Sequence[Path]) -> None:
-    """Write the report as one HTML file that needs no other."""
+    """Write the report as one self-contained HTML file."""
     color, sentence = judge(report["overall"])
     encoded = [base64.b64encode(picture.read_bytes()).decode() for picture in pictures]
     shown = "".join(f'<img alt="" src="data:image/png;base64,{data}">' for data in encoded)

@@ -1,8 +1,9 @@
-"""Plays the actions of recorded episodes in imagination, the way reinforcement learning does.
+"""Plays the actions of recorded episodes in imagination, as reinforcement learning does.
 
-The same environment class as in training takes the actions from an episode's first frame on:
-action -> pose network -> imagined frames -> success classifier -> rules of the episode. Nothing
-of the recording but its first frame, its instruction and its actions is used; the rest is truth.
+The environment class is the same as in training. It starts from an episode's first frame:
+action -> pose network -> imagined frames -> success classifier -> rules of the episode. Only the
+first frame, the instruction and the actions of the recording are inputs; the rest is the truth for
+the comparison.
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ from evac_jax.sim import env as sim_env
 from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.tools.trust.scores import Records, compare
 
-FILM_FRAMES = 9  # frames kept of an episode that may be shown
+FILM_FRAMES = 9  # frames that are kept of each episode that may be shown
 RIGHT, FALSE, MISSED, NOTHING = "right", "false", "missed", "no success"
 
 
 @dataclasses.dataclass(frozen=True)
 class Film:
-    """An episode to be shown: its verdict, its kind, and frames uint8 [n V H W 3] of both sides."""
+    """An episode to show: verdict, kind, and frames uint8 [n V H W 3], imagined and real."""
 
     verdict: str
     source: str
@@ -34,14 +35,14 @@ class Film:
 def make_environment(
     settings: dict, source: RecordedStarts, steps: int, batch: int, pictures: int
 ) -> sim_env.WorldModelEnv:
-    """Return the environment of RL for a recording; `settings` as `WorldModelEnvConfig`'s.
+    """Return the RL environment for a recording; `settings` are fields of `WorldModelEnvConfig`.
 
-    `steps` is the longest episode's length. Of the `batch` episodes imagined side by side the
-    first `pictures` are decoded whole.
+    `steps` is the length of the longest episode. `batch` episodes are imagined at the same time;
+    all frames of the first `pictures` of them are decoded.
 
-    What differs from training changes no verdict: actions are taken as they were executed, and
-    imagination goes on after a success (which is latched), so that late frames are not compared
-    for the failed episodes alone.
+    Two things differ from training, without changing a verdict. Actions are used as they were
+    executed. Imagination continues after a success (which is latched); otherwise late frames would
+    be compared only for failed episodes.
     """
     own = {
         "initial_states": "",
@@ -65,7 +66,8 @@ def replay(
 ) -> tuple[Records, list[Film]]:
     """Imagine every episode of `data` from its first frame and its actions, and compare.
 
-    Verdicts and poses of all episodes, pictures of those that the environment decodes whole.
+    Verdicts and poses are compared for all episodes, pictures for those that the environment
+    decodes completely.
 
     Args:
         env: made for this recording by `make_environment`.
@@ -80,7 +82,7 @@ def replay(
     records = Records.empty(data.num_episodes, steps, 0 if colors is None else len(colors) + 1)
     records.source[:], records.real[:] = data.source, data.success_once()
     films: dict[tuple[str, str], Film] = {}
-    # Episodes of similar length share a batch: nobody waits for somebody much longer.
+    # Episodes of similar length share a batch, so that short ones do not wait for much longer ones.
     order = np.argsort(data.length, kind="stable")
     batch = env.spec.num_envs
     for first in range(0, len(order), batch):
@@ -95,7 +97,7 @@ def replay(
 
 
 def _replay_batch(env, data, episodes, seed, records, colors) -> np.ndarray:
-    """Fill the records of `episodes`; return frames of the filmed, uint8 [n FILM V H W 3]."""
+    """Fill the records of `episodes`; return frames of those filmed, uint8 [n FILM V H W 3]."""
     spec, count = env.spec, len(episodes)
     chunk = spec.action.chunk
     length = data.length[episodes]
@@ -115,7 +117,7 @@ def _replay_batch(env, data, episodes, seed, records, colors) -> np.ndarray:
         actions[:count] = data.actions[rows] * alive[..., None]
         result = env.step(actions, frames, clip)
         imagined = clip[:filmed].numpy()
-        # The success of an episode is read where its recording ends.
+        # The success of an episode is read at the step where its recording ends.
         inside = begin < length
         records.imagined[episodes[inside]] = result.success[:count][inside]
 
@@ -134,7 +136,7 @@ def _replay_batch(env, data, episodes, seed, records, colors) -> np.ndarray:
 
 
 def _film_steps(length: np.ndarray) -> np.ndarray:
-    """Steps at even distances from the first frame (0) to the last (`length`), int [n FILM]."""
+    """Steps at equal distances from the first frame (0) to the last (`length`), int [n FILM]."""
     return np.rint(np.linspace(0, length, FILM_FRAMES, axis=1)).astype(np.int64)
 
 

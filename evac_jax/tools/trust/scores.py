@@ -1,7 +1,7 @@
-"""How far imagined episodes are from the true ones: images, poses, coloured things, verdicts.
+"""Differences between imagined and true episodes: images, poses, coloured objects, verdicts.
 
-Measures one chunk of frames at a time, so that no episode is ever held in memory; the summary is
-made of the few numbers that remain. NumPy only.
+One chunk of frames is compared at a time, so no whole episode is in memory; only a few numbers are
+kept for the summary. NumPy only.
 """
 
 import functools
@@ -13,17 +13,17 @@ from evac_jax.report import wilson_interval
 
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # Rec. 601
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-# Cosine between a pixel and a colour, both as vectors of RGB: shading scales a surface's colour
-# and leaves its direction; the table, the floor and the plate stay below 0.95 of every block.
+# Cosine between a pixel and a colour, both as RGB vectors. Shading scales the colour of a surface
+# but keeps its direction. Table, floor and plate are below 0.95 for every block colour.
 SAME_COLOR = 0.97
 DARKEST = 60.0  # length of an RGB vector below which its direction is noise
 GRIPPER = 110.0  # length below which a pixel can only be the gripper's palm
-LEAST_AREA = 8 / 64**2  # share of the picture that a thing must fill to be seen
+LEAST_AREA = 8 / 64**2  # smallest share of the picture for a visible object
 
 
 @dataclass
 class Records:
-    """What N episodes of at most T actions came to; NaN where there is nothing to compare.
+    """The comparison of N episodes of at most T actions; NaN if there is nothing to compare.
 
     Attributes:
         source: index into the recording's sources, [N].
@@ -32,9 +32,9 @@ class Records:
         mse: mean squared error of all pixels, grey levels squared, [N T].
         ssim: structural similarity of the first view, [N T].
         pose_mm: distance of the imagined end effector from the true one, millimetres, [N T].
-        thing_px: distance of the centroid of each block and, last, of the gripper between the two
-            frames, pixels, [N T C]; NaN if not in both.
-        thing_lost: 1 if a thing is in the true frame and not in the imagined one, 0 if it is in
+        thing_px: distance between the centroids of an object in both frames, pixels, [N T C]: the
+            blocks, then the gripper; NaN if it is not in both.
+        thing_lost: 1 if an object is in the true frame but not in the imagined one, 0 if it is in
             both, NaN if it is not in the true one, [N T C].
     """
 
@@ -49,7 +49,7 @@ class Records:
 
     @classmethod
     def empty(cls, episodes: int, steps: int, things: int) -> "Records":
-        """Return records in which nothing has been compared yet."""
+        """Return records without any comparison."""
 
         def nothing(*shape: int) -> np.ndarray:
             return np.full((episodes, steps, *shape), np.nan, np.float32)
@@ -75,8 +75,8 @@ def _band(size: int, window: int) -> np.ndarray:
 def ssim(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return the structural similarity of the luminance of pictures uint8 [.. H W 3], float32 [..].
 
-    Gaussian window of 11 pixels (less in smaller pictures), sigma 1.5, K1 0.01, K2 0.03, mean
-    over the places where the window fits.
+    Gaussian window of 11 pixels (fewer in smaller pictures), sigma 1.5, K1 0.01, K2 0.03; mean over
+    the positions where the window fits.
 
     Source: Wang et al. 2004, IEEE Transactions on Image Processing 13(4).
     """
@@ -100,8 +100,8 @@ def ssim(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def locate(frames: np.ndarray, colors: np.ndarray) -> np.ndarray:
     """Return centroids (column, row) of blocks and gripper in frames uint8 [.. H W 3], [.. C+1 2].
 
-    Blocks are found by their colour, the gripper, last, by being darker than all else. NaN where
-    a thing fills less than `LEAST_AREA` of the picture.
+    Blocks are found by their colour. The gripper is last; it is darker than everything else. NaN if
+    an object fills less than `LEAST_AREA` of the picture.
 
     Args:
         frames: any number of pictures of the miniature.
@@ -128,13 +128,13 @@ def compare(
     real: np.ndarray,
     colors: np.ndarray | None,
 ) -> None:
-    """Fill in what frames tell.
+    """Add the comparison of frames to the records.
 
     Args:
         records: written at [episode, step] of `where`.
-        where: episodes [n] and steps [n], counted from 0 for what the first action leads to.
+        where: episodes [n] and steps [n]; step 0 is the frame after the first action.
         imagined: uint8 [n V H W 3].
-        real: the same of the recording.
+        real: the same from the recording.
         colors: RGB [C 3] of the blocks to track in the first view, or None.
     """
     error = imagined.astype(np.float32) - real
@@ -149,7 +149,7 @@ def compare(
 
 
 def psnr(mse: np.ndarray) -> float | None:
-    """Return the PSNR, dB, of squared errors: all of them together, None if there are none."""
+    """Return the PSNR (dB) of all squared errors together, None if there are none."""
     mean = _mean(mse)
     return None if mean is None else float(10 * np.log10(255**2 / max(mean, 1e-6)))
 
@@ -160,17 +160,18 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def share(hits: int, n: int) -> dict:
-    """Return a share with its 95 % Wilson interval; the rate is None if nothing was tried."""
+    """Return a share with its 95 % Wilson interval; the rate is None if `n` is 0."""
     hits, n = int(hits), int(n)
     rate = hits / n if n else None
     return {"rate": rate, "interval_95": list(wilson_interval(hits, n)), "hits": hits, "of": n}
 
 
 def verdicts(imagined: np.ndarray, real: np.ndarray) -> dict[str, dict]:
-    """Return the shares that say how far imagined success can be trusted; bool [N] each.
+    """Return the shares that show how far imagined success can be trusted; arguments are bool [N].
 
-    Of all episodes: "imagined_success", "real_success", "agreement". "false_success" is of the
-    imagined successes, those that fail in truth; "missed_success" of the real ones.
+    "imagined_success", "real_success" and "agreement" are shares of all episodes. "false_success"
+    is the share of imagined successes that really fail. "missed_success" is the share of real
+    successes that are not imagined.
     """
     return {
         "imagined_success": share(imagined.sum(), len(imagined)),
@@ -182,9 +183,9 @@ def verdicts(imagined: np.ndarray, real: np.ndarray) -> dict[str, dict]:
 
 
 def spearman(one: list[float], other: list[float]) -> float | None:
-    """Return the rank correlation, ties sharing their mean rank.
+    """Return the rank correlation; ties get their mean rank.
 
-    None for fewer than three pairs, or if one side is constant: then there is no order.
+    None for fewer than three pairs, or if one side is constant and so has no order.
     """
     if len(one) < 3:
         return None
@@ -198,12 +199,12 @@ def spearman(one: list[float], other: list[float]) -> float | None:
 
 
 def curves(records: Records, rows: np.ndarray, width: int) -> dict[str, list]:
-    """Return what becomes of the errors over time, one entry per `width` steps.
+    """Return the errors over time, one entry per `width` steps.
 
     Args:
         records: of all episodes.
-        rows: which of them.
-        width: 1 for every step, the chunk for every chunk; the last part may be shorter.
+        rows: the episodes to use.
+        width: 1 for every step, or the chunk length for every chunk; the last part may be shorter.
     """
     parts = [slice(t, t + width) for t in range(0, records.mse.shape[1], width)]
 

@@ -1,8 +1,8 @@
-"""What a world model trains on: windows of episodes, and batches of them out of a latent cache.
+"""Training data of a world model: windows of episodes, and batches of them from a latent cache.
 
-A window holds the frames that imagination would remember at that moment (the history rule), not
-simply the last ones, and the chunk that follows. Episodes may have any length and any number of
-views; what a batch holds depends on the step alone, not on how many processes share it.
+A window holds a history and the chunk that follows. The history has the frames that imagination
+would use at that point (the history rule), not simply the last ones. Episodes may have any length
+and any number of views. A batch depends only on the step, not on the number of processes.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,11 @@ from evac_jax.sim.actions import both_arms
 from evac_jax.tools.world_model.imagine import to_images
 from evac_jax.tools.world_model.latent_cache import Latents
 
-# A latent cell that moved by this much (latents have unit spread) against the last history frame
-# shows what the action did; the table around it would otherwise drown it.
+# A latent cell that differs by this much from the last history frame (latents have unit standard
+# deviation) shows the effect of the action. It gets a larger weight, because most cells show the
+# unchanged table.
 MOVED = 0.5
-EPISODE_STARTS = 0.5  # share of windows that begin where episodes do, as rollouts do
+EPISODE_STARTS = 0.5  # share of windows that begin at the start of an episode, as rollouts do
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Windows:
 def window_columns(start: np.ndarray, number: np.ndarray, config: EvacConfig) -> np.ndarray:
     """Steps [B, n_previous + chunk] of the windows of chunk `number` [B] after `start` [B].
 
-    They are those that `EvacModel.imagine` would remember: n_previous copies of the start frame
-    are stored first, then start + 1, start + 2 and so on.
+    They are the frames that `EvacModel.imagine` would use: its history first holds n_previous
+    copies of the start frame, then start + 1, start + 2 and so on.
     """
     past, chunk = config.n_previous, config.chunk
     stored = np.where(number == 0, 0, past + number * chunk)
@@ -64,17 +65,17 @@ def window_columns(start: np.ndarray, number: np.ndarray, config: EvacConfig) ->
 
 
 class WindowSampler:
-    """Draws windows: every chunk of the data equally often, but for the weights of the sources.
+    """Draws windows: every chunk of the data equally often, times the weight of its source.
 
     Args:
         data: episodes; those shorter than a chunk are never drawn.
-        config: gives chunk and history.
-        weights: source -> factor, 1 if not named. "policy" names all of "policy:start",
+        config: chunk and history length.
+        weights: source -> factor; 1 if not named. "policy" stands for all of "policy:start",
             "policy:7" and so on that are not named themselves.
 
     Raises:
-        ConfigError: a weight for a source that is not there, or below zero.
-        DataError: nothing is left to draw.
+        ConfigError: a weight is negative, or its source does not exist.
+        DataError: there is nothing to draw.
     """
 
     def __init__(
@@ -119,9 +120,9 @@ class Corpus:
     """Episodes with the latents of all their rows.
 
     Attributes:
-        data: the episodes, or a selection of those that `latents` was made of.
-        latents: by the same rows as `data.frames`.
-        rays: [1, V, 6, T, h, w] of the resting cameras, on the training device.
+        data: the episodes, or a selection of those from which `latents` was made.
+        latents: with the same rows as `data.frames`.
+        rays: [1, V, 6, T, h, w] of the fixed cameras, on the training device.
     """
 
     data: Episodes
@@ -129,10 +130,10 @@ class Corpus:
     rays: Tensor
 
     def batch(self, windows: Windows, config: EvacConfig) -> TrainingBatch:
-        """Gather windows, onto the device of the rays."""
+        """Gather windows on the device of the rays."""
         data, past, device = self.data, config.n_previous, self.rays.device
         rows = data.rows(windows.episodes[:, None], windows.columns)
-        # The pose window is contiguous, its beginning held at the episode's start.
+        # The pose window is contiguous; before the episode's start its first pose is repeated.
         now = windows.columns[:, past] - 1
         steps = now[:, None] + np.arange(1 - past, config.chunk + 1)
         steps = np.maximum(steps, windows.start[:, None])
@@ -153,7 +154,7 @@ def _to_batch(latents: np.ndarray, device: torch.device) -> Tensor:
 
 
 def moving_weight(batch: TrainingBatch, config: EvacConfig, moving: float) -> Tensor:
-    """Weight [B, V, 1, chunk, h, w] of every latent cell: `moving` where it moved, else 1."""
+    """Weight [B, V, 1, chunk, h, w] of every latent cell: `moving` if it changed, else 1."""
     past = config.n_previous
     last = batch.latents[:, :, :, past - 1 : past]
     change = (batch.latents[:, :, :, past:] - last).abs().amax(2, keepdim=True)
@@ -161,10 +162,10 @@ def moving_weight(batch: TrainingBatch, config: EvacConfig, moving: float) -> Te
 
 
 def mean_moving_weight(corpus: Corpus, config: EvacConfig, moving: float, count: int) -> float:
-    """Mean of `moving_weight` over `count` windows that are always the same.
+    """Mean of `moving_weight` over a fixed set of `count` windows.
 
-    Weights are divided by it. A batch's own mean would make the loss depend on how a batch is cut
-    over processes and accumulation steps.
+    Weights are divided by it. With the mean of each batch instead, the loss would depend on how a
+    batch is divided into processes and accumulation steps.
     """
     windows = WindowSampler(corpus.data, config).draw(count, np.random.default_rng(0))
     total = 0.0

@@ -1,6 +1,6 @@
-r"""One picture of held-out episodes: what the world model imagines above, what happened below.
+r"""Draws held-out episodes as one picture: imagined frames above, real frames below.
 
-Both rows follow the same poses from the same first frame; the world model sees nothing else.
+The first frame and the poses are the same in both rows; the world model gets nothing else.
 
     python -m evac_jax.tools.world_model.filmstrip --world_model DIR --data DIR \
         --out docs/imagined.png
@@ -25,8 +25,8 @@ def compare(real: np.ndarray, imagined: np.ndarray, count: int, scale: int = 1) 
     Args:
         real: uint8 [N T+1 V H W 3].
         imagined: uint8 [N T V H W 3], from the first real frame on.
-        count: frames shown of each episode; views lie side by side.
-        scale: enlarge by.
+        count: number of frames to show of each episode; views are side by side.
+        scale: factor of enlargement.
     """
     strips, gaps = [], []
     for true, dreamt in zip(real, imagined, strict=True):
@@ -43,7 +43,7 @@ def _side_by_side(frames: np.ndarray) -> np.ndarray:
 
 
 def stack(strips: list[Image.Image], gaps: list[int]) -> Image.Image:
-    """Return pictures of equal width one below the other, `gaps[i]` white pixels after each."""
+    """Return pictures of equal width one below another, with `gaps[i]` white pixels after each."""
     height = sum(strip.height for strip in strips) + sum(gaps)
     page = Image.new("RGB", (strips[0].width, height), "white")
     top = 0

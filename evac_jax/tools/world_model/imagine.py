@@ -1,7 +1,7 @@
-"""Imagines recorded episodes again, from their first frames and their poses alone.
+"""Imagines recorded episodes again, using only their first frames and their poses.
 
-What every judgement of a world model rests on: validation during training, the trust report, film
-strips. PyTorch only.
+Validation during training, the trust report and film strips use it to judge a world model. PyTorch
+only.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from evac_jax.sim.env import to_uint8
 
 
 def camera_of(data: Episodes, device: torch.device | str = "cpu") -> Camera:
-    """Return the resting cameras of recorded episodes, shared by all of them."""
+    """Return the fixed cameras of recorded episodes, which all of them share."""
     matrices = (torch.from_numpy(np.array(m))[None].to(device) for m in (data.intrinsic, data.c2w))
     return Camera(*matrices)
 
@@ -28,10 +28,10 @@ def to_images(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 
 
 def check_fits(config: EvacConfig, data: Episodes) -> None:
-    """Refuse episodes whose pictures are not what the world model takes.
+    """Check that the pictures of episodes fit the world model.
 
     Raises:
-        DataError: another image size or number of views.
+        DataError: they have another image size or number of views.
     """
     views, height, width = data.frames.shape[1:4]
     if (views, height, width) != (config.n_view, *config.image_size):
@@ -57,17 +57,17 @@ def imagine_episodes(
 
     Args:
         model: in eval mode, on any device.
-        data: episodes of equal length T, or longer than `length`. A last chunk that the episode
-            does not fill is imagined with its last pose held, and cut.
+        data: episodes of equal length T, or longer than `length`. If the episode ends within the
+            last chunk, the chunk is imagined with the last pose repeated, and then shortened.
         steps: denoising steps.
-        eta: 0 deterministic given the start noise, 1 ancestral.
-        generator: on the model's device; consumed batch by batch, so the noise of an episode
-            depends on its place and on `batch`.
-        batch: episodes imagined at once; bounds the memory.
-        length: actions T to imagine; None takes whole episodes.
+        eta: 0 = deterministic given the start noise, 1 = ancestral sampling.
+        generator: on the model's device; used batch by batch, so the noise of an episode depends
+            on its position and on `batch`.
+        batch: episodes imagined at once; it limits the memory.
+        length: number of actions T to imagine; None = whole episodes.
 
     Returns:
-        uint8 [N T V H W 3], frame t being what action t leads to.
+        uint8 [N T V H W 3]; frame t is the result of action t.
 
     Raises:
         DataError: the pictures do not fit the model, or the lengths differ.
@@ -113,7 +113,7 @@ def _imagine(
 
 
 def chunk_psnr(imagined: np.ndarray, real: np.ndarray, chunk: int) -> list[float]:
-    """PSNR (dB) of each chunk, all its episodes and pixels together.
+    """PSNR (dB) of each chunk, over all episodes and pixels together.
 
     Args:
         imagined: uint8 [N T V H W 3].

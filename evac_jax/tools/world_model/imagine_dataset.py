@@ -1,10 +1,11 @@
-"""Writes what a world model imagines of recorded episodes as a recording of its own.
+"""Imagines recorded episodes again with a world model and writes them as a new recording.
 
     python -m evac_jax.tools.world_model.imagine_dataset --world_model DIR --data DIR --out DIR
 
 First frames, poses, actions and success are those of the real episode; all other frames are
-imagined. A classifier trained on it learns what real success looks like in imagination, blurs and
-ghosts included, and a failure that imagination shows as a success is its hardest negative.
+imagined. A classifier that is trained on it learns what real success looks like in imagination,
+including blur and ghost images. Failures that look like success in imagination are its hardest
+negatives.
 """
 
 from pathlib import Path
@@ -32,9 +33,9 @@ def write(
     Args:
         model: in eval mode.
         data: the real episodes, of any lengths.
-        steps, eta: of the sampler; use those of the reinforcement learning.
+        steps, eta: of the sampler; use the same values as in reinforcement learning.
         seed: of the noise.
-        **facts: more entries of the data card.
+        **facts: additional entries of the data card.
 
     Raises:
         DataError: the folder exists, or the pictures do not fit the model.

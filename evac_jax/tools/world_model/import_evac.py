@@ -1,12 +1,12 @@
-"""Turns a published weight file into a folder that everything here loads; done once.
+"""Converts a published weight file, once, to a folder that evac_jax can load.
 
     python -m evac_jax.tools.world_model.import_evac --weights evac.ckpt --out weights/world_model
     ... --weights resnet_rm.pth --out weights/reward
     ... --weights action_predictor.pth --out weights/pose_model
 
-What is in the file is told by its keys: an EVAC world model, the success classifier or the action
-predictor of RLinf's EVAC environment. Keys are fitted strictly, nothing in the file is run, and
-the folder appears only when it is whole. See docs/bring_your_world_model.md.
+The keys show what the file contains: an EVAC world model, the success classifier or the action
+predictor of RLinf's EVAC environment. All keys must match, nothing in the file is run, and the
+folder appears only when it is complete. See docs/bring_your_world_model.md.
 """
 
 import json
@@ -39,7 +39,7 @@ SIZES = {
         maps=MapConfig(renderer="upstream", tool_yaw=0.5236, gripper_range=(0.0, 120.0)),
     ),
 }
-# Kind -> class, and how the keys of its file begin.
+# Kind -> class, and the beginning of the keys in its file.
 KINDS = {
     "evac": (EvacModel, "model.diffusion_model."),
     "reward": (RewardNet, "net."),
@@ -51,10 +51,10 @@ TOWER_FILE = "open_clip_pytorch_model.bin of laion/CLIP-ViT-H-14-laion2B-s32B-b7
 
 
 def kind_of(keys: Iterable[str], name: str) -> str:
-    """Return what a file's keys belong to, a key of `KINDS`.
+    """Return the kind of model that a file's keys belong to, a key of `KINDS`.
 
     Raises:
-        CheckpointError: to nothing known here.
+        CheckpointError: they belong to no known kind.
     """
     keys = sorted(keys)
     for kind, (_, prefix) in KINDS.items():
@@ -67,12 +67,12 @@ def kind_of(keys: Iterable[str], name: str) -> str:
 
 
 def with_tower(state: Mapping[str, Tensor], file: str, name: str) -> dict[str, Tensor]:
-    """Return an EVAC state dict with the image tower of an open_clip file put in.
+    """Return an EVAC state dict with the image tower of an open_clip file added.
 
-    Of that file only `visual.*` is taken; the text side is not used.
+    Only `visual.*` of that file is used; the text side is not.
 
     Raises:
-        CheckpointError: there is no image tower in it, or one in `state` already.
+        CheckpointError: the file has no image tower, or `state` already has one.
     """
     if any(key.startswith(f"{TOWER}visual.") for key in state):
         raise CheckpointError(f"{name} has its own image tower ({TOWER}visual.*): omit --open_clip")
@@ -88,7 +88,7 @@ def with_tower(state: Mapping[str, Tensor], file: str, name: str) -> dict[str, T
 def config_of(
     kind: str, state: Mapping[str, Tensor], size: str, config_file: str | None
 ) -> JsonConfig:
-    """Return the sizes: EVAC's as told, the small networks' as their first layer shows.
+    """Return the sizes: EVAC's from the arguments, those of small networks from their first layer.
 
     Raises:
         ConfigError: the file of sizes cannot be read or used.
@@ -109,7 +109,7 @@ def read_config(file: str) -> EvacConfig:
     """Return the sizes in a JSON file: those of `EvacConfig`, or a config.json with them.
 
     Raises:
-        ConfigError: it cannot be read, or the sizes cannot be.
+        ConfigError: it cannot be read, or the sizes are not valid.
     """
     try:
         values = json.loads(Path(file).read_text())
@@ -121,10 +121,10 @@ def read_config(file: str) -> EvacConfig:
 def fitted(
     kind: str, config: JsonConfig, state: Mapping[str, Tensor], name: str
 ) -> model_folders.Fit:
-    """Return how the weights fit; an error says which variant would.
+    """Return the comparison of weights and model.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: they do not fit; the message names a variant that would.
     """
     model = _on_meta(kind, config)
     try:
@@ -170,8 +170,8 @@ def convert(
     """Write the folder `out`; return its card. Arguments as on the command line.
 
     Raises:
-        CheckpointError: `out` exists, the file is damaged or refused, or does not fit.
-        ConfigError: the sizes cannot be.
+        CheckpointError: `out` exists, or the file is damaged, refused or does not fit.
+        ConfigError: the sizes are not valid.
     """
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; choose another folder or remove it")
@@ -206,7 +206,7 @@ def convert(
 
 
 def _own_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
-    """The precision most weights have; float64, which nothing here computes in, is shortened."""
+    """The precision of most weights; float64 is reduced, because nothing here computes in it."""
     kinds = [value.dtype for value in state.values() if value.is_floating_point()]
     most = max(set(kinds), key=kinds.count)
     return torch.float32 if most == torch.float64 else most

@@ -1,12 +1,13 @@
-"""Latents of recorded frames and of their trajectory maps, made once and kept on disk.
+"""Latents of recorded frames and of their trajectory maps, computed once and stored on disk.
 
-The autoencoder is frozen while a world model trains, so a step costs the denoiser alone. A cache
-has one folder per folder of episodes, so that episodes added later are the only ones encoded:
+The autoencoder is frozen while a world model trains, so with the cache a step only needs the
+denoiser. The cache has one folder for each folder of episodes. If episodes are added later, only
+these are encoded:
 
     <cache>/<first digits of the data card's sha256>/
-        frames.npy, maps.npy   float16 [F V 4 h w], by the rows of the episodes
-        done.npy               bool, which blocks of rows are encoded; a killed run goes on there
-        card.json              what the latents were made of
+        frames.npy, maps.npy   float16 [F V 4 h w], with the rows of the episodes
+        done.npy               bool, which blocks of rows are encoded; a stopped run continues here
+        card.json              the sources of the latents
 """
 
 import hashlib
@@ -34,11 +35,11 @@ from evac_jax.sim.actions import both_arms
 from evac_jax.tools.distributed import ALONE, Ranks
 from evac_jax.tools.world_model.imagine import camera_of, to_images
 
-BLOCK = 128  # rows encoded at once; the same ones whoever encodes them, so the bits are the same
+BLOCK = 128  # rows encoded at once; independent of the number of processes, so the bits are equal
 
 
 class Rows:
-    """Arrays one below the other, read by row number and never copied as a whole."""
+    """Concatenated arrays, which are read by row number and never copied as a whole."""
 
     def __init__(self, arrays: Sequence[np.ndarray]):
         self._arrays = arrays
@@ -75,7 +76,7 @@ def draw_pose_maps(poses: Tensor, camera: Camera, config: EvacConfig) -> Tensor:
 
 
 def autoencoder_digest(autoencoder: Autoencoder) -> str:
-    """SHA-256 of the weights and the configuration, wherever they were loaded from."""
+    """SHA-256 of the weights and the configuration, independent of the folder."""
     digest = hashlib.sha256(json.dumps(autoencoder.config.to_dict()).encode())
     for name, value in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())
@@ -92,18 +93,18 @@ def cached_latents(
     processes: int = 1,
     ranks: Ranks = ALONE,
 ) -> Latents:
-    """Return the latents of the episodes in `folders`, encoding what is not encoded yet.
+    """Return the latents of the episodes in `folders`; encode those that are missing.
 
     Args:
-        cache: folder of caches; made if missing.
+        cache: folder of caches; created if missing.
         folders: of episodes, in the order in which `recordings.load` joins them.
         autoencoder: frozen, on the device that encodes.
         config: image size and trajectory maps.
-        processes: that encode at once, on the CPU.
+        processes: number of processes that encode at the same time, on the CPU.
         ranks: of a distributed run; they share the work and the folder.
 
     Raises:
-        DataError: latents of another autoencoder or other maps lie there, or a file is damaged.
+        DataError: the cache was made with another autoencoder or other maps, or a file is damaged.
     """
     digest = autoencoder_digest(autoencoder)
     parts = [
@@ -142,7 +143,7 @@ def _cached(cache, folder, autoencoder, config, digest, processes, ranks):
 def _create(
     place: Path, data: recordings.Episodes, config: EvacConfig, facts: dict[str, Any]
 ) -> None:
-    """Make the empty files of a cache, all or none."""
+    """Create the empty files of a cache, all or none."""
     rows, views = data.frames.shape[:2]
     shape = (rows, views, config.autoencoder.latent_channels, *config.latent_size)
     with whole_folder(place) as partial:
@@ -154,7 +155,7 @@ def _create(
 
 
 def _check(place: Path, folder: Path, facts: dict[str, Any]) -> None:
-    """Refuse a cache of something else."""
+    """Raise if the cache was made from something else."""
     try:
         found = json.loads((place / "card.json").read_text())
     except (OSError, ValueError) as error:
@@ -179,7 +180,7 @@ def _encode_in_processes(place, folder, autoencoder, config, blocks, processes) 
     if processes == 1 or len(blocks) < 2:
         _encode(place, folder, autoencoder, config, blocks)
         return
-    # As NumPy arrays: PyTorch would pass tensors through shared memory, which may be small.
+    # As NumPy arrays, because PyTorch would pass tensors through shared memory, which may be small.
     weights = {name: value.cpu().numpy() for name, value in autoencoder.state_dict().items()}
     context = multiprocessing.get_context("spawn")
     workers = [

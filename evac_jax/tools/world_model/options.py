@@ -1,4 +1,4 @@
-"""The command line of `world_model.train`, and the model that it asks for."""
+"""The command line of `world_model.train`, and the model that it selects."""
 
 import argparse
 import json
@@ -94,15 +94,15 @@ def _weight(text: str) -> tuple[str, float]:
 
 
 def make_model(args: argparse.Namespace, views: int) -> EvacModel:
-    """Return the model to train, with random or earlier weights; frozen where it does not train.
+    """Return the model to train, with random or earlier weights and its other parts frozen.
 
     Args:
-        args: of `parse`.
-        views: cameras of the episodes; a model from scratch is made for as many.
+        args: result of `parse`.
+        views: cameras of the episodes; a new model is made for this number.
 
     Raises:
-        CheckpointError: a folder does not hold what it should.
-        ConfigError: unknown parts in --train, or a configuration that cannot be.
+        CheckpointError: a folder does not contain the expected model.
+        ConfigError: unknown parts in --train, or the configuration is not valid.
     """
     if args.start:
         model = model_folders.load_model(args.start, kind="EvacModel").float()
@@ -141,7 +141,7 @@ def read_config(path: str | None) -> EvacConfig:
     """Return the configuration in a JSON file; None gives the miniature's.
 
     Raises:
-        ConfigError: no such file, or not a configuration.
+        ConfigError: there is no such file, or it is not a configuration.
     """
     if path is None:
         return WORLD_MODEL
@@ -149,5 +149,5 @@ def read_config(path: str | None) -> EvacConfig:
         values = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config={path}: not a readable JSON file ({error})") from error
-    # The config.json of a model folder serves as well as the bare sizes.
+    # The file may hold only the sizes, or it may be the config.json of a model folder.
     return EvacConfig.from_dict(values.get("config", values))

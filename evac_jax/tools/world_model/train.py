@@ -4,10 +4,10 @@ r"""Trains an EVAC world model on episodes, from scratch or from earlier weights
     torchrun --nproc_per_node 8 -m evac_jax.tools.world_model.train --data DIR --start DIR \
         --out DIR --train unet+image_resampler --lr 5e-5 --clip 0.5 --dropout 0.1 --dtype bfloat16
 
-The second line is the released recipe, from an EVAC folder. <out> gets the best weights so far (a
-moving average, judged by the loss on held-out episodes), `card.json`, TensorBoard events,
-`rollouts.png` (imagined above, real below) and `progress.pt`: the same command goes on where a
-killed one stopped, with the very numbers that it would have had.
+The second command is the released recipe and starts from an EVAC folder. <out> gets the best
+weights so far (a moving average, judged by the loss on held-out episodes), `card.json`, TensorBoard
+events, `rollouts.png` (imagined above, real below) and `progress.pt`. The same command continues a
+run that was stopped, with the same numbers as without the interruption.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from evac_jax.tools.world_model.validation import BestSoFar, Validation
 
 MEAN_WEIGHT_WINDOWS = 256
 PROGRESS = "progress.pt"
-# Arguments that a resumed run must share with the one that it continues.
+# Arguments that must be the same when a run is resumed.
 SETUP = (
     *("steps", "seed", "lr", "warmup", "optimizer", "weight_decay", "clip", "ema", "dtype"),
     *("train", "dropout", "moving_weight", "weight", "few_steps"),
@@ -61,7 +61,7 @@ class Trainer:
         validation: of the held-out ones.
         args: see `options.parse`.
         ranks: processes that share the run.
-        setup: what a saved progress must agree in.
+        setup: values that must be equal in a saved progress.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class Trainer:
         self._timesteps = few_timesteps(model.config, args)
         self.best = BestSoFar(args.patience)
         self.step, self.seconds, self.history = 0, 0.0, []
-        self._saved = 0  # step of the progress on disk
+        self._saved = 0  # step of the saved progress
 
     def run(self) -> None:
-        """Train to the end, from the progress that lies in <out>.
+        """Train to the end, starting from the progress in <out> if there is one.
 
         Raises:
             TrainingError: loss or gradient is not finite; <out> keeps its last good state.
@@ -127,9 +127,9 @@ class Trainer:
             writer.close()
 
     def _update(self, lr: float) -> tuple[float, float]:
-        """Make one step; return its loss and the norm of its gradient, before it was clipped."""
+        """Make one step; return its loss and the norm of its gradient before clipping."""
         args, ranks = self._args, self._ranks
-        # One generator per step: a resumed run sees the batches that an unbroken one would have.
+        # One generator per step, so a resumed run has the batches of an uninterrupted one.
         total = ranks.world * args.accumulate * args.batch
         windows = self._sampler.draw(total, np.random.default_rng((args.seed, self.step)))
         loss = torch.zeros((), device=ranks.device)
@@ -151,7 +151,7 @@ class Trainer:
         return mean, norm
 
     def _loss(self, windows: Windows, first: int) -> torch.Tensor:
-        """Loss of this process's part of the windows of a step, from `first` on."""
+        """Loss of this process's part of a step's windows, starting at number `first`."""
         args, config = self._args, self.model.config
         batch = self._corpus.batch(windows[first : first + args.batch], config)
         seed = args.seed * 1_000_003 + self.step
@@ -174,7 +174,7 @@ class Trainer:
             )
 
     def _validate(self, loss: float, writer: TensorBoardWriter) -> None:
-        """Judge the moving average, keep it if it is the best, and save the progress."""
+        """Validate the moving average, store it if it is the best, and save the progress."""
         self._ema.swap(self.model)
         self.model.eval()
         context = torch_training.autocast(self._ranks.device, self._args.dtype)
@@ -231,7 +231,7 @@ class Trainer:
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Train as told and write the data card."""
+    """Train as the arguments say, and write the data card."""
     out, folders = Path(args.out), [Path(folder) for folder in args.data]
     out.mkdir(parents=True, exist_ok=True)
     data = recordings.load(*folders)
@@ -278,12 +278,12 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def few_timesteps(config: EvacConfig, args: argparse.Namespace) -> np.ndarray | None:
-    """Timesteps that --few_steps trains on, int64; None for all."""
+    """Timesteps to train on with --few_steps, int64; None = all."""
     return ddim_table(config, args.ddim_steps, args.eta).timesteps if args.few_steps else None
 
 
 def _start_of(args: argparse.Namespace) -> dict[str, str]:
-    """SHA-256 of the weights that a fine-tuning began with."""
+    """SHA-256 of the weights from which fine-tuning started."""
     if not args.start:
         return {}
     description = json.loads((Path(args.start) / model_folders.CONFIG_FILE).read_text())

@@ -1,7 +1,7 @@
 """Trains a small image autoencoder for a world model of small frames.
 
-The full-size model uses the published one; a 64-pixel miniature needs its own, which must code
-camera frames and trajectory maps alike. The same command goes on where a killed one stopped.
+The full-size model uses the published autoencoder. A 64-pixel miniature needs its own, which must
+encode both camera frames and trajectory maps. The same command continues a run that was stopped.
 
     python -m evac_jax.tools.world_model.train_autoencoder --data DIR --out DIR --steps 2000
 """
@@ -30,13 +30,13 @@ from evac_jax.tools.world_model.imagine import camera_of, check_fits, to_images
 from evac_jax.tools.world_model.latent_cache import draw_pose_maps
 from evac_jax.tools.world_model.options import read_config
 
-MAP_SHARE = 0.25  # of a batch; maps are simple pictures, but their discs must sit exactly
+MAP_SHARE = 0.25  # of a batch; maps are simple pictures, but their discs must be exactly in place
 KL_WEIGHT = 1e-6
-FOREGROUND_WEIGHT = 4.0  # blocks and gripper cover few pixels; without it they come out blurred
-LATENT_NOISE = 0.3  # of the latents' own spread: the denoiser's latents will not be exact
-# A linear map of the latents must tell how each cell's colour differs from the background's.
-# Without it a block's colour takes 2 to 6 % of what varies in the latents, in the pictures 47 %,
-# and a world model, whose loss is measured in latents, lets blocks change colour.
+FOREGROUND_WEIGHT = 4.0  # blocks and gripper cover few pixels; without it they become blurred
+LATENT_NOISE = 0.3  # of the latents' standard deviation; the denoiser's latents are not exact
+# A linear map of the latents must predict how each cell's colour differs from the background's.
+# Without it, a block's colour makes up 2 to 6 % of the variance of the latents (47 % in pictures).
+# The loss of a world model is measured in latents, so blocks would change their colour.
 COLOR_WEIGHT = 0.5
 PROGRESS = "progress.pt"
 
@@ -72,7 +72,7 @@ def draw_pictures(
 
 
 def foreground(frames: Tensor, background: Tensor) -> Tensor:
-    """Per-pixel weight [N, 1, H, W], mean 1: more where a frame differs from its background."""
+    """Per-pixel weight [N, 1, H, W], mean 1; larger where a frame differs from its background."""
     different = ((frames - background).abs().amax(1, keepdim=True) > 0.1).float()
     weight = 1 + FOREGROUND_WEIGHT * different
     return weight / weight.mean()
@@ -110,8 +110,8 @@ def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: d
         logging.info("resumed at step %d", done)
     began = time.perf_counter()
     for step in range(done, args.steps):
-        # Everything random comes from the step, so that a resumed run sees what an unbroken one
-        # would have seen; 0 is the background's.
+        # The step is the seed of all random numbers, so a resumed run repeats an uninterrupted one;
+        # 0 is the seed of the background.
         rng = np.random.default_rng((args.seed, step + 1))
         torch.manual_seed(args.seed * 1_000_003 + step)
         torch_training.set_lr(
@@ -165,7 +165,7 @@ def _loss(model: Autoencoder, colors: torch.nn.Conv2d, drawn: Pictures, backgrou
 
 @torch.inference_mode()
 def score(model: Autoencoder, data: Episodes, config: EvacConfig, seed: int) -> dict[str, float]:
-    """PSNR in dB of frames and maps, and the spread of the latents, on 512 pictures."""
+    """PSNR in dB of frames and maps, and the latents' standard deviation, on 512 pictures."""
     device = next(model.parameters()).device
     drawn = draw_pictures(data, config, 512, np.random.default_rng(seed), device)
     images, count = drawn.images, drawn.num_frames
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     model, error = train(train_part, config, args, setup)
     scores = score(model, held_out, config, args.seed)
-    # Latents are stored with unit spread, as the denoiser's noise has.
+    # Latents are scaled to unit standard deviation, which the denoiser's noise also has.
     scale_factor = round(1 / scores["latent_std"], 5)
     model.config = config.autoencoder.replace(scale_factor=scale_factor)
     model_folders.save_model(out, model)

@@ -1,7 +1,7 @@
-"""Trains the pose model: where an action takes the gripper.
+"""Trains the pose model, which predicts the gripper's next pose from an action.
 
-Fitted on recorded transitions, several steps in a row, because a rollout feeds it its own output.
-Its metric is the drift at the end of whole episodes, in mm.
+It is trained on several consecutive steps of recordings, because in a rollout its input is its own
+output. Its metric is the drift at the end of whole episodes, in mm.
 
     python -m evac_jax.tools.world_model.train_pose_model --data DIR --out DIR --steps 6000
 """
@@ -22,13 +22,13 @@ from evac_jax.tools import torch_training
 from evac_jax.tools.command_line import Parser
 
 UNROLL = 6  # steps predicted in a row while training
-# Entries that hardly vary (an upright gripper's quaternion) would otherwise be magnified until
-# their rare large values dominate everything.
+# Lower bound of the standard deviation. Without it, entries that hardly vary (the quaternion of an
+# upright gripper) would be scaled up so much that their rare large values dominate the loss.
 MIN_STD = 0.05
 
 
 def fit_statistics(model: PoseModel, poses: np.ndarray) -> None:
-    """Store mean and spread of the poses [F 8] in the model."""
+    """Store mean and standard deviation of the poses [F 8] in the model."""
     flat = torch.from_numpy(np.array(poses))
     model.abs_action_mean.copy_(flat.mean(0, keepdim=True))
     model.abs_action_std.copy_(flat.std(0, keepdim=True).clamp_min(MIN_STD))
@@ -75,7 +75,8 @@ def train(
         rows = first[:, None] + ahead
         predicted = rollout(model, actions[rows], poses[first])
         error = (predicted - poses[rows + 1]) / model.abs_action_std
-        # Absolute error: most transitions are exact, those at the workspace's walls are not.
+        # Absolute error, because most transitions are exact and only those at the limits of the
+        # workspace are not.
         loss = error.abs().mean() + error.square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -90,9 +91,9 @@ def train(
 
 @torch.inference_mode()
 def score(model: PoseModel, data: Episodes) -> dict:
-    """Drift: errors after whole episodes predicted from their first pose and actions alone.
+    """Drift: errors at the end of episodes that are predicted from their first pose and actions.
 
-    Longer episodes are cut to the length of the shortest.
+    Longer episodes are shortened to the length of the shortest.
     """
     steps = int(data.length.min())
     device = model.abs_action_mean.device
@@ -106,7 +107,7 @@ def score(model: PoseModel, data: Episodes) -> dict:
         "steps": error.shape[1],
         "position_mm_mean": distance.mean().item(),
         "position_mm_p95": distance.quantile(0.95).item(),
-        # Random players run into the workspace's walls; a policy hardly does.
+        # Random players reach the limits of the workspace; a policy hardly ever does.
         "position_mm_by_source": {
             name: distance[torch.from_numpy(data.source == number)].mean().item()
             for number, name in enumerate(data.sources)

@@ -1,7 +1,8 @@
-"""How good a world model is on held-out episodes, the same way every time it is asked.
+"""Measures a world model on held-out episodes, always in the same way.
 
-Two figures, because either can mislead: the loss of fixed windows, timesteps and noise, which
-follows training closely, and the PSNR of roll-outs over several chunks, where errors pile up.
+There are two figures, because each alone can mislead. One is the loss of fixed windows, timesteps
+and noise, which follows training closely. The other is the PSNR of rollouts over several chunks,
+where errors accumulate.
 """
 
 import contextlib
@@ -19,24 +20,24 @@ from evac_jax.tools.world_model.data import Corpus, WindowSampler, moving_weight
 from evac_jax.tools.world_model.filmstrip import compare
 from evac_jax.tools.world_model.imagine import chunk_psnr, imagine_episodes
 
-BATCH = 16  # windows per call; their timesteps run through the whole range
+BATCH = 16  # windows per call; their timesteps cover the whole range
 SHOWN = 3  # episodes in a film strip
 
 
 class Validation:
-    """Fixed questions about held-out episodes.
+    """Measures a model on a fixed choice of held-out episodes.
 
     Args:
         corpus: held-out episodes with their latents.
-        model: gives sizes and device.
-        windows: of the loss.
-        episodes: of the roll-outs, at most; those that are long enough.
-        chunks: of a roll-out, or as many as the longest episode has.
-        steps: denoising steps of the roll-outs.
-        eta: of the roll-outs.
+        model: its sizes and device are used.
+        windows: number of windows for the loss.
+        episodes: largest number of episodes for rollouts; only those that are long enough.
+        chunks: chunks of a rollout, or as many as the longest episode has.
+        steps: denoising steps of the rollouts.
+        eta: eta of the rollouts.
         moving: weight of moving cells in the loss.
-        mean_weight: what weights are divided by.
-        timesteps: of the loss, int64, in turn; None = the whole range.
+        mean_weight: weights are divided by this.
+        timesteps: timesteps of the loss, int64, used in turn; None = the whole range.
 
     Raises:
         DataError: there is no held-out episode of at least a chunk.
@@ -80,7 +81,7 @@ class Validation:
 
         Args:
             model: in eval mode.
-            context: of the forward passes, see `torch_training.autocast`.
+            context: for the forward passes, see `torch_training.autocast`.
         """
         config, total = model.config, 0.0
         generator = torch.Generator().manual_seed(5)
@@ -117,10 +118,10 @@ class Validation:
 
 
 class BestSoFar:
-    """Remembers the best held-out loss and how long it has stood.
+    """Remembers the best held-out loss and how many validations ago it was.
 
     Args:
-        patience: validations in a row without a better one after which training stops; 0 never.
+        patience: training stops after this many validations without a better loss; 0 = never.
     """
 
     def __init__(self, patience: int):
@@ -128,7 +129,7 @@ class BestSoFar:
         self.loss, self.step, self._since = math.inf, 0, 0
 
     def update(self, loss: float, step: int) -> bool:
-        """Note a held-out loss; return whether it is the best one."""
+        """Record a held-out loss; return whether it is the best one."""
         better = loss < self.loss
         if better:
             self.loss, self.step = loss, step
