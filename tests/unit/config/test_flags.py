@@ -89,7 +89,7 @@ def test_help_lists_the_fields_with_the_values_of_the_preset(repository):
     told = launch(repository, "--help", "--config=configs/ppo.py:lora").stdout
     assert "with the values of configs/ppo.py:lora" in told
     words = " ".join(told.split())
-    assert "--config.policy.lora_rank: <int, at least 0>: of the LoRA adapters, which with" in words
+    assert "--config.policy.lora_rank: <int, at least 0>: rank of the LoRA adapters" in words
     assert "(default: 32)" in words
     assert "--config.optim.schedule: <constant|cosine|openpi_cosine" in words
     assert "--config.algo.gae_lambda: <float, 0..1>: trace decay" in words
