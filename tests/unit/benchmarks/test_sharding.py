@@ -9,9 +9,8 @@ from benchmarks.sharding import Layout
 
 @pytest.mark.slow
 def test_loss_and_gradients_are_those_of_one_device_when_cut_over_devices_and_processes():
-    layouts = [sharding.ONE, Layout(1, 1, 2), Layout(2, 1, 2)]
-    rows = sharding.measure(layouts, ("ppo",))
-    assert [row["layout"] for row in rows] == ["1p-1x1", "1p-1x2", "2p-1x2"]
+    rows = sharding.measure([sharding.ONE, Layout(2, 1, 2)], ("ppo",))
+    assert [row["layout"] for row in rows] == ["1p-1x1", "2p-1x2"]
     assert rows[0]["figures"]["grad_norm"] > 0
     for row in rows[1:]:
         # Else nothing would have been tested: parameters are cut, and parts are exchanged.
