@@ -139,5 +139,8 @@ def _ready(
             learner.begin_to_compile()  # the simulators read their weights meanwhile
         for pool in filter(None, (real, imagined)):
             pool.wait_until_ready()
-        learner.meet(*(pool.spec for pool in (imagined, real) if pool))
+        specs = [pool.spec for pool in (imagined, real) if pool]
+        offered = [(spec.instructions, spec.num_starts, spec.num_keyframes) for spec in specs]
+        hosts.compare("the simulators' instructions, starts and keyframes", offered)
+        learner.meet(*specs)
         yield learner, imagined, real
