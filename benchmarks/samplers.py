@@ -118,7 +118,7 @@ def measure(per_kind: int, seed: int) -> list[dict[str, Any]]:
     config = trust.preset_config("miniature")
     data = trust.record(config, trust.TRAINED_POLICY, per_kind, trust.SEED + seed)
     settings = trust.settings_of(trust.parse(["--preset=miniature", "--device=cpu"]), config)
-    source = RecordedStarts(data, trust.known_instructions(settings["reward"], data))
+    source = RecordedStarts(data)
     real, frames, rows = data.success_once(), truth_of(data), []
     best = None
     for solver, eta, steps in (REFERENCE, *OTHERS):

@@ -1,6 +1,7 @@
 """Evaluates a policy on fixed start states, in imagination or in the ground truth alike."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from evac_jax.devices import sharding
 from evac_jax.learner import Learner
 from evac_jax.rollout import env_metrics, episode_figures, padded, play, whole
 from evac_jax.simulators import Simulators
-from evac_jax.starts import noise_seed
+from evac_jax.starts import Range, ground_truth_range, noise_seed, range_of, source_of
 from evac_jax.telemetry import video
 from evac_jax.telemetry.stopwatch import Stopwatch
 
@@ -91,23 +92,24 @@ def evaluate(
     success = merged["success_once"].astype(bool)
     return Evaluation(
         success=success,
-        by_task={
-            text: [int(success[mine].sum()), int(mine.sum())]
-            for task, text in enumerate(simulators.spec.instructions)
-            if (mine := merged["task"] == task).any()
-        },
+        by_task=by_task(simulators.spec.instructions, merged["task"], success),
         metrics={k.removeprefix("env/"): v for k, v in env_metrics(merged).items()},
         films=filmed,
     )
 
 
 class Evaluators:
-    """Evaluates in imagination and, where there is one, in the ground truth, from the same starts.
+    """Evaluates in imagination and, where there is one, in the ground truth.
+
+    From the same starts where both share their source, see `starts.ground_truth_range`.
 
     Args:
         config: reads `eval`, `video` and `seed`.
         imagined: simulators that imagine; only asked where `eval.episodes` is above 0.
         real: the ground truth, or None.
+
+    Raises:
+        ConfigError: a range of starts does not exist.
     """
 
     def __init__(
@@ -119,6 +121,14 @@ class Evaluators:
     ):
         self._config, self._learner = config, learner
         self._imagined, self._real = imagined, real
+        options = config.eval
+        if options.episodes:
+            ends = "eval.starts", options.starts
+            self._dreamt = _starts(ends, options.episodes, imagined, source_of(config))
+        if real is not None:
+            source = f"eval.ground_truth={options.ground_truth!r}"
+            ends = ground_truth_range(config)
+            self._true = _starts(ends, options.ground_truth_episodes, real, source)
 
     def run(self) -> dict[str, Evaluation]:
         """Return {"imagined": ..., "ground_truth": ...}, those that the configuration asks for."""
@@ -126,18 +136,13 @@ class Evaluators:
         outcome = {}
         if options.episodes:
             films = video_options.episodes if video_options.save else 0
-            outcome["imagined"] = self._evaluate(self._imagined, options.episodes, films)
+            outcome["imagined"] = self._evaluate(self._imagined, self._dreamt, films)
         if self._real is not None:
             films = self._real.spec.clip_envs
-            episodes = options.ground_truth_episodes
-            outcome["ground_truth"] = self._evaluate(self._real, episodes, films)
+            outcome["ground_truth"] = self._evaluate(self._real, self._true, films)
         return outcome
 
-    def _evaluate(self, simulators: Simulators, episodes: int, films: int) -> Evaluation:
-        low, high = self._config.eval.starts
-        available = simulators.spec.num_starts
-        high = available if high == -1 else min(high, available)
-        starts = low + np.arange(episodes) % max(high - low, 1)
+    def _evaluate(self, simulators: Simulators, starts: np.ndarray, films: int) -> Evaluation:
         return evaluate(
             self._learner,
             simulators,
@@ -146,6 +151,30 @@ class Evaluators:
             watch=Stopwatch(),  # an evaluation's time does not count for an iteration
             films=films,
         )
+
+
+def _starts(
+    field: tuple[str, Range], episodes: int, simulators: Simulators, source: str
+) -> np.ndarray:
+    """Return the start ids of `episodes`: those of a field's range, again and again, int64 [n]."""
+    low, high = range_of(*field, simulators.spec.num_starts, source)
+    return low + np.arange(episodes) % (high - low)
+
+
+def by_task(
+    instructions: Sequence[str], task: np.ndarray, success: np.ndarray
+) -> dict[str, list[int]]:
+    """Return instruction -> [successes, episodes] of tasks [n] and successes, bool [n].
+
+    Tasks of the same text are one: suites such as libero_90 ask for the same in several scenes.
+    """
+    found: dict[str, list[int]] = {}
+    for number, text in enumerate(instructions):
+        mine = task == number
+        if mine.any():
+            successes, episodes = found.get(text, (0, 0))
+            found[text] = [successes + int(success[mine].sum()), episodes + int(mine.sum())]
+    return found
 
 
 def _figures(results: list) -> dict[str, np.ndarray]:

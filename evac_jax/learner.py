@@ -85,23 +85,32 @@ class Learner:
             self._deciding_rest = sharding.move(self._rollout_mesh, self._rest)
         self.sync()
 
-    def meet(self, env: EnvSpec) -> None:
+    def meet(self, env: EnvSpec, *others: EnvSpec) -> None:
         """Check the simulators' spec before the first decision, and tokenise the instructions once.
+
+        Args:
+            env: of the simulators that learning uses.
+            others: of further ones that the policy plays in. Task numbers mean something within
+                one simulator only, so each has prompts of its own instructions.
 
         Raises:
             ConfigError: policy and simulator do not fit together.
         """
-        if self._action_spec != env.action:
-            raise ConfigError(
-                f"policy and simulator disagree about actions: {self._action_spec} against "
-                f"{env.action}; use a checkpoint and a world model of the same chunk and dimensions"
-            )
+        for spec in (env, *others):
+            if self._action_spec != spec.action:
+                raise ConfigError(
+                    f"policy and simulator disagree about actions: {self._action_spec} against "
+                    f"{spec.action}; use a checkpoint and a world model of the same chunk and "
+                    "dimensions"
+                )
         if (came := EpisodeShapes.of(env)) != self._episode:
             raise ConfigError(
                 f"simulator: expected {self._episode} from world_model.checkpoint, got {came}"
             )
-        tokens, mask = self._tokenizer.encode(list(env.instructions))
-        self._prompts = jnp.asarray(tokens), jnp.asarray(mask)
+        self._prompts = {
+            texts: tuple(jnp.asarray(part) for part in self._tokenizer.encode(list(texts)))
+            for texts in {spec.instructions for spec in (env, *others)}
+        }
 
     def begin_to_compile(self) -> None:
         """Compile the update in a thread, while simulators start and imagine the first episodes.
@@ -174,12 +183,13 @@ class Learner:
 
     def observe(self, step: BatchStep) -> ObsBatch:
         """Return what the policy sees; the frames are copied, so the simulator's slot is free."""
+        tokens, mask = self._prompts[step.instructions]
         rows = jnp.asarray(np.maximum(step.result.task, 0))
         return ObsBatch(
             images=jnp.array(step.frames, copy=True),
             # Prompts stay where JAX puts them: they are small, and `sample` shards them.
-            prompt_tokens=self._prompts[0][rows],
-            prompt_mask=self._prompts[1][rows],
+            prompt_tokens=tokens[rows],
+            prompt_mask=mask[rows],
         )
 
     def sample(

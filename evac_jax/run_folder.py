@@ -24,6 +24,7 @@ from evac_jax.evaluate import Evaluation, save_films
 from evac_jax.files.atomic import replacing
 from evac_jax.learner import Learner
 from evac_jax.rollout import Collector
+from evac_jax.starts import ground_truth_range
 from evac_jax.telemetry import writers
 from evac_jax.telemetry.progress import Progress
 from evac_jax.twin import Twin
@@ -117,6 +118,7 @@ class RunFolder:
         settings = {
             "temperature": config.policy.eval_temperature,
             "starts": config.eval.starts,
+            "ground_truth_starts": ground_truth_range(config)[1],
             "seed": config.seed,
         }
         if config.eval.ground_truth == "libero":

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from evac_jax.bridge.client import Exchange, SimulatorClient
 from evac_jax.bridge.types import StepResult
@@ -28,12 +29,14 @@ class BatchStep:
     Attributes:
         frames: uint8 [B V H W 3] on the mesh; may alias the slots until `release`, None after.
         result: the processes' results joined along the batch axis.
+        instructions: what the result's task numbers mean.
         clips: uint8 [n K V H W 3] on the host: whole chunks of the first environments of the
             first process, for videos.
     """
 
     frames: jax.Array | None
     result: StepResult
+    instructions: tuple[str, ...]
     clips: np.ndarray
     exchanges: Sequence[Exchange]
 
@@ -119,6 +122,8 @@ class Simulators:
         self.spec = self._clients[0].env_spec
         if any(client.env_spec != self.spec for client in self._clients):
             raise SimulatorError("the simulator processes disagree about their environment")
+        for note in self.spec.notes:
+            logging.warning("%s", note)
         parts, processes = self._clients[0].parts, len(self._clients)
         every = np.arange(processes * parts * self.spec.num_envs)
         self.rows = list(every.reshape(processes, parts, -1).swapaxes(0, 1).reshape(parts, -1))
@@ -169,6 +174,7 @@ class Simulators:
         return BatchStep(
             frames=frames,
             result=_join([exchange.result for exchange in exchanges]),
+            instructions=self.spec.instructions,
             clips=exchanges[0].clip,
             exchanges=exchanges,
         )

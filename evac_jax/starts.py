@@ -9,8 +9,10 @@ import numpy as np
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
+from evac_jax.files import start_frames
 
 ORDERS = ("fixed", "ordered", "random")
+Range = tuple[int, int]
 
 
 def noise_seed(*numbers: int) -> int:
@@ -19,6 +21,79 @@ def noise_seed(*numbers: int) -> int:
     Sums would collide: epoch 1 of rank 0 would repeat the noise of epoch 0 of rank 1.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def range_of(name: str, ends: Range, available: int, source: str) -> Range:
+    """Return a configured range of start ids with its end filled in.
+
+    Args:
+        name: of the field, for the message.
+        ends: [low, high); high -1 = all there are.
+        available: starts that there are.
+        source: whose they are, for the message.
+
+    Raises:
+        ConfigError: a start of the range does not exist.
+    """
+    low, high = ends
+    end = available if high == -1 else high
+    if not 0 <= low < end <= available:
+        raise ConfigError(
+            f"config.{name}: expected a range within the {available} starts of {source}, got "
+            f'({low}, {high}); set --config.{name}="(0, -1)" for all there are, or a part of them'
+        )
+    return low, end
+
+
+def check_ranges(config: TrainConfig, *, learning: bool) -> None:
+    """Refuse ranges of starts that do not exist, where a folder tells how many there are.
+
+    Called before anything starts. Other sources tell when they run; `range_of` is then asked again.
+
+    Args:
+        config: of the run.
+        learning: False if the run only evaluates, which draws no training starts.
+
+    Raises:
+        ConfigError: names every such range.
+        DataError: the folder is no recording.
+    """
+    if config.env.simulator != "world_model":
+        return
+    available = start_frames.count(config.env.initial_states, config.env.initial_states_path)
+    ranges = {"env.train_starts": config.env.train_starts} if learning else {}
+    ranges |= {"eval.starts": config.eval.starts} if config.eval.episodes else {}
+    problems = []
+    for name, ends in ranges.items() if available is not None else ():
+        try:
+            range_of(name, ends, available, source_of(config))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def source_of(config: TrainConfig) -> str:
+    """Return where the starts of training come from, in words."""
+    if config.env.simulator == "ground_truth":
+        return f"eval.ground_truth={config.eval.ground_truth!r}"
+    folder = config.env.initial_states_path
+    return f"env.initial_states={config.env.initial_states!r}" + f" in {folder}" * bool(folder)
+
+
+def ground_truth_range(config: TrainConfig) -> tuple[str, Range]:
+    """Return the field that says where evaluations in the ground truth start, and its range.
+
+    Start ids mean something within one source only, so `eval.starts` counts where imagination and
+    ground truth share theirs.
+    """
+    own = config.eval.ground_truth_starts
+    if own:
+        return "eval.ground_truth_starts", own
+    shared = config.env.simulator == "ground_truth" or (
+        config.env.initial_states == config.eval.ground_truth
+    )
+    return ("eval.starts", config.eval.starts) if shared else ("eval.ground_truth_starts", (0, -1))
 
 
 class StartSampler:
@@ -81,21 +156,15 @@ class StartSampler:
         """Build the sampler of a run's training starts.
 
         Args:
-            config: reads `env.train_starts`, `env.start_order`, `env.keyframes`, `seed` and
-                `algo.group_size` (1 for algorithms without groups).
+            config: reads `env`, `seed` and `algo.group_size` (1 for algorithms without groups).
             num_starts: initial states that the simulators offer.
             num_keyframes: keyframes that they offer.
 
         Raises:
-            ConfigError: if the range reaches beyond them.
+            ConfigError: if a start of the range does not exist.
         """
-        low, high = config.env.train_starts
-        high = num_starts if high == -1 else high
-        if high > num_starts:
-            raise ConfigError(
-                f"config.env.train_starts: range [{low}, {high}) but there are only {num_starts} "
-                "initial states"
-            )
+        ends = config.env.train_starts
+        low, high = range_of("env.train_starts", ends, num_starts, source_of(config))
         group_size = getattr(config.algo, "group_size", 1)
         return cls(
             low,

@@ -16,6 +16,7 @@ from evac_jax.rollout import Collector, iteration_key
 from evac_jax.run_folder import Run, RunFolder
 from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 from evac_jax.simulators import Simulators, started
+from evac_jax.starts import check_ranges
 from evac_jax.telemetry.stopwatch import Stopwatch
 from evac_jax.twin import Twin
 
@@ -117,7 +118,9 @@ def _ready(
     Args:
         folder: of the run that trains; None starts no more than an evaluation needs.
     """
-    check_policy(config.policy)  # before simulators take minutes to start
+    # Before simulators take minutes to start.
+    check_ranges(config, learning=folder is not None)
+    check_policy(config.policy)
     meshes = hosts.make_meshes(config)
     episode = expected_episode(config)
     if episode and folder:
@@ -136,5 +139,8 @@ def _ready(
             learner.begin_to_compile()  # the simulators read their weights meanwhile
         for pool in filter(None, (real, imagined)):
             pool.wait_until_ready()
-        learner.meet(imagined.spec)
+        specs = [pool.spec for pool in (imagined, real) if pool]
+        offered = [(spec.instructions, spec.num_starts, spec.num_keyframes) for spec in specs]
+        hosts.compare("the simulators' instructions, starts and keyframes", offered)
+        learner.meet(*specs)
         yield learner, imagined, real

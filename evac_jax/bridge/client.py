@@ -200,7 +200,8 @@ class SimulatorClient:
         if len(unknown := starts[~env.offers(starts)]):
             raise ValueError(
                 f"starts: expected {IDLE} (idle) to {env.num_starts - 1}, or one of "
-                f"{env.num_keyframes} keyframes from {KEYFRAMES} on, got {unknown}"
+                f"{env.num_keyframes} keyframes from {KEYFRAMES} on, got {len(unknown)} others, "
+                f"the first {unknown[0]}"
             )
         if not -(2**63) <= (seed := int(seed)) < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")

@@ -32,7 +32,7 @@ ORPHAN_GRACE_S = 2.0
 
 
 def check_result(env: EnvSpec, result: StepResult) -> None:
-    """Check what the environment's author promised: shapes, kinds of numbers, finite rewards.
+    """Check what the environment's author promised: shapes, kinds and ranges of numbers.
 
     Raises:
         SimulatorError: naming the field, what was expected and what was found.
@@ -54,6 +54,11 @@ def check_result(env: EnvSpec, result: StepResult) -> None:
                 f"simulator result {name!r}: expected kind {kind!r} with shape {shape}, got {got}; "
                 "see evac_jax.bridge.types.StepResult"
             )
+    if B and not -1 <= result.task.min() <= result.task.max() < len(env.instructions):
+        raise SimulatorError(
+            f"simulator result 'task': expected places in the {len(env.instructions)} instructions "
+            f"of its spec, from 0 on (-1: idle), got {result.task.min()}..{result.task.max()}"
+        )
     if not np.isfinite(result.rewards).all():
         bad = np.flatnonzero(~np.isfinite(result.rewards).all(axis=1)).tolist()
         raise SimulatorError(

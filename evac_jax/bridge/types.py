@@ -28,6 +28,8 @@ class EnvSpec:
         max_episode_steps: actions after which an episode is truncated.
         clip_envs: environments (the first ones) whose whole chunk of frames is sent for videos.
         num_keyframes: further starts, KEYFRAMES .. KEYFRAMES + num_keyframes - 1.
+        notes: what a user should know about the environment, in sentences; the trainer warns
+            with them.
     """
 
     num_envs: int
@@ -39,6 +41,7 @@ class EnvSpec:
     max_episode_steps: int
     clip_envs: int = 0
     num_keyframes: int = 0
+    notes: tuple[str, ...] = ()
 
     def offers(self, starts: np.ndarray) -> np.ndarray:
         """Return which ids, int64 [n], name a start, a keyframe or IDLE, bool [n]."""

@@ -170,9 +170,15 @@ def _combinations(c: TrainConfig) -> list[str]:
             f"config.policy.value_head: PPO needs the level of algo.reward_type "
             f"({c.algo.reward_type!r}), got {c.policy.value_head!r}"
         )
-    for name in ("env.train_starts", "eval.starts"):
+    if len(c.eval.ground_truth_starts) not in (0, 2):
+        problems.append(
+            "config.eval.ground_truth_starts: expected (low, high) or (), got "
+            f"{c.eval.ground_truth_starts}"
+        )
+        return problems
+    for name in ("env.train_starts", "eval.starts", "eval.ground_truth_starts"):
         section, key = name.split(".")
-        low, high = getattr(getattr(c, section), key)
+        low, high = getattr(getattr(c, section), key) or (0, -1)
         if low < 0 or (high != -1 and high <= low):
             problems.append(f"config.{name}: expected 0 <= low < high (or -1), got ({low}, {high})")
     return problems

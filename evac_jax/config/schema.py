@@ -205,9 +205,12 @@ class EvalConfig:
     Attributes:
         interval: iterations between evaluations; 0 = only before and after.
         episodes: episodes per evaluation in the world model; 0 = none.
-        starts: [low, high) range of start ids for evaluation, apart from the training ones.
+        starts: [low, high) range of start ids for evaluation, apart from the training ones; high
+            -1 = all there are. An id that does not exist is refused.
         ground_truth: environment to evaluate in for real: "miniature", "libero" (set up in the
             section of this name) or "none".
+        ground_truth_starts: range of its own start ids; () = eval.starts where env.initial_states
+            is the ground truth as well, so that the ids mean the same, else all there are.
         ground_truth_episodes: episodes per evaluation in the ground truth.
         ground_truth_envs: ground-truth environments that run at the same time.
         twin_fraction: share of every iteration's imagined episodes whose actions are replayed in
@@ -222,6 +225,7 @@ class EvalConfig:
     episodes: CountOrZero = 64
     starts: tuple[int, int] = (0, -1)
     ground_truth: Literal["miniature", "libero", "none"] = "none"
+    ground_truth_starts: tuple[int, ...] = ()
     ground_truth_episodes: Count = 256
     ground_truth_envs: Count = 64
     twin_fraction: Share = 0.0

@@ -4,9 +4,11 @@ import contextlib
 import os
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -107,6 +109,27 @@ def wait_for_all(what: str) -> None:
     """Wait until every host's trainer has made this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def compare(what: str, value: object) -> None:
+    """Make sure that every host's trainer has the same value; all of them make this call.
+
+    Args:
+        what: it is, for the message.
+        value: with a `repr` that tells all of it.
+
+    Raises:
+        HostError: it differs, so what one host says in numbers would mean another thing to others.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.array([zlib.crc32(repr(value).encode())], np.uint32)
+    found = np.ravel(multihost_utils.process_allgather(digest)).tolist()
+    if odd := [host for host, other in enumerate(found) if other != found[0]]:
+        raise HostError(
+            f"{what} of hosts {odd} are not those of host 0; here (host {jax.process_index()}) "
+            f"they are {value!r}. Give every host the same files and settings"
+        )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from evac_jax.errors import DataError
 from evac_jax.files.atomic import replacing
 
 
@@ -24,9 +25,16 @@ def sha256(path: Path) -> str:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return the data card of a folder, {} if it has none."""
+    """Return the data card of a folder, {} if it has none.
+
+    Raises:
+        DataError: the card is damaged.
+    """
     path = folder / "card.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: expected a JSON object ({error}); restore the file") from error
 
 
 def card(**facts: Any) -> dict[str, Any]:

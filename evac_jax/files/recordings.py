@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ import numpy as np
 
 from evac_jax.errors import DataError
 from evac_jax.files.atomic import whole_folder
+from evac_jax.files.instructions import numbers_in
 
 CARD = "card.json"
 HELD_OUT = 0.1  # share of the scenes that no training sees
@@ -92,6 +94,21 @@ class Episodes:
     def sources(self) -> tuple[str, ...]:
         """What `source` points into."""
         return tuple(self.card["sources"])
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The instructions that occur in these episodes, each once, in the order of the card."""
+        return tuple(dict.fromkeys(self.instructions[task] for task in np.unique(self.task)))
+
+    def numbered_as(self, instructions: Sequence[str]) -> "Episodes":
+        """Return the same episodes with `instructions` as the list that `task` points into.
+
+        Raises:
+            ConfigError: an instruction that occurs is not among them.
+        """
+        task = numbers_in(instructions, [self.instructions[t] for t in self.task], "the list")
+        card = self.card | {"instructions": list(instructions)}
+        return dataclasses.replace(self, task=task, card=card)
 
     def select(self, which: np.ndarray | slice) -> "Episodes":
         """Return the episodes of numbers, a mask or a slice; frames are shared, not copied."""

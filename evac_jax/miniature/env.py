@@ -15,6 +15,7 @@ from torch import Tensor
 from evac_jax.bridge.environment import whole_part
 from evac_jax.bridge.types import IDLE, KEYFRAMES, EnvSpec, StepResult
 from evac_jax.errors import ConfigError, DataError
+from evac_jax.files.recordings import Episodes
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.render import render
 from evac_jax.miniature.scene import ACTION_DIM, POSE_DIM, TABLETOP, Tabletop
@@ -104,11 +105,8 @@ class GroundTruthEnv:
     def __init__(self, config: GroundTruthConfig, table: Tabletop = TABLETOP):
         self._config, self._table = config, table
         self._keyframes = Keyframes(config.keyframe_data) if config.keyframe_data else None
-        if self._keyframes and (self._keyframes.data.start < 0).any():
-            raise ConfigError(
-                f"keyframe_data: {config.keyframe_data} has episodes without a start id, which the "
-                "ground truth cannot repeat; use a recording made by --mode=collect"
-            )
+        if self._keyframes:
+            self._check_keyframes(self._keyframes.data)
         self.spec = EnvSpec(
             num_envs=config.num_envs,
             image_shape=(1, config.image_size, config.image_size, 3),
@@ -214,6 +212,23 @@ class GroundTruthEnv:
             values[rows] = getattr(scenes, field.name)
             setattr(self._scenes, field.name, values)
         restart(self._episodes, rows)
+
+    def _check_keyframes(self, data: Episodes) -> None:
+        """Refuse episodes whose start ids are not of this ground truth's scenes."""
+        folder = self._config.keyframe_data
+        if (data.start < 0).any():
+            raise ConfigError(
+                f"keyframe_data: {folder} has episodes without a start id, which the ground truth "
+                "cannot repeat; use a recording made by --mode=collect"
+            )
+        told = np.array(data.instructions)[data.task]
+        true = np.array(INSTRUCTIONS)[world.sample_scenes(data.start, self._table).task]
+        if (wrong := np.flatnonzero(told != true)).size:
+            n = wrong[0]
+            raise ConfigError(
+                f"keyframe_data: {folder} is no recording of this ground truth: episode {n} of its "
+                f"training part says {str(told[n])!r}, start {data.start[n]} is {str(true[n])!r}"
+            )
 
     def _is_keyframe(self, starts: np.ndarray) -> np.ndarray:
         return (starts >= KEYFRAMES) & (self._keyframes is not None)

@@ -75,7 +75,8 @@ class WorldModelEnv:
 
     Args:
         world_model: an `EvacModel` on its device, in eval mode.
-        reward_model: frames [N 3 H W] in [-1, 1] and task [N] -> success probability [N].
+        reward_model: frames [N 3 H W] in [-1, 1] and the source's task numbers [N] -> success
+            probability [N].
         pose_model: the action predictor.
         source: initial states; their instructions are the environment's.
         config: settings; the weight folders in it are not read here.
@@ -97,12 +98,6 @@ class WorldModelEnv:
         block: tuple[int, int] | None = None,
     ):
         model = world_model.config
-        known_tasks = reward_model.config.num_instructions
-        if known_tasks not in (0, len(source.instructions)):
-            raise ConfigError(
-                f"reward: the classifier knows {known_tasks} instructions, the initial states "
-                f"have {len(source.instructions)}"
-            )
         if config.judged_frames > model.chunk:
             raise ConfigError(
                 f"judged_frames: expected at most the chunk of {model.chunk} frames, got "
@@ -126,6 +121,7 @@ class WorldModelEnv:
             max_episode_steps=config.max_episode_steps,
             clip_envs=config.clip_envs,
             num_keyframes=getattr(source, "num_keyframes", 0),
+            notes=reward_model.notes,
         )
         known, size = source.camera, source.camera_size
         if config.camera is None and size is not None and tuple(size) != tuple(self._size):
@@ -335,14 +331,11 @@ class WorldModelEnv:
     def _classify(self, frames: Tensor, task: np.ndarray) -> Tensor:
         """Success probability [b K] of the first view's frames [b K 3 H W]."""
         flat = frames.flatten(0, 1).float()
-        instruction = None
-        if self._reward_model.config.num_instructions:
-            instruction = torch.from_numpy(task.astype(np.int64)).to(self._device)
-            instruction = instruction.repeat_interleave(frames.shape[1])
+        asked = torch.from_numpy(task.astype(np.int64)).to(self._device)
+        asked = asked.repeat_interleave(frames.shape[1])
         parts = [
             self._reward_model.probability(
-                flat[i : i + CLASSIFIER_BATCH],
-                None if instruction is None else instruction[i : i + CLASSIFIER_BATCH],
+                flat[i : i + CLASSIFIER_BATCH], asked[i : i + CLASSIFIER_BATCH]
             )
             for i in range(0, len(flat), CLASSIFIER_BATCH)
         ]
@@ -406,7 +399,7 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     world_model = load_model(settings.world_model, kind="EvacModel", device=device, dtype=dtype)
     return WorldModelEnv(
         accelerate(world_model, settings.compile),
-        RewardEnsemble.load(settings.reward, settings.veto, device),
+        RewardEnsemble.load(settings.reward, source.instructions, settings.veto, device),
         load_model(settings.pose_model, kind="PoseModel", device=device),
         source,
         settings,

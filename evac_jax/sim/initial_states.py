@@ -19,6 +19,16 @@ from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.restricted_npy import load_objects
+from evac_jax.files.start_frames import (
+    CARD_FILE,
+    IMAGES_FILE,
+    KEYFRAME_MARK,
+    POSES_FILE,
+    TASKS_FILE,
+    episode_files,
+    is_packed,
+    keyframe_files,
+)
 from evac_jax.sim.camera import Matrices, libero_camera
 
 INITIAL_STATES = {
@@ -27,10 +37,6 @@ INITIAL_STATES = {
     "miniature": "evac_jax.miniature.starts:MiniatureStarts",
 }
 POSE_DIM = 8
-# Part of the name of RLinf's keyframe files, which end at the frame to start from.
-KEYFRAME_MARK = "_kir"
-# What a folder of packed starts holds.
-IMAGES_FILE, POSES_FILE, TASKS_FILE, CARD_FILE = "images.npy", "poses.npy", "tasks.npy", "card.json"
 PROBLEMS_SHOWN = 10
 Start = tuple[np.ndarray, np.ndarray, str]  # image uint8 [V H W 3], pose float32 [8], instruction
 
@@ -139,13 +145,13 @@ class NpyStarts(_StoredStarts):
     """
 
     def __init__(self, folder: str):
-        if (Path(folder) / IMAGES_FILE).is_file():
+        if is_packed(folder):
             images, poses, instructions, camera, self.camera_size = _packed(Path(folder))
         else:
-            found = sorted(Path(folder).glob("*.npy"))
-            paths = [path for path in found if KEYFRAME_MARK not in path.name]
+            paths = episode_files(folder)
             if not paths:
-                only = f"{len(found)} keyframe files only" if found else "none"
+                late = keyframe_files(folder)
+                only = f"{len(late)} keyframe files only" if late else "none"
                 raise DataError(
                     f"expected *.npy episodes in {folder!r}, found {only}; "
                     "set config.env.initial_states_path to the folder that holds them"
@@ -155,7 +161,7 @@ class NpyStarts(_StoredStarts):
         super().__init__(images, poses, instructions, camera)
 
 
-class NpyKeyframes:
+class NpyKeyframes(_StoredStarts):
     """Keyframes as RLinf stores them: `*_kir*.npy` files that end at the frame to begin at.
 
     Image and pose (`state`, else `abs_action`) are the last frame's, the instruction is the first
@@ -164,6 +170,7 @@ class NpyKeyframes:
 
     Attributes:
         count: keyframes; they are named KEYFRAMES .. KEYFRAMES + count - 1, in order of names.
+        instructions: every one that occurs, each once.
 
     Raises:
         DataError: see `NpyStarts`.
@@ -172,35 +179,15 @@ class NpyKeyframes:
     """
 
     def __init__(self, folder: str):
-        paths = self.files(folder)
+        paths = keyframe_files(folder)
         if not paths:
             raise DataError(f"expected *{KEYFRAME_MARK}*.npy files in {folder!r}, found none")
-        self._images, self._poses, self._texts = _read_all(paths, last_frame, folder)
-        self.count = len(paths)
+        super().__init__(*_read_all(paths, last_frame, folder), camera=None)
+        self.count = self.num_starts
 
-    @staticmethod
-    def files(folder: str) -> list[Path]:
-        """Keyframe files in a folder, sorted."""
-        return sorted(Path(folder).glob(f"*{KEYFRAME_MARK}*.npy"))
-
-    def starts(self, instructions: Sequence[str]) -> Callable[[np.ndarray], Starts]:
-        """Return a function that loads keyframes by id; tasks are indices into `instructions`.
-
-        Raises:
-            ConfigError: a keyframe has another instruction.
-        """
-        if unknown := sorted(set(self._texts) - set(instructions)):
-            raise ConfigError(
-                f"env.keyframe_data: the other initial states know {list(instructions)}; the "
-                f"keyframes also have {unknown}: leave those files out"
-            )
-        tasks = np.array([list(instructions).index(text) for text in self._texts], np.int32)
-
-        def load(ids: np.ndarray) -> Starts:
-            places = checked_ids(np.asarray(ids, np.int64) - KEYFRAMES, self.count)
-            return Starts(self._images[places], self._poses[places], tasks[places])
-
-        return load
+    def load(self, ids: np.ndarray) -> Starts:
+        """Return the keyframes named by `ids`, int64 [B]."""
+        return super().load(np.asarray(ids, np.int64) - KEYFRAMES)
 
 
 def pack_starts(source: InitialStates, ids: np.ndarray, folder: Path, **facts) -> None:
@@ -356,5 +343,6 @@ def checked_ids(ids: np.ndarray, num_starts: int) -> np.ndarray:
     """
     ids = np.asarray(ids, np.int64)
     if ids.ndim != 1 or (len(ids) and not (ids.min() >= 0 and ids.max() < num_starts)):
-        raise DataError(f"start ids: expected a vector within 0..{num_starts - 1}, got {ids}")
+        got = f"shape {ids.shape}" if ids.ndim != 1 else f"{ids.min()}..{ids.max()}"
+        raise DataError(f"start ids: expected a vector within 0..{num_starts - 1}, got {got}")
     return ids

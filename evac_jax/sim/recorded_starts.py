@@ -8,14 +8,16 @@ Source: the idea after Salimans and Chen 2018, "Learning Montezuma's Revenge fro
 demonstration" (arXiv:1812.03381).
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
 
 import numpy as np
 
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import recordings
+from evac_jax.files.instructions import numbers_in
 from evac_jax.files.recordings import Episodes
+from evac_jax.files.start_frames import keyframe_files
 from evac_jax.sim.initial_states import InitialStates, NpyKeyframes, Starts
 
 
@@ -23,27 +25,16 @@ class RecordedStarts:
     """The first frames of recorded episodes as initial states; start n is episode n.
 
     Args:
-        data: the recording.
-        instructions: all that may occur, in the order in which a classifier knows them; None =
-            the recording's own.
-
-    Raises:
-        ConfigError: the recording has an instruction that is not among them.
+        data: the recording; instructions of its card that do not occur in it are left out.
     """
 
-    def __init__(self, data: Episodes, instructions: Sequence[str] | None = None):
-        self.instructions = tuple(data.instructions if instructions is None else instructions)
+    def __init__(self, data: Episodes):
+        self.instructions = data.asked
         self.num_starts = data.num_episodes
         self.camera = np.array(data.intrinsic), np.array(data.c2w)
         self.camera_size = tuple(data.frames.shape[2:4])
         self._data = data
-        texts = [data.instructions[task] for task in data.task]
-        if unknown := sorted(set(texts) - set(self.instructions)):
-            raise ConfigError(
-                f"the classifier, or the other initial states, know {list(self.instructions)}; the "
-                f"recording also has {unknown}: leave such episodes out, or train with them"
-            )
-        self._task = np.array([self.instructions.index(text) for text in texts], np.int32)
+        self._task = data.numbered_as(self.instructions).task
 
     def load(self, ids: np.ndarray) -> Starts:
         """Return the first frames and poses of episodes `ids`, int64 [B]."""
@@ -71,6 +62,7 @@ class Keyframes:
 
     Attributes:
         count: keyframes; they are named KEYFRAMES .. KEYFRAMES + count - 1.
+        instructions: of the episodes.
         data: the episodes.
 
     Raises:
@@ -86,6 +78,8 @@ class Keyframes:
         self._episode = np.repeat(np.arange(data.num_episodes), np.maximum(np.array(ends) - 1, 0))
         self._step = np.concatenate([np.arange(1, end) for end in ends] or [np.zeros(0, np.int64)])
         self.count = len(self._step)
+        self._recorded = RecordedStarts(data)
+        self.instructions = self._recorded.instructions
         if not self.count:
             raise DataError(
                 f"env.keyframe_data: {folder} has no training episode with a frame between its "
@@ -106,32 +100,30 @@ class Keyframes:
             )
         return self._episode[places], self._step[places]
 
-    def starts(self, instructions: Sequence[str]) -> Callable[[np.ndarray], Starts]:
-        """Return a function that loads keyframes by id; tasks are indices into `instructions`.
-
-        Raises:
-            ConfigError: a keyframe has another instruction.
-        """
-        recorded = RecordedStarts(self.data, instructions)
-        return lambda ids: recorded.frames(*self.find(ids))
+    def load(self, ids: np.ndarray) -> Starts:
+        """Return the keyframes named by `ids`, int64 [B]."""
+        return self._recorded.frames(*self.find(ids))
 
 
 def open_keyframes(folder: str) -> Keyframes | NpyKeyframes:
     """Return the keyframes of a recording, or of a folder with RLinf's keyframe files."""
-    return NpyKeyframes(folder) if NpyKeyframes.files(folder) else Keyframes(folder)
+    return NpyKeyframes(folder) if keyframe_files(folder) else Keyframes(folder)
 
 
 class WithKeyframes:
     """Another source's starts, and keyframes behind them.
 
+    Their instructions are matched by text; those of keyframes alone stand behind the source's.
+
     Raises:
-        ConfigError: the recording's pictures or instructions are not those of the source.
+        ConfigError: the recording's pictures are not like those of the source.
     """
 
     def __init__(self, source: InitialStates, keyframes: Keyframes | NpyKeyframes):
-        self._source, self._load_late = source, keyframes.starts(source.instructions)
+        self._source, self._keyframes = source, keyframes
         self.num_starts, self.num_keyframes = source.num_starts, keyframes.count
-        self.instructions = source.instructions
+        self.instructions = tuple(dict.fromkeys((*source.instructions, *keyframes.instructions)))
+        self._late_task = numbers_in(self.instructions, keyframes.instructions, "this source")
         self.camera, self.camera_size = source.camera, source.camera_size
         shapes = [part.images.shape[1:] for part in (self.load([0]), self.load([KEYFRAMES]))]
         if shapes[0] != shapes[1]:
@@ -145,7 +137,8 @@ class WithKeyframes:
         ids = np.asarray(ids, np.int64)
         late = ids >= KEYFRAMES
         early_part = self._source.load(ids[~late])
-        late_part = self._load_late(ids[late])
+        late_part = self._keyframes.load(ids[late])
+        late_part = dataclasses.replace(late_part, task=self._late_task[late_part.task])
         if not late.any():
             return early_part
         if late.all():

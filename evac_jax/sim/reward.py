@@ -1,17 +1,19 @@
 """Success classifier: one frame in, the probability that the task is done in it out."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evac_jax.errors import ConfigError
+from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.evac.config import JsonConfig
 from evac_jax.evac.model_folders import load_model
+from evac_jax.files import cards
+from evac_jax.files.instructions import numbers_in
 
 
 @dataclass(frozen=True)
@@ -121,62 +123,109 @@ class RewardEnsemble(nn.Module):
     frame on which they disagree is not a success.
 
     Args:
-        members: classifiers that know the same number of instructions.
+        members: classifiers; each may be told the instruction or not.
         veto: a frame whose members' probabilities lie further apart than this counts as certain
             failure, (0, 1]; 0 = never.
+        numbers: the number under which each member knows each task of the world that is judged,
+            [members, tasks]; None: the world's own numbers.
+        notes: what a user should know about them.
 
     Raises:
-        ConfigError: the members do not fit together, or a veto with a single classifier.
+        ConfigError: a veto with a single classifier.
 
     Source: after Coste et al. 2023, "Reward model ensembles help mitigate overoptimization"
     (arXiv:2310.02743); their penalty by variance is a veto here, because rewards are 0 or 1.
     """
 
-    def __init__(self, members: Sequence[RewardNet], veto: float = 0.0):
+    numbers: Tensor | None
+
+    def __init__(
+        self,
+        members: Sequence[RewardNet],
+        veto: float = 0.0,
+        numbers: np.ndarray | None = None,
+        notes: Sequence[str] = (),
+    ):
         super().__init__()
-        known = {member.config.num_instructions for member in members}
-        if len(known) != 1:
-            raise ConfigError(
-                f"reward: all classifiers must know the same instructions, got {sorted(known)} "
-                "of them; train them on the same recordings"
-            )
         if veto and len(members) < 2:
             raise ConfigError(
                 f"reward.veto={veto} needs two classifiers at least, got {len(members)}; join "
                 "their folders by commas in reward.checkpoint, or set reward.veto=0"
             )
-        self.members, self.veto = nn.ModuleList(members), veto
-        self.config = members[0].config
+        self.members, self.veto, self.notes = nn.ModuleList(members), veto, tuple(notes)
+        table = None if numbers is None else torch.from_numpy(numbers.astype(np.int64))
+        self.register_buffer("numbers", table, persistent=False)
 
     @classmethod
-    def load(cls, folders: str, veto: float = 0.0, device: str = "cpu") -> "RewardEnsemble":
-        """Load the classifiers of `folders`, one or several joined by commas.
+    def load(
+        cls, folders: str, instructions: Sequence[str], veto: float = 0.0, device: str = "cpu"
+    ) -> "RewardEnsemble":
+        """Load the classifiers of `folders`, one or several joined by commas, to judge a world.
+
+        Args:
+            instructions: what the world's task numbers mean. Each classifier's card says under
+                which number it knows each of these texts; it may know more of them, in any order.
+            veto: see the class.
+            device: torch device.
 
         Raises:
-            CheckpointError: weights are missing or do not fit.
-            ConfigError: see the class; or their data cards list other instructions, or the same
-                ones in another order, so that one index would mean two tasks.
+            CheckpointError: weights are missing or do not fit, or a card is not theirs.
+            ConfigError: see the class; or a classifier does not know an instruction.
         """
-        names = folders.split(",")
-        lists = {name: known for name in names if (known := _instructions(Path(name)))}
-        if len(set(lists.values())) > 1:
-            told = "\n".join(f"  {name}: {list(known)}" for name, known in lists.items())
-            raise ConfigError(
-                "reward.checkpoint: all classifiers must list the same instructions in the same "
-                f"order, their cards say\n{told}\ntrain them on the same recordings"
-            )
-        return cls([load_model(name, kind="RewardNet", device=device) for name in names], veto)
+        members, numbers, notes = [], [], []
+        for folder in folders.split(","):
+            member = load_model(folder, kind="RewardNet", device=device)
+            own, note = _own_numbers(folder, member.config.num_instructions, instructions)
+            members.append(member)
+            numbers.append(own)
+            notes += [note] if note else []
+        return cls(members, veto, np.stack(numbers), notes).to(device)
 
-    def probability(self, frames: Tensor, instruction: Tensor | None = None) -> Tensor:
-        """Probability [N] of success of frames [N, 3, H, W], see `RewardNet`."""
-        each = torch.stack([member.probability(frames, instruction) for member in self.members])
+    def probability(self, frames: Tensor, task: Tensor | None = None) -> Tensor:
+        """Probability [N] of success of frames [N, 3, H, W], see `RewardNet`.
+
+        Args:
+            task: the world's task numbers, int64 [N]; not needed if no member is told them.
+        """
+        each = torch.stack(
+            [
+                member.probability(frames, self._asked(number, task))
+                for number, member in enumerate(self.members)
+            ]
+        )
         mean = each.mean(0)
         if not self.veto:
             return mean
         return mean.masked_fill(each.amax(0) - each.amin(0) > self.veto, 0.0)
 
+    def _asked(self, member: int, task: Tensor | None) -> Tensor | None:
+        """Return the tasks in a member's own numbers."""
+        if task is None or not self.members[member].config.num_instructions:
+            return None
+        return task if self.numbers is None else self.numbers[member, task]
 
-def _instructions(folder: Path) -> tuple[str, ...]:
-    """Instructions in a classifier's order; () if it takes none, or has no card."""
-    path = folder / "card.json"
-    return tuple(json.loads(path.read_text()).get("instructions", ())) if path.is_file() else ()
+
+def _own_numbers(folder: str, known: int, instructions: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Return under which numbers a classifier of `known` instructions has a world's; and a note."""
+    if not known:
+        return np.zeros(len(instructions), np.int32), ""
+    texts = cards.read(Path(folder)).get("instructions", ())
+    if texts and len(texts) != known:
+        raise CheckpointError(
+            f"{folder}: card.json lists {len(texts)} instructions, config.json says that the "
+            f"classifier knows {known}; they belong to different trainings"
+        )
+    if texts:
+        what = f"reward.checkpoint: the classifier {folder} (its card.json)"
+        return numbers_in(texts, instructions, what), ""
+    if len(instructions) != known:
+        raise ConfigError(
+            f"reward.checkpoint: {folder} knows {known} instructions and has no card.json that "
+            f"lists them; the initial states have {len(instructions)}, {list(instructions)}. "
+            'Write a card.json with "instructions", in the order of the training, into the folder'
+        )
+    return np.arange(known, dtype=np.int32), (
+        f"{folder} has no card.json that lists its instructions: they are taken to be those of the "
+        f"initial states, in this order: {list(instructions)}. If it was trained on another order, "
+        'it judges the wrong tasks; write a card.json with "instructions" into the folder'
+    )

@@ -2,9 +2,11 @@
 
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from evac_jax.bridge.types import EnvSpec
@@ -64,3 +66,23 @@ def test_simulators_with_other_actions_or_episodes_are_refused(tiny_config, lear
         learner.meet(dataclasses.replace(env, action=ActionSpec(chunk=4)))
     with pytest.raises(ConfigError, match=r"expected EpisodeShapes.*max_steps=16.*max_steps=24"):
         learner.meet(dataclasses.replace(env, max_episode_steps=24))
+
+
+def test_prompts_are_those_of_the_simulator_that_names_the_tasks(tiny_config, learner):
+    frames = expected_episode(tiny_config).image_shape
+    env = EnvSpec(2, frames, 8, ActionSpec(), INSTRUCTIONS, 1, 16)
+    real = dataclasses.replace(env, instructions=INSTRUCTIONS[::-1], max_episode_steps=24)
+    learner.meet(env, real)
+
+    def asked(spec):
+        step = SimpleNamespace(
+            frames=jnp.zeros((2, *frames), jnp.uint8),
+            result=SimpleNamespace(task=np.array([0, 1])),
+            instructions=spec.instructions,
+        )
+        return np.asarray(learner.observe(step).prompt_tokens)
+
+    assert (asked(env)[0] != asked(env)[1]).any()
+    np.testing.assert_array_equal(asked(real), asked(env)[::-1])
+    with pytest.raises(ConfigError, match="disagree about actions"):
+        learner.meet(env, dataclasses.replace(real, action=ActionSpec(chunk=4)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from evac_jax.evac.config import AutoencoderConfig
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.model_folders import save_model
+from evac_jax.files import cards
 from evac_jax.miniature.sizes import POLICY, WORLD_MODEL
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
@@ -45,6 +46,7 @@ def write(folder: Path) -> None:
         last.weight.mul_(SHARPNESS)
         last.bias.add_(OFFSET).mul_(SHARPNESS)
     save_model(folder / "reward", classifier)
+    cards.write_json(folder / "reward" / "card.json", {"instructions": INSTRUCTIONS})
     save_model(folder / "pose_model", PoseModel(PoseModelConfig(hidden=8)))
     write_policy(folder / "policy")
 

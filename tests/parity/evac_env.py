@@ -18,7 +18,7 @@ from evac_jax.sim.env import WorldModelEnv
 from evac_jax.sim.env_config import WorldModelEnvConfig
 from evac_jax.sim.initial_states import Starts
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
-from evac_jax.sim.reward import RewardConfig, RewardNet
+from evac_jax.sim.reward import RewardConfig, RewardEnsemble, RewardNet
 from tests.parity.evac_model import tiny_model
 from tests.parity.report import VectorResult, compare
 
@@ -107,7 +107,7 @@ class Recorded:
         source = GoldenStarts(golden)
         self.env = WorldModelEnv(
             model,
-            reward.eval(),
+            RewardEnsemble([reward.eval()]),
             pose.eval(),
             source,
             WorldModelEnvConfig(

@@ -1,11 +1,20 @@
-from types import SimpleNamespace
+import dataclasses
 
 import numpy as np
 import pytest
 
+from configs import grpo
+from evac_jax import train
 from evac_jax.bridge.types import KEYFRAMES
+from evac_jax.config.build import default_config, from_config_dict
 from evac_jax.errors import ConfigError
-from evac_jax.starts import StartSampler, noise_seed
+from evac_jax.starts import (
+    StartSampler,
+    check_ranges,
+    ground_truth_range,
+    noise_seed,
+    range_of,
+)
 
 
 def test_members_share_their_start_when_drawn_in_groups():
@@ -73,8 +82,9 @@ def test_unknown_order_is_refused():
 
 
 def config(high):
-    env = SimpleNamespace(train_starts=(2, high), start_order="ordered", keyframes=0.0)
-    return SimpleNamespace(env=env, seed=0, algo=SimpleNamespace(group_size=2))
+    base = default_config("grpo")
+    env = dataclasses.replace(base.env, train_starts=(2, high), start_order="ordered")
+    return dataclasses.replace(base, env=env, algo=dataclasses.replace(base.algo, group_size=2))
 
 
 def test_the_range_ends_with_the_source_when_left_open():
@@ -83,8 +93,69 @@ def test_the_range_ends_with_the_source_when_left_open():
 
 
 def test_a_range_beyond_the_source_is_refused():
-    with pytest.raises(ConfigError, match="only 4"):
+    with pytest.raises(ConfigError, match=r"train_starts: .* the 4 starts of .*got \(2, 5\)"):
         StartSampler.from_config(config(5), 4)
+
+
+@pytest.mark.parametrize("ends", [(4, -1), (1, 5), (3, 3), (-1, 2)])
+def test_range_with_starts_that_do_not_exist_is_refused(ends):
+    with pytest.raises(ConfigError, match=r"eval\.starts: .* 4 starts of S, .*\"\(0, -1\)\""):
+        range_of("eval.starts", ends, 4, "S")
+
+
+def test_range_ends_where_the_starts_end_when_left_open():
+    assert range_of("eval.starts", (1, -1), 4, "S") == (1, 4)
+    assert range_of("eval.starts", (0, 4), 4, "S") == (0, 4)
+
+
+@pytest.fixture
+def from_a_folder(tmp_path):
+    """The miniature's preset with three start frames of one's own."""
+    for n in range(3):
+        (tmp_path / f"{n}.npy").touch()
+    values = grpo.get_config().to_dict()
+    values["env"] |= {"initial_states": "npy", "initial_states_path": str(tmp_path)}
+    return values
+
+
+def test_ranges_of_a_preset_are_refused_together_when_a_folder_has_fewer_starts(from_a_folder):
+    config = from_config_dict(from_a_folder)
+    with pytest.raises(ConfigError, match=r"(?s)env\.train_starts: .*eval\.starts: ") as error:
+        check_ranges(config, learning=True)
+    assert str(error.value).count("the 3 starts of env.initial_states='npy' in ") == 2
+    with pytest.raises(ConfigError) as error:
+        check_ranges(config, learning=False)
+    assert "train_starts" not in str(error.value)
+    from_a_folder["env"]["train_starts"], from_a_folder["eval"]["starts"] = (0, 2), (2, -1)
+    check_ranges(from_config_dict(from_a_folder), learning=True)
+
+
+def test_nothing_is_started_when_a_range_does_not_exist(from_a_folder):
+    from_a_folder["policy"]["checkpoint"] = from_a_folder["env"]["initial_states_path"]  # no policy
+    with pytest.raises(ConfigError, match="the 3 starts"):
+        train._ready(from_config_dict(from_a_folder), None).__enter__()
+
+
+def test_ground_truth_starts_are_its_own_unless_the_ids_mean_the_same(from_a_folder):
+    def starts(**settings):
+        for name, value in settings.items():
+            section, key = name.split("__")
+            from_a_folder[section][key] = value
+        return ground_truth_range(from_config_dict(from_a_folder))
+
+    assert starts() == ("eval.ground_truth_starts", (0, -1))
+    assert starts(env__initial_states="miniature") == ("eval.starts", (1_000_000, 2_000_000))
+    name = "eval.ground_truth_starts"
+    assert starts(eval__ground_truth_starts=(3, 9)) == (name, (3, 9))
+    learned_in = {"env__simulator": "ground_truth", "env__initial_states": "npy"}
+    found = starts(eval__ground_truth_starts=(), eval__episodes=0, **learned_in)
+    assert found == ("eval.starts", (1_000_000, 2_000_000))
+
+
+def test_range_of_one_number_is_refused(from_a_folder):
+    from_a_folder["eval"]["ground_truth_starts"] = (3,)
+    with pytest.raises(ConfigError, match=r"ground_truth_starts: expected \(low, high\) or \(\)"):
+        from_config_dict(from_a_folder)
 
 
 def test_share_of_the_groups_begins_at_keyframes_and_repeats_itself():

@@ -24,7 +24,7 @@ from evac_jax.files import cards, recordings
 from evac_jax.policy_import import import_policy
 from evac_jax.sim.libero import ACTION_DIM, LiberoEnvConfig, to_libero
 from evac_jax.sim.libero_pool import LiberoPool
-from evac_jax.starts import noise_seed
+from evac_jax.starts import noise_seed, range_of
 from policies.types import ObsBatch
 
 if TYPE_CHECKING:
@@ -137,13 +137,12 @@ def record(
         players: name -> what makes the player, one after another: policies are large.
 
     Raises:
-        DataError: the folder exists, there are no such starts, or the tasks' cameras differ.
+        ConfigError: there are no such starts.
+        DataError: the folder exists, or the tasks' cameras differ.
     """
     suite, batch = pool.suite, config.eval.ground_truth_envs
-    low, high = config.env.train_starts
-    high = suite.num_starts if high == -1 else min(high, suite.num_starts)
-    if not low < high:
-        raise DataError(f"config.env.train_starts: {suite.name} has {suite.num_starts} starts")
+    ends = config.env.train_starts
+    low, high = range_of("env.train_starts", ends, suite.num_starts, suite.name)
     starts = low + np.arange(sum(counts)) % (high - low)
     size = config.libero.image_size
     pool.start([0], starts[:1])  # the simulator knows where its camera is, nobody else

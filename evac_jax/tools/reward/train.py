@@ -246,14 +246,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
-    train_part, held_out = recordings.load(*args.data, *args.imagined).split()
-    if args.imagined:  # what it will judge
-        _, held_out = recordings.load(*args.imagined).split()
+    data = recordings.load(*args.data, *args.imagined)
+    known = data.asked  # a card may list tasks that nobody played
+    train_part, held_out = data.numbered_as(known).split()
+    if args.imagined:  # what it will judge; these folders may number the tasks otherwise
+        _, held_out = recordings.load(*args.imagined).numbered_as(known).split()
     began = time.process_time()
     codec = None
     if args.autoencoder:
         codec = model_folders.load_model(args.autoencoder, kind="Autoencoder", device=args.device)
-    instructions = () if args.single_task else train_part.instructions
+    instructions = () if args.single_task else known
     config = RewardConfig(width=args.width, num_instructions=len(instructions))
     model = train(
         train_part, config, steps=args.steps, seed=args.seed, codec=codec, device=args.device

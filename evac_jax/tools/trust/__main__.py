@@ -133,12 +133,6 @@ def choose(data: Episodes, part: str, per_kind: int, seed: int) -> Episodes:
     return data.select(np.sort(np.concatenate(chosen)))
 
 
-def known_instructions(reward: str, data: Episodes) -> tuple[str, ...]:
-    """Return the instructions in the classifier's order; the recording's, if it has no card."""
-    first = Path(reward.split(",")[0])
-    return tuple(cards.read(first).get("instructions", data.instructions))
-
-
 def validate(
     data: Episodes, settings: dict, *, seed: int = 0, batch: int = BATCH, pictures: float = 1.0
 ) -> tuple[dict, list[Film]]:
@@ -153,18 +147,18 @@ def validate(
     """
     if not settings.get("reward"):
         raise ConfigError("--reward: expected the folder of the success classifier, got nothing")
-    source = RecordedStarts(data, known_instructions(settings["reward"], data))
+    source = RecordedStarts(data)
     batch = min(batch, data.num_episodes)
     filmed = max(1, round(pictures * batch))
     env = make_environment(settings, source, int(data.length.max()), batch, filmed)
     # Only in the miniature it is known what things look like.
-    tabletop = set(data.instructions) <= set(INSTRUCTIONS)
+    tabletop = set(source.instructions) <= set(INSTRUCTIONS)
     colors = BLOCK_COLORS if tabletop else None
     records, films = replay(env, data, seed=seed, colors=colors)
     chunk = env.spec.action.chunk
     env.close()
     figures = summarise(records, data.sources, chunk)
-    figures["notes"] = [] if tabletop else [OBJECTS_SKIPPED]
+    figures["notes"] = [*env.spec.notes, *([] if tabletop else [OBJECTS_SKIPPED])]
     names = ("steps", "eta", "threshold", "success_frames", "judged_frames", "dtype")
     used = {name: settings[name] for name in names if name in settings}
     figures["settings"] = {"chunk": chunk, **used, "seed": seed}

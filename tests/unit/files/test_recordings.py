@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evac_jax.errors import DataError
+from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import recordings
 
 SHAPE = (2, 8, 6, 3)
@@ -130,3 +130,15 @@ def test_a_folder_that_is_no_recording_is_refused(tmp_path):
     (tmp_path / "card.json").write_text(json.dumps({"sources": []}))
     with pytest.raises(DataError, match="instructions, sha256"):
         recordings.load(tmp_path)
+
+
+def test_tasks_keep_their_texts_when_they_are_numbered_as_another_list(tmp_path):
+    write(tmp_path / "d", [2, 3, 1], instructions=("a", "b", "a"))
+    data = recordings.load(tmp_path / "d")
+    assert data.asked == ("a", "b")
+    turned = data.numbered_as(("c", "b", "a"))
+    assert turned.instructions == ("c", "b", "a")
+    assert turned.task.tolist() == [2, 1, 2]
+    assert turned.select(turned.task == 1).asked == ("b",)
+    with pytest.raises(ConfigError, match=r"unknown to it are\n  'b'"):
+        data.numbered_as(("a", "c"))

@@ -60,7 +60,7 @@ class FakeWorldModel:
 class FakeReward:
     """Success probability = red channel."""
 
-    config = SimpleNamespace(num_instructions=0)
+    notes = ()
 
     def probability(self, frames, instruction=None):
         return frames[:, 0, 0, 0].clamp(0, 1)

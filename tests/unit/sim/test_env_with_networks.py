@@ -15,9 +15,12 @@ from evac_jax.evac.config import (
 )
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.model_folders import save_model
+from evac_jax.files import cards, recordings
 from evac_jax.miniature.starts import MiniatureStarts
+from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.env import make
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
+from evac_jax.sim.recorded_starts import FolderStarts, RecordedStarts
 from evac_jax.sim.reward import RewardConfig, RewardNet
 
 RESAMPLER = ResamplerConfig(
@@ -127,3 +130,90 @@ def test_it_runs_in_half_precision(folders):
 def test_weights_of_another_kind_are_refused(folders):
     with pytest.raises(CheckpointError, match="expected a model of kind RewardNet"):
         play({**folders, "reward": folders["pose_model"]})
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    """Two tasks in turn: frames are noise, the instruction is all that the classifier gets."""
+    folder = tmp_path_factory.mktemp("recordings")
+    write_recording(folder / "ours", INSTRUCTIONS)
+    write_recording(folder / "turned", INSTRUCTIONS[::-1])
+    return folder
+
+
+def write_recording(folder, instructions):
+    """Write the same twelve episodes with their instructions listed in some order."""
+    rng = np.random.default_rng(0)
+    with recordings.EpisodeWriter(
+        folder,
+        image_shape=(1, 32, 32, 3),
+        instructions=instructions,
+        sources=["x"],
+        intrinsic=np.diag([40.0, 40, 1])[None],
+        c2w=np.eye(4)[None],
+        facts={},
+    ) as writer:
+        for n in range(12):
+            writer.add(
+                frames=rng.integers(0, 256, (2, 1, 32, 32, 3), dtype=np.uint8),
+                actions=np.zeros((1, 7), np.float32),
+                poses=np.tile(np.array([0, 0, 1, 0, 0, 0, 1, 0], np.float32), (2, 1)),
+                success=np.zeros(2, bool),
+                task=instructions.index(INSTRUCTIONS[n % 2]),
+                source=0,
+            )
+
+
+def judged(folders, source):
+    """Texts [4] and the classifier's probabilities [4 chunk] of the first four starts."""
+    settings = {"num_envs": 4, "steps": 1, "eta": 0.0, "max_episode_steps": 2, "threshold": 1.0}
+    env = make({**folders, **settings}, source)
+    seen, classify = [], env._classify
+
+    def record(frames, task):
+        seen.append(classify(frames, task))
+        return seen[-1]
+
+    env._classify = record
+    frames = torch.zeros(4, *env.spec.image_shape, dtype=torch.uint8)
+    clip = torch.zeros(0, 2, *env.spec.image_shape).byte()
+    result = env.reset(np.arange(4), 0, frames, clip)
+    env.step(np.zeros((4, 2, 7), np.float32), frames, clip)
+    return [env.spec.instructions[task] for task in result.task], seen[0]
+
+
+@pytest.fixture
+def told(folders, tmp_path):
+    """Weights whose classifier depends on the instruction, and says which it knows."""
+    torch.manual_seed(1)
+    net = RewardNet(RewardConfig(width=4, num_instructions=2))
+    for table in net.instruction:
+        torch.nn.init.normal_(table.weight)
+    save_model(tmp_path / "reward", net)
+    cards.write_json(tmp_path / "reward" / "card.json", {"instructions": INSTRUCTIONS})
+    return {**folders, "reward": str(tmp_path / "reward")}
+
+
+def test_imagination_is_judged_alike_when_a_recording_lists_its_instructions_otherwise(
+    told, recording
+):
+    texts, ours = judged(told, FolderStarts(str(recording / "ours")))
+    turned_texts, turned = judged(told, FolderStarts(str(recording / "turned")))
+    assert set(texts) == set(INSTRUCTIONS)
+    assert turned_texts == texts
+    assert torch.equal(turned, ours)
+
+
+def test_recording_of_one_of_two_tasks_is_judged_as_that_task(told, recording):
+    data = recordings.load(recording / "ours").split()[0]
+    mine = np.flatnonzero(data.task == 1)[:4]
+    texts, alone = judged(told, RecordedStarts(data.select(mine)))
+    assert texts == [INSTRUCTIONS[1]] * 4
+    both = RecordedStarts(data.select(np.append(mine, np.flatnonzero(data.task == 0))))
+    assert torch.equal(judged(told, both)[1], alone)
+
+
+def test_world_says_that_it_cannot_match_tasks_when_a_classifier_has_no_card(folders, recording):
+    env = make({**folders, "steps": 1}, FolderStarts(str(recording / "ours")))
+    (note,) = env.spec.notes
+    assert "no card.json" in note

@@ -9,6 +9,7 @@ from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import recordings
 from evac_jax.miniature.env import GroundTruthConfig, GroundTruthEnv
 from evac_jax.miniature.starts import MiniatureStarts
+from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.initial_states import make_initial_states
 from evac_jax.sim.recorded_starts import Keyframes, RecordedStarts, WithKeyframes
 from evac_jax.tools.episodes import collect
@@ -31,16 +32,31 @@ def test_starts_of_a_recording_are_the_first_frames_of_its_training_part(folder)
     assert texts == [training.instructions[task] for task in training.task[[3, 0]]]
 
 
-def test_instruction_that_a_classifier_does_not_know_is_named(folder):
-    with pytest.raises(ConfigError, match="the recording also has"):
-        RecordedStarts(recordings.load(folder), ["open the drawer"])
-
-
-def test_instructions_are_matched_by_text_when_their_order_differs(folder):
+def test_instructions_that_no_episode_has_are_left_out(folder):
     data = recordings.load(folder)
-    turned = data.instructions[::-1]
-    task = RecordedStarts(data, turned).load(np.arange(4)).task
-    assert [turned[t] for t in task] == [data.instructions[t] for t in data.task[:4]]
+    blue = RecordedStarts(data.select(data.task == 1))
+    assert blue.instructions == (data.instructions[1],)
+    assert (blue.load(np.arange(3)).task == 0).all()
+
+
+class Elsewhere(MiniatureStarts):
+    """Scenes whose list of instructions is another one."""
+
+    def __init__(self, instructions):
+        super().__init__()
+        self.instructions = instructions
+
+
+@pytest.mark.parametrize("instructions", [INSTRUCTIONS[::-1], INSTRUCTIONS[:1], ("push",)])
+def test_keyframes_keep_their_texts_when_other_starts_list_theirs_differently(folder, instructions):
+    keyframes = Keyframes(str(folder))
+    source = WithKeyframes(Elsewhere(instructions), keyframes)
+    assert source.instructions[: len(instructions)] == instructions
+    ids = KEYFRAMES + np.arange(keyframes.count)
+    episodes, data = keyframes.find(ids)[0], keyframes.data
+    texts = [source.instructions[task] for task in source.load(ids).task]
+    assert texts == [data.instructions[task] for task in data.task[episodes]]
+    assert set(texts) == set(INSTRUCTIONS)
 
 
 def test_keyframes_lie_behind_the_first_frame_and_before_success(folder):
@@ -105,4 +121,15 @@ def test_recording_without_start_ids_cannot_be_repeated_in_the_ground_truth(fold
     unknown = dataclasses.replace(data, start=np.full_like(data.start, -1))
     monkeypatch.setattr(recordings, "load", lambda *folders: unknown)
     with pytest.raises(ConfigError, match="without a start id"):
+        GroundTruthEnv(GroundTruthConfig(num_envs=1, keyframe_data=str(folder)))
+
+
+def test_start_ids_of_another_ground_truth_are_refused_when_their_instructions_differ(
+    folder, monkeypatch
+):
+    data = recordings.load(folder)
+    monkeypatch.setattr(
+        recordings, "load", lambda *_: dataclasses.replace(data, task=1 - data.task)
+    )
+    with pytest.raises(ConfigError, match="is no recording of this ground truth: episode 0"):
         GroundTruthEnv(GroundTruthConfig(num_envs=1, keyframe_data=str(folder)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from evac_jax.errors import ConfigError
+from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.evac.model_folders import save_model
 from evac_jax.sim.reward import RewardConfig, RewardEnsemble, RewardNet
 
@@ -66,11 +66,6 @@ def test_mean_counts_and_disagreement_beyond_the_veto_is_failure():
     torch.testing.assert_close(vetoed, torch.tensor([0.85, 0.0, 0.15]))
 
 
-def test_members_must_know_the_same_instructions():
-    with pytest.raises(ConfigError, match=r"got \[0, 3\]"):
-        RewardEnsemble([Sure(0.5), Sure(0.5, instructions=0)])
-
-
 def test_nobody_to_disagree_is_refused():
     with pytest.raises(ConfigError, match="at least, got 1"):
         RewardEnsemble([Sure(0.5)], veto=0.3)
@@ -78,31 +73,88 @@ def test_nobody_to_disagree_is_refused():
 
 def _saved(folder, instructions, seed=0):
     torch.manual_seed(seed)
-    save_model(folder, RewardNet(RewardConfig(width=4, num_instructions=len(instructions))))
+    net = RewardNet(RewardConfig(width=4, num_instructions=len(instructions)))
+    for table in net.instruction:
+        nn.init.normal_(table.weight)
+    save_model(folder, net)
     (folder / "card.json").write_text(json.dumps({"instructions": instructions}))
     return str(folder)
 
 
-def test_folders_joined_by_commas_become_members(tmp_path):
-    folders = [_saved(tmp_path / str(seed), ["red", "blue"], seed) for seed in range(2)]
-    ensemble = RewardEnsemble.load(",".join(folders), veto=1.0)
-    frames, task = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+TASKS = ("red", "blue")
+PICTURES = torch.linspace(-1, 1, 4 * 3 * 32 * 32).reshape(4, 3, 32, 32)
+
+
+def _told(folder, instructions, texts):
+    """Probabilities of PICTURES from a classifier that is asked about `texts`."""
+    numbers = torch.tensor([instructions.index(text) for text in texts])
     with torch.no_grad():
-        alone = [RewardEnsemble.load(f).probability(frames, task) for f in folders]
-        torch.testing.assert_close(ensemble.probability(frames, task), sum(alone) / 2)
-    assert not torch.equal(*alone)
+        return RewardEnsemble.load(folder, instructions).probability(PICTURES, numbers)
 
 
-def test_same_instructions_in_another_order_are_refused(tmp_path):
-    a = _saved(tmp_path / "a", ["red", "blue"])
-    b = _saved(tmp_path / "b", ["blue", "red"])
-    with pytest.raises(ConfigError, match=r"(?s)same order.*\['blue', 'red'\]") as error:
-        RewardEnsemble.load(f"{a},{b}")
-    assert a in str(error.value)
+def test_folders_joined_by_commas_become_members(tmp_path):
+    folders = [_saved(tmp_path / str(seed), TASKS, seed) for seed in range(2)]
+    asked = ("red", "blue", "red", "blue")
+    one, other = (_told(folder, TASKS, asked) for folder in folders)
+    torch.testing.assert_close(_told(",".join(folders), TASKS, asked), (one + other) / 2)
+    assert not torch.equal(one, other)
 
 
-def test_classifier_without_a_card_is_taken_as_it_is(tmp_path):
-    a = _saved(tmp_path / "a", ["red", "blue"])
-    b = _saved(tmp_path / "b", ["red", "blue"])
-    (tmp_path / "b" / "card.json").unlink()
-    assert len(RewardEnsemble.load(f"{a},{b}").members) == 2
+def test_tasks_are_matched_by_text_when_a_world_lists_them_in_another_order(tmp_path):
+    folder = _saved(tmp_path / "a", TASKS)
+    asked = ("red", "blue", "blue", "blue")
+    same = _told(folder, TASKS, asked)
+    assert torch.equal(_told(folder, TASKS[::-1], asked), same)
+    assert not torch.equal(_told(folder, TASKS, asked[::-1]), same)
+
+
+def test_world_with_one_of_two_tasks_is_judged(tmp_path):
+    folder = _saved(tmp_path / "a", TASKS)
+    of_two, of_one = (_told(folder, tasks, ("blue",) * 4) for tasks in (TASKS, ("blue",)))
+    assert torch.equal(of_two, of_one)
+
+
+def test_each_classifier_has_numbers_of_its_own_when_their_orders_differ(tmp_path):
+    a, b = _saved(tmp_path / "a", TASKS), _saved(tmp_path / "b", (*TASKS[::-1], "green"), 1)
+    asked = ("red", "blue", "red", "blue")
+    alone = [_told(folder, TASKS, asked) for folder in (a, b)]
+    torch.testing.assert_close(_told(f"{a},{b}", TASKS, asked), sum(alone) / 2)
+
+
+def test_unknown_instruction_is_refused_by_name(tmp_path):
+    folder = _saved(tmp_path / "a", TASKS)
+    with pytest.raises(ConfigError, match=r"(?s)card\.json.*'red', 'blue'.*'blau'") as error:
+        RewardEnsemble.load(folder, ("red", "blau"))
+    assert folder in str(error.value)
+    assert "'red'." not in str(error.value)
+
+
+def test_classifier_without_a_card_is_taken_in_the_order_of_the_world_and_says_so(tmp_path):
+    folder = _saved(tmp_path / "a", TASKS)
+    asked = ("blue", "red", "red", "red")
+    with_card = _told(folder, TASKS, asked)
+    assert RewardEnsemble.load(folder, TASKS).notes == ()
+    (tmp_path / "a" / "card.json").unlink()
+    assert torch.equal(_told(folder, TASKS, asked), with_card)
+    (note,) = RewardEnsemble.load(folder, TASKS).notes
+    assert folder in note
+    assert str(list(TASKS)) in note
+
+
+def test_classifier_without_a_card_is_refused_when_its_tasks_cannot_be_told(tmp_path):
+    folder = _saved(tmp_path / "a", TASKS)
+    (tmp_path / "a" / "card.json").unlink()
+    with pytest.raises(ConfigError, match=r"knows 2 instructions and has no card.*have 1"):
+        RewardEnsemble.load(folder, ("blue",))
+
+
+def test_card_of_another_training_is_refused(tmp_path):
+    folder = _saved(tmp_path / "a", TASKS)
+    (tmp_path / "a" / "card.json").write_text(json.dumps({"instructions": ["red"]}))
+    with pytest.raises(CheckpointError, match=r"lists 1 instructions, .* knows 2"):
+        RewardEnsemble.load(folder, ("red",))
+
+
+def test_classifier_that_is_told_no_instruction_judges_any_task(tmp_path):
+    folder = _saved(tmp_path / "a", ())
+    assert len(_told(folder, ("open the drawer",), ["open the drawer"] * 4)) == 4

@@ -16,10 +16,17 @@ def folders(tmp_path_factory):
     """A recording, and the same once more as if a perfect world model had imagined it."""
     folder = tmp_path_factory.mktemp("reward")
     real = collect.collect(folder / "real", 160, {"expert": 0.5, "random": 0.5}, image_size=32)
+    _write_imagined(real, folder / "imagined", (0, 1))
+    _write_imagined(real, folder / "turned", (1, 0))
+    return folder
+
+
+def _write_imagined(real, folder, numbers):
+    """Write `real` as if it was imagined, its task t under the number numbers[t]."""
     with recordings.EpisodeWriter(
-        folder / "imagined",
+        folder,
         image_shape=real.frames.shape[1:],
-        instructions=real.instructions,
+        instructions=[real.instructions[number] for number in numbers],
         sources=[f"imagined:{source}" for source in real.sources],
         intrinsic=real.intrinsic,
         c2w=real.c2w,
@@ -32,10 +39,9 @@ def folders(tmp_path_factory):
                 actions=real.actions[rows[:-1]],
                 poses=real.poses[rows],
                 success=real.success[rows],
-                task=int(real.task[n]),
+                task=numbers[int(real.task[n])],
                 source=int(real.source[n]),
             )
-    return folder
 
 
 def test_hard_negatives_are_failed_imagined_frames_that_look_like_success(folders):
@@ -69,6 +75,19 @@ def test_command_writes_a_calibrated_classifier_and_its_card(folders, tmp_path, 
     assert card["scores"]["threshold"] == 0.5
     assert 0 < card["calibration"]["threshold"] < 1
     assert len(card["scores"]["false_success_95"]) == 2
+
+
+def test_classifier_is_the_same_when_imagined_episodes_list_their_tasks_otherwise(
+    folders, tmp_path
+):
+    found = []
+    for name in ("imagined", "turned"):
+        arguments = ["--data", folders / "real", "--imagined", folders / name]
+        arguments += ["--out", tmp_path / name, "--steps", 30, "--width", 4, "--threads", 1]
+        train_reward.main([str(part) for part in arguments])
+        card = json.loads((tmp_path / name / "card.json").read_text())
+        found.append((card["instructions"], card["calibration"], card["scores"], card["sha256"]))
+    assert found[0] == found[1]
 
 
 def test_frames_and_chunk_must_fit_together():

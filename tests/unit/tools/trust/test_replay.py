@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from evac_jax.miniature.render import BLOCK_COLORS
-from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.tools.trust.replay import FALSE, RIGHT, make_environment, replay
 
@@ -15,7 +14,7 @@ def _settings(weights, **more) -> dict:
 
 
 def _replayed(weights, recording, batch=4, **more):
-    source = RecordedStarts(recording, INSTRUCTIONS)
+    source = RecordedStarts(recording)
     env = make_environment(_settings(weights, **more), source, 32, batch, batch)
     return replay(env, recording, colors=BLOCK_COLORS)
 
@@ -43,7 +42,7 @@ def _imagine_the_truth(env, data):
 
 
 def test_everything_agrees_when_the_truth_is_imagined(weights, recording):
-    source = RecordedStarts(recording, INSTRUCTIONS)
+    source = RecordedStarts(recording)
     env = make_environment(_settings(weights), source, 32, 3, 2)
     _imagine_the_truth(env, recording)
 
@@ -83,7 +82,7 @@ def test_verdict_ends_with_the_recording_when_imagination_goes_on(weights, recor
 def test_recorded_gripper_is_not_translated_when_played_again(weights, recording):
     data = recording.select(np.array([0]))
     env = make_environment(_settings(weights, gripper="libero"),
-                           RecordedStarts(data, INSTRUCTIONS), 32, 1, 1)  # fmt: skip
+                           RecordedStarts(data), 32, 1, 1)  # fmt: skip
     pushed = []
     env._advance = lambda action, pose: pushed.append(action[0].numpy().copy()) or pose
 
