@@ -93,6 +93,6 @@ def test_help_lists_the_fields_with_the_values_of_the_preset(repository):
     assert "(default: 32)" in words
     assert "--config.optim.schedule: <constant|cosine|openpi_cosine" in words
     assert "--config.algo.gae_lambda: <float, 0..1>: trace decay" in words
-    assert "keeps groups from 10 % success" in words
+    assert "groups with at least 10 % success" in words
     assert "--mode: <train|eval|collect|export>" in words
     assert "--config.policy.lora_rank" not in launch(repository, "--helpshort").stdout
