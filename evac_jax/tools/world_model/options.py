@@ -150,4 +150,6 @@ def read_config(path: str | None) -> EvacConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config={path}: not a readable JSON file ({error})") from error
     # The config.json of a model folder serves as well as the bare sizes.
-    return EvacConfig.from_dict(values.get("config", values))
+    return EvacConfig.from_dict(
+        values.get("config", values) if isinstance(values, dict) else values
+    )
