@@ -11,7 +11,7 @@ from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts
 from evac_jax.evaluate import Evaluators
 from evac_jax.learner import Learner
-from evac_jax.policy_import import check_policy
+from evac_jax.policy_import import check_policy, known_tasks
 from evac_jax.rollout import Collector, iteration_key
 from evac_jax.run_folder import Run, RunFolder
 from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
@@ -117,7 +117,7 @@ def _ready(
     Args:
         folder: of the run that trains; None starts no more than an evaluation needs.
     """
-    check_policy(config.policy)  # before simulators take minutes to start
+    check_policy(config.policy, known_tasks(config))  # before simulators take minutes to start
     meshes = hosts.make_meshes(config)
     episode = expected_episode(config)
     if episode and folder:

@@ -1,6 +1,6 @@
 """Hugging Face folder -> policy. Each tensor is read once and handed on as it is read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,22 +169,25 @@ def load_policy(
     return LoadedPolicy(model, tokenizer, notes=(*notes, *reader.notes))
 
 
-def check_policy(folder: str | Path, **options) -> None:
+def check_policy(folder: str | Path, *, tasks: Sequence[str] = (), **options) -> None:
     """Raise what `load_policy` raises before it reads a weight.
 
     For whoever starts something dear first: a wrong folder is told at once.
 
     Args:
         folder: as of `load_policy`.
+        tasks: instructions that will be asked for.
         options: those of `_open`, below.
 
     Raises:
         FileNotFoundError: a file is missing.
         KeyError: `unnorm_key` is not among the statistics.
         ValueError: tensors are missing, unexpected, no floats or of another shape, or the adapter
-            does not fit; all are listed at once. Or a file is damaged.
+            does not fit; all are listed at once. Or a file is damaged, or the prompt of a task is
+            longer than `max_prompt_length`.
     """
-    _open(folder, **options)
+    _, tokenizer, _ = _open(folder, **options)
+    tokenizer.encode(list(tasks))
 
 
 def _open(
@@ -218,6 +221,7 @@ def _open(
         fields = {"action_dim": len(statistics.low)} | fields
     config = load_config(folder, max_prompt_length=max_prompt_length, **fields)
     tokenizer = PromptTokenizer(folder, max_prompt_length)
+    tokenizer.check_vocabulary(config.tokenizer_vocab, config.vocab_size)
     adapter = LoraAdapter(lora_adapter) if lora_adapter else None
     return _Reader(CheckpointFiles(folder), config, statistics, adapter, seed), tokenizer, notes
 

@@ -58,6 +58,25 @@ class PromptTokenizer:
         pad_id = (read_json(folder / "config.json") or {}).get("pad_token_id")
         return self._id("<PAD>") if pad_id is None else pad_id
 
+    def check_vocabulary(self, words: int, rows: int) -> None:
+        """Refuse a tokenizer of another model, whose ids would mean other words or none.
+
+        Args:
+            words: tokens without added ones; the last of them stand for actions.
+            rows: of the embedding.
+
+        Raises:
+            ValueError: the sizes differ.
+        """
+        own = self._tokenizer.get_vocab_size(with_added_tokens=False)
+        every = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if own != words or every > rows or not 0 <= self.pad_id < rows:
+            raise ValueError(
+                f"tokenizer.json: expected {words} tokens (text_config.vocab_size less "
+                f"pad_to_multiple_of) and ids below {rows}, got {own}, with added ones {every}, "
+                f"padding {self.pad_id}; take the checkpoint's own tokenizer"
+            )
+
     @staticmethod
     def text(task: str) -> str:
         """Return the prompt of a task description, lower-cased."""
