@@ -2,20 +2,26 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from evac_jax.config.schema import PolicyConfig
+from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.errors import CheckpointError
+from evac_jax.files import cards
 from evac_jax.telemetry.reading import ReadProgress
 from policies import POLICIES
 from policies.base import LoadedPolicy
 
 
-def check_policy(policy: PolicyConfig) -> None:
+def check_policy(policy: PolicyConfig, tasks: Sequence[str] = ()) -> None:
     """Check that `policy` can be imported, as far as possible without reading weights.
+
+    Args:
+        policy: of the configuration.
+        tasks: instructions that it will be asked for, as far as they are known.
 
     Raises:
         CheckpointError: it cannot; says why.
@@ -23,7 +29,21 @@ def check_policy(policy: PolicyConfig) -> None:
     # Whether a value head fits depends on the simulator's chunk, which is not known yet.
     options = _options(policy) | {"value_type": "none"}
     with told_as_checkpoint_error(_what(policy)):
-        _module().check_policy(policy.checkpoint, **options)
+        _module().check_policy(policy.checkpoint, tasks=tasks, **options)
+
+
+def known_tasks(config: TrainConfig) -> list[str]:
+    """Return the instructions that the cards of a run's folders tell, before anything starts.
+
+    Other sources of initial states tell theirs when they run.
+    """
+    folders = [config.env.keyframe_data] if config.env.keyframes else []
+    if config.env.simulator == "world_model" and config.env.initial_states_path:
+        folders.append(config.env.initial_states_path)
+    texts = [
+        text for folder in folders for text in cards.read(Path(folder)).get("instructions", ())
+    ]
+    return list(dict.fromkeys(texts))
 
 
 def import_policy(policy: PolicyConfig, *, seed: int, **more: Any) -> LoadedPolicy:

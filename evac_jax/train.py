@@ -11,7 +11,7 @@ from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts
 from evac_jax.evaluate import Evaluators
 from evac_jax.learner import Learner
-from evac_jax.policy_import import check_policy
+from evac_jax.policy_import import check_policy, known_tasks
 from evac_jax.rollout import Collector, iteration_key
 from evac_jax.run_folder import Run, RunFolder
 from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
@@ -120,7 +120,7 @@ def _ready(
     """
     # Before simulators take minutes to start.
     check_ranges(config, learning=folder is not None)
-    check_policy(config.policy)
+    check_policy(config.policy, known_tasks(config))
     meshes = hosts.make_meshes(config)
     episode = expected_episode(config)
     if episode and folder:

@@ -7,6 +7,7 @@ this, so each field is declared only once.
 import dataclasses
 import inspect
 import math
+import os
 import re
 import types
 import typing
@@ -16,6 +17,14 @@ from typing import Any, NamedTuple
 
 from evac_jax.errors import nearest
 from policies.ranges import Range
+
+
+def with_home(text: str) -> str:
+    """Return a path, or several joined by commas, with the home folder in the place of "~".
+
+    A shell does so only at the beginning of a word, not behind `--flag=`.
+    """
+    return re.sub(r"(^|,)~(?=/|,|$)", lambda found: found[1] + os.path.expanduser("~"), text)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,10 @@ class Kind:
         return "" if self.range is None else str(self.range)
 
     def convert(self, value: Any, path: str, problems: list[str]) -> Any:
-        """Return `value` as this type (int to float if needed), or append to `problems`."""
+        """Return `value` as this type (int to float if needed), or append to `problems`.
+
+        A path may begin with "~/".
+        """
         if value is None and self.optional:
             return None
         if self.type is tuple:
@@ -90,7 +102,7 @@ class Kind:
             return float(value)
         if not isinstance(value, self.type) or isinstance(value, bool) != (self.type is bool):
             problems.append(f"config.{path}: expected {self.type.__name__}, got {value!r}")
-        return value
+        return with_home(value) if isinstance(value, str) else value
 
     def _convert_tuple(self, value: Any, path: str, problems: list[str]) -> Any:
         if not isinstance(value, list | tuple):

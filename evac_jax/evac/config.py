@@ -8,6 +8,7 @@ Source: the public configurations of AgibotTech/EnerVerse-AC and jzndd/EnerVerse
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -48,8 +49,10 @@ class JsonConfig:
         """Rebuild from `to_dict`'s output; keys left out keep their defaults.
 
         Raises:
-            ConfigError: for a key this class does not have.
+            ConfigError: for a key this class does not have, or a value of another type.
         """
+        if not isinstance(data, dict):
+            raise ConfigError(f"{cls.__name__}: expected an object with its sizes, got {data!r}")
         hints = typing.get_type_hints(cls)
         unknown = sorted(set(data) - set(hints))
         if unknown:
@@ -63,7 +66,14 @@ class JsonConfig:
                 return kind.from_dict(value)
             return _tuples(value)
 
-        return cls(**{name: rebuild(hints[name], value) for name, value in data.items()})
+        values = {name: rebuild(hints[name], value) for name, value in data.items()}
+        if wrong := [
+            f"{name}: expected {hints[name]}, got {value!r}"
+            for name, value in values.items()
+            if not _fits(hints[name], value)
+        ]:
+            raise ConfigError(f"{cls.__name__}: {'; '.join(wrong)}")
+        return cls(**values)
 
     def replace(self, **changes) -> Self:
         """A copy with some fields changed."""
@@ -72,6 +82,20 @@ class JsonConfig:
 
 def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a field's type; a whole number serves as a real one."""
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if typing.get_origin(kind) is not tuple:
+        return type(value) is kind
+    entries = typing.get_args(kind)
+    if not isinstance(value, tuple):
+        return False
+    if entries[-1] is Ellipsis:
+        entries = entries[:1] * len(value)
+    return len(entries) == len(value) and all(map(_fits, entries, value))
 
 
 @dataclass(frozen=True)

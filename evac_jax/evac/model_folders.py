@@ -254,17 +254,20 @@ def load_model(
         raise CheckpointError(
             f"{folder} is not a model folder: cannot read {CONFIG_FILE}"
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     name = description.get("model") if isinstance(description, dict) else None
     if name not in MODELS or (kind is not None and name != kind):
         expected = kind or " or ".join(sorted(MODELS))
         raise CheckpointError(f"{path}: expected a model of kind {expected}, got {name!r}")
+    weights = description.get("weights", WEIGHTS_FILE)
+    if not isinstance(weights, str) or weights != Path(weights).name:
+        raise CheckpointError(f'{path}: "weights": expected a file\'s name, got {weights!r}')
     cls, config_cls = map(_imported, MODELS[name])
     config = config_cls.from_dict(description.get("config", {}))
     with torch.device("meta"):  # initial values would be replaced at once, so none are computed
         model = cls(config)
-    load_weights(model, path.with_name(description.get("weights", WEIGHTS_FILE)), device, dtype)
+    load_weights(model, path.with_name(weights), device, dtype)
     return model.to(device).eval()
 
 

@@ -23,7 +23,10 @@ from torch import Tensor
 from evac_jax.errors import CheckpointError
 from evac_jax.files.restricted_npy import encode_latin1
 
-DEEPSPEED_PREFIX = "_forward_module."
+# What wrappers put in front of keys (DeepSpeed, DistributedDataParallel), and at any depth
+# (torch.compile).
+PREFIXES = ("_forward_module.", "module.")
+INSERTED = "_orig_mod."
 DEEPSPEED_FILES = "*_model_states.pt"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Names of types in a safetensors header.
@@ -46,7 +49,7 @@ BESIDE_WEIGHTS = re.compile(
 _NUMPY = [
     np.ndarray,
     np.dtype,
-    *(type(np.dtype(name)) for name in ("float32", "float64", "int64")),
+    *(type(np.dtype(name)) for name in "?bhilqBHILQefdgFDUSMm"),
     *(
         (np._core.multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct")  # noqa: SLF001
         for core in ("core", "_core")
@@ -70,6 +73,10 @@ class _LeftOut:
 
 def _left_out_dict(*_args) -> dict:
     return {}
+
+
+def _left_out_number(*_args) -> _LeftOut:
+    return _LeftOut()
 
 
 def find_file(path: str | Path) -> Path:
@@ -133,7 +140,10 @@ def _load_pickled(path: Path) -> Any:
     try:
         # Only zip files can list in advance the classes that they need; for others torch refuses.
         beside = [n for n in (asked_for(path) if zipped else ()) if BESIDE_WEIGHTS.fullmatch(n)]
-        harmless = [*_NUMPY, (_left_out_dict, "collections.defaultdict")]
+        scalars = [
+            (_left_out_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
+        ]
+        harmless = [*_NUMPY, *scalars, (_left_out_dict, "collections.defaultdict")]
         with torch.serialization.safe_globals([*harmless, *((_LeftOut, n) for n in beside)]):
             refused = sorted(asked_for(path)) if zipped else []
             if not refused:
@@ -167,7 +177,7 @@ def _damaged(path: Path, kind: str) -> str:
 
 
 def unwrap(content: Any, name: str = "checkpoint") -> dict[str, Tensor]:
-    """The state dict inside a container; DeepSpeed's prefix is removed from keys that have it.
+    """The state dict inside a container; wrappers' prefixes are removed from keys that have them.
 
     Args:
         content: Lightning ("state_dict"), DeepSpeed ("module"), action predictor
@@ -194,7 +204,17 @@ def unwrap(content: Any, name: str = "checkpoint") -> dict[str, Tensor]:
         raise CheckpointError(
             f"{name}: expected a state dict, bare or under 'state_dict' or 'module', got {found}"
         )
-    return {str(key).removeprefix(DEEPSPEED_PREFIX): value for key, value in state.items()}
+    plain = {_plain_key(str(key)): value for key, value in state.items()}
+    if len(plain) < len(state):
+        raise CheckpointError(f"{name}: several keys mean one weight: some have a wrapper's prefix")
+    return plain
+
+
+def _plain_key(key: str) -> str:
+    key = key.replace(INSERTED, "")
+    while prefix := next((prefix for prefix in PREFIXES if key.startswith(prefix)), ""):
+        key = key.removeprefix(prefix)
+    return key
 
 
 def _tensor(value: Any) -> Any:

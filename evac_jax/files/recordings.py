@@ -21,6 +21,7 @@ import numpy as np
 from evac_jax.errors import DataError
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.instructions import numbers_in
+from evac_jax.files.meaning import check_poses
 
 CARD = "card.json"
 HELD_OUT = 0.1  # share of the scenes that no training sees
@@ -252,7 +253,7 @@ class EpisodeWriter:
         """Append one episode of T actions: frames [T+1 V H W 3], actions [T 7], poses [T+1 8],
         success [T+1]; see `Episodes`.
         """  # noqa: D205
-        steps = len(actions)
+        steps, where = len(actions), f"{self._out}: episode {len(self._parts['first'])}"
         frames, poses = np.asarray(frames), np.asarray(poses, np.float32)
         shapes = {
             "frames": (frames.shape, (steps + 1, *self._image_shape)),
@@ -263,13 +264,14 @@ class EpisodeWriter:
         wrong = [f"{n}: expected {b}, got {a}" for n, (a, b) in shapes.items() if a != b]
         if frames.dtype != np.uint8:
             wrong.append(f"frames: expected uint8, got {frames.dtype}")
-        if not (np.isfinite(poses).all() and np.isfinite(actions).all()):
-            wrong.append("poses and actions: expected finite numbers")
+        if not np.isfinite(actions).all():
+            wrong.append("actions: expected finite numbers")
         for name, index in (("instructions", task), ("sources", source)):
             if not 0 <= index < len(self._card[name]):
                 wrong.append(f"{name}: there are {len(self._card[name])}, got index {index}")
         if wrong:
-            raise DataError(f"{self._out}: episode {len(self._parts['first'])}: {'; '.join(wrong)}")
+            raise DataError(f"{where}: {'; '.join(wrong)}")
+        check_poses(poses, where)
         self._frames.write(np.ascontiguousarray(frames).data)
         values = {
             "actions": np.concatenate((np.asarray(actions), np.zeros((1, ACTION_DIM)))),
@@ -381,6 +383,7 @@ def _load_one(folder: Path) -> Episodes:
                 problems.append(f"{name}: points outside of the {len(card[texts])} {texts}")
     if problems:
         raise DataError(f"{folder}: not a complete recording: {'; '.join(problems)}")
+    check_poses(arrays["poses"], f"{folder}: poses")
     return Episodes(**arrays, card=card)
 
 

@@ -37,7 +37,7 @@ def resolve_camera(camera: str | dict | None, known: Matrices | None, n_view: in
         n_view: views of the world model, V.
 
     Raises:
-        ConfigError: if there is no camera, or not one per view.
+        ConfigError: if there is no camera, not one per view, or matrices that are no camera's.
     """
     if camera == "libero":
         camera = dict(zip(("intrinsic", "c2w"), libero_camera(), strict=True))
@@ -50,7 +50,10 @@ def resolve_camera(camera: str | dict | None, known: Matrices | None, n_view: in
         )
     matrices = []
     for name, size in (("intrinsic", 3), ("c2w", 4)):
-        matrix = np.array(camera[name], np.float32)
+        try:
+            matrix = np.array(camera[name], np.float32)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"camera.{name}: expected a matrix of numbers ({error})") from error
         matrix = matrix if matrix.ndim == 3 else matrix[None]
         if matrix.shape != (n_view, size, size):
             raise ConfigError(
@@ -58,4 +61,27 @@ def resolve_camera(camera: str | dict | None, known: Matrices | None, n_view: in
                 f"got {list(np.shape(camera[name]))}"
             )
         matrices.append(matrix)
+    if problems := _problems(*matrices):
+        raise ConfigError("camera: " + "; ".join(problems))
     return matrices[0], matrices[1]
+
+
+def _problems(intrinsic: np.ndarray, c2w: np.ndarray) -> list[str]:
+    """Return what keeps matrices [V 3 3] and [V 4 4] from being cameras."""
+    if not (np.isfinite(intrinsic).all() and np.isfinite(c2w).all()):
+        return ["expected finite numbers"]
+    rotation, problems = c2w[:, :3, :3], []
+    if not np.allclose(intrinsic[:, 2], (0, 0, 1)) or (intrinsic[:, (0, 1), (0, 1)] <= 0).any():
+        problems.append(
+            "intrinsic: expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels with fx, fy > 0, "
+            f"got {intrinsic.tolist()}"
+        )
+    if not np.allclose(c2w[:, 3], (0, 0, 0, 1), atol=1e-4):
+        problems.append(
+            f"c2w: expected 0, 0, 0, 1 as the last row, got {c2w[:, 3].tolist()}; is it transposed?"
+        )
+    elif not np.allclose(rotation @ rotation.swapaxes(1, 2), np.eye(3), atol=0.01) or (
+        np.linalg.det(rotation).min() < 0
+    ):
+        problems.append("c2w: expected a rotation (no scale, no mirror) in its first three rows")
+    return problems

@@ -46,6 +46,7 @@ from policies.spec import ActionSpec
 
 CLASSIFIER_BATCH = 256  # frames per call; bounds its activations to about 1.5 GB at 256 pixels
 ACTION_DIM = 7
+CHECKED_STARTS = 16  # initial poses that are compared with what the pose model knows
 
 
 def to_model_range(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -388,7 +389,7 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     Raises:
         ConfigError: for settings that cannot work, missing files among them.
         CheckpointError: if weights do not fit.
-        DataError: if the initial states cannot be read.
+        DataError: if the initial states cannot be read, or the pose model knows no such poses.
     """
     settings = WorldModelEnvConfig.from_dict(config)
     source = source or make_initial_states(settings.initial_states, settings.initial_states_path)
@@ -396,11 +397,14 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
         source = WithKeyframes(source, open_keyframes(settings.keyframe_data))
     device = settings.device
     dtype = getattr(torch, settings.dtype)
+    pose_model = load_model(settings.pose_model, kind="PoseModel", device=device)
+    some = np.arange(min(source.num_starts, CHECKED_STARTS))
+    pose_model.check_poses(source.load(some).poses)
     world_model = load_model(settings.world_model, kind="EvacModel", device=device, dtype=dtype)
     return WorldModelEnv(
         accelerate(world_model, settings.compile),
         RewardEnsemble.load(settings.reward, source.instructions, settings.veto, device),
-        load_model(settings.pose_model, kind="PoseModel", device=device),
+        pose_model,
         source,
         settings,
     )

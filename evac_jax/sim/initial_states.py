@@ -16,7 +16,7 @@ import numpy as np
 
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.files import cards
+from evac_jax.files import cards, meaning
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.restricted_npy import load_objects
 from evac_jax.files.start_frames import (
@@ -137,8 +137,9 @@ class NpyStarts(_StoredStarts):
     A packed folder, as `pack_starts` writes it, is plain arrays and knows its camera.
 
     Raises:
-        DataError: for a missing or empty folder, a refused or damaged file, a missing field, or
-            frames of several sizes; names every file at fault, up to ten.
+        DataError: for a missing or empty folder, a refused or damaged file, a missing field, a
+            pose or picture of another meaning, or frames of several sizes; names every file at
+            fault, up to ten.
 
     Source: data layout of RLinf `EvacEnv` (revision c9f1d8471). Differences: 1. a missing pose
     is an error, there a single zero is used; 2. every file is checked at start-up, there the first.
@@ -227,6 +228,8 @@ def _packed(folder: Path):
             for name in (IMAGES_FILE, POSES_FILE, TASKS_FILE)
         )
         card = json.loads((folder / CARD_FILE).read_text())
+        if tasks.min(initial=0) < 0:
+            raise ValueError("a task is negative")
         texts = [card["instructions"][task] for task in tasks]
         camera, size = card["camera"], None
         if camera is not None:
@@ -238,8 +241,8 @@ def _packed(folder: Path):
         f"images uint8 [N V H W 3], got {images.dtype} {list(images.shape)}": (
             images.dtype != np.uint8 or images.ndim != 5 or images.shape[-1] != 3
         ),
-        f"finite poses [{len(images)} 8], got {list(poses.shape)}": (
-            poses.shape != (len(images), POSE_DIM) or not np.isfinite(poses).all()
+        f"poses [{len(images)} 8], got {list(poses.shape)}": (
+            poses.shape != (len(images), POSE_DIM)
         ),
         f"as many tasks as images, got {len(texts)} and {len(images)}": (
             len(texts) != len(images) or not texts
@@ -247,7 +250,8 @@ def _packed(folder: Path):
     }
     if wrong := [text for text, is_wrong in problems.items() if is_wrong]:
         raise DataError(f"{folder}: expected " + "; ".join(wrong))
-    return images, poses.astype(np.float32), texts, camera, size
+    meaning.check_frame(images[0], f"{folder}: start 0")
+    return images, meaning.check_poses(poses, str(folder)), texts, camera, size
 
 
 class StartCycle:
@@ -294,14 +298,22 @@ def _start(path: Path, episode: np.ndarray, n: int, pose_keys: tuple[str, ...]) 
         raise DataError(
             f"{path}: frame {n} needs 'image' as uint8 [H W 3], got {image.dtype} {image.shape}"
         )
+    meaning.check_frame(image, f"{path}: frame {n}")
     key = next((k for k in pose_keys if k in frame), None)
     pose = np.asarray(frame[key]).reshape(-1) if key else np.zeros(0)
-    if pose.shape != (POSE_DIM,) or pose.dtype.kind not in "fiu" or not np.isfinite(pose).all():
+    if pose.shape != (POSE_DIM,) or pose.dtype.kind not in "fiu":
         raise DataError(
-            f"{path}: frame {n} needs {pose_keys[0]!r} as 8 finite numbers "
-            f"[xyz, quaternion xyzw, gripper], got {key or 'nothing'} of shape {pose.shape}"
+            f"{path}: frame {n} needs {pose_keys[0]!r} as 8 numbers [{meaning.POSE}], got "
+            f"{key or 'nothing'} of shape {pose.shape}"
         )
-    text = episode[0].get("instruction", episode[0].get("task"))
+    pose = meaning.check_poses(pose[None], f"{path}: frame {n}: {key!r}")[0]
+    text_key = "instruction" if "instruction" in episode[0] else "task"
+    text = episode[0].get(text_key)
+    if str(frame.get(text_key, text)) != str(text):
+        raise DataError(
+            f"{path}: {text_key!r} changes within the episode, from {text!r} to "
+            f"{frame[text_key]!r}; split the file first"
+        )
     text = text.item() if isinstance(text, np.ndarray | np.generic) else text
     if isinstance(text, bytes):
         text = text.decode(errors="replace")
@@ -309,7 +321,7 @@ def _start(path: Path, episode: np.ndarray, n: int, pose_keys: tuple[str, ...]) 
         raise DataError(f"{path}: frame 0 needs 'instruction' (or 'task') as text, got {text!r}")
     # A copy, because a view of one frame could keep the whole episode alive.
     image = np.array(image if image.ndim == 4 else image[None])
-    return image, pose.astype(np.float32), text.strip()
+    return image, pose, text.strip()
 
 
 def _read_all(

@@ -2,12 +2,25 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evac_jax.errors import DataError
 from evac_jax.evac.config import JsonConfig
 
 ACTION_DIM, POSE_DIM = 7, 8
+# Standard deviations from the mean beyond which a pose is none of those that the network knows, and
+# the least one that counts: some numbers hardly vary.
+FAR, LEAST_STD = 10.0, 0.02
+POSE_NAMES = ("x", "y", "z", "qx", "qy", "qz", "qw", "gripper")
+# What poses may be instead -> how to make them ours.
+MISTAKEN = {
+    "quaternions written w, x, y, z": lambda p: p[:, [0, 1, 2, 4, 5, 6, 3, 7]],
+    "quaternions of the other sign, which mean the same but not to the network": lambda p: (
+        p * np.repeat((1, -1, 1), (3, 4, 1))
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -60,3 +73,32 @@ class PoseModel(nn.Module):
         """Next pose [..., 8]: the pose is standardised on the way in, the output put back."""
         mean, std = self.abs_action_mean[0], self.abs_action_std[0]
         return self(action, (pose - mean) / std) * std + mean
+
+    def check_poses(self, poses: np.ndarray) -> None:
+        """Refuse poses [N 8] that all lie far from those that the network was fitted to.
+
+        Raises:
+            DataError: names the numbers that are far, and what they may be instead.
+        """
+        mean, std = (x[0].cpu().numpy() for x in (self.abs_action_mean, self.abs_action_std))
+
+        def far(values: np.ndarray) -> np.ndarray:
+            distance = np.abs(values - mean) / np.maximum(std, LEAST_STD)
+            return distance.min(0) > FAR
+
+        if not (is_far := far(poses)).any():
+            return
+        names = [name for name, flag in zip(POSE_NAMES, is_far, strict=True) if flag]
+        guesses = [what for what, ours in MISTAKEN.items() if not far(ours(poses)).any()]
+        shown = "; ".join(
+            f"{name} {poses[:, n].min():.3g} to {poses[:, n].max():.3g}, known {mean[n]:.3g} "
+            f"+- {std[n]:.3g}"
+            for n, name in enumerate(POSE_NAMES)
+            if name in names
+        )
+        raise DataError(
+            f"initial poses: the pose model was fitted to others: {shown}. "
+            + (f"Are they {guesses[0]}? " if guesses else "Other units, or another robot? ")
+            + "Convert the poses, or train a pose model on such ones "
+            "(tools.world_model.train_pose_model)"
+        )

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from evac_jax.errors import DataError
 from evac_jax.files.atomic import replacing
 
 MIN_SIZE = 256  # pixels; smaller frames are too small for a browser and have no room for text
@@ -157,10 +158,17 @@ def read_mp4(path: Path) -> tuple[Frames, float]:
 
 
 def decode_mp4(path: Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a video, uint8 [H W 3], one by one; a long video may exceed memory."""
-    with av.open(str(path)) as file:
-        for frame in file.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
+    """Yield the frames of a video, uint8 [H W 3], one by one; a long video may exceed memory.
+
+    Raises:
+        DataError: the file is damaged or no video.
+    """
+    try:
+        with av.open(str(path)) as file:
+            for frame in file.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+    except (av.error.FFmpegError, IndexError) as error:  # IndexError: no video track
+        raise DataError(f"{path}: not a readable video ({error})") from error
 
 
 def encode_gif(frames: Frames, *, fps: float) -> bytes:

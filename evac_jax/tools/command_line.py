@@ -5,7 +5,10 @@ The help shows the docstring of the tool without reformatting, and the default o
 
 import argparse
 import copy
+import sys
 from typing import Any
+
+from evac_jax.config.fields import with_home
 
 DEVICES = ("cpu", "cuda")
 
@@ -29,6 +32,12 @@ def _shown(action: argparse.Action) -> str:
     return " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
 
 
+def _parted(argument: str) -> tuple[str, str, str]:
+    """Return (flag, "=", value) of "--flag=value", and anything else as the value alone."""
+    flag, equals, value = argument.partition("=")
+    return (flag, equals, value) if equals and flag.startswith("-") else ("", "", argument)
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of `python -m evac_jax.tools.<tool>`.
 
@@ -45,6 +54,14 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Formatter,
             **options,
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as usual; paths may begin with "~/", also behind "--option="."""
+        argv = [
+            flag + equals + with_home(value)
+            for flag, equals, value in map(_parted, sys.argv[1:] if args is None else args)
+        ]
+        return super().parse_known_args(argv, namespace)
 
     def add_device(self) -> None:
         """Add `--device` of a tool that computes in PyTorch."""

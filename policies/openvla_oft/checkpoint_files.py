@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from policies.openvla_oft.hf_keys import plain_key
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -22,6 +24,7 @@ VALUE_HEAD = "value_head."
 # Types that weights may have; tensors of other types (counters, quantised ones) are not weights.
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+LFS = b"version https://git-lfs"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Networks that OpenVLA-OFT saves beside the weights: file prefix -> what it means.
 OTHER_HEADS = {
@@ -54,6 +57,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
+    refuse_pointer(path)
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -63,13 +67,25 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuse what Git leaves in the place of a large file that was not fetched.
+
+    Raises:
+        ValueError: the file is a Git LFS pointer.
+    """
+    with path.open("rb") as stream:
+        if stream.read(len(LFS)) == LFS:
+            raise ValueError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull`")
+
+
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file for a short time.
 
     Raises:
-        ValueError: the file is damaged or cut short.
+        ValueError: the file is damaged, cut short or a Git LFS pointer.
     """
+    refuse_pointer(path)
     try:
         with safe_open(path, "numpy") as file:
             yield file
@@ -118,6 +134,8 @@ def _all_finite(tensor: np.ndarray) -> bool:
 class CheckpointFiles:
     """The weights of a folder, by key. If there is an index, it decides which files are used.
 
+    Keys are plain: what wrappers add to them is left out (`hf_keys.plain_key`).
+
     Attributes:
         entries: every tensor, key -> where and what.
         absent: keys that the index names but that are in no file.
@@ -142,12 +160,21 @@ class CheckpointFiles:
         if (folder / VALUE_HEAD_FILE).is_file():
             files.append(VALUE_HEAD_FILE)
         self.entries: dict[str, Entry] = {}
+        self._stored: dict[str, str] = {}
         for name in files:
-            for key, entry in entries(folder / name).items():
-                if key not in self.entries or weight_map.get(key) == name:
+            for stored, entry in entries(folder / name).items():
+                key = plain_key(stored)
+                if self._stored.setdefault(key, stored) != stored:
+                    raise ValueError(
+                        f"{folder}: {stored} and {self._stored[key]} are two names of one tensor; "
+                        f"remove the one that is outdated"
+                    )
+                if key not in self.entries or weight_map.get(stored) == name:
                     self.entries[key] = entry
-        self.absent = sorted(set(weight_map) - set(self.entries))
+        self.absent = sorted(set(weight_map) - set(self._stored.values()))
         self.notes = _leftovers(folder, files)
+        if renamed := [f"{old} as {new}" for new, old in self._stored.items() if new != old]:
+            self.notes.append(f"{len(renamed)} tensors go by plainer names, such as {renamed[0]}")
 
     @property
     def keys(self) -> set[str]:
@@ -156,7 +183,7 @@ class CheckpointFiles:
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, in its own dtype; see `read_tensor`."""
-        return read_tensor(self.folder / self.entries[key].file, key)
+        return read_tensor(self.folder / self.entries[key].file, self._stored[key])
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from policies.openvla_oft import hf_fields
+
 VALUE_TYPES = ("none", "chunk_level", "action_level")
 REMAT_POLICIES = ("none", "full", "dots")
 RESIZE_RULES = ("float", "fixed_point")
@@ -226,13 +228,15 @@ class OpenVLAOFTConfig:
         embed_dim, depth, num_heads, mlp_ratio, patch_size and reg_tokens of the towers.
         `overrides` are fields of this class that config.json does not have (chunk, value_type ..).
 
+        Every field is used, known to change nothing, or refused: see `hf_fields`.
+
         Raises:
-            ValueError: an architecture that this code does not have.
+            ValueError: an architecture that this code does not have, or an unknown field.
         """
-        text = config.get("text_config", {})
+        config, text = hf_fields.read_config(config)
         ids = config.get("timm_model_ids", list(TIMM_TOWERS))
         unknown = [name for name in ids if name not in TIMM_TOWERS]
-        if unknown or len(ids) != 2:
+        if unknown:
             raise ValueError(
                 f"config.json: timm_model_ids {ids} are not supported; expected {list(TIMM_TOWERS)}"
             )
@@ -241,18 +245,11 @@ class OpenVLAOFTConfig:
             raise ValueError(f"config.json: image_sizes {sizes} must be equal for both towers")
         hidden = text.get("hidden_size", cls.hidden_size)
         heads = text.get("num_attention_heads", cls.num_heads)
-        for name, expected in (
-            ("hidden_act", "silu"),
-            ("rope_scaling", None),
-            ("attention_bias", False),
-            ("tie_word_embeddings", False),
-        ):
-            if text.get(name, expected) != expected:
-                raise ValueError(
-                    f"config.json: text_config.{name} = {text[name]!r} is not supported; "
-                    f"expected {expected!r}"
-                )
-        changes = config.get("tiny_vision_overrides") or [{}, {}]
+        changes = config.get("tiny_vision_overrides", [{}, {}])
+        for change in changes:
+            hf_fields.refuse(
+                "config.json", hf_fields.TOWER.problems(change, "tiny_vision_overrides: ")
+            )
         towers = [
             _override_tower(TIMM_TOWERS[name], change)
             for name, change in zip(ids, changes, strict=True)
@@ -261,7 +258,11 @@ class OpenVLAOFTConfig:
         if len(patches) != 1:
             raise ValueError(f"tiny_vision_overrides: patch_size differs: {sorted(patches)}")
         if preprocessor is not None:
-            towers = _with_normalization(towers, preprocessor)
+            pairs = hf_fields.read_normalization(preprocessor, sizes[0])
+            towers = [
+                dataclasses.replace(tower, mean=mean, std=std)
+                for tower, (mean, std) in zip(towers, pairs, strict=True)
+            ]
         vocab = text.get("vocab_size", cls.vocab_size)
         padding = config.get("pad_to_multiple_of", cls.vocab_padding)
         fields = {
@@ -351,12 +352,6 @@ class OpenVLAOFTConfig:
 
 
 def _override_tower(tower: VisionTowerConfig, change: dict[str, Any]) -> VisionTowerConfig:
-    known = {"embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "reg_tokens"}
-    if set(change) - known:
-        raise ValueError(
-            f"tiny_vision_overrides: unknown keys {sorted(set(change) - known)}; "
-            f"known are {sorted(known)}"
-        )
     width = change.get("embed_dim", tower.width)
     mlp_width = int(width * change["mlp_ratio"]) if "mlp_ratio" in change else tower.mlp_width
     return dataclasses.replace(
@@ -367,17 +362,3 @@ def _override_tower(tower: VisionTowerConfig, change: dict[str, Any]) -> VisionT
         mlp_width=mlp_width,
         register_tokens=change.get("reg_tokens", tower.register_tokens),
     )
-
-
-def _with_normalization(
-    towers: list[VisionTowerConfig], preprocessor: dict[str, Any]
-) -> list[VisionTowerConfig]:
-    """Take mean and std from the processor's file; `tvf_normalize_params` wins over `means`."""
-    if "tvf_normalize_params" in preprocessor:
-        pairs = [(p["mean"], p["std"]) for p in preprocessor["tvf_normalize_params"]]
-    else:
-        pairs = list(zip(preprocessor["means"], preprocessor["stds"], strict=True))
-    return [
-        dataclasses.replace(tower, mean=tuple(mean), std=tuple(std))
-        for tower, (mean, std) in zip(towers, pairs, strict=True)
-    ]

@@ -23,6 +23,11 @@ MODULES = (
 )
 LM_HEAD = "llama/lm_head"
 PEFT_PREFIX = "base_model.model."
+# What wrappers put in front of a key: PEFT, DistributedDataParallel, DeepSpeed; and, at any depth,
+# torch.compile and FSDP.
+PREFIXES = (PEFT_PREFIX, "module.", "_forward_module.")
+INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.")
+ROOTS = ("vision_backbone.", "projector.", "language_model.", "value_head.")
 # Ours: "<module>/lora/a", of the output head "llama/lm_head_lora/a".
 ADAPTER = re.compile(r"(.+)[/_]lora/([ab])")
 LLAMA_GROUPS: dict[str, tuple[str, ...]] = {
@@ -57,6 +62,25 @@ class Source:
         """Shape of each checkpoint tensor, given our parameter's."""
         shape = shape[1:] if self.stacked else shape
         return shape if self.axes is None else tuple(shape[i] for i in np.argsort(self.axes))
+
+
+def plain_key(key: str) -> str:
+    """Return a tensor's name without what wrappers and newer versions of transformers add to it.
+
+    transformers from 4.52 on may call `language_model.model.*` "model.language_model.*" and put
+    `lm_head` outermost.
+    """
+    for wrapper in INSERTED:
+        key = key.replace(wrapper, "")
+    while wrapper := next((prefix for prefix in PREFIXES if key.startswith(prefix)), ""):
+        key = key.removeprefix(wrapper)
+    if key.startswith("lm_head."):
+        return f"language_model.{key}"
+    if key.removeprefix("model.").startswith(ROOTS):
+        key = key.removeprefix("model.")
+    return re.sub(
+        r"^language_model\.(embed_tokens|layers|norm)\.", r"language_model.model.\1.", key
+    )
 
 
 def path_name(path: tuple) -> str:

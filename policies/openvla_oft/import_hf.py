@@ -1,6 +1,6 @@
 """Reads a policy from a Hugging Face folder; each tensor is read once and placed at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from policies.openvla_oft.checkpoint_files import (
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.layers import Maker
 from policies.openvla_oft.model import OpenVLAOFT, ValueHead
-from policies.openvla_oft.peft import LoraAdapter
+from policies.openvla_oft.peft import LoraAdapter, base_of, find_adapter
 from policies.openvla_oft.prompt import PromptTokenizer
 from policies.openvla_oft.tensors import Shardings, place
 
@@ -49,8 +49,14 @@ class LoadedPolicy:
 def read_norm_stats(folder: str | Path) -> dict[str, Any]:
     """Return the statistics in config.json, overridden by those in dataset_statistics.json."""
     folder = Path(folder)
-    config = read_json(folder / "config.json") or {}
-    return config.get("norm_stats", {}) | (read_json(folder / "dataset_statistics.json") or {})
+    return _stats_in_config(folder) | (read_json(folder / "dataset_statistics.json") or {})
+
+
+def _stats_in_config(folder: Path) -> dict[str, Any]:
+    stats = (read_json(folder / "config.json") or {}).get("norm_stats") or {}
+    if not isinstance(stats, dict):
+        raise ValueError(f"{folder / 'config.json'}: norm_stats: expected an object, got {stats!r}")
+    return stats
 
 
 def read_statistics(
@@ -71,7 +77,7 @@ def read_statistics(
     key = next((name for name in names if name in stats), unnorm_key)
     if key != unnorm_key:
         notes.append(f"statistics {key!r} stand in for {unnorm_key!r}")
-    in_config = (read_json(folder / "config.json") or {}).get("norm_stats", {})
+    in_config = _stats_in_config(folder)
     if key in in_config and in_config[key] != stats[key]:
         notes.append(f"statistics {key!r}: dataset_statistics.json differs from config.json, wins")
     if key in stats:
@@ -80,14 +86,33 @@ def read_statistics(
 
 
 def _check_statistics(folder: Path, key: str, entry: Any, bounds: tuple[str, str]) -> None:
+    where, (low_name, high_name) = f"{folder}: statistics {key!r}", bounds
     action = entry.get("action") if isinstance(entry, dict) else None
     if not isinstance(action, dict) or any(name not in action for name in bounds):
-        raise ValueError(f"{folder}: statistics {key!r} lack action.{' or action.'.join(bounds)}")
-    low, high = (np.asarray(action[name], np.float64) for name in bounds)
+        raise ValueError(f"{where} lack action.{low_name} or action.{high_name}")
+    try:
+        low, high = (np.asarray(action[name], np.float64) for name in bounds)
+    except (TypeError, ValueError):
+        low = high = np.zeros(())
     if low.ndim != 1 or low.shape != high.shape or not np.isfinite([low, high]).all():
         raise ValueError(
-            f"{folder}: statistics {key!r}: action.{bounds[0]} and action.{bounds[1]} must be two "
+            f"{where}: action.{low_name} and action.{high_name} must be two "
             f"lists of finite numbers, one per dimension of the action"
+        )
+    if len(swapped := np.flatnonzero(low > high)):
+        raise ValueError(
+            f"{where}: action.{low_name} lies above action.{high_name} in dimensions "
+            f"{swapped.tolist()}, so these actions would be mirrored; are the two swapped?"
+        )
+    mask = action.get("mask", [])
+    if "mask" in action and (
+        not isinstance(mask, list)
+        or len(mask) != len(low)
+        or any(not isinstance(one, bool) and one not in (0, 1) for one in mask)
+    ):
+        raise ValueError(
+            f"{where}: action.mask: expected {len(low)} times true or false, got {mask!r}; "
+            "without the entry all dimensions are un-normalised"
         )
 
 
@@ -100,10 +125,22 @@ def load_config(folder: str | Path, **overrides) -> OpenVLAOFTConfig:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     if config is None:
-        raise FileNotFoundError(f"{folder / 'config.json'}: not a Hugging Face policy folder")
-    return OpenVLAOFTConfig.from_hf(
-        config, read_json(folder / "preprocessor_config.json"), **overrides
-    )
+        raise FileNotFoundError(_no_policy(folder))
+    try:
+        return OpenVLAOFTConfig.from_hf(
+            config, read_json(folder / "preprocessor_config.json"), **overrides
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _no_policy(folder: Path) -> str:
+    if adapter := find_adapter(folder):
+        return (
+            f"{folder}: {adapter} is a LoRA adapter, no policy of its own; give its base as "
+            f"checkpoint ({base_of(adapter)}) and {adapter} as lora_adapter"
+        )
+    return f"{folder / 'config.json'}: not a Hugging Face policy folder"
 
 
 def load_policy(
@@ -132,22 +169,25 @@ def load_policy(
     return LoadedPolicy(model, tokenizer, notes=(*notes, *reader.notes))
 
 
-def check_policy(folder: str | Path, **options) -> None:
+def check_policy(folder: str | Path, *, tasks: Sequence[str] = (), **options) -> None:
     """Raise what `load_policy` raises before it reads a weight.
 
     Call it before slow work, so that a wrong folder is reported at once.
 
     Args:
         folder: as of `load_policy`.
+        tasks: instructions that will be asked for.
         options: those of `_open`, below.
 
     Raises:
         FileNotFoundError: a file is missing.
         KeyError: `unnorm_key` is not among the statistics.
         ValueError: tensors are missing, unexpected, not floats or of another shape, or the adapter
-            does not fit; all are listed at once. Or a file is damaged.
+            does not fit; all are listed at once. Or a file is damaged, or the prompt of a task is
+            longer than `max_prompt_length`.
     """
-    _open(folder, **options)
+    _, tokenizer, _ = _open(folder, **options)
+    tokenizer.encode(list(tasks))
 
 
 def _open(
@@ -174,11 +214,14 @@ def _open(
         fields: of `OpenVLAOFTConfig` (value_type, param_dtype, remat, lora_rank ..).
     """
     folder, notes, statistics = Path(folder), [], None
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(_no_policy(folder))
     if unnorm_key:
         statistics, notes = read_statistics(folder, unnorm_key, normalization)
         fields = {"action_dim": len(statistics.low)} | fields
     config = load_config(folder, max_prompt_length=max_prompt_length, **fields)
     tokenizer = PromptTokenizer(folder, max_prompt_length)
+    tokenizer.check_vocabulary(config.tokenizer_vocab, config.vocab_size)
     adapter = LoraAdapter(lora_adapter) if lora_adapter else None
     return _Reader(CheckpointFiles(folder), config, statistics, adapter, seed), tokenizer, notes
 
@@ -321,11 +364,35 @@ def _report(files: CheckpointFiles, expected, skipped: set[str], adapter) -> Non
         "LoRA pairs that do not fit": adapter.misfits(expected) if adapter else [],
     }
     lines = [line for title, names in sections.items() for line in _section(title, names)]
+    lines += _advice(sections["unexpected tensors"], set(sections["missing tensors"]))
     if lines:
         raise ValueError(
             f"{files.folder}: the weights do not fit config.json and what was asked for:\n"
             + "\n".join(lines)
         )
+
+
+def _advice(unexpected: list[str], missing: set[str]) -> list[str]:
+    """What names that nobody knows suggest."""
+    lines = []
+    if any(".lora_" in key for key in unexpected):
+        lines.append(
+            "  LoRA pairs lie among the weights: merge them where they were trained, with PEFT's "
+            "merge_and_unload, and save again"
+        )
+    ends = [key.split(".") for key in unexpected]
+    prefixes = {
+        ".".join(parts[:n]) + "."
+        for parts in ends
+        for n in range(1, len(parts))
+        if ".".join(parts[n:]) in missing
+    }
+    if prefixes:
+        lines.append(
+            f"  names begin with {sorted(prefixes)}, which is not known here: rename the tensors. "
+            f"Left out are {[*hf_keys.PREFIXES, *hf_keys.INSERTED]}"
+        )
+    return lines
 
 
 def _section(title: str, entries: list[str], limit: int = 12) -> list[str]:

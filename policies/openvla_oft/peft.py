@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from policies.openvla_oft import hf_keys
+from policies.openvla_oft import hf_fields, hf_keys
 from policies.openvla_oft.checkpoint_files import FLOATS, entries, read_json, read_tensor
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.hf_keys import PEFT_PREFIX
@@ -32,8 +32,9 @@ class LoraAdapter:
         modules: checkpoint modules that have a pair (A, B).
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: a PEFT feature that is not covered here, unknown tensors, or a damaged file.
+        FileNotFoundError: one of the two files is missing; says where an adapter lies instead.
+        ValueError: a PEFT feature that is not covered here, no pair, unknown tensors, or a damaged
+            file.
     """
 
     def __init__(self, folder: str | Path):
@@ -41,26 +42,20 @@ class LoraAdapter:
         self._path = self.folder / WEIGHTS
         for path in (self.folder / CONFIG, self._path):
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: a LoRA adapter folder must hold this file")
+                raise FileNotFoundError(_why_no_adapter(self.folder, path))
         config = read_json(self.folder / CONFIG) or {}
-        unsupported = [
-            name
-            for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
-            if config.get(name)
-        ]
-        if config.get("bias", "none") != "none":
-            unsupported.append("bias")
-        if unsupported:
-            raise ValueError(f"{self.folder}: {CONFIG} sets unsupported {unsupported}")
-        if lacking := [name for name in ("r", "lora_alpha") if not config.get(name)]:
-            raise ValueError(f"{self.folder}: {CONFIG} does not set {lacking}")
+        problems = hf_fields.ADAPTER.problems(config)
+        problems += [f"{n}: needed" for n in ("r", "lora_alpha") if config.get(n) is None]
+        hf_fields.refuse(str(self.folder / CONFIG), problems)
         self._base = Path(config.get("base_model_name_or_path") or "").name
         self.rank = config["r"]
         root = math.sqrt(self.rank) if config.get("use_rslora") else self.rank
         self.scale = config["lora_alpha"] / root
         self.modules: set[str] = set()
         unknown = []
-        self._entries = entries(self._path)
+        stored = entries(self._path)
+        self._stored = {PEFT_PREFIX + hf_keys.plain_key(name): name for name in stored}
+        self._entries = {name: stored[old] for name, old in self._stored.items()}
         names = set(self._entries)
         for name in sorted(names):
             module = name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
@@ -74,10 +69,15 @@ class LoraAdapter:
                 unknown.append(name)
         if unknown:
             raise ValueError(f"{self._path}: tensors that are no LoRA pair: {sorted(unknown)[:8]}")
+        if not self.modules:
+            raise ValueError(
+                f"{self._path}: expected pairs {PEFT_PREFIX}<module>.lora_A.weight and "
+                f".lora_B.weight, got none among {len(names)} tensors; it would change nothing"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in float32."""
-        return read_tensor(self._path, name).astype(np.float32)
+        return read_tensor(self._path, self._stored[name]).astype(np.float32)
 
     def other_base(self, folder: Path) -> str:
         """Return a note if the adapter names a base other than `folder`, else ""."""
@@ -154,6 +154,30 @@ class LoraAdapter:
         if lines:
             listed = "\n  ".join(lines)
             raise ValueError(f"{self.folder}: training cannot go on from this adapter:\n  {listed}")
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """Return the folder of an adapter at `folder`, or one level below it; None = there is none."""
+    found = [folder / CONFIG, *sorted(folder.glob(f"*/{CONFIG}"))]
+    return next((path.parent for path in found if path.is_file()), None)
+
+
+def base_of(adapter: Path) -> str:
+    """Return what an adapter folder names as its base."""
+    return (read_json(adapter / CONFIG) or {}).get("base_model_name_or_path") or "it names none"
+
+
+def _why_no_adapter(folder: Path, missing: Path) -> str:
+    if pickles := sorted(path.name for path in folder.glob("adapter_model.bin")):
+        return (
+            f"{folder}: holds only a PyTorch pickle ({pickles[0]}), which is not read because "
+            f"unpickling runs code. Where you trust it, load the adapter with PEFT once and call "
+            f"save_pretrained(NEW, safe_serialization=True)"
+        )
+    found = find_adapter(folder)
+    if found not in (None, folder):
+        return f"{folder}: the adapter lies in its sub-folder; give {found}"
+    return f"{missing}: a LoRA adapter folder must hold this file"
 
 
 def save_adapter(model: nnx.Module, folder: str | Path, *, base: str | Path) -> Path:

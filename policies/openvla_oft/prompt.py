@@ -1,11 +1,12 @@
 """Converts task descriptions to padded prompt tokens with the checkpoint's own tokenizer."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int32
 from tokenizers import Tokenizer
+
+from policies.openvla_oft.checkpoint_files import read_json, refuse_pointer
 
 PROMPT = "In: What action should the robot take to {task}?\nOut: "
 SPACE = "▁"  # the piece that the prompt's trailing space becomes
@@ -22,7 +23,7 @@ class PromptTokenizer:
 
     Raises:
         FileNotFoundError: no tokenizer.json.
-        ValueError: the tokenizer lacks a special token that prompts need.
+        ValueError: the tokenizer lacks a special token that prompts need, or its file is damaged.
 
     Source: RLinf openvla_oft `rlinf` version (prompt wording, BOS move).
     """
@@ -35,7 +36,12 @@ class PromptTokenizer:
                 f"tokenizer.model with the transformers library first"
             )
         self.max_length = max_length
-        self._tokenizer = Tokenizer.from_file(str(path))
+        refuse_pointer(path)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        # The library raises plain exceptions, with the reason as text.
+        except Exception as error:
+            raise ValueError(f"{path}: not a whole tokenizer ({error}); copy it again") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.bos_id = self._id("<s>")
@@ -49,12 +55,27 @@ class PromptTokenizer:
         return index
 
     def _pad_id(self, folder: Path) -> int:
-        config = folder / "config.json"
-        if config.is_file():
-            pad_id = json.loads(config.read_text()).get("pad_token_id")
-            if pad_id is not None:
-                return pad_id
-        return self._id("<PAD>")
+        pad_id = (read_json(folder / "config.json") or {}).get("pad_token_id")
+        return self._id("<PAD>") if pad_id is None else pad_id
+
+    def check_vocabulary(self, words: int, rows: int) -> None:
+        """Refuse a tokenizer of another model, whose ids would mean other words or none.
+
+        Args:
+            words: tokens without added ones; the last of them stand for actions.
+            rows: of the embedding.
+
+        Raises:
+            ValueError: the sizes differ.
+        """
+        own = self._tokenizer.get_vocab_size(with_added_tokens=False)
+        every = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if own != words or every > rows or not 0 <= self.pad_id < rows:
+            raise ValueError(
+                f"tokenizer.json: expected {words} tokens (text_config.vocab_size less "
+                f"pad_to_multiple_of) and ids below {rows}, got {own}, with added ones {every}, "
+                f"padding {self.pad_id}; take the checkpoint's own tokenizer"
+            )
 
     @staticmethod
     def text(task: str) -> str:

@@ -7,53 +7,26 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from evac_jax import train
 from evac_jax.config.build import default_config
 from evac_jax.config.schema import PolicyConfig
 from evac_jax.errors import CheckpointError
-from evac_jax.policy_import import check_policy, import_policy
-from policies.openvla_oft import peft
+from evac_jax.policy_import import check_policy, known_tasks
 from policies.openvla_oft.checkpoint_files import INDEX
-from policies.openvla_oft.export_hf import create_policy_folder
-from policies.openvla_oft.import_hf import load_policy
-from tests.unit.policies.tiny import CONFIG, NORM_STATS, TASKS, make_model
-
-POLICY = PolicyConfig(unnorm_key="tiny", max_prompt_length=24)
-MORE = {"seed": 0, "chunk": CONFIG.chunk, "num_images": CONFIG.num_images}
+from tests.unit.policies.tiny import NORM_STATS
+from tests.unit.policy_folder import load, rewrite, shards, told, write
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A policy in three shards or more."""
-    path = tmp_path_factory.mktemp("policy") / "whole"
-    model = make_model(value_type="none")
-    return create_policy_folder(
-        model, path, tasks=TASKS, norm_stats=NORM_STATS, max_shard_bytes=100_000
-    )
+    return write(tmp_path_factory.mktemp("policy") / "whole")
 
 
 @pytest.fixture
 def folder(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "policy")
-
-
-def load(folder, **changes):
-    values = {"checkpoint": str(folder), "unnorm_key": "tiny", "max_prompt_length": 24} | changes
-    return import_policy(PolicyConfig(**values), **MORE)
-
-
-def told(folder, **changes) -> str:
-    """The message of the import's failure, which must leave every file as it was."""
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError) as error:
-        load(folder, **changes)
-    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert before == after
-    message = str(error.value)
-    assert message.startswith("config.policy.checkpoint: cannot import")
-    return message
 
 
 def test_a_run_tells_a_damaged_policy_before_it_makes_or_starts_anything(folder, tmp_path):
@@ -78,16 +51,6 @@ def test_checking_needs_no_chunk_and_accepts_a_sound_policy(folder):
     check_policy(dataclasses.replace(policy, value_head="chunk_level"))
     with pytest.raises(CheckpointError, match="another_robot"):
         check_policy(dataclasses.replace(policy, unnorm_key="another_robot"))
-
-
-def shards(folder):
-    return sorted(folder.glob("model-*.safetensors"))
-
-
-def rewrite(shard, change):
-    tensors = load_file(shard)
-    change(tensors)
-    save_file(tensors, shard)
 
 
 def test_sound_checkpoint_is_imported(folder):
@@ -250,43 +213,60 @@ def test_statistics_may_stand_in_the_config_and_the_file_wins(folder):
     assert load(folder).model.statistics.high == (9.0, 9.0, 9.0)
 
 
-@pytest.fixture
-def foreign_adapter(tmp_path):
-    wide = make_model(value_type="none", intermediate_size=48)
-    base = create_policy_folder(wide, tmp_path / "wide", tasks=TASKS, norm_stats=NORM_STATS)
-    model = load_policy(
-        base, unnorm_key="tiny", lora_rank=2, chunk=2, num_images=2, lora_targets=("gate_proj",)
-    ).model
-    return peft.save_adapter(model, tmp_path / "adapter", base=base)
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ({"q01": [2.0, 0, 0], "q99": [-2.0, 1, 1]}, "dimensions [0]"),
+        ({"q01": [0.0] * 3, "q99": [1.0] * 3, "mask": None}, "got None"),
+        ({"q01": [0.0] * 3, "q99": [1.0] * 3, "mask": [True]}, "expected 3 times true or false"),
+        ({"q01": ["a"] * 3, "q99": [1.0] * 3}, "lists of finite numbers"),
+    ],
+)
+def test_statistics_that_would_change_actions_are_refused(folder, action, message):
+    (folder / "dataset_statistics.json").write_text(json.dumps({"tiny": {"action": action}}))
+    assert message in told(folder)
 
 
-def test_adapter_for_another_base_is_refused_pair_by_pair(folder, foreign_adapter):
-    message = told(folder, lora_adapter=str(foreign_adapter))
-    assert "LoRA pairs that do not fit (3):" in message
-    assert (
-        "layers.0.mlp.gate_proj: A (2, 32) and B (48, 2) of rank 2 do not fit (40, 32)" in message
+def test_statistics_that_are_null_count_as_none(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"norm_stats": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    load(folder)
+    (folder / "dataset_statistics.json").unlink()
+    assert "is not among the checkpoint's statistics []" in told(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-00001-of-00003"])
+def test_pointer_of_git_lfs_is_told(folder, name):
+    path = next(path for path in sorted(folder.iterdir()) if path.name.startswith(name[:14]))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert f"{path.name}: a Git LFS pointer" in told(folder)
+
+
+def test_tokenizer_that_is_cut_short_is_named(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text()[:100])
+    assert "tokenizer.json: not a whole tokenizer" in told(folder)
+
+
+def test_prompt_that_is_too_long_is_told_before_anything_is_made_or_started(folder, tmp_path):
+    packed = tmp_path / "starts"
+    packed.mkdir()
+    text = "push the red block " * 9
+    (packed / "card.json").write_text(json.dumps({"instructions": [text]}))
+    config = default_config("grpo")
+    config = dataclasses.replace(
+        config,
+        policy=PolicyConfig(checkpoint=str(folder), unnorm_key="tiny", max_prompt_length=24),
+        env=dataclasses.replace(config.env, initial_states="npy", initial_states_path=str(packed)),
     )
+    assert known_tasks(config) == [text]
+    with pytest.raises(CheckpointError, match="raise policy.max_prompt_length"):
+        check_policy(config.policy, known_tasks(config))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_adapter_that_is_damaged_is_refused(whole, folder, tmp_path, rank):
-    targets = {"lora_targets": ("proj", "gate_proj")}
-    model = load_policy(whole, unnorm_key="", lora_rank=2, chunk=2, num_images=2, **targets).model
-    adapter = peft.save_adapter(model, tmp_path / "adapter", base=whole)
-    weights = adapter / peft.WEIGHTS
-    key = "base_model.model.language_model.model.layers.0.mlp.gate_proj.lora_A.weight"
-    sound = weights.read_bytes()
-
-    def change(tensors):
-        tensors[key][0, 0] = np.nan
-
-    rewrite(weights, change)
-    settings = {"lora_adapter": adapter, "lora_rank": rank, "unnorm_key": "", **targets}
-    with pytest.raises(ValueError, match=f"tensor {key} has 1 entries"):
-        load_policy(folder, **settings)
-    weights.write_bytes(sound[:-8])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        load_policy(folder, **settings)
-    (adapter / peft.CONFIG).write_text(json.dumps({"lora_alpha": 2}))
-    with pytest.raises(ValueError, match=r"does not set \['r'\]"):
-        load_policy(folder, **settings)
+def test_tokenizer_of_another_model_is_refused(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    words = {word: n for word, n in content["model"]["vocab"].items() if n < 500}
+    content["model"] |= {"vocab": words, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert "expected 576 tokens" in told(folder)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from evac_jax.errors import DataError
-from evac_jax.files import cards
+from evac_jax.files import cards, meaning
 from evac_jax.files.recordings import EpisodeWriter
 from evac_jax.files.restricted_npy import load_objects
 from evac_jax.sim.initial_states import first_frame
@@ -60,17 +60,30 @@ def read_episode(path: Path, success: str, gripper: str) -> dict:
     if images.dtype != np.uint8:
         raise DataError(f"{path}: expected images of 0..255 as uint8, got {images.dtype}")
     poses = np.concatenate((pose[None], column(key, (8,), range(1, last + 1))))
+    _check_instruction(path, frames)
+    poses = meaning.check_poses(poses, str(path))
+    actions = importing.check_actions(column("delta_action", (7,), range(last)), gripper, str(path))
+    meaning.check_deltas(actions, poses, str(path))
     marks = None
     if all(success in frame for frame in frames):
         marks = [frame[success] for frame in frames]
     return {
         "frames": images,
-        "actions": importing.check_actions(
-            column("delta_action", (7,), range(last)), gripper, str(path)
-        ),
-        "poses": importing.check_poses(poses, str(path)),
+        "actions": actions,
+        "poses": poses,
         "success": importing.success_of(success, marks, len(frames), str(path)),
     }
+
+
+def _check_instruction(path: Path, frames: np.ndarray) -> None:
+    """Refuse an episode whose instruction changes on the way."""
+    for key in ("instruction", "task"):
+        texts = [str(frame[key]) for frame in frames if key in frame]
+        if changes := [text for text in texts if text != texts[0]]:
+            raise DataError(
+                f"{path}: {key!r} changes within the episode, from {texts[0]!r} to {changes[0]!r}; "
+                "a recording has one per episode: split the file first"
+            )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     texts = [first_frame(path)[2] for path in paths]
     instructions = list(dict.fromkeys(texts))
     image = first_frame(paths[0])[0]
+    success = importing.success_rule(args.success, load_objects(paths[0])[0])
     views, stored = len(image), image.shape[1:3]
     intrinsic, c2w = importing.read_camera(args.camera, views, stored, args.image_size)
     size = (args.image_size, args.image_size) if args.image_size else stored
@@ -94,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         facts=cards.card(files=len(paths)),
     ) as writer:
         for path, text in zip(paths, texts, strict=True):
-            episode = read_episode(path, args.success, args.gripper)
+            episode = read_episode(path, success, args.gripper)
             if episode["frames"].shape[1:] != image.shape:
                 raise DataError(
                     f"{path}: images {episode['frames'].shape[1:]}, the first file's are "

@@ -21,7 +21,7 @@ from absl import logging
 from PIL import Image
 
 from evac_jax.errors import ConfigError, DataError, EvacJaxError
-from evac_jax.files import cards
+from evac_jax.files import cards, meaning
 from evac_jax.sim.initial_states import Starts, pack_starts
 from evac_jax.tools.command_line import Parser
 from evac_jax.tools.episodes import importing
@@ -63,7 +63,7 @@ class PictureStarts:
         texts = [text for _, _, text in read]
         self.instructions, self.num_starts = tuple(dict.fromkeys(texts)), len(texts)
         tasks = np.array([self.instructions.index(text) for text in texts], np.int32)
-        poses = importing.check_poses(np.stack([pose for _, pose, _ in read]), str(folder))
+        poses = meaning.check_poses(np.stack([pose for _, pose, _ in read]), str(folder))
         self._starts = Starts(images, poses, tasks)
 
     def load(self, ids: np.ndarray) -> Starts:
@@ -88,6 +88,7 @@ def _entry(folder: Path, n: int, entry: object) -> tuple[np.ndarray, np.ndarray,
         raise DataError(f"{where}: expected 8 numbers as pose and a text as instruction")
     if len({picture.shape for picture in pictures}) != 1:
         raise DataError(f"{where}: its pictures differ in size, or there are none")
+    meaning.check_frame(np.stack(pictures), where)
     return np.stack(pictures), pose, text.strip()
 
 

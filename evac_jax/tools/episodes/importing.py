@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ GRIPPERS = {
     "opens": lambda g: -g,
     "zero_closes": lambda g: 1 - 2 * g,
 }
-LAST, NEVER = "last", "never"
+AUTO, LAST, NEVER = "auto", "last", "never"
+# Fields that tell success, in the formats that are read here.
+TOLD_BY = ("next.success", "success", "is_success")
 
 
 def parser_of(tool: str, doc: str | None) -> Parser:
@@ -45,9 +47,9 @@ def parser_of(tool: str, doc: str | None) -> Parser:
     )
     add(
         "--success",
-        default=LAST,
+        default=AUTO,
         help="last: every episode ends in success; never: none does; or the name of a field that "
-        "is above 0 in successful frames",
+        f"is above 0 in successful frames; auto: {', '.join(TOLD_BY)} if there is one, else last",
     )
     return parser
 
@@ -64,17 +66,36 @@ def read_camera(camera: str, views: int, stored: tuple[int, int], wanted: int) -
     Raises:
         ConfigError: the file cannot be read or does not hold one camera per view.
     """
-    values, size = camera, stored
+    values, told = camera, None
     if camera != "libero":
         try:
             values = json.loads(Path(camera).read_text())
-            size = tuple(values.pop("size", stored))
+            told = values.pop("size", None)
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"--camera={camera}: not a readable JSON object ({error})") from error
     intrinsic, c2w = resolve_camera(values, None, views)
+    size = stored if camera == "libero" else _size_of(camera, told, intrinsic, stored)
     height, width = (wanted, wanted) if wanted else stored
     scale = np.array((width / size[1], height / size[0], 1), np.float32)
     return intrinsic * scale[:, None], c2w
+
+
+def _size_of(
+    camera: str, told: object, intrinsic: np.ndarray, stored: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the height and width that intrinsics [V 3 3] are for: as told, else the pictures'."""
+    is_size = isinstance(told, list) and len(told) == 2 and all(type(n) is int for n in told)
+    if told is not None and (not is_size or min(told) < 1):
+        raise ConfigError(f'--camera={camera}: "size": expected [height, width], got {told!r}')
+    height, width = told or stored
+    for x, y in intrinsic[:, :2, 2]:
+        # A crop may move the centre; by more than this without a word, another size is likelier.
+        if max(abs(x / width - 0.5), abs(y / height - 0.5)) > (0.5 if told else 0.15):
+            raise ConfigError(
+                f"--camera={camera}: the centre ({x:g}, {y:g}) is not that of pictures of "
+                f'{width} x {height} pixels; give "size": [H, W] that the intrinsics are for'
+            )
+    return height, width
 
 
 def resize(frames: np.ndarray, size: int) -> np.ndarray:
@@ -93,8 +114,16 @@ def check_actions(actions: np.ndarray, gripper: str, where: str) -> np.ndarray:
         DataError: not 7 finite numbers in [-1, 1] each.
     """
     actions = np.array(actions, np.float32)
-    if actions.ndim != 2 or actions.shape[1] != 7 or not np.isfinite(actions).all():
-        raise DataError(f"{where}: expected actions as 7 finite numbers, got {actions.shape}")
+    if actions.ndim != 2 or actions.shape[1] != 7:
+        raise DataError(f"{where}: expected actions of 7 numbers, got {actions.shape}")
+    if len(wrong := np.flatnonzero(~np.isfinite(actions).all(1))):
+        raise DataError(f"{where}: frame {wrong[0]}: the action holds NaN or infinity")
+    hand = actions[:, 6]
+    if gripper != "zero_closes" and hand.min() >= 0 and hand.min() < 0.1 and hand.max() > 0.9:
+        raise DataError(
+            f"{where}: the actions' gripper lies within 0..1, --gripper={gripper} expects -1 and "
+            "+1; is it --gripper=zero_closes (0 closes, 1 opens)?"
+        )
     actions[:, 6] = GRIPPERS[gripper](actions[:, 6])
     if (largest := float(np.abs(actions).max(initial=0))) > 1.001:
         raise DataError(
@@ -104,22 +133,17 @@ def check_actions(actions: np.ndarray, gripper: str, where: str) -> np.ndarray:
     return actions.clip(-1, 1)
 
 
-def check_poses(poses: np.ndarray, where: str) -> np.ndarray:
-    """Return poses float32 [T 8]; their gripper is not looked at.
+def success_rule(rule: str, names: Iterable[str]) -> str:
+    """Return the rule of --success that counts for a source with fields `names`; say it if chosen.
 
-    Raises:
-        DataError: not 8 finite numbers each, or quaternions that are none.
+    A field that tells success is used where there is one, because not every episode succeeds.
     """
-    poses = np.asarray(poses, np.float32)
-    if poses.ndim != 2 or poses.shape[1] != 8 or not np.isfinite(poses).all():
-        raise DataError(f"{where}: expected poses of 8 finite numbers, got {poses.shape}")
-    norms = np.linalg.norm(poses[:, 3:7], axis=1)
-    if len(wrong := np.flatnonzero(np.abs(norms - 1) > 0.01)):
-        raise DataError(
-            f"{where}: frame {wrong[0]}: expected xyz, quaternion xyzw of length 1, gripper; the "
-            f"quaternion's length is {norms[wrong[0]]:.3f}; choose another field for the state"
-        )
-    return poses
+    if rule != AUTO:
+        return rule
+    rule = next((name for name in TOLD_BY if name in names), LAST)
+    told = "the end of every episode (no field tells)" if rule == LAST else f"the field {rule}"
+    logging.log_first_n(logging.INFO, "success: %s; --success changes it", 1, told)
+    return rule
 
 
 def success_of(rule: str, values: Sequence | None, length: int, where: str) -> np.ndarray:
@@ -137,7 +161,10 @@ def success_of(rule: str, values: Sequence | None, length: int, where: str) -> n
                 f"{where}: no field {rule!r}; --success takes a field's name, {LAST} or {NEVER}"
             )
         try:
-            success = np.asarray(values, float).reshape(length) > 0
+            numbers = np.asarray(values, float).reshape(length)
+            if not np.isfinite(numbers).all():
+                raise ValueError("some are empty or NaN")
+            success = numbers > 0
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"{where}: {rule!r}: expected one number or flag per frame ({error})"

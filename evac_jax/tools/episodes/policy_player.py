@@ -45,6 +45,8 @@ class PolicyPlayer:
         try:
             base, adapter = _base_and_adapter(Path(folder))
             statistics = json.loads((base / "dataset_statistics.json").read_text())
+            if not isinstance(statistics, dict) or not statistics:
+                raise ValueError("dataset_statistics.json holds no statistics")
             loaded = load_policy(
                 base,
                 unnorm_key=next(iter(statistics)),

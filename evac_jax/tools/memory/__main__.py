@@ -73,7 +73,7 @@ def read_setup(config: TrainConfig, policy_file: str, world_model_file: str) -> 
             OpenVLAOFTConfig.from_hf(policy) if policy else OpenVLAOFTConfig(),
             EvacConfig.from_dict(world_model.get("config", world_model)),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"--policy_config or --world_model_config: {error}") from error
 
 

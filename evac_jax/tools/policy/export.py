@@ -174,7 +174,8 @@ def export(
 def run(config: TrainConfig, export_dir: str) -> None:
     """Export `config.policy.checkpoint`, for launch.py."""
     policy = config.policy
-    export(Path(policy.checkpoint), Path(export_dir), lora_adapter=policy.lora_adapter)
+    out = Path(export_dir).expanduser()
+    export(Path(policy.checkpoint), out, lora_adapter=policy.lora_adapter)
 
 
 def main() -> None:

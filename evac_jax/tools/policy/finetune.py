@@ -25,6 +25,7 @@ from evac_jax.errors import DataError
 from evac_jax.files import cards, recordings
 from evac_jax.files.atomic import replacing, whole_folder
 from evac_jax.files.recordings import Episodes
+from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.tools.policy.data import Batch, Chunks, action_statistics
 from evac_jax.tools.resume import check_same_run
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
@@ -117,23 +118,24 @@ def _episodes(args: argparse.Namespace) -> tuple[Episodes, Episodes]:
 def _load(args: argparse.Namespace, data: Episodes) -> LoadedPolicy:
     """Load the start policy for the recording's cameras; labels are normalised beforehand."""
     # Results do not depend on the padding, so prompts are padded only to the longest one.
-    tokenizer = PromptTokenizer(args.start, ANY_LENGTH)
-    loaded = load_policy(
-        args.start,
-        unnorm_key="",
-        action_dim=recordings.ACTION_DIM,
-        chunk=args.chunk,
-        num_images=data.frames.shape[1],
-        max_prompt_length=max(len(tokenizer.prompt_ids(text)) for text in data.instructions),
-        lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        # Weights that train need float32 because steps are small; a frozen base does not.
-        param_dtype=args.compute_dtype if args.lora_rank else "float32",
-        compute_dtype=args.compute_dtype,
-        keep_stop_token=args.keep_stop_token,
-        remat="full" if args.remat else "none",
-        seed=args.seed,
-    )
+    with told_as_checkpoint_error(f"--start: cannot import {args.start!r}"):
+        tokenizer = PromptTokenizer(args.start, ANY_LENGTH)
+        loaded = load_policy(
+            args.start,
+            unnorm_key="",
+            action_dim=recordings.ACTION_DIM,
+            chunk=args.chunk,
+            num_images=data.frames.shape[1],
+            max_prompt_length=max(len(tokenizer.prompt_ids(text)) for text in data.instructions),
+            lora_rank=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            # Weights that train need float32 because steps are small; a frozen base does not.
+            param_dtype=args.compute_dtype if args.lora_rank else "float32",
+            compute_dtype=args.compute_dtype,
+            keep_stop_token=args.keep_stop_token,
+            remat="full" if args.remat else "none",
+            seed=args.seed,
+        )
     for note in loaded.notes:
         logging.info("policy import: %s", note)
     return loaded

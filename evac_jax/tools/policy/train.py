@@ -34,6 +34,7 @@ from evac_jax.miniature.expert import Expert, demonstrate
 from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
+from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.tools.command_line import Parser
 from evac_jax.tools.policy.data import GRIPPER_RULES
 from evac_jax.tools.policy.finetune import finetune, make_optimizer, soft_targets
@@ -289,14 +290,15 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
     statistics = ActionStatistics.from_norm_stats(NORM_STATS, UNNORM_KEY)
     out = Path(args.out)
     if args.start:
-        loaded = load_policy(
-            args.start,
-            unnorm_key=UNNORM_KEY,
-            max_prompt_length=POLICY.max_prompt_length,
-            lora_rank=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            seed=args.seed,
-        )
+        with told_as_checkpoint_error(f"--start: cannot import {args.start!r}"):
+            loaded = load_policy(
+                args.start,
+                unnorm_key=UNNORM_KEY,
+                max_prompt_length=POLICY.max_prompt_length,
+                lora_rank=args.lora_rank,
+                lora_alpha=args.lora_alpha,
+                seed=args.seed,
+            )
         model, tokenizer_file = loaded.model, Path(args.start) / "tokenizer.json"
         prompts = loaded.tokenizer.encode(list(INSTRUCTIONS))
     else:

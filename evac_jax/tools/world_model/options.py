@@ -150,4 +150,6 @@ def read_config(path: str | None) -> EvacConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config={path}: not a readable JSON file ({error})") from error
     # The file may hold only the sizes, or it may be the config.json of a model folder.
-    return EvacConfig.from_dict(values.get("config", values))
+    return EvacConfig.from_dict(
+        values.get("config", values) if isinstance(values, dict) else values
+    )

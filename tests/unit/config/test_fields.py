@@ -134,3 +134,13 @@ def test_setting_keeps_its_name_on_the_way_to_the_simulator(repository):
             shared_out = {"num_envs": config.eval.ground_truth_envs}
         expected = {name: names[name] for name in settings} | shared_out
         assert settings == expected
+
+
+def test_paths_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    problems: list[str] = []
+    assert Kind(str).convert("~/policy,~/other", "policy.checkpoint", problems) == (
+        "/home/me/policy,/home/me/other"
+    )
+    assert Kind(str).convert("a~/b", "log.run", problems) == "a~/b"
+    assert not problems

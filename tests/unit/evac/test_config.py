@@ -22,3 +22,19 @@ def test_config_names_every_problem_when_parts_do_not_fit():
         EvacConfig(image_size=(250, 256), unet=UNetConfig(context_dim=7, action_tokens=3))
     for word in ("image_size", "context_dim", "action_tokens"):
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"chunk": "8"}, "chunk"),
+        ({"fps": float("nan")}, "fps"),
+        ({"image_size": [256]}, "image_size"),
+        ({"unet": None}, "UNetConfig: expected an object"),
+        ({"maps": {"wrist_view": 1}}, "wrist_view"),
+        ([], "EvacConfig: expected an object"),
+    ],
+)
+def test_config_is_refused_when_a_value_is_of_another_type(values, told):
+    with pytest.raises(ConfigError, match=told):
+        EvacConfig.from_dict(values)

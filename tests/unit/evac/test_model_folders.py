@@ -3,6 +3,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -103,6 +104,52 @@ def test_configurations_beside_the_weights_are_passed_over(tmp_path):
     beside = {"where": Path("x"), "counts": counts, "types": [dict, int]}
     torch.save({"state_dict": {"w": torch.ones(2)}, **beside}, tmp_path / "w.ckpt")
     assert model_folders.read_weights(tmp_path / "w.ckpt")["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["float64", "float16", "int64", "bool", "<U5"])
+def test_scalars_of_numpy_beside_the_weights_are_passed_over(tmp_path, name):
+    best = np.ones(1, name)[0]
+    torch.save({"state_dict": {"w": torch.ones(2)}, "best": best}, tmp_path / "w.ckpt")
+    assert model_folders.read_weights(tmp_path / "w.ckpt")["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_left_out(tmp_path, prefix):
+    model = make_pose_model()
+    save_file({prefix + k: v for k, v in model.state_dict().items()}, tmp_path / "w.safetensors")
+    other = PoseModel(PoseModelConfig(hidden=4))
+    model_folders.load_weights(other, tmp_path / "w.safetensors")
+    assert same_weights(model, other)
+
+
+def test_two_names_of_one_weight_are_refused(tmp_path):
+    save_file({"w": torch.ones(2), "module.w": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="several keys mean one weight"):
+        model_folders.read_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("description", "error", "message"),
+    [
+        ({}, CheckpointError, "expected a model of kind PoseModel, got None"),
+        ({"model": "PoseModel", "config": None}, ConfigError, "expected an object"),
+        ({"model": "PoseModel", "config": {"hidden": "4"}}, ConfigError, "hidden: expected .*int"),
+        ({"model": "PoseModel", "weights": "../w.pt"}, CheckpointError, "expected a file's name"),
+        ({"model": "PoseModel", "weights": None}, CheckpointError, "expected a file's name"),
+    ],
+)
+def test_description_that_cannot_be_used_is_told(tmp_path, description, error, message):
+    model_folders.save_model(tmp_path, make_pose_model())
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(error, match=message):
+        model_folders.load_model(tmp_path, kind="PoseModel")
+
+
+def test_empty_description_is_told(tmp_path):
+    model_folders.save_model(tmp_path, make_pose_model())
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        model_folders.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])

@@ -27,13 +27,19 @@ def write(folder, lengths, *, instructions=("a", "b"), sources=("x",), shape=SHA
             episode = {
                 "frames": rng.integers(0, 256, (steps + 1, *shape), dtype=np.uint8),
                 "actions": rng.uniform(-1, 1, (steps, 7)).astype(np.float32),
-                "poses": rng.normal(size=(steps + 1, 8)).astype(np.float32),
+                "poses": poses_of(rng, steps + 1),
                 "success": rng.random(steps + 1) < 0.3,
             }
             task = index % len(instructions)
             writer.add(**episode, task=task, source=index % len(sources), start=index)
             added.append(episode)
     return added
+
+
+def poses_of(rng, count):
+    poses = rng.normal(size=(count, 8)).astype(np.float32)
+    poses[:, 3:7] /= np.linalg.norm(poses[:, 3:7], axis=1, keepdims=True)
+    return poses
 
 
 @settings(max_examples=15, deadline=None)
@@ -142,3 +148,21 @@ def test_tasks_keep_their_texts_when_they_are_numbered_as_another_list(tmp_path)
     assert turned.select(turned.task == 1).asked == ("b",)
     with pytest.raises(ConfigError, match=r"unknown to it are\n  'b'"):
         data.numbered_as(("a", "c"))
+
+
+def test_poses_that_are_none_are_refused_on_the_way_in_and_out(tmp_path):
+    write(tmp_path / "d", [3, 4])
+    poses = np.load(tmp_path / "d" / "poses.npy")
+    poses[5, 3:8] = (3.1, 0, 0, 0.04, -0.04)
+    np.save(tmp_path / "d" / "poses.npy", poses)
+    with pytest.raises(DataError, match=r"d: poses: frame 5 .1 in all.: .*as LIBERO has it"):
+        recordings.load(tmp_path / "d")
+    with pytest.raises(DataError, match="0: .*no pose was recorded"), recordings.EpisodeWriter(
+        tmp_path / "e", image_shape=SHAPE, instructions=["a"], sources=["x"],
+        intrinsic=np.tile(np.eye(3), (2, 1, 1)), c2w=np.tile(np.eye(4), (2, 1, 1)), facts={},
+    ) as writer:  # fmt: skip
+        writer.add(
+            frames=np.zeros((2, *SHAPE), np.uint8), actions=np.zeros((1, 7)),
+            poses=np.zeros((2, 8)), success=np.zeros(2, bool), task=0, source=0,
+        )  # fmt: skip
+    assert not (tmp_path / "e").exists()

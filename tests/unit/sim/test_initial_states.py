@@ -28,12 +28,16 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def frame(value=0, size=(6, 8), text="open the drawer", **extra):
+def pose(x=0.0):
+    return np.array([x, 0, 0.2, 1, 0, 0, 0, 0.5], np.float64)
+
+
+def frame(value=2, size=(6, 8), text="open the drawer", **extra):
     return {
         "image": np.full((*size, 3), value, np.uint8),
-        "init_ee_pose": np.arange(8, dtype=np.float64) + value,
+        "init_ee_pose": pose(value),
         "instruction": text,
-        "abs_action": np.zeros(8),
+        "abs_action": pose(),
         **extra,
     }
 
@@ -46,7 +50,7 @@ def write(path, *frames):
 
 def test_starts_are_loaded_by_id_in_name_order(tmp_path):
     write(tmp_path / "b.npy", frame(2, text=b"close it"), frame(9))
-    write(tmp_path / "a.npy", frame(1), frame(9))
+    write(tmp_path / "a.npy", frame(4), frame(9))
     write(tmp_path / "c.npy", frame(3, text=np.bytes_(b"close it ")))
     source = make_initial_states("npy", str(tmp_path))
     assert source.num_starts == 3
@@ -54,8 +58,8 @@ def test_starts_are_loaded_by_id_in_name_order(tmp_path):
     starts = source.load(np.array([2, 0, 2]))
     assert starts.images.shape == (3, 1, 6, 8, 3)
     assert starts.images.dtype == np.uint8
-    np.testing.assert_array_equal(starts.images[:, 0, 0, 0, 0], [3, 1, 3])
-    np.testing.assert_array_equal(starts.poses[1], np.arange(8, dtype=np.float32) + 1)
+    np.testing.assert_array_equal(starts.images[:, 0, 0, 0, 0], [3, 4, 3])
+    np.testing.assert_array_equal(starts.poses[1], np.float32(pose(4)))
     np.testing.assert_array_equal(starts.task, [1, 0, 1])
 
 
@@ -63,8 +67,9 @@ def test_starts_are_loaded_by_id_in_name_order(tmp_path):
 def test_pose_comes_from_the_fallbacks_when_init_ee_pose_is_missing(tmp_path, key):
     entry = frame()
     del entry["init_ee_pose"], entry["abs_action"]
-    write(tmp_path / "a.npy", entry | {key: np.full(8, 4.0)})
-    np.testing.assert_array_equal(NpyStarts(str(tmp_path)).load(np.array([0])).poses, [[4.0] * 8])
+    write(tmp_path / "a.npy", entry | {key: pose(4)})
+    poses = NpyStarts(str(tmp_path)).load(np.array([0])).poses
+    np.testing.assert_array_equal(poses, [np.float32(pose(4))])
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
@@ -96,6 +101,48 @@ def test_every_file_at_fault_is_named(tmp_path):
         assert f"{name}.npy" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([0.1, 0.2, 0.3, 3.1, 0, 0, 0.04, -0.04], "as LIBERO has it"),
+        ([0.0] * 8, "Zeros: no pose was recorded"),
+        ([0.1, 0.2, 0.3, 0.5, 0, 0, 0, 1], "before the quaternion"),
+        ([0.1, 0.2, 0.3, 180, 0, 0, 0.5, 1], "in degrees"),
+        ([0.1, 0.2, 0.3, 1.2, 0.1, 0, 0.5, 1], "Axis-angle or Euler"),
+        ([400, 0, 200, 1, 0, 0, 0, 0.5], "millimetres"),
+        ([0.1, np.nan, 0.3, 1, 0, 0, 0, 0.5], "holds NaN or infinity: .0.1, nan"),
+    ],
+)
+def test_numbers_that_are_no_pose_are_refused_with_what_they_may_be(tmp_path, values, told):
+    write(tmp_path / "a.npy", frame(init_ee_pose=np.array(values)))
+    with pytest.raises(DataError, match=rf"a\.npy: frame 0: 'init_ee_pose': .*{told}"):
+        NpyStarts(str(tmp_path))
+
+
+def test_packed_poses_are_checked_like_others(tmp_path):
+    write(tmp_path / "a.npy", frame())
+    pack_starts(NpyStarts(str(tmp_path)), np.array([0]), tmp_path / "packed")
+    np.save(tmp_path / "packed" / "poses.npy", np.zeros((1, 8), np.float32))
+    with pytest.raises(DataError, match="no pose was recorded"):
+        NpyStarts(str(tmp_path / "packed"))
+    np.save(tmp_path / "packed" / "tasks.npy", np.array([-1]))
+    with pytest.raises(DataError, match="a task is negative"):
+        NpyStarts(str(tmp_path / "packed"))
+
+
+def test_frames_that_were_cast_without_scaling_are_refused(tmp_path):
+    picture = np.random.default_rng(0).uniform(-1, 1, (6, 8, 3))
+    write(tmp_path / "a.npy", frame() | {"image": picture.astype(np.int64).astype(np.uint8)})
+    with pytest.raises(DataError, match="no value from 2 to 254"):
+        NpyStarts(str(tmp_path))
+
+
+def test_keyframe_of_another_instruction_than_its_episode_is_refused(tmp_path):
+    keyframe_file(tmp_path / "a_kir.npy", 9, instruction="close it")
+    with pytest.raises(DataError, match="'instruction' changes within the episode"):
+        NpyKeyframes(str(tmp_path))
+
+
 def test_frames_of_several_sizes_are_refused(tmp_path):
     write(tmp_path / "a.npy", frame())
     write(tmp_path / "b.npy", frame(size=(4, 4)))
@@ -118,22 +165,22 @@ def test_ids_outside_the_source_are_refused(tmp_path):
 def keyframe_file(path, value, **extra):
     """As RLinf writes them: an episode that ends at the frame to begin at."""
     middle = {"image": np.full((6, 8, 3), 7, np.uint8), "delta_action": np.zeros(7)}
-    last = {"image": np.full((6, 8, 3), value, np.uint8), "state": np.full(8, value), **extra}
-    write(path, frame(1), middle, last)
+    last = {"image": np.full((6, 8, 3), value, np.uint8), "state": pose(value), **extra}
+    write(path, frame(4), middle, last)
 
 
 def test_keyframe_files_are_no_ordinary_starts(tmp_path):
     keyframe_file(tmp_path / "step_9_seed_0_traj_0_kir.npy", 9)
     with pytest.raises(DataError, match="1 keyframe files only"):
         NpyStarts(str(tmp_path))
-    write(tmp_path / "seed_0_traj_0.npy", frame(1))
+    write(tmp_path / "seed_0_traj_0.npy", frame(4))
     source = NpyStarts(str(tmp_path))
     assert source.num_starts == 1
-    assert source.load(np.array([0])).images.max() == 1
+    assert source.load(np.array([0])).images.max() == 4
 
 
 def test_keyframes_begin_at_the_last_frame_of_their_files(tmp_path):
-    write(tmp_path / "seed_0_traj_0.npy", frame(1, text="close it"))
+    write(tmp_path / "seed_0_traj_0.npy", frame(4, text="close it"))
     write(tmp_path / "seed_0_traj_1.npy", frame(2))
     # init_ee_pose in a later frame is still the pose of the first one.
     keyframe_file(tmp_path / "step_9_seed_0_traj_0_kir.npy", 9, init_ee_pose=np.zeros(8))
@@ -142,8 +189,8 @@ def test_keyframes_begin_at_the_last_frame_of_their_files(tmp_path):
     source = WithKeyframes(plain, open_keyframes(str(tmp_path)))
     assert (source.num_starts, source.num_keyframes) == (2, 2)
     starts = source.load(np.array([KEYFRAMES + 1, 0, KEYFRAMES]))
-    np.testing.assert_array_equal(starts.images[:, 0, 0, 0, 0], [9, 1, 8])
-    np.testing.assert_array_equal(starts.poses[0], np.full(8, 9))
+    np.testing.assert_array_equal(starts.images[:, 0, 0, 0, 0], [9, 4, 8])
+    np.testing.assert_array_equal(starts.poses[0], np.float32(pose(9)))
     assert [source.instructions[t] for t in starts.task] == [
         "open the drawer",
         "close it",
@@ -155,13 +202,13 @@ def test_keyframes_begin_at_the_last_frame_of_their_files(tmp_path):
 
 def test_keyframes_that_do_not_fit_are_named(tmp_path):
     keyframe_file(tmp_path / "a_kir.npy", 9)
-    write(tmp_path / "b_kir.npy", frame(1), {"image": np.zeros((6, 8, 3), np.uint8)})
+    write(tmp_path / "b_kir.npy", frame(4), {"image": np.full((6, 8, 3), 9, np.uint8)})
     with pytest.raises(DataError, match=r"b_kir\.npy: frame 1 needs 'state' as 8"):
         NpyKeyframes(str(tmp_path))
 
 
 def test_packed_folder_gives_back_what_was_packed(tmp_path):
-    write(tmp_path / "a.npy", frame(1))
+    write(tmp_path / "a.npy", frame(4))
     write(tmp_path / "b.npy", frame(2, text="close it"))
     source, folder = NpyStarts(str(tmp_path)), tmp_path / "packed"
     pack_starts(source, np.array([1, 0]), folder)
@@ -177,11 +224,11 @@ def test_packed_folder_gives_back_what_was_packed(tmp_path):
 
 
 def test_damaged_packed_folder_is_explained(tmp_path):
-    write(tmp_path / "a.npy", frame(1))
+    write(tmp_path / "a.npy", frame(4))
     folder = tmp_path / "packed"
     pack_starts(NpyStarts(str(tmp_path)), np.array([0]), folder)
     np.save(folder / "poses.npy", np.full((1, 8), np.nan))
-    with pytest.raises(DataError, match="finite poses"):
+    with pytest.raises(DataError, match="holds NaN or infinity"):
         NpyStarts(str(folder))
     write(folder / "poses.npy", frame())  # a pickle in the place of plain numbers
     with pytest.raises(DataError, match="cannot read packed"):

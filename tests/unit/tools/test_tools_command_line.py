@@ -90,3 +90,14 @@ def test_every_tool_is_named_by_its_module_and_spells_options_alike():
             if file.endswith("world_model/train.py"):
                 source = (house.ROOT / file).with_name("options.py").read_text()
             assert tool in texts or f'"{tool}"' in source, f"{file}: its parser is not named {tool}"
+
+
+def test_paths_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser("noun.verb", DOC)
+    parser.add_argument("--out")
+    parser.add_argument("--mix")
+    parser.add_argument("folders", nargs="*")
+    args = parser.parse_args(["--out=~/a,~/b", "--mix", "a~/b=c~", "~/c", "x=~"])
+    assert (args.out, args.mix) == ("/home/me/a,/home/me/b", "a~/b=c~")
+    assert args.folders == ["/home/me/c", "x=~"]
