@@ -8,6 +8,7 @@ python launch.py --mode=export --config.policy.checkpoint=RUN --export_dir=NEW_F
 
 import importlib
 import os
+import signal
 import sys
 
 # Before JAX is imported: its own log lines and its grip on the whole GPU are not wanted.
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import DEFAULT_PRESET, check_flags
 from evac_jax.config.reference import help_text
-from evac_jax.errors import ConfigError, EvacJaxError
+from evac_jax.errors import ConfigError, EvacJaxError, StoppedError
 
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "collect", "export"], "What to do.")
 _EXPORT_DIR = flags.DEFINE_string(
@@ -52,7 +53,10 @@ def main(argv: list[str]) -> None:
 
 
 def cli() -> None:
-    """Run `main`; a user's mistake ends with one message and status 2, without a traceback."""
+    """Run `main`; a user's mistake ends with one message and status 2, without a traceback.
+
+    A run that a signal ended has status 128 + its number.
+    """
     global __doc__  # what absl's --help begins with
     try:
         check_flags(sys.argv[1:])
@@ -64,7 +68,13 @@ def cli() -> None:
         app.run(main)
     except EvacJaxError as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+        if isinstance(error, StoppedError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + error.signal)  # a usual exit waits for compilations and other hosts
         sys.exit(2)
+    except KeyboardInterrupt:  # before a run began
+        os._exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

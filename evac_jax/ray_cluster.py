@@ -7,6 +7,7 @@ Every host needs this project and its environment at the same path, and the same
 
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,10 @@ def _run(ray: Any, config: TrainConfig, mode: str) -> None:
         names = ray.get([t.name.remote() for t in trainers])
         address = ray.get(trainers[0].address.remote())
         values = to_dict(config)
-        jobs = {t.run.remote(values, mode, host, address): host for host, t in enumerate(trainers)}
+        jobs = {
+            t.run.remote(values, mode, host, address, sys.argv): host
+            for host, t in enumerate(trainers)
+        }
         waiting = list(jobs)
         while waiting:
             done, waiting = ray.wait(waiting)
@@ -110,13 +114,14 @@ def _check(ray: Any, job: Any, host: int, names: list[str], config: TrainConfig)
             raise HostError(f"{where}: {error.cause}") from None
         raise HostError(f"{where} failed:\n{error}") from None
     except ray.exceptions.RayActorError as error:
-        from evac_jax.devices.hosts import last_checkpoint
+        from evac_jax import checkpoint  # and Orbax, which the driver does not need otherwise
 
-        folder = Path(config.checkpoint.dir or Path(config.log.dir, config.log.run, "checkpoints"))
+        folder = Path(config.log.dir, config.log.run)
+        if config.checkpoint.restore not in ("", "auto"):
+            folder = checkpoint.named_run(config)
+        advice = checkpoint.how_to_go_on(folder, checkpoint.folder_of(config, folder))
         reason = str(error).strip().splitlines()[0]
-        raise HostError(
-            f"{where} was lost, and so the run ended: {reason}\n{last_checkpoint(config, folder)}"
-        ) from None
+        raise HostError(f"{where} was lost, and so the run ended: {reason}\n{advice}") from None
 
 
 class Trainer:
@@ -134,10 +139,13 @@ class Trainer:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def run(self, values: dict[str, Any], mode: str, host: int, coordinator: str) -> None:
+    def run(
+        self, values: dict[str, Any], mode: str, host: int, coordinator: str, argv: list[str]
+    ) -> None:
         """Do this host's part, see `evac_jax.train`."""
         from evac_jax import train  # and JAX, which the driver does not need
 
+        sys.argv = argv  # messages name the command that goes on
         logging.set_verbosity(logging.INFO)
         values["cluster"] |= {"node": host, "coordinator": coordinator}
         config = from_config_dict(values)

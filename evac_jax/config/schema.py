@@ -251,11 +251,14 @@ class RunConfig:
             iteration's episodes are collected while an update is computed; needs algo.decoupled.
             A run that is continued collects the episodes that were under way anew.
         max_skipped_updates: non-finite optimiser steps in a row after which the run stops.
+        stop_grace_s: seconds from a SIGTERM, SIGHUP or Ctrl-C to the end of the process. The
+            iteration under way is finished or dropped, and what is complete is saved.
     """
 
     iterations: Count = 100
     max_staleness: Literal[0, 1] = 0
     max_skipped_updates: Count = 10
+    stop_grace_s: Positive = 25.0
 
 
 @dataclass(frozen=True)
@@ -264,9 +267,11 @@ class CheckpointConfig:
 
     Attributes:
         restore: "" = start anew; "latest" = newest run of this algorithm under log.dir (or the
-            run log.run); or the path of a run or of its checkpoint folder.
-        step: iteration to restore when only evaluating; -1 = the newest. Training goes on from
-            the newest.
+            run log.run) that has a checkpoint; "auto" = go on with log.run if it has one, else
+            start it, for jobs that are queued again; or the path of a run or of its checkpoint
+            folder.
+        step: iteration to restore; -1 = the newest. A run that goes on from an older one keeps
+            the later checkpoints as <iteration>.later.
         interval: iterations between checkpoints; the last iteration is always saved.
         keep: newest checkpoints to keep.
         dir: where; "" = <run folder>/checkpoints.

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from evac_jax.devices import sharding
 from evac_jax.devices.found import log_devices
 from evac_jax.devices.malloc import keep_freed_memory
 from evac_jax.devices.placement import Placement, env_devices, rollout_fsdp
-from evac_jax.errors import ConfigError, EvacJaxError, HostError
+from evac_jax.errors import ConfigError, EvacJaxError, HostError, StoppedError
 
 JOIN_TIMEOUT_S = 300
 MIN_COMPILE_S = 0.05  # a program that compiles faster is not worth a file
@@ -94,12 +95,15 @@ def wait_for_all(what: str) -> None:
 
 
 @contextlib.contextmanager
-def one_for_all(config: TrainConfig, checkpoints: Path):
+def one_for_all(config: TrainConfig, how_to_go_on: Callable[[], str]):
     """End this host's trainer with one message when it, or another host's, fails.
 
     The trainers compute every step together, so none can go on, or save, without the others. They
     notice when a connection closes. JAX's own watch over the hosts takes up to two minutes and then
     ends the process with a message of its own; if host 0 is lost it ends the process at once.
+
+    Args:
+        how_to_go_on: makes the end of the message.
 
     Raises:
         HostError: with Ray, which ends the others' processes; otherwise this one ends, status 2.
@@ -107,13 +111,13 @@ def one_for_all(config: TrainConfig, checkpoints: Path):
     try:
         yield
     except Exception as error:  # JAX tells of a closed connection by several types
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or isinstance(error, StoppedError):
             raise
         kind = "" if isinstance(error, EvacJaxError) else "another host may be gone, see its log: "
         logging.debug("cause", exc_info=True)
         message = (
             f"host {jax.process_index()} of {jax.process_count()} stopped, and with it the run; "
-            f"{kind}{error}\n{last_checkpoint(config, checkpoints)}"
+            f"{kind}{error}\n{how_to_go_on()}"
         )
         if config.cluster.engine == "ray":
             raise HostError(message) from error
@@ -121,18 +125,6 @@ def one_for_all(config: TrainConfig, checkpoints: Path):
         sys.stderr.write(f"\n{HostError.__name__}: {message}\n")
         sys.stderr.flush()
         os._exit(2)  # a usual exit waits for the hosts that are gone; simulators end by themselves
-
-
-def last_checkpoint(config: TrainConfig, checkpoints: Path) -> str:
-    """Return a sentence that names the last checkpoint and how to continue from it."""
-    stored = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
-    if not stored:
-        return "It had saved no checkpoint yet (config.checkpoint.interval)."
-    run = config.checkpoint.restore or Path(config.log.dir, config.log.run)
-    return (
-        f"Its last checkpoint is that of iteration {max(stored)}; go on from there with "
-        f"--config.checkpoint.restore={run}"
-    )
 
 
 def make_meshes(config: TrainConfig) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:

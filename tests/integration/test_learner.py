@@ -64,3 +64,14 @@ def test_simulators_with_other_actions_or_episodes_are_refused(tiny_config, lear
         learner.meet(dataclasses.replace(env, action=ActionSpec(chunk=4)))
     with pytest.raises(ConfigError, match=r"expected EpisodeShapes.*max_steps=16.*max_steps=24"):
         learner.meet(dataclasses.replace(env, max_episode_steps=24))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_policy_is_not_sound_when_a_parameter_has_diverged(learner, value):
+    assert learner.is_sound()
+    state = learner.state
+    learner.state = state.replace(params=jax.tree.map(lambda x: x * value, state.params))
+    try:
+        assert not learner.is_sound()
+    finally:
+        learner.state = state
