@@ -17,7 +17,8 @@ from absl import logging
 from evac_jax.errors import StorageError
 
 LOCK_FILE = ".lock"
-TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full, over quota, read-only
+# Full, over quota, over the largest size of a file, read-only.
+TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import pytest
 
 from evac_jax import checkpoint
 from evac_jax.config.build import default_config, to_dict
-from evac_jax.errors import CheckpointError, DamagedCheckpointError
+from evac_jax.errors import CheckpointError, DamagedCheckpointError, StorageError
 
 
 def _state(seed: int):
@@ -102,6 +103,17 @@ def test_saving_is_an_error_when_nothing_is_saved(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
     checkpoints.save(3, _state(3), {})
     with pytest.raises(CheckpointError, match=r"iteration 2 was not written.*\[3\]"):
+        checkpoints.save(2, _state(2), {})
+
+
+def test_full_disk_is_told_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(StorageError, match="iteration 2 could not be written .*No space left"):
         checkpoints.save(2, _state(2), {})
 
 
