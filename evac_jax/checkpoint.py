@@ -21,7 +21,7 @@ from absl import logging
 from algos.types import path_name
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
-from evac_jax.devices import hosts
+from evac_jax.devices import hosts, together
 from evac_jax.errors import CheckpointError, DamagedCheckpointError, EvacJaxError, StorageError
 
 CONFIG_FILE = "config.json"
@@ -186,7 +186,7 @@ class Checkpoints:
                     path = self.directory / f"{iteration}.{name}{number}"
                 os.replace(self.directory / str(iteration), path)
                 logging.warning("checkpoint %d is kept as %s", iteration, path)
-        hosts.wait_for_all("checkpoints set aside")
+        together.wait_for_all("checkpoints set aside")
         self._manager.reload()
 
     def restore_part(self, iteration: int, name: str, like: Any) -> Any:

@@ -44,6 +44,10 @@ class StoppedError(EvacJaxError):
         super().__init__(message)
         self.signal = signal
 
+    def __reduce__(self):
+        """Keep the signal when the error comes from another process, as Ray's trainers are."""
+        return type(self), (str(self), self.signal)
+
 
 class SimulatorError(EvacJaxError):
     """A simulator process failed; carries that process's own traceback."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from algos.types import RolloutBatch
+from evac_jax import stopping
 from evac_jax.bridge.types import IDLE
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
@@ -87,6 +88,7 @@ def play(
         simulators.send_reset(starts[simulators.rows[part]], seed, part)
     decided: list = [None] * len(parts)
     for t, part in itertools.product(range(chunks + 1), parts):
+        stopping.place()
         with watch.timed("env"):
             step = simulators.receive()
         for phase, seconds in step.result.seconds.items():

@@ -19,13 +19,14 @@ from evac_jax import checkpoint, report
 from evac_jax.checkpoint import Checkpoints
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
-from evac_jax.devices import hosts
+from evac_jax.devices import hosts, together
 from evac_jax.errors import (
     BridgeTimeoutError,
     CheckpointError,
     EvacJaxError,
     SimulatorError,
     StoppedError,
+    StorageError,
     TrainingError,
 )
 from evac_jax.evaluate import Evaluation, save_films
@@ -98,8 +99,6 @@ class RunFolder:
 
     def _refuse_what_is_there(self) -> None:
         """Refuse to begin a run where one is. One that trained nothing is no reason to."""
-        if not self.writes:
-            return
         if found := checkpoint.iterations_in(self.checkpoints):
             what = f"{str(self.checkpoints)!r} holds a run's checkpoints (iterations {found})"
             if checkpoint.saved_config(self.path) is None:
@@ -126,7 +125,12 @@ class RunFolder:
             yield self
             return
         with claim.claimed(self.path, numbered=self.unnamed) as path:
-            yield RunFolder.at(self.config, path, resumed=self.resumed)
+            folder = RunFolder.at(self.config, path, resumed=self.resumed)
+            try:
+                with claim.told_as_storage_error(path):
+                    yield folder
+            except StorageError as error:
+                raise StorageError(f"{error}\n{folder.how_to_go_on()}") from error
 
     def make(self) -> None:
         """Write the configuration: from now on this is a run that can be continued."""
@@ -138,7 +142,7 @@ class RunFolder:
                     temporary.write_text(secrets.token_hex(8))
             if not self.resumed:
                 keep(self.path / writers.METRICS_FILE)
-        hosts.wait_for_all("run folder")
+        together.wait_for_all("run folder")
 
     @property
     def run_id(self) -> str:
@@ -334,7 +338,7 @@ class Run:
             with self._stopping.interruptible():
                 yield
         except TrainingError as error:
-            raise self._diverged(f"after {done} iterations the policy diverged: {error}") from error
+            raise self._diverged(f"the policy of iteration {done} diverged: {error}") from error
         except (SimulatorError, BridgeTimeoutError, StoppedError) as ended:
             alone = jax.process_count() == 1 or isinstance(ended, StoppedError)
             if alone and done not in (0, self._checkpoints.latest()):

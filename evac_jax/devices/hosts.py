@@ -8,11 +8,10 @@ from pathlib import Path
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
 
 from evac_jax.config.cluster import ClusterConfig
 from evac_jax.config.schema import TrainConfig
-from evac_jax.devices import sharding
+from evac_jax.devices import sharding, together
 from evac_jax.devices.found import log_devices
 from evac_jax.devices.malloc import keep_freed_memory
 from evac_jax.devices.placement import Placement, env_devices, rollout_fsdp
@@ -28,7 +27,7 @@ def start(config: TrainConfig) -> None:
     Call before anything asks JAX for its devices.
 
     Raises:
-        ConfigError: the other hosts cannot be reached.
+        ConfigError: the other hosts cannot be reached, or are set up in another way.
     """
     _limit_memory(config)
     folder = config.cluster.compilation_cache
@@ -41,11 +40,13 @@ def start(config: TrainConfig) -> None:
         _join(config.cluster)
     if not config.train.max_staleness:  # otherwise an update would block the rollout beside it
         keep_freed_memory()
+    together.check_same(config)
     log_devices(env_devices(config))
 
 
 def _join(cluster: ClusterConfig) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU devices only
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from us
     try:
         jax.distributed.initialize(
             cluster.coordinator,
@@ -86,12 +87,6 @@ class Compilations:
 def is_first_host() -> bool:
     """Whether this process writes logs, videos and reports; every host writes checkpoints."""
     return jax.process_index() == 0
-
-
-def wait_for_all(what: str) -> None:
-    """Wait until every host's trainer has made this call."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager

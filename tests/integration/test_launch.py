@@ -173,6 +173,17 @@ def test_diverged_policy_is_not_saved_and_the_last_good_one_is_named(launcher, p
     assert "Lower --config.optim.lr (now 1e+30)" in output
     assert "last checkpoint is that of iteration 3" in output
     assert "Traceback" not in output
+    output = launcher.run(
+        "--config.log.run=wilder",
+        "--config.optim.lr=1e30",
+        "--config.optim.clip_grad=1e30",
+        "--config.train.iterations=3",
+        *QUICK,
+        status=2,
+    )
+    assert "TrainingError: the policy of iteration 1 diverged: " in output
+    assert "log_probs that the policy gave in the rollout are not finite. Lower" in output
+    assert "It had saved no checkpoint yet" in output
     after = sorted(path.name for path in (launcher.runs / "wild" / "checkpoints").iterdir())
     assert after == before
 

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 
 import pytest
@@ -128,6 +129,15 @@ def test_two_runs_get_folders_of_their_own_when_they_start_in_one_second(tmp_pat
 def test_second_process_is_refused_when_a_run_lives(tmp_path):
     with make_run(tmp_path).claimed(), pytest.raises(StorageError, match=r"process \d+ on "):
         RunFolder.choose(_config(tmp_path, run="one")).claimed().__enter__()
+
+
+def test_full_disk_is_told_with_the_command_that_goes_on(tmp_path):
+    run = make_run(tmp_path, iterations=(1, 2))
+    with (
+        pytest.raises(StorageError, match="No space left.*\n.*iteration 2; go on from there with"),
+        run.claimed(),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_evaluation_is_refused_when_its_folder_holds_one(tmp_path):
