@@ -12,7 +12,7 @@ from absl import logging
 from evac_jax.config.cluster import ClusterConfig
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding, together
-from evac_jax.devices.found import log_devices
+from evac_jax.devices.found import check_devices
 from evac_jax.devices.malloc import keep_freed_memory
 from evac_jax.devices.placement import Placement, env_devices, rollout_fsdp
 from evac_jax.errors import ConfigError, EvacJaxError, HostError, StoppedError
@@ -41,7 +41,8 @@ def start(config: TrainConfig) -> None:
     if not config.train.max_staleness:  # otherwise an update would block the rollout beside it
         keep_freed_memory()
     together.check_same(config)
-    log_devices(env_devices(config))
+    imagines = config.env.simulator == "world_model"
+    check_devices(config, env_devices(config) if imagines else ("cpu",))
 
 
 def _join(cluster: ClusterConfig) -> None:
