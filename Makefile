@@ -96,7 +96,7 @@ libero-check: $(STAMP) $(LIBERO_STAMP)  ## Success of a policy in LIBERO: POLICY
 		--config.eval.ground_truth=libero --config.eval.ground_truth_episodes=$(EPISODES) \
 		--config.eval.ground_truth_envs=$(ENVS) --config.libero.suite=$(SUITE) \
 		--config.libero.root=$(LIBERO_ROOT) --config.libero.states=$(LIBERO_STATES) \
-		--config.libero.python=$(LIBERO_VENV)/bin/python --config.log.run=libero-check $(ARGS)
+		--config.libero.python=$(LIBERO_VENV)/bin/python --config.log.run=libero-check-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 clean:  ## Remove environments and caches, but no runs.
 	rm -rf $(VENV) $(LIBERO_VENV) .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ python launch.py --mode=export --config.policy.checkpoint=RUN --export_dir=NEW_F
 
 import importlib
 import os
+import signal
 import sys
 
 # Before JAX is imported: its own log lines and its grip on the whole GPU are not wanted.
@@ -18,8 +19,9 @@ from ml_collections import config_flags
 
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import DEFAULT_PRESET, check_flags
+from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, with_absolute
 from evac_jax.config.reference import help_text
-from evac_jax.errors import ConfigError, EvacJaxError
+from evac_jax.errors import ConfigError, EvacJaxError, StoppedError
 
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "collect", "export"], "What to do.")
 _EXPORT_DIR = flags.DEFINE_string(
@@ -34,6 +36,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     preset = flags.FLAGS["config"]
     config = from_config_dict(preset.value.to_dict())
+    elsewhere = config.cluster.engine == "ray"  # its trainers begin in folders of their own
+    config = with_absolute(config, RUN_PATHS + INPUT_PATHS * elsewhere)
     logging.info("%s %s with the preset %s", _MODE.value, config.algorithm, preset.config_filename)
     if (_MODE.value == "export") != bool(_EXPORT_DIR.value):
         raise ConfigError("--export_dir: --mode=export needs a new folder, other modes take none")
@@ -52,7 +56,10 @@ def main(argv: list[str]) -> None:
 
 
 def cli() -> None:
-    """Run `main`; a user's mistake ends with one message and status 2, without a traceback."""
+    """Run `main`; a user's mistake ends with one message and status 2, without a traceback.
+
+    A run that a signal ended has status 128 + its number.
+    """
     global __doc__  # what absl's --help begins with
     try:
         check_flags(sys.argv[1:])
@@ -64,7 +71,13 @@ def cli() -> None:
         app.run(main)
     except EvacJaxError as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+        if isinstance(error, StoppedError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + error.signal)  # a usual exit waits for compilations and other hosts
         sys.exit(2)
+    except KeyboardInterrupt:  # before a run began
+        os._exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ the previous one whole.
 """
 
 import json
+import os
+import shlex
+import sys
 from logging import WARNING, getLogger
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ from absl import logging
 from algos.types import path_name
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
-from evac_jax.errors import CheckpointError
+from evac_jax.devices import hosts, together
+from evac_jax.errors import CheckpointError, DamagedCheckpointError, EvacJaxError, StorageError
 
 CONFIG_FILE = "config.json"
 
@@ -40,6 +44,7 @@ SHAPE_FIELDS = (
     "policy.scan_layers",
     "policy.param_dtype",
 )
+PATH_FIELDS = ("policy.checkpoint", "policy.lora_adapter")  # of those; the same place is the same
 
 
 class Checkpoints:
@@ -63,51 +68,126 @@ class Checkpoints:
         """Return the iteration of the newest whole checkpoint, None when there is none."""
         return self._manager.latest_step()
 
-    def existing(self, iteration: int) -> int:
-        """Return `iteration`, or that of the newest checkpoint for -1.
+    @property
+    def iterations(self) -> list[int]:
+        """Iterations of all whole checkpoints, in order."""
+        return sorted(self._manager.all_steps())
 
-        Raises:
-            CheckpointError: there is no such checkpoint; names the existing ones.
-        """
-        stored = sorted(self._manager.all_steps())
-        if not stored or (iteration != -1 and iteration not in stored):
-            raise CheckpointError(
-                f"config.checkpoint.step: {self.directory} has no checkpoint of iteration "
-                f"{iteration}; there are {stored}. config.checkpoint.keep says how many a run keeps"
-            )
-        return stored[-1] if iteration == -1 else iteration
+    def existing(self, iteration: int) -> int:
+        """See the function `existing`."""
+        return existing(self.directory, iteration)
 
     def save(self, iteration: int, state: Any, meta: dict[str, Any]) -> None:
-        """Write a checkpoint: `state` is a tree of arrays, `meta` plain JSON values."""
-        self._manager.save(
-            iteration,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(state)), meta=ocp.args.JsonSave(meta)
-            ),
-        )
-
-    def restore(self, iteration: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Return (state, meta) of an iteration, placed as the arrays of `like` are.
+        """Write a checkpoint: `state` is a tree of arrays, `meta` plain JSON values.
 
         Raises:
-            CheckpointError: the stored arrays are not those of `like`.
+            CheckpointError: a later one is there already, so nothing was written.
+            StorageError: it cannot be written, such as to a full disk.
+        """
+        try:
+            saved = self._manager.save(
+                iteration,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_flat(state)), meta=ocp.args.JsonSave(meta)
+                ),
+            )
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are of all three types
+            raise StorageError(
+                f"the checkpoint of iteration {iteration} could not be written to "
+                f"{self.directory}: {error}"
+            ) from error
+        if not saved:
+            raise CheckpointError(
+                f"the checkpoint of iteration {iteration} was not written: {self.directory} holds "
+                f"those of {iterations_in(self.directory)}; set another --config.checkpoint.dir"
+            )
+
+    def restore(
+        self, iteration: int, like: Any, *, run_id: str | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return (state, meta) of an iteration, placed as the arrays of `like` are.
+
+        Args:
+            run_id: refuse a checkpoint whose meta["run"] is another one; None = take any.
+
+        Raises:
+            CheckpointError: the stored arrays are not those of `like`, or are another run's.
+            DamagedCheckpointError: they cannot be read.
         """
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
-        stored = self._manager.item_metadata(iteration)["state"]
-        problems = _differences(dict(stored), template)
-        if problems:
-            raise CheckpointError(
-                f"checkpoint {self.directory}/{iteration} does not fit this configuration:\n  "
-                + "\n  ".join(problems)
+        try:
+            problems = _differences(self.shapes(iteration), template)
+            if problems:
+                raise CheckpointError(
+                    f"checkpoint {self.directory}/{iteration} does not fit this configuration:\n  "
+                    + "\n  ".join(problems)
+                )
+            restored = self._manager.restore(
+                iteration,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
+                ),
             )
-        restored = self._manager.restore(
-            iteration,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
-            ),
-        )
+        except (EvacJaxError, MemoryError):
+            raise
+        except Exception as error:  # of many types, by which file is damaged and how
+            raise DamagedCheckpointError(
+                f"checkpoint {self.directory}/{iteration} cannot be read: {error}"
+            ) from error
+        meta = restored["meta"]
+        if run_id is not None and meta.get("run", run_id) != run_id:
+            raise CheckpointError(
+                f"{self.directory} holds the checkpoints of another run; give the folder of this "
+                "one's as --config.checkpoint.dir"
+            )
         leaves = [restored["state"][name] for name in _flat(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["meta"]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
+
+    def go_back_to(self, iteration: int, like: Any, run_id: str) -> tuple[int, Any, dict[str, Any]]:
+        """Return (iteration, state, meta) of a checkpoint; a run goes on from it.
+
+        Later checkpoints are renamed to <iteration>.later, or .damaged, and never read again.
+
+        Args:
+            iteration: of the checkpoint; -1 = the newest that can be read. Several hosts do not
+                search: each reads other files, and so only one of them may meet the damage.
+
+        Raises:
+            CheckpointError: see `restore`.
+        """
+        search = iteration == -1 and jax.process_count() == 1
+        choice = self.iterations if search else [self.existing(iteration)]
+        damaged = []
+        for found in reversed(choice):
+            try:
+                state, meta = self.restore(found, like, run_id=run_id)
+            except DamagedCheckpointError as error:
+                damaged.append(found)
+                if found == choice[0]:
+                    raise DamagedCheckpointError(
+                        f"{error}\nThere are those of {self.iterations}; choose one with "
+                        "--config.checkpoint.step"
+                    ) from error
+                logging.warning("%s; going on from the one before", error)
+                continue
+            later = [n for n in self.iterations if n > found]
+            self._set_aside({n: "damaged" if n in damaged else "later" for n in later})
+            return found, state, meta
+        raise CheckpointError(f"{self.directory} has no checkpoint")
+
+    def _set_aside(self, names: dict[int, str]) -> None:
+        if not names:
+            return
+        if hosts.is_first_host():
+            for iteration, name in names.items():
+                path, number = self.directory / f"{iteration}.{name}", 1
+                while path.exists():
+                    number += 1
+                    path = self.directory / f"{iteration}.{name}{number}"
+                os.replace(self.directory / str(iteration), path)
+                logging.warning("checkpoint %d is kept as %s", iteration, path)
+        together.wait_for_all("checkpoints set aside")
+        self._manager.reload()
 
     def restore_part(self, iteration: int, name: str, like: Any) -> Any:
         """Return the part "<name>/..." of an iteration's state, on one device, shaped as `like`.
@@ -140,8 +220,18 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in wanted])
 
     def shapes(self, iteration: int) -> dict[str, Any]:
-        """Return what an iteration's state holds: path -> something with shape and dtype."""
-        return dict(self._manager.item_metadata(iteration)["state"])
+        """Return what an iteration's state holds: path -> something with shape and dtype.
+
+        Raises:
+            DamagedCheckpointError: it does not tell.
+        """
+        metadata = self._manager.item_metadata(iteration)["state"]
+        if not metadata:
+            raise DamagedCheckpointError(
+                f"checkpoint {self.directory}/{iteration} cannot be read: it does not say which "
+                "arrays it has"
+            )
+        return dict(metadata)
 
     def close(self) -> None:
         """Wait for writes under way."""
@@ -166,50 +256,128 @@ def _differences(stored: dict, wanted: dict) -> list[str]:
     return lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
 
 
-def find_run(config: TrainConfig) -> Path:
-    """Return the run folder that `checkpoint.restore` names.
+def iterations_in(checkpoints: Path) -> list[int]:
+    """Return the iterations of the whole checkpoints in a folder, in order."""
+    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+
+
+def existing(checkpoints: Path, iteration: int) -> int:
+    """Return `iteration`, or that of the newest checkpoint for -1.
+
+    Raises:
+        CheckpointError: there is no such checkpoint; names the existing ones.
+    """
+    found = iterations_in(checkpoints)
+    if not found or (iteration != -1 and iteration not in found):
+        raise CheckpointError(
+            f"config.checkpoint.step: {checkpoints} has no checkpoint of iteration "
+            f"{iteration}; there are {found}. config.checkpoint.keep says how many a run keeps"
+        )
+    return found[-1] if iteration == -1 else iteration
+
+
+def saved_config(run: Path) -> dict[str, Any] | None:
+    """Return what a run's config.json says; None where it is missing or damaged."""
+    try:
+        values = json.loads((run / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) and "algorithm" in values else None
+
+
+def folder_of(config: TrainConfig, run: Path) -> Path:
+    """Return where a run's checkpoints are: as configured, else as it was saved with."""
+    saved = (saved_config(run) or {}).get("checkpoint", {}).get("dir")
+    return Path(config.checkpoint.dir or saved or run / "checkpoints")
+
+
+def find_run(config: TrainConfig) -> Path | None:
+    """Return the run folder that `checkpoint.restore` names; None if "auto" finds none.
 
     Raises:
         CheckpointError: there is no such run, or it has no checkpoint.
     """
     restore, root = config.checkpoint.restore, Path(config.log.dir)
+    if restore == "auto":
+        folder = root / config.log.run
+        is_run = saved_config(folder) is not None and iterations_in(folder_of(config, folder))
+        return folder if is_run else None
     if restore != "latest":
-        folder = Path(restore)
-        if folder.name == "checkpoints":
-            folder = folder.parent
-        if not (folder / CONFIG_FILE).is_file():
-            raise CheckpointError(
-                f"config.checkpoint.restore: {restore!r} is not a run folder (no {CONFIG_FILE}); "
-                "give the folder under log.dir, or 'latest'"
-            )
-        return folder
+        return _named_run(config, Path(restore))
     if config.log.run:
         candidates = [root / config.log.run]
     else:
         candidates = sorted(root.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    passed = []
     for folder in candidates:
-        saved = folder / CONFIG_FILE
-        if saved.is_file() and json.loads(saved.read_text())["algorithm"] == config.algorithm:
-            return folder
+        saved = saved_config(folder)
+        if saved is None and not (folder / CONFIG_FILE).exists():
+            continue
+        if saved is None or saved["algorithm"] == config.algorithm:
+            if saved and iterations_in(folder_of(config, folder)):
+                if passed:
+                    logging.warning("passed over, as they have no checkpoint: %s", passed)
+                return folder
+            passed.append(str(folder))
+    also = f" with a checkpoint (without one: {', '.join(passed)})" if passed else ""
     raise CheckpointError(
-        f"config.checkpoint.restore=latest: no {config.algorithm} run under {str(root)!r}; "
+        f"config.checkpoint.restore=latest: no {config.algorithm} run under {str(root)!r}{also}; "
         "set config.log.dir to the folder that holds it, or leave restore empty to start anew"
     )
 
 
-def resumable_run(config: TrainConfig) -> Path:
+def _named_run(config: TrainConfig, folder: Path) -> Path:
+    if folder.name == "checkpoints":
+        folder = folder.parent
+    field = f"config.checkpoint.restore: {str(folder)!r}"
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{field} is not a run folder (no {CONFIG_FILE}); give the folder under log.dir, or "
+            "'latest'"
+        )
+    if saved_config(folder) is None:
+        raise CheckpointError(f"{field} has a damaged {CONFIG_FILE}; expected a run's settings")
+    if not iterations_in(where := folder_of(config, folder)):
+        raise CheckpointError(
+            f"{field} has no checkpoint in {str(where)!r}, so nothing to go on from; leave restore "
+            "empty to start anew"
+        )
+    return folder
+
+
+def named_run(config: TrainConfig) -> Path:
+    """Return the run that `checkpoint.restore` names, for an evaluation: there must be one.
+
+    Raises:
+        CheckpointError: as `resumable_run`, or "auto" finds none.
+    """
+    run = resumable_run(config)
+    if run is None:
+        raise CheckpointError(
+            f"config.checkpoint.restore=auto: {str(Path(config.log.dir, config.log.run))!r} has no "
+            "checkpoint yet"
+        )
+    return run
+
+
+def resumable_run(config: TrainConfig) -> Path | None:
     """Return the run folder that `checkpoint.restore` names, if this configuration can go on there.
+
+    None if "auto" finds no run.
 
     Raises:
         CheckpointError: there is no such run, or its arrays have other shapes.
     """
     path = find_run(config)
-    check_resumable(json.loads((path / CONFIG_FILE).read_text()), to_dict(config))
+    if path is not None:
+        check_resumable(saved_config(path) or {}, to_dict(config))
     return path
 
 
 def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse to continue a run whose arrays would have other shapes now.
+
+    Fields that the run's version did not have are not compared.
 
     Raises:
         CheckpointError: names every such field with both values.
@@ -217,15 +385,52 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
     def value(config: dict, field: str):
         for part in field.split("."):
-            config = config[part]
+            config = config.get(part, {})
         return config
+
+    def differ(field: str) -> bool:
+        values = value(saved, field), value(current, field)
+        if field in PATH_FIELDS and all(values):
+            values = tuple(Path(path).absolute() for path in values)
+        return values[0] != {} and values[0] != values[1]
 
     changed = [
         f"config.{field}: the run has {value(saved, field)!r}, now {value(current, field)!r}"
         for field in SHAPE_FIELDS
-        if value(saved, field) != value(current, field)
+        if differ(field)
     ]
     if changed:
         raise CheckpointError(
             "the run cannot be continued with this configuration:\n  " + "\n  ".join(changed)
         )
+
+
+def how_to_go_on(run: Path, checkpoints: Path) -> str:
+    """Return a sentence that names a run's last checkpoint, and the command that goes on."""
+    if not (iterations := iterations_in(checkpoints)):
+        return f"It had saved no checkpoint yet (config.checkpoint.interval). {begin_again()}"
+    command = _without([sys.executable, *sys.argv], ("restore", "step"))
+    command.append(f"--config.checkpoint.restore={run}")
+    return (
+        f"Its last checkpoint is that of iteration {iterations[-1]}; go on from there with\n"
+        f"{shlex.join(command)}"
+    )
+
+
+def begin_again() -> str:
+    """Return a sentence with the command that was given."""
+    return f"Begin again with\n{shlex.join([sys.executable, *sys.argv])}"
+
+
+def _without(command: list[str], fields: tuple[str, ...]) -> list[str]:
+    """Return a command line without the flags of fields of `checkpoint`, in either spelling."""
+    kept, skip = [], False
+    for argument in command:
+        flag, has_value, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif flag.lstrip("-") in [f"config.checkpoint.{field}" for field in fields]:
+            skip = not has_value  # its value is the next argument
+        else:
+            kept.append(argument)
+    return kept

@@ -25,6 +25,30 @@ class CheckpointError(EvacJaxError):
     """A checkpoint or weight file is missing, damaged or made for something else."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint of a run cannot be read, whatever the configuration."""
+
+
+class StorageError(EvacJaxError):
+    """A folder cannot be written to: full, read-only, or another process writes there."""
+
+
+class StoppedError(EvacJaxError):
+    """A signal ended the run; what it had saved before is whole.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+    def __reduce__(self):
+        """Keep the signal when the error comes from another process, as Ray's trainers are."""
+        return type(self), (str(self), self.signal)
+
+
 class SimulatorError(EvacJaxError):
     """A simulator process failed; carries that process's own traceback."""
 

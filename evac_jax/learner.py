@@ -20,7 +20,7 @@ from absl import logging
 from flax import nnx
 
 from algos import ALGORITHMS
-from algos.optim import make_optimizer
+from algos.optim import global_norm, make_optimizer
 from algos.types import RolloutBatch, TrainState, WeightedMetric
 from algos.update import init_state
 from evac_jax.bridge.types import EnvSpec
@@ -74,6 +74,7 @@ class Learner:
         self._action_spec, self._tokenizer = loaded.model.action_spec, loaded.tokenizer
         self.batch_shapes = batch_shapes(config, loaded.model.config, episode)
         self._episode, self._compiling = episode, None
+        self._seen: tuple | None = None  # by the policy at its last training decision
         self.has_value_head = config.policy.value_head != "none"
 
         self._graphdef, params, self._rest = nnx.split(loaded.model, nnx.Param, ...)
@@ -175,6 +176,7 @@ class Learner:
         self._optimizer_shardings = state_shardings.opt_state
         # Static greedy: argmax and sampling are two programs, each compiled once.
         self._sample = jax.jit(sample, static_argnames="greedy")
+        self._is_finite = jax.jit(lambda tree: jnp.isfinite(global_norm(tree)))
         self._update = jax.jit(
             update,
             donate_argnums=0,
@@ -203,17 +205,25 @@ class Learner:
         temperature = policy.eval_temperature if evaluation else policy.temperature
         names = jnp.asarray(rows, jnp.int32)
         obs, names = sharding.to_global(mesh, sharding.lay(mesh, (obs, names)))
-        params = self.state.params if self._deciding is None else self._deciding
-        out = self._sample(
-            params,
-            self._deciding_rest,
-            obs,
-            key,
-            names,
-            temperature or 1.0,
-            greedy=temperature == 0,
-        )
+        if not evaluation:
+            self._seen = obs, key, names
+        out = self._decide(obs, key, names, temperature or 1.0, greedy=temperature == 0)
         return sharding.to_local(mesh, out)
+
+    def _decide(self, *arguments, greedy: bool) -> PolicyOutput:
+        params = self.state.params if self._deciding is None else self._deciding
+        return self._sample(params, self._deciding_rest, *arguments, greedy=greedy)
+
+    def is_sound(self) -> bool:
+        """Whether parameters, and what they decide on the last training observation, are finite.
+
+        A parameter beyond 1e19, whose square is not finite in float32, counts as not finite.
+        """
+        checked = [bool(self._is_finite(self.state.params))]
+        if self._seen is not None:
+            out = self._decide(*self._seen, self._config.policy.temperature, greedy=False)
+            checked.append(bool(self._is_finite((out.log_probs, out.values))))
+        return all(checked)
 
     def values(self, obs: ObsBatch) -> jax.Array:
         """Return the value estimates [B v], for the bootstrap after the last chunk."""

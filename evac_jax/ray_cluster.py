@@ -6,7 +6,9 @@ Every host needs this project and its environment at the same path, and the same
 """
 
 import os
+import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from absl import logging
 
 from evac_jax.config.build import from_config_dict, to_dict
 from evac_jax.config.schema import TrainConfig
-from evac_jax.errors import ConfigError, EvacJaxError, HostError
+from evac_jax.errors import ConfigError, EvacJaxError, HostError, StoppedError
 
 PLACEMENT_TIMEOUT_S = 120
+POLL_S = 1.0
 PASSED_ON = ("JAX_", "XLA_", "NCCL_", "TF_CPP_", "WANDB_", "OMP_", "LD_LIBRARY_PATH")
 
 
@@ -69,17 +72,43 @@ def _run(ray: Any, config: TrainConfig, mode: str) -> None:
     ]
     try:
         names = ray.get([t.name.remote() for t in trainers])
+        first = ray.get(trainers[0].process.remote())
         address = ray.get(trainers[0].address.remote())
         values = to_dict(config)
-        jobs = {t.run.remote(values, mode, host, address): host for host, t in enumerate(trainers)}
-        waiting = list(jobs)
+        jobs = {
+            t.run.remote(values, mode, host, address, sys.argv): host
+            for host, t in enumerate(trainers)
+        }
+        asked = _signals()
+        waiting, passed_on = list(jobs), False
         while waiting:
-            done, waiting = ray.wait(waiting)
-            _check(ray, done[0], jobs[done[0]], names, config)
+            done, waiting = ray.wait(waiting, timeout=POLL_S)
+            for job in done:
+                _check(ray, job, jobs[job], names, config)
+            if asked and not passed_on:  # to one host, which tells the others
+                passed_on = True
+                kill = ray.remote(num_cpus=0)(os.kill).options(
+                    placement_group=group, placement_group_bundle_index=0
+                )
+                kill.remote(first, asked[0])
     finally:
         for t in trainers:
             ray.kill(t)
         ray.util.remove_placement_group(group)
+
+
+def _signals() -> list[int]:
+    """Return a list that gets the first signal to end the run; a second one ends this process."""
+    asked: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if asked:
+            os._exit(128 + asked[0])  # Ray ends the trainers of a driver that is gone
+        asked.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, receive)
+    return asked
 
 
 def _reserve(ray: Any, config: TrainConfig) -> Any:
@@ -106,17 +135,20 @@ def _check(ray: Any, job: Any, host: int, names: list[str], config: TrainConfig)
     try:
         ray.get(job)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, StoppedError):
+            raise StoppedError(str(error.cause), error.cause.signal) from None
         if isinstance(error.cause, EvacJaxError):
             raise HostError(f"{where}: {error.cause}") from None
         raise HostError(f"{where} failed:\n{error}") from None
     except ray.exceptions.RayActorError as error:
-        from evac_jax.devices.hosts import last_checkpoint
+        from evac_jax import checkpoint  # and Orbax, which the driver does not need otherwise
 
-        folder = Path(config.checkpoint.dir or Path(config.log.dir, config.log.run, "checkpoints"))
+        folder = Path(config.log.dir, config.log.run)
+        if config.checkpoint.restore not in ("", "auto"):
+            folder = checkpoint.named_run(config)
+        advice = checkpoint.how_to_go_on(folder, checkpoint.folder_of(config, folder))
         reason = str(error).strip().splitlines()[0]
-        raise HostError(
-            f"{where} was lost, and so the run ended: {reason}\n{last_checkpoint(config, folder)}"
-        ) from None
+        raise HostError(f"{where} was lost, and so the run ended: {reason}\n{advice}") from None
 
 
 class Trainer:
@@ -126,6 +158,10 @@ class Trainer:
         """Return the host's name."""
         return socket.gethostname()
 
+    def process(self) -> int:
+        """Return the number of this process."""
+        return os.getpid()
+
     def address(self) -> str:
         """Return "address:port" of this host, free for the trainers to meet at."""
         import ray
@@ -134,10 +170,13 @@ class Trainer:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def run(self, values: dict[str, Any], mode: str, host: int, coordinator: str) -> None:
+    def run(
+        self, values: dict[str, Any], mode: str, host: int, coordinator: str, argv: list[str]
+    ) -> None:
         """Do this host's part, see `evac_jax.train`."""
         from evac_jax import train  # and JAX, which the driver does not need
 
+        sys.argv = argv  # messages name the command that goes on
         logging.set_verbosity(logging.INFO)
         values["cluster"] |= {"node": host, "coordinator": coordinator}
         config = from_config_dict(values)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evac_jax.errors import DataError
+from evac_jax.files.atomic import keep
 from evac_jax.files.cards import write_json
 
 SUMMARY_FILE = "summary.json"
@@ -145,19 +146,28 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
 def finish(
     folder: Path,
     *,
+    iteration: int,
     before: Outcome,
     after: Outcome,
     seconds: Mapping[str, float],
     wall_seconds: float,
     places: Mapping[str, Path | None],
 ) -> None:
-    """Write summary.json into the run's folder and show the summary; arguments as `summary`."""
+    """Write summary.json into the run's folder and show the summary; arguments as `summary`.
+
+    An earlier summary of the run is kept beside it, as summary_1.json and so on.
+
+    Args:
+        iteration: whose policy `after` is of.
+    """
     values = {
+        "iteration": iteration,
         "success": {"before": _as_json(before), "after": _as_json(after)},
         "seconds": dict(seconds),
         "wall_seconds": wall_seconds,
         "places": {what: str(where) for what, where in places.items() if where is not None},
     }
+    keep(folder / SUMMARY_FILE)
     write_json(folder / SUMMARY_FILE, values)
     show(
         summary(
@@ -169,22 +179,29 @@ def finish(
 def finish_evaluation(
     folder: Path,
     *,
-    iteration: int,
+    whose: Mapping[str, Any],
     outcome: Outcome,
     by_task: Mapping[str, Outcome],
     settings: Mapping[str, Any],
 ) -> None:
-    """Write evaluation.json into the folder and show the success rates.
+    """Write evaluation.json into the folder and show the success rates, and whose they are.
 
     Args:
-        iteration: of the policy, 0 for the imported one.
+        whose: "policy" that was imported, its "lora_adapter", the "run" it was restored from, ""
+            = none, and that run's "iteration".
         by_task: {place: {instruction: (successes, episodes)}}.
         settings: what else the figures depend on, plain values.
     """
-    values = {"iteration": iteration, **settings, "success": _as_json(outcome)}
+    values = {**whose, **settings, "success": _as_json(outcome)}
     values["by_task"] = {place: _as_json(tasks) for place, tasks in by_task.items()}
     write_json(folder / EVALUATION_FILE, values)
-    show("\n\n".join([*task_tables(by_task), table({"success": outcome})]))
+    name = f"iteration {whose['iteration']} of {whose['run']}"
+    if not whose["run"]:
+        parts = (whose["policy"], whose["lora_adapter"])
+        name = f"start policy {' with '.join(filter(None, parts))}"
+    facts = "  ".join(f"{key}: {value}" for key, value in settings.items())
+    head = f"{name}\n{facts}\nwritten to {folder / EVALUATION_FILE}"
+    show("\n\n".join([head, *task_tables(by_task), table({"success": outcome})]))
 
 
 def success_curve(folder: Path) -> dict[int, float]:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from algos.types import RolloutBatch
+from evac_jax import stopping
 from evac_jax.bridge.types import IDLE
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
-from evac_jax.errors import SimulatorError
+from evac_jax.errors import SimulatorError, TrainingError
 from evac_jax.learner import Learner
 from evac_jax.refill import collect_informative
 from evac_jax.simulators import BatchStep, Simulators
@@ -87,6 +88,7 @@ def play(
         simulators.send_reset(starts[simulators.rows[part]], seed, part)
     decided: list = [None] * len(parts)
     for t, part in itertools.product(range(chunks + 1), parts):
+        stopping.place()
         with watch.timed("env"):
             step = simulators.receive()
         for phase, seconds in step.result.seconds.items():
@@ -164,8 +166,8 @@ def iteration_key(seed: int, iteration: int) -> jax.Array:
 class Collector:
     """Collects the episodes of one iteration after another.
 
-    With `train.max_staleness` 1, `begin` collects the next iteration's episodes while an update is
-    computed, and `take` returns them.
+    With `train.max_staleness` 1, `collect_ahead` collects the next iteration's episodes while an
+    update is computed, and `take` returns them.
 
     Args:
         config: of the run.
@@ -180,7 +182,7 @@ class Collector:
         self._watch = watch
         spec = simulators.spec
         self._starts = StartSampler.from_config(config, spec.num_starts, spec.num_keyframes)
-        self._drawn = self._starts.state_dict()
+        self._drawn, self._next = self._starts.state_dict(), 0
         self._ahead: tuple[RolloutBatch, dict[str, float], Played] | None = None
 
     def take(self, iteration: int) -> tuple[RolloutBatch, dict[str, float], Played]:
@@ -189,14 +191,16 @@ class Collector:
         return ahead or self._collect(iteration)
 
     def begin(self, iteration: int) -> None:
-        """Collect the episodes of `iteration` early, if the run has such an iteration.
+        """Note that `iteration` comes next: a run saved from now on draws its starts again.
 
-        Call it once the update of the iteration before is under way. A run that is resumed from a
-        later checkpoint draws the starts of `iteration` again.
+        Call it once the update of the iteration before is under way.
         """
-        self._drawn = self._starts.state_dict()
-        if self._config.train.max_staleness and iteration < self._config.train.iterations:
-            self._ahead = self._collect(iteration)
+        self._drawn, self._next = self._starts.state_dict(), iteration
+
+    def collect_ahead(self) -> None:
+        """Collect the episodes of the next iteration early, if the run has such an iteration."""
+        if self._config.train.max_staleness and self._next < self._config.train.iterations:
+            self._ahead = self._collect(self._next)
 
     def _collect(self, iteration: int) -> tuple[RolloutBatch, dict[str, float], Played]:
         config, simulators = self._config, self._simulators
@@ -266,14 +270,19 @@ def _stack(learner: Learner, chunks: list[Chunk], results: list, last: ObsBatch 
 
 
 def _check(batch: RolloutBatch) -> None:
-    """Check once, on the host, what the simulator and the policy produced."""
+    """Check once, on the host, what the simulator and the policy produced.
+
+    Raises:
+        SimulatorError: rewards are not finite.
+        TrainingError: what the policy produced is not.
+    """
     for name in ("rewards", "log_probs", "values"):
         value = getattr(batch, name)
         if value is not None and not bool(jnp.isfinite(value).all()):
             bad = int((~jnp.isfinite(value)).sum())
-            raise SimulatorError(
-                f"rollout: {bad} of {value.size} entries of {name!r} are not finite; "
-                "rewards come from the simulator, log_probs and values from the policy"
+            made = "the simulator" if name == "rewards" else "the policy"
+            raise (SimulatorError if name == "rewards" else TrainingError)(
+                f"{bad} of {value.size} {name} that {made} gave in the rollout are not finite"
             )
 
 

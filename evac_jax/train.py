@@ -3,12 +3,13 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
+
+from absl import logging
 
 from evac_jax import checkpoint
 from evac_jax.checkpoint import Checkpoints
 from evac_jax.config.schema import TrainConfig
-from evac_jax.devices import hosts
+from evac_jax.devices import hosts, together
 from evac_jax.evaluate import Evaluators
 from evac_jax.learner import Learner
 from evac_jax.policy_import import check_policy, known_tasks
@@ -17,6 +18,7 @@ from evac_jax.run_folder import Run, RunFolder
 from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 from evac_jax.simulators import Simulators, started
 from evac_jax.starts import check_ranges
+from evac_jax.stopping import Stopping
 from evac_jax.telemetry.stopwatch import Stopwatch
 from evac_jax.twin import Twin
 
@@ -24,23 +26,41 @@ COMPILATIONS = "log/compilations"
 
 
 def run(config: TrainConfig) -> None:
-    """Train from the start, or from a checkpoint, to `train.iterations`; print the summary."""
+    """Train from the start, or from a checkpoint, to `train.iterations`; print the summary.
+
+    Raises:
+        StoppedError: a signal ended the run; what is complete is saved.
+        StorageError: the run's folder cannot be written to.
+    """
     began = time.perf_counter()
     hosts.start(config)
-    folder = RunFolder.choose(config)
-    with _ready(config, folder) as (learner, imagined, real):
+    chosen = RunFolder.choose(config)
+    if chosen.is_finished:
+        logging.info(
+            "%s is done: it has its %d iterations and its summary. To train on, raise "
+            "--config.train.iterations",
+            chosen.path,
+            config.train.iterations,
+        )
+        return
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(chosen.claimed())
+        stopping = Stopping(config.train.stop_grace_s, folder.how_to_go_on)
+        stack.enter_context(stopping)
+        learner, imagined, real = stack.enter_context(_ready(config, folder))
         watch = Stopwatch()
         collector = Collector(config, learner, imagined, watch)
         twin = Twin(config, real)
         evaluators = Evaluators(config, learner, imagined, real)
-        record = Run(folder, learner, collector, twin)
-        if record.is_new:
-            record.log_evaluation(0, evaluators.run())
+        record = Run(folder, learner, collector, twin, stopping)
+        if record.is_new or record.finished >= config.train.iterations:
+            record.log_evaluation(record.finished, evaluators.run())
         if "optimizer" in config.cluster.offload:
             learner.park_optimizer()
-        iterate(config, record, learner, collector, twin, evaluators, watch)
-        record.close()
-    record.summarise(time.perf_counter() - began)
+        with stopping.held():
+            iterate(config, record, learner, collector, twin, evaluators, watch)
+            record.close()
+        record.summarise(time.perf_counter() - began)
 
 
 def iterate(
@@ -59,25 +79,28 @@ def iterate(
             done = iteration + 1
             with watch.timed("step"):
                 programs = compiled.count
-                with run.saved_if_simulators_fail(iteration):
+                with run.saved_if_it_ends(iteration):
                     batch, figures, played = collector.take(iteration)
                     with watch.timed("twin"):
                         figures |= twin.check(iteration, played)
                 with watch.timed("actor"):
                     update = learner.start_update(batch, iteration_key(config.seed, iteration))
                 collector.begin(done)
+                run.cut_short(collector.collect_ahead)
                 with watch.timed("actor"):
                     figures |= learner.finish_update(update)
                 figures[COMPILATIONS] = float(compiled.count - programs)
             run.log(done, figures, watch.take())
             last = done == config.train.iterations or run.stuck or twin.must_stop
             if last or _is_due(done, config.eval.interval):
-                run.log_evaluation(done, evaluators.run())
+                with run.saved_if_it_ends(done):
+                    outcome = evaluators.run()
+                run.log_evaluation(done, outcome)
             if last or _is_due(done, config.checkpoint.interval):
                 run.save(done)
-            bar.update(done, success=run.success)
+            run.show(bar)
             if last:
-                run.stop(done)
+                run.stop()
                 break
 
 
@@ -89,24 +112,31 @@ def _is_due(done: int, interval: int) -> bool:
 def evaluate_only(config: TrainConfig) -> None:
     """Evaluate the imported policy, or a restored run's, and print the success rates.
 
-    The result is written to <log.dir>/<log.run or "eval">/evaluation.json; a restored run is not
-    changed.
+    The result is written to a folder of its own, <log.dir>/<log.run or "eval-<date>-<time>">, as
+    evaluation.json; a restored run is not changed.
 
     Raises:
-        CheckpointError: there is no such run, or it lacks the iteration `checkpoint.step`.
+        CheckpointError: there is no such run, it lacks the iteration `checkpoint.step`, or the
+            result's folder holds one already.
+        StoppedError: a signal ended the evaluation.
     """
     hosts.start(config)
-    folder = RunFolder.at(config, Path(config.log.dir) / (config.log.run or "eval"))
-    with _ready(config, None) as (learner, imagined, real):
+    restored = None
+    if config.checkpoint.restore:
+        restored = RunFolder.at(config, checkpoint.named_run(config), resumed=True)
+    with contextlib.ExitStack() as stack:
+        chosen = RunFolder.for_evaluation(config, restored)
+        folder = stack.enter_context(chosen.claimed())
+        stack.enter_context(Stopping(config.train.stop_grace_s, checkpoint.begin_again))
+        learner, imagined, real = stack.enter_context(_ready(config, None))
         iteration = 0
-        if config.checkpoint.restore:
-            restored = RunFolder.at(config, checkpoint.resumable_run(config))
+        if restored:
             checkpoints = Checkpoints(restored.checkpoints, keep=None)
             iteration = checkpoints.existing(config.checkpoint.step)
-            learner.state, _ = checkpoints.restore(iteration, learner.state)
+            learner.state, _ = checkpoints.restore(iteration, learner.state, run_id=restored.run_id)
             learner.sync()
         outcome = Evaluators(config, learner, imagined, real).run()
-    folder.finish_evaluation(iteration, outcome)
+        folder.finish_evaluation(iteration, outcome, restored)
 
 
 @contextlib.contextmanager
@@ -129,7 +159,7 @@ def _ready(
         pools = started(config, meshes[1], learning=folder is not None)
         imagined, real = stack.enter_context(pools)
         if folder:
-            stack.enter_context(hosts.one_for_all(config, folder.checkpoints))
+            stack.enter_context(hosts.one_for_all(config, folder.how_to_go_on))
         if not episode:
             episode = EpisodeShapes.of(imagined.wait_until_ready().spec)
             if folder:
@@ -141,6 +171,6 @@ def _ready(
             pool.wait_until_ready()
         specs = [pool.spec for pool in (imagined, real) if pool]
         offered = [(spec.instructions, spec.num_starts, spec.num_keyframes) for spec in specs]
-        hosts.compare("the simulators' instructions, starts and keyframes", offered)
+        together.compare("the simulators' instructions, starts and keyframes", offered)
         learner.meet(*specs)
         yield learner, imagined, real

@@ -64,7 +64,7 @@ LAYERS = (
         *(3, "evac_jax/config/*", ("absl", "ml_collections")),
         ("evac_jax.errors", "algos", "policies.ranges"),
     ),
-    Layer(4, "evac_jax/files/*", ("numpy",), ("evac_jax.errors",)),
+    Layer(4, "evac_jax/files/*", ("numpy", "absl"), ("evac_jax.errors",)),
     Layer(
         5,
         "evac_jax/telemetry/*",

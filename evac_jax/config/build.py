@@ -10,6 +10,7 @@ from typing import Any
 from algos import ALGORITHMS
 from evac_jax.config.checks import validate
 from evac_jax.config.fields import Kind, hints
+from evac_jax.config.paths import with_home
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, nearest
 
@@ -64,7 +65,7 @@ def from_config_dict(values: dict[str, Any]) -> TrainConfig:
     algo = cls(**_arguments(cls, values.pop("algo", {}), "algo.", problems))
     sections = _arguments(TrainConfig, values, "", problems)
     if not problems:
-        config = TrainConfig(algorithm=algorithm, algo=algo, **sections)
+        config = with_home(TrainConfig(algorithm=algorithm, algo=algo, **sections))
         problems = validate(config)
         if not problems:
             return config

@@ -21,6 +21,10 @@ def validate(config: TrainConfig) -> list[str]:
     """Return every problem that can be found without loading anything, [] if there is none."""
     c = config
     problems = value_problems(c)
+    if c.checkpoint.restore == "auto" and not c.log.run:
+        problems.append(
+            "config.log.run: checkpoint.restore=auto goes on with the run of this name; needed"
+        )
     sound = not problems
     problems += _missing_paths(c)
     if c.eval.ground_truth == "libero":

@@ -60,6 +60,8 @@ class ClusterConfig:
             XLA_PYTHON_CLIENT_MEM_FRACTION and XLA_PYTHON_CLIENT_PREALLOCATE take precedence.
         compilation_cache: folder in which compiled programs are kept for the next start;
             "auto" = <log.dir>/.compiled, "" = none. JAX_COMPILATION_CACHE_DIR takes precedence.
+        cpu_beside_gpu: let a policy of more than 1e9 parameters be computed on the CPU although
+            the host has a GPU.
     """
 
     engine: Literal["local", "ray"] = "local"
@@ -70,6 +72,7 @@ class ClusterConfig:
     offload: tuple[Literal["simulator", "optimizer", "sampler"], ...] = ()
     memory_fraction: Annotated[float, Range(0, 1, open="high")] = 0.0
     compilation_cache: str = "auto"
+    cpu_beside_gpu: bool = False
 
 
 def parse_devices(text: str) -> tuple[int, ...]:

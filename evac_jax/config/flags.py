@@ -4,6 +4,7 @@ ml_collections stops at the first mistake. This module reports all mistakes at o
 nearest valid name. ml_collections does the rest (types, tuples, locking).
 """
 
+import ast
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,15 @@ def _problem(flag: str, value: str | None, valid: dict[str, type | None]) -> str
     if bracket:  # ml_collections takes this as an entry of a list and fails
         return f'--config.{flag}: expected the whole value, as --config.{name}="(A, B)"'
     kind = valid[name]
+    if value and kind is tuple and value.startswith(("(", "[")):
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            words = [word.strip(" \"'") for word in value.strip("()[] ").split(",")]
+            quoted = "".join(f'"{word}",' for word in words if word)
+            return (
+                f"--config.{name}: in {value!r} text needs quotes, as --config.{name}='({quoted})'"
+            )
     if value is not None and kind in (int, float):
         try:
             kind(value)

@@ -261,11 +261,14 @@ class RunConfig:
             next iteration are collected while an update is computed; this needs algo.decoupled. A
             resumed run collects the unfinished episodes again.
         max_skipped_updates: the run stops after this many consecutive non-finite optimiser steps.
+        stop_grace_s: seconds from a SIGTERM, SIGHUP or Ctrl-C to the end of the process. The
+            iteration under way is finished or dropped, and what is complete is saved.
     """
 
     iterations: Count = 100
     max_staleness: Literal[0, 1] = 0
     max_skipped_updates: Count = 10
+    stop_grace_s: Positive = 25.0
 
 
 @dataclass(frozen=True)
@@ -274,9 +277,11 @@ class CheckpointConfig:
 
     Attributes:
         restore: "" = a new run; "latest" = the newest run of this algorithm under log.dir (or the
-            run log.run); or the path of a run or of its checkpoint folder.
-        step: iteration to restore for evaluation; -1 = the newest. Training always continues from
-            the newest.
+            run log.run) that has a checkpoint; "auto" = continue log.run if it has a checkpoint,
+            else start it, for jobs that are queued again; or the path of a run or of its
+            checkpoint folder.
+        step: iteration to restore; -1 = the newest. A run that continues from an older one keeps
+            the later checkpoints as <iteration>.later.
         interval: iterations between checkpoints; the last iteration is always saved.
         keep: how many of the newest checkpoints are kept.
         dir: folder of the checkpoints; "" = <run folder>/checkpoints.

@@ -8,6 +8,8 @@ library can use them. A GPU of WSL2 has no such file and is not found.
 import ast
 import importlib.metadata
 import importlib.util
+import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +18,11 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from evac_jax.config.schema import TrainConfig
+from evac_jax.errors import ConfigError
+
 PAGE = "docs/install.md"
+LARGE = 1e9  # parameters; a policy of more is not meant for a CPU where there is a GPU
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Found:
     """What a look at one host found.
 
     Attributes:
-        gpus: NVIDIA GPUs of this host; 0 where CUDA_VISIBLE_DEVICES hides them all.
+        gpus: NVIDIA GPUs of this host that CUDA_VISIBLE_DEVICES does not hide.
         tpus: TPUs of this host that have a device file of their own, /dev/accel*. Newer ones are
             VFIO devices, which look like any other device that is handed on; JAX warns of those.
         jax_platform: what JAX computes on: "cpu", "gpu" or "tpu".
@@ -120,17 +126,64 @@ def look() -> Found:
 
 
 def count_gpus(environment: Mapping[str, str], dev: Path = Path("/dev")) -> int:
-    """Return the number of NVIDIA GPUs with a device file, 0 where the environment hides them.
+    """Return the number of NVIDIA GPUs with a device file that the environment does not hide.
 
     Args:
-        environment: where CUDA_VISIBLE_DEVICES is looked up. An empty list, or one that begins
-            with -1, hides every GPU from CUDA; any other counts as hiding none.
+        environment: where CUDA_VISIBLE_DEVICES is looked up: the GPUs that CUDA shows, up to the
+            first entry that is -1.
         dev: folder of device files.
     """
+    count = len(list(dev.glob("nvidia[0-9]*")))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip().partition(",")[0] in ("", "-1"):
-        return 0
-    return len(list(dev.glob("nvidia[0-9]*")))
+    if visible is None:
+        return count
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return min(count, names.index("-1") if "-1" in names else len(names))
+
+
+def problems(found: Found, config: TrainConfig, simulator_devices: tuple[str, ...]) -> list[str]:
+    """Return why a run cannot, or should not, begin with what this host has.
+
+    Args:
+        simulator_devices: torch device of each simulator process.
+    """
+    told = []
+    wanted = sorted({d for d in simulator_devices if d.startswith("cuda")})
+    hidden = Path("/dev/dxg").exists()  # WSL2 has GPUs without device files of their own
+    missing = [d for d in wanted if int(d.partition(":")[2] or 0) >= found.gpus and not hidden]
+    if wanted and not found.torch_cuda:
+        told.append(
+            f"config.simulator.devices: {wanted} need a CUDA build of torch, torch "
+            f"{found.torch_version} is none; install: make install-cuda ({PAGE}), or set "
+            "--config.simulator.devices='(\"cpu\",)'"
+        )
+    elif missing:
+        told.append(
+            f"config.simulator.devices: there is no {missing}; this host shows {found.gpus} NVIDIA "
+            "GPUs, numbered from 0 (CUDA_VISIBLE_DEVICES hides others)"
+        )
+    if found.gpus and found.jax_platform == "cpu" and not config.cluster.cpu_beside_gpu:
+        size = parameters_in(Path(config.policy.checkpoint))
+        if size > LARGE:
+            told.append(
+                f"config.policy.checkpoint: {size / 1e9:.1f} billion parameters would be computed "
+                f"on the CPU. {_jax_on_cpu(found, f'although there is a GPU ({found.gpus})')}; or "
+                "set --config.cluster.cpu_beside_gpu=True"
+            )
+    return told
+
+
+def parameters_in(folder: Path) -> int:
+    """Return the number of parameters in a folder's safetensors files, by their headers."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:  # damaged, which the import of the policy tells
+                continue
+            header = json.loads(file.read(length))
+        count += sum(math.prod(e["shape"]) for n, e in header.items() if n != "__metadata__")
+    return count
 
 
 def _jax_cuda() -> str:
@@ -161,13 +214,19 @@ def read_torch_build(text: str) -> tuple[str, str]:
     return values.get("__version__") or "", values.get("cuda") or ""
 
 
-def log_devices(simulator_devices: tuple[str, ...]) -> None:
+def check_devices(config: TrainConfig, simulator_devices: tuple[str, ...]) -> None:
     """Log what JAX and torch use on this host, with a warning for each thing there in vain.
 
     Args:
         simulator_devices: torch device of each simulator process (`placement.env_devices`).
+
+    Raises:
+        ConfigError: a CUDA device is missing, or a large policy would leave a GPU unused.
     """
-    line, warnings = describe(look(), simulator_devices)
+    found = look()
+    line, warnings = describe(found, simulator_devices)
     logging.info("%s", line)
     for warning in warnings:
         logging.warning("%s", warning)
+    if told := problems(found, config, simulator_devices):
+        raise ConfigError("\n".join(told))

@@ -4,21 +4,19 @@ import contextlib
 import os
 import re
 import sys
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from evac_jax.config.cluster import ClusterConfig
 from evac_jax.config.schema import TrainConfig
-from evac_jax.devices import sharding
-from evac_jax.devices.found import log_devices
+from evac_jax.devices import sharding, together
+from evac_jax.devices.found import check_devices
 from evac_jax.devices.malloc import keep_freed_memory
 from evac_jax.devices.placement import Placement, env_devices, rollout_fsdp
-from evac_jax.errors import ConfigError, EvacJaxError, HostError
+from evac_jax.errors import ConfigError, EvacJaxError, HostError, StoppedError
 
 JOIN_TIMEOUT_S = 300
 THREADS_PER_DEVICE = 8  # a program has several collectives under way at once
@@ -31,7 +29,7 @@ def start(config: TrainConfig) -> None:
     Call before anything asks JAX for its devices.
 
     Raises:
-        ConfigError: the other hosts cannot be reached.
+        ConfigError: the other hosts cannot be reached, or are set up in another way.
     """
     _limit_memory(config)
     folder = config.cluster.compilation_cache
@@ -46,7 +44,9 @@ def start(config: TrainConfig) -> None:
         widen_cpu_pool()
     else:  # an update would block the rollout beside it
         keep_freed_memory()
-    log_devices(env_devices(config))
+    together.check_same(config)
+    imagines = config.env.simulator == "world_model"
+    check_devices(config, env_devices(config) if imagines else ("cpu",))
 
 
 def widen_cpu_pool() -> None:
@@ -63,6 +63,7 @@ def widen_cpu_pool() -> None:
 
 def _join(cluster: ClusterConfig) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU devices only
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from us
     try:
         jax.distributed.initialize(
             cluster.coordinator,
@@ -105,40 +106,16 @@ def is_first_host() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Wait until every host's trainer has made this call."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
-def compare(what: str, value: object) -> None:
-    """Make sure that every host's trainer has the same value; all of them make this call.
-
-    Args:
-        what: it is, for the message.
-        value: with a `repr` that tells all of it.
-
-    Raises:
-        HostError: it differs, so what one host says in numbers would mean another thing to others.
-    """
-    if jax.process_count() == 1:
-        return
-    digest = np.array([zlib.crc32(repr(value).encode())], np.uint32)
-    found = np.ravel(multihost_utils.process_allgather(digest)).tolist()
-    if odd := [host for host, other in enumerate(found) if other != found[0]]:
-        raise HostError(
-            f"{what} of hosts {odd} are not those of host 0; here (host {jax.process_index()}) "
-            f"they are {value!r}. Give every host the same files and settings"
-        )
-
-
 @contextlib.contextmanager
-def one_for_all(config: TrainConfig, checkpoints: Path):
+def one_for_all(config: TrainConfig, how_to_go_on: Callable[[], str]):
     """End this host's trainer with one message when it, or another host's, fails.
 
     The trainers compute every step together, so none can go on, or save, without the others. They
     notice when a connection closes. JAX's own watch over the hosts takes up to two minutes and then
     ends the process with a message of its own; if host 0 is lost it ends the process at once.
+
+    Args:
+        how_to_go_on: makes the end of the message.
 
     Raises:
         HostError: with Ray, which ends the others' processes; otherwise this one ends, status 2.
@@ -146,13 +123,13 @@ def one_for_all(config: TrainConfig, checkpoints: Path):
     try:
         yield
     except Exception as error:  # JAX tells of a closed connection by several types
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or isinstance(error, StoppedError):
             raise
         kind = "" if isinstance(error, EvacJaxError) else "another host may be gone, see its log: "
         logging.debug("cause", exc_info=True)
         message = (
             f"host {jax.process_index()} of {jax.process_count()} stopped, and with it the run; "
-            f"{kind}{error}\n{last_checkpoint(config, checkpoints)}"
+            f"{kind}{error}\n{how_to_go_on()}"
         )
         if config.cluster.engine == "ray":
             raise HostError(message) from error
@@ -160,18 +137,6 @@ def one_for_all(config: TrainConfig, checkpoints: Path):
         sys.stderr.write(f"\n{HostError.__name__}: {message}\n")
         sys.stderr.flush()
         os._exit(2)  # a usual exit waits for the hosts that are gone; simulators end by themselves
-
-
-def last_checkpoint(config: TrainConfig, checkpoints: Path) -> str:
-    """Return a sentence that names the last checkpoint and how to continue from it."""
-    stored = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
-    if not stored:
-        return "It had saved no checkpoint yet (config.checkpoint.interval)."
-    run = config.checkpoint.restore or Path(config.log.dir, config.log.run)
-    return (
-        f"Its last checkpoint is that of iteration {max(stored)}; go on from there with "
-        f"--config.checkpoint.restore={run}"
-    )
 
 
 def make_meshes(config: TrainConfig) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:

@@ -49,3 +49,13 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
     if replace:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def keep(path: Path) -> None:
+    """Rename a file that is in the way of a new one to <stem>_<number><suffix>, the next free."""
+    number, kept = 1, path
+    while kept.exists():
+        kept = path.with_name(f"{path.stem}_{number}{path.suffix}")
+        number += 1
+    if kept != path:
+        os.replace(path, kept)

@@ -101,15 +101,19 @@ class Progress:
                 self._absl.setStream(self._stream)
             self._bar.stop()
 
-    def update(self, done: int, *, success: Mapping[str, float]) -> None:
+    def update(self, done: int, *, success: Mapping[str, float], evaluated: int) -> None:
         """Show that `done` iterations are finished, and the latest success rates.
 
         Args:
             done: finished iterations of the whole run.
             success: {"imagined": 0..1, "ground_truth": 0..1}, as far as they are evaluated.
+            evaluated: iteration whose policy had that success.
         """
         self._estimate.update(done)
-        text = format_success(success) or "not evaluated"
+        text = "not evaluated"
+        if success:
+            text = format_success(success)
+            text += f" (at iteration {evaluated})" if evaluated != done else ""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, success=text)
         else:

@@ -8,6 +8,7 @@ listed; elsewhere they are left out. `log/non_finite` counts them.
 import json
 import math
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,6 +128,13 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
         if line["iteration"] <= step:
             lines.append(line)
     return lines
+
+
+def last_iteration(folder: Path) -> int:
+    """Return the last iteration that a run's metrics tell of; 0 where none trained."""
+    path = folder / METRICS_FILE
+    lines = _lines_until(path, sys.maxsize) if path.exists() else []
+    return max((line["iteration"] for line in lines), default=0)
 
 
 class WandbWriter:

@@ -45,6 +45,9 @@ class Launcher:
 
     def start(self, *flags: str, config: str = "configs/grpo.py", devices: int = 2):
         command = [sys.executable, "launch.py", f"--config={config}", *self._flags, *flags]
+        return self.again(command, devices)
+
+    def again(self, command: list[str], devices: int = 2):
         count = f"--xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
             command,
@@ -56,7 +59,9 @@ class Launcher:
         )
 
     def run(self, *flags: str, status: int = 0, **how) -> str:
-        process = self.start(*flags, **how)
+        return self.finish(self.start(*flags, **how), status)
+
+    def finish(self, process, status: int = 0) -> str:
         output = process.communicate(timeout=600)[0]
         assert process.returncode == status, output
         return output

@@ -1,6 +1,7 @@
 """The same run on one device or several, on one host or two, on time or an update behind."""
 
 import re
+import signal
 import socket
 import time
 
@@ -65,7 +66,7 @@ def test_lost_host_ends_the_run_and_the_message_tells_how_to_go_on(launcher):
     lost.wait()
     assert left.returncode == 2, output
     assert "host 0 of 2 stopped, and with it the run; another host may be gone" in output
-    assert re.search(r"iteration \d+; go on from there with --config.checkpoint.restore=", output)
+    assert re.search(r"iteration \d+; go on from there with\n.*--config.checkpoint.r", output)
 
 
 @pytest.mark.slow
@@ -109,3 +110,59 @@ def test_impossible_placement_ends_before_anything_starts(launcher):
     )
     assert "there is no device 4; the trainer sees 2" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "host"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_one_signal_to_one_host_ends_all_with_a_checkpoint(launcher, number, host):
+    run = f"hosts_{number.name}"
+    flags = (*hosts_flags(run), "--config.train.iterations=99", *QUICK)
+    flags += ("--config.checkpoint.interval=1000",)
+    hosts = [launcher.start(*flags, f"--config.cluster.node={n}", devices=1) for n in (0, 1)]
+    metrics = launcher.runs / run / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
+        assert hosts[0].poll() is None, hosts[0].stdout.read()
+        time.sleep(0.05)
+    began = time.monotonic()
+    hosts[host].send_signal(number)
+    outputs = [process.communicate(timeout=100)[0] for process in hosts]
+    assert [process.returncode for process in hosts] == [128 + number] * 2, "\n".join(outputs)
+    assert time.monotonic() - began < 30
+    last = max(launcher.metrics(run))
+    for output in outputs:
+        assert f"last checkpoint is that of iteration {last}; go on from there with" in output
+        assert f"--config.checkpoint.restore={launcher.runs / run}" in output.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_stuck_host_ends_the_run_with_the_command_that_goes_on(launcher, stuck):
+    run = f"hosts_stuck_{stuck}"
+    flags = (*hosts_flags(run), "--config.train.iterations=99", *QUICK)
+    flags += ("--config.checkpoint.interval=1",)
+    hosts = [launcher.start(*flags, f"--config.cluster.node={n}", devices=1) for n in (0, 1)]
+    while not (launcher.runs / run / "checkpoints" / "1").exists():
+        assert hosts[0].poll() is None, hosts[0].stdout.read()
+        time.sleep(0.05)
+    hosts[stuck].send_signal(signal.SIGSTOP)
+    output = hosts[1 - stuck].communicate(timeout=100)[0]
+    hosts[stuck].kill()
+    hosts[stuck].communicate()
+    assert hosts[1 - stuck].returncode == 2, output
+    assert f"host {stuck} has not been heard of for 40 s" in output
+    assert re.search(r"iteration \d+; go on from there with\n.*--config.checkpoint.r", output)
+
+
+@pytest.mark.slow
+def test_hosts_with_other_settings_are_refused_before_anything_starts(launcher, tmp_path):
+    flags = (*hosts_flags("others"), LENGTH)
+    more = (("--config.seed=1",), ("--config.seed=2", f"--config.log.dir={tmp_path}"))
+    hosts = [
+        launcher.start(*flags, f"--config.cluster.node={n}", *more[n], devices=1) for n in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=100)[0] for process in hosts]
+    assert [process.returncode for process in hosts] == [2, 2], "\n".join(outputs)
+    for output in outputs:
+        assert "config.seed: [1, 2]" in output
+        assert "config.log.dir: [" in output
+    assert not (launcher.runs / "others").exists()

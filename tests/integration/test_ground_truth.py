@@ -74,7 +74,8 @@ def test_evaluation_takes_the_named_iteration_scenes_and_temperature(launch):
         log__run="one",
     )
     found = json.loads((launch.runs / "one" / "evaluation.json").read_text())
-    assert found["iteration"] == 1
+    assert (found["run"], found["iteration"]) == (str(trained), 1)
+    assert {"policy", "seed"} <= set(found)
     assert found["temperature"] == 0.5
     assert found["starts"] == [2_000_000, 3_000_000]
     assert found["success"]["ground_truth"]["episodes"] == 5

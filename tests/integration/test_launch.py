@@ -1,6 +1,8 @@
 """The command a user types, on random weights of the smallest sizes: train, kill, resume, eval."""
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -113,3 +115,92 @@ def test_run_whose_simulator_dies_has_saved_what_it_had_learned(launcher):
     assert "SimulatorError" in output
     saved = [int(path.name) for path in (launcher.runs / "orphan" / "checkpoints").iterdir()]
     assert saved == [max(launcher.metrics("orphan"))]
+
+
+def resume(output: str) -> list[str]:
+    """Return the command that a run's last message ends with."""
+    return shlex.split(output.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_goes_on_like_an_unbroken_one_when_a_signal_stopped_it(launcher, plain, number):
+    run = f"stopped_{number.name}"
+    flags = (f"--config.log.run={run}", "--config.checkpoint.interval=100", *TWO_SIMULATORS)
+    process = launcher.start("--config.train.iterations=3", *flags)
+    metrics = launcher.runs / run / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    began = time.monotonic()
+    process.send_signal(number)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 128 + number, output
+    assert time.monotonic() - began < 30
+    assert "Traceback" not in output
+    assert f"StoppedError: stopped by {number.name}. Its last checkpoint" in output
+    output = launcher.finish(launcher.again(resume(output)))
+    assert "Success rate" in output
+    assert sorted(launcher.metrics(run)) == [0, 1, 2, 3]
+    launcher.assert_same("plain", run, (1, 2, 3), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_finished_run_says_so_and_changes_nothing_when_it_is_resumed(launcher, plain):
+    folder = launcher.runs / "plain"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    flags = ("--config.log.run=plain", "--config.train.iterations=3", *TWO_SIMULATORS)
+    output = launcher.run("--config.checkpoint.restore=auto", *flags)
+    assert "is done: it has its 3 iterations" in output
+    assert "raise --config.train.iterations" in output
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_diverged_policy_is_not_saved_and_the_last_good_one_is_named(launcher, plain):
+    shutil.copytree(launcher.runs / "plain", launcher.runs / "wild")
+    before = sorted(path.name for path in (launcher.runs / "wild" / "checkpoints").iterdir())
+    output = launcher.run(
+        f"--config.checkpoint.restore={launcher.runs / 'wild'}",
+        "--config.train.iterations=6",
+        "--config.checkpoint.interval=1",
+        "--config.optim.lr=1e30",
+        "--config.optim.clip_grad=1e30",
+        *QUICK,
+        *TWO_SIMULATORS,
+        status=2,
+    )
+    assert "TrainingError: the policy of iteration 4 diverged" in output
+    assert "Lower --config.optim.lr (now 1e+30)" in output
+    assert "last checkpoint is that of iteration 3" in output
+    assert "Traceback" not in output
+    output = launcher.run(
+        "--config.log.run=wilder",
+        "--config.optim.lr=1e30",
+        "--config.optim.clip_grad=1e30",
+        "--config.train.iterations=3",
+        *QUICK,
+        status=2,
+    )
+    assert "TrainingError: the policy of iteration 1 diverged: " in output
+    assert "log_probs that the policy gave in the rollout are not finite. Lower" in output
+    assert "It had saved no checkpoint yet" in output
+    after = sorted(path.name for path in (launcher.runs / "wild" / "checkpoints").iterdir())
+    assert after == before
+
+
+@pytest.mark.slow
+def test_second_resume_is_refused_when_the_first_still_trains(launcher, plain):
+    shutil.copytree(launcher.runs / "plain", launcher.runs / "twice")
+    flags = (f"--config.checkpoint.restore={launcher.runs / 'twice'}", *QUICK, *TWO_SIMULATORS)
+    first = launcher.start("--config.train.iterations=99", *flags)
+    try:
+        while not (launcher.runs / "twice" / ".lock").read_text():
+            assert first.poll() is None, first.stdout.read()
+            time.sleep(0.05)
+        output = launcher.run("--config.train.iterations=99", *flags, status=2)
+        assert f"written to by another process (process {first.pid} on" in output
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.send_signal(signal.SIGTERM)
+        first.communicate()

@@ -86,3 +86,14 @@ def test_prompts_are_those_of_the_simulator_that_names_the_tasks(tiny_config, le
     np.testing.assert_array_equal(asked(real), asked(env)[::-1])
     with pytest.raises(ConfigError, match="disagree about actions"):
         learner.meet(env, dataclasses.replace(real, action=ActionSpec(chunk=4)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_policy_is_not_sound_when_a_parameter_has_diverged(learner, value):
+    assert learner.is_sound()
+    state = learner.state
+    learner.state = state.replace(params=jax.tree.map(lambda x: x * value, state.params))
+    try:
+        assert not learner.is_sound()
+    finally:
+        learner.state = state

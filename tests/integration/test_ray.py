@@ -55,7 +55,7 @@ def test_lost_trainer_ends_the_run_and_the_message_tells_how_to_go_on(launcher, 
     output = driver.communicate(timeout=120)[0]
     assert driver.returncode == 2, output
     assert "HostError: host " in output
-    assert re.search(r"iteration \d+; go on from there with --config.checkpoint.restore=", output)
+    assert re.search(r"iteration \d+; go on from there with\n.*--config.checkpoint.r", output)
 
 
 @pytest.mark.slow
@@ -69,3 +69,20 @@ def test_cluster_with_too_few_hosts_is_refused_with_what_there_is(launcher, addr
     )
     assert "config.cluster.num_nodes: 3 hosts with {'CPU': 1} free are wanted" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_signal_to_the_driver_ends_all_trainers_with_a_checkpoint(launcher, address, tmp_path):
+    driver = launcher.start(
+        *flags("ray_stopped", 99), "--config.checkpoint.interval=1000", devices=1
+    )
+    metrics = launcher.runs / "ray_stopped" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
+        assert driver.poll() is None, driver.stdout.read()
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGTERM)
+    output = driver.communicate(timeout=100)[0]
+    assert driver.returncode == 128 + signal.SIGTERM, output
+    last = max(launcher.metrics("ray_stopped"))
+    assert f"last checkpoint is that of iteration {last}; go on from there with" in output
+    assert "launch.py --config=configs/grpo.py" in output.splitlines()[-1]

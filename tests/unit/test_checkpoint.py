@@ -1,5 +1,9 @@
 import dataclasses
+import errno
 import json
+import os
+import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,7 @@ import pytest
 
 from evac_jax import checkpoint
 from evac_jax.config.build import default_config, to_dict
-from evac_jax.errors import CheckpointError
+from evac_jax.errors import CheckpointError, DamagedCheckpointError, StorageError
 
 
 def _state(seed: int):
@@ -51,18 +55,146 @@ def test_resuming_with_another_policy_is_refused():
     assert "iterations" not in str(error.value)
 
 
-def test_latest_finds_the_newest_run_of_its_own_algorithm(tmp_path):
+def _run(folder, algorithm, iterations=()):
+    folder.mkdir()
+    (folder / checkpoint.CONFIG_FILE).write_text(json.dumps({"algorithm": algorithm}))
+    for iteration in iterations:
+        (folder / "checkpoints" / str(iteration)).mkdir(parents=True)
+
+
+def _restoring(folder, restore="latest"):
     config = default_config("grpo")
-    for name, algorithm in (("a", "grpo"), ("b", "ppo")):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / checkpoint.CONFIG_FILE).write_text(json.dumps({"algorithm": algorithm}))
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
-        log=dataclasses.replace(config.log, dir=str(tmp_path)),
-        checkpoint=dataclasses.replace(config.checkpoint, restore="latest"),
+        log=dataclasses.replace(config.log, dir=str(folder)),
+        checkpoint=dataclasses.replace(config.checkpoint, restore=str(restore)),
     )
-    assert checkpoint.find_run(config).name == "a"
+
+
+def test_latest_passes_over_runs_when_they_have_no_checkpoint_or_another_algorithm(
+    tmp_path, caplog
+):
+    _run(tmp_path / "a", "grpo", (1,))
+    _run(tmp_path / "b", "ppo", (1,))
+    _run(tmp_path / "c", "grpo")
+    _run(tmp_path / "d", "grpo")
+    (tmp_path / "d" / checkpoint.CONFIG_FILE).write_text("")  # its process was killed
+    for age, name in enumerate("dcba"):
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    with caplog.at_level("WARNING", logger="absl"):
+        assert checkpoint.find_run(_restoring(tmp_path)).name == "a"
+    assert str(tmp_path / "c") in caplog.text
+    assert str(tmp_path / "d") in caplog.text
+    (tmp_path / "a" / "checkpoints" / "1").rmdir()
+    with pytest.raises(CheckpointError, match=f"without one: .*{tmp_path / 'c'}"):
+        checkpoint.find_run(_restoring(tmp_path))
+
+
+def test_named_run_is_refused_when_it_has_no_checkpoint(tmp_path):
+    _run(tmp_path / "a", "grpo")
+    with pytest.raises(CheckpointError, match="no checkpoint .* so nothing to go on from"):
+        checkpoint.find_run(_restoring(tmp_path, tmp_path / "a"))
+    (tmp_path / "a" / checkpoint.CONFIG_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match=r"damaged config.json"):
+        checkpoint.find_run(_restoring(tmp_path, tmp_path / "a" / "checkpoints"))
+
+
+def test_saving_is_an_error_when_nothing_is_saved(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    checkpoints.save(3, _state(3), {})
+    with pytest.raises(CheckpointError, match=r"iteration 2 was not written.*\[3\]"):
+        checkpoints.save(2, _state(2), {})
+
+
+def test_full_disk_is_told_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(StorageError, match="iteration 2 could not be written .*No space left"):
+        checkpoints.save(2, _state(2), {})
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, _state(1), {"run": "theirs"})
+    with pytest.raises(CheckpointError, match="of another run"):
+        checkpoints.go_back_to(-1, _state(0), "ours")
+    assert checkpoints.restore(1, _state(0))[1] == {"run": "theirs"}
+
+
+def _cut_largest(folder):
+    largest = max(folder.rglob("*"), key=lambda file: file.stat().st_size * file.is_file())
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+DAMAGES = {
+    "array": lambda folder: [_cut_largest(folder / "state")],
+    "arrays gone": lambda folder: [shutil.rmtree(d) for d in (folder / "state").rglob("d")],
+    "metadata": lambda folder: [
+        file.write_text("{") for file in (folder / "state").glob("_METADATA")
+    ],
+    "metadata gone": lambda folder: [file.unlink() for file in (folder / "state").glob("_*")],
+    "progress": lambda folder: [os.truncate(folder / "meta" / "metadata", 5)],
+    "empty": lambda folder: [shutil.rmtree(part) for part in folder.iterdir() if part.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_checkpoint_before_is_taken_when_the_newest_is_damaged(tmp_path, damage, caplog):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    for iteration in (1, 2):
+        checkpoints.save(iteration, _state(iteration), {"run": "r"})
+    checkpoints.close()
+    assert DAMAGES[damage](tmp_path / "2")
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    with caplog.at_level("WARNING", logger="absl"):
+        found, state, _ = checkpoints.go_back_to(-1, _state(0), "r")
+    assert found == 1
+    jax.tree.map(np.testing.assert_array_equal, state, _state(1))
+    assert f"{tmp_path}/2 cannot be read" in caplog.text
+    assert (tmp_path / "2.damaged").is_dir()
+    checkpoints.save(2, _state(2), {"run": "r"})
+    assert checkpoints.iterations == [1, 2]
+
+
+def test_later_checkpoints_are_kept_aside_when_an_older_one_is_restored(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    for iteration in (1, 2, 3):
+        checkpoints.save(iteration, _state(iteration), {})
+    found, state, _ = checkpoints.go_back_to(1, _state(0), "")
+    jax.tree.map(np.testing.assert_array_equal, state, _state(1))
+    assert (found, checkpoints.iterations) == (1, [1])
+    assert (tmp_path / "2.later").is_dir()
+    checkpoints.save(2, _state(5), {})
+    checkpoints.go_back_to(1, _state(0), "")
+    assert (tmp_path / "2.later2").is_dir()
+
+
+def test_checkpoint_is_not_replaced_by_another_when_it_was_named(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    for iteration in (1, 2):
+        checkpoints.save(iteration, _state(iteration), {})
+    _cut_largest(tmp_path / "2" / "state")
+    with pytest.raises(
+        DamagedCheckpointError, match=r"those of \[1, 2\]; choose one with --config"
+    ):
+        checkpoints.go_back_to(2, _state(0), "")
+    assert (tmp_path / "2").is_dir()
+
+
+def test_command_that_goes_on_restores_the_run_in_place_of_what_was_typed(tmp_path, monkeypatch):
+    flags = ["--config.checkpoint.restore", "latest", "--config.checkpoint.step=3", "--config=a b"]
+    monkeypatch.setattr(sys, "argv", ["launch.py", *flags])
+    assert checkpoint.how_to_go_on(tmp_path, tmp_path / "checkpoints").endswith(
+        "launch.py --config.checkpoint.restore latest --config.checkpoint.step=3 '--config=a b'"
+    )
+    _run(tmp_path / "a", "grpo", (9, 10))
+    text = checkpoint.how_to_go_on(tmp_path / "a", tmp_path / "a" / "checkpoints")
+    assert "iteration 10; go on" in text
+    assert text.endswith(f"launch.py '--config=a b' --config.checkpoint.restore={tmp_path / 'a'}")
 
 
 def test_missing_run_is_explained(tmp_path):

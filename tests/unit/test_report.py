@@ -30,6 +30,7 @@ def test_wilson_interval_says_nothing_when_nothing_was_tried():
 def test_summary_is_printed_and_saved_when_a_run_ends(tmp_path, capsys):
     report.finish(
         tmp_path,
+        iteration=8,
         before={"imagined": [16, 64], "ground_truth": [60, 256]},
         after={"imagined": [40, 64], "ground_truth": [128, 256]},
         seconds={"step": 100.0, "env": 60.0, "env/denoise": 45.0, "rollout": 10.0, "actor": 25.0},
@@ -54,12 +55,14 @@ def test_summary_is_printed_and_saved_when_a_run_ends(tmp_path, capsys):
 def test_success_is_told_by_task_when_an_evaluation_ends(tmp_path, capsys):
     report.finish_evaluation(
         tmp_path,
-        iteration=0,
+        whose={"policy": "weights/start", "lora_adapter": "", "run": "runs/x", "iteration": 40},
         outcome={"ground_truth": [1, 10]},
         by_task={"ground_truth": {"push it": [0, 5], "lift it": [1, 5]}, "imagined": {}},
         settings={"seed": 3},
     )
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    told = capsys.readouterr().out
+    assert "iteration 40 of runs/x\nseed: 3\n" in told
+    lines = [line.split() for line in told.splitlines() if line][3:]
     assert [line[:2] for line in lines[:3]] == [
         ["ground", "truth,"],
         ["push", "it"],
@@ -70,6 +73,29 @@ def test_success_is_told_by_task_when_an_evaluation_ends(tmp_path, capsys):
     saved = json.loads((tmp_path / report.EVALUATION_FILE).read_text())
     assert saved["by_task"]["ground_truth"]["lift it"]["rate"] == 0.2
     assert saved["seed"] == 3
+    assert (saved["policy"], saved["run"], saved["iteration"]) == ("weights/start", "runs/x", 40)
+
+
+def test_imported_policy_is_named_when_no_run_was_restored(tmp_path, capsys):
+    whose = {"policy": "weights/start", "lora_adapter": "mine", "run": "", "iteration": 0}
+    report.finish_evaluation(tmp_path, whose=whose, outcome={}, by_task={}, settings={})
+    assert "start policy weights/start with mine\n" in capsys.readouterr().out
+
+
+def test_earlier_summary_is_kept_when_a_run_was_made_longer(tmp_path):
+    for iteration in (3, 5, 9):
+        report.finish(
+            tmp_path,
+            iteration=iteration,
+            before={},
+            after={},
+            seconds={},
+            wall_seconds=1.0,
+            places={},
+        )
+    names = (report.SUMMARY_FILE, "summary_1.json", "summary_2.json")
+    kept = [json.loads((tmp_path / name).read_text())["iteration"] for name in names]
+    assert kept == [9, 3, 5]
 
 
 def test_summary_is_complete_when_nothing_was_evaluated_or_trained(tmp_path):

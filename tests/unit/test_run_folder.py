@@ -1,10 +1,11 @@
 import dataclasses
+import errno
 import json
 
 import pytest
 
 from evac_jax.config.build import default_config
-from evac_jax.errors import CheckpointError
+from evac_jax.errors import CheckpointError, StorageError
 from evac_jax.run_folder import RunFolder
 from evac_jax.telemetry import writers
 
@@ -22,7 +23,7 @@ def test_nothing_is_written_when_the_host_is_not_the_first(tmp_path, monkeypatch
     folder.make()
     writer = folder.make_writer(finished=0)
     writer.write(1, {"a": 1.0})
-    folder.finish_evaluation(0, {})
+    folder.finish_evaluation(0, {}, None)
     assert isinstance(writer, writers.NullWriter)
     assert list(tmp_path.iterdir()) == []
 
@@ -35,11 +36,125 @@ def test_first_host_writes_configuration_and_metrics(tmp_path):
     assert (tmp_path / "one" / "metrics.jsonl").is_file()
 
 
-def test_folder_of_another_run_is_refused(tmp_path):
+def make_run(folder, name="one", iterations=(), **log):
+    """A run's folder with checkpoints that hold nothing."""
+    run = RunFolder.choose(_config(folder, run=name, **log))
+    run.make()
+    for iteration in iterations:
+        (run.checkpoints / str(iteration)).mkdir(parents=True)
+    return run
+
+
+def restoring(config, restore, **checkpoint):
+    changed = dataclasses.replace(config.checkpoint, restore=str(restore), **checkpoint)
+    return dataclasses.replace(config, checkpoint=changed)
+
+
+def test_folder_of_another_run_is_refused_when_it_has_trained(tmp_path):
     config = _config(tmp_path, run="one")
-    RunFolder.choose(config).make()
+    make_run(tmp_path)
+    assert not RunFolder.choose(config).resumed  # it has trained nothing: a retry begins in it
+    (tmp_path / "one" / "metrics.jsonl").write_text('{"iteration": 0}\n{"iteration": 1}\n')
     with pytest.raises(CheckpointError, match="already holds a run"):
         RunFolder.choose(config)
+    (tmp_path / "one" / "metrics.jsonl").unlink()
+    (tmp_path / "one" / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        RunFolder.choose(config)
+
+
+def test_checkpoint_dir_is_refused_when_it_holds_another_runs_checkpoints(tmp_path):
+    config = _config(tmp_path, run="two")
+    make_run(tmp_path, "one", (1, 2))
+    theirs = str(tmp_path / "one" / "checkpoints")
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, dir=theirs)
+    )
+    with pytest.raises(
+        CheckpointError, match=r"iterations \[1, 2\].*another --config.checkpoint.d"
+    ):
+        RunFolder.choose(config)
+
+
+def test_run_is_continued_where_its_checkpoints_are_when_they_lie_elsewhere(tmp_path):
+    config = _config(tmp_path, run="one")
+    elsewhere = dataclasses.replace(config.checkpoint, dir=str(tmp_path / "elsewhere"))
+    run = RunFolder.choose(dataclasses.replace(config, checkpoint=elsewhere))
+    run.make()
+    (tmp_path / "elsewhere" / "3").mkdir(parents=True)
+    resumed = RunFolder.choose(restoring(config, tmp_path / "one"))
+    assert resumed.checkpoints == tmp_path / "elsewhere"
+
+
+def test_auto_starts_a_run_and_goes_on_with_it_when_it_has_a_checkpoint(tmp_path):
+    config = restoring(_config(tmp_path, run="one"), "auto")
+    assert not RunFolder.choose(config).resumed
+    make_run(tmp_path)
+    metrics = tmp_path / "one" / "metrics.jsonl"
+    metrics.write_text('{"iteration": 1}\n')  # it ended before its first checkpoint
+    begun = RunFolder.choose(config)
+    assert not begun.resumed
+    begun.make()
+    assert (tmp_path / "one" / "metrics_1.jsonl").read_text() == '{"iteration": 1}\n'
+    (tmp_path / "one" / "checkpoints" / "1").mkdir(parents=True)
+    assert RunFolder.choose(config).resumed
+
+
+def test_run_is_finished_when_it_has_all_iterations_and_a_summary(tmp_path):
+    run = make_run(tmp_path, iterations=(50, 100))
+    config = restoring(_config(tmp_path, run="one"), run.path)
+    assert config.train.iterations == 100
+    assert not RunFolder.choose(config).is_finished
+    (run.path / "summary.json").write_text("{}")
+    assert RunFolder.choose(config).is_finished
+    assert not RunFolder.choose(restoring(config, run.path, step=50)).is_finished
+    longer = dataclasses.replace(config.train, iterations=101)
+    assert not RunFolder.choose(dataclasses.replace(config, train=longer)).is_finished
+    with pytest.raises(CheckpointError, match=r"iteration 7; there are \[50, 100\]"):
+        RunFolder.choose(restoring(config, run.path, step=7))
+
+
+def test_two_runs_get_folders_of_their_own_when_they_start_in_one_second(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda text: text)
+    config = _config(tmp_path)
+    chosen = [RunFolder.choose(config) for _ in range(2)]
+    with chosen[0].claimed() as one, chosen[1].claimed() as two:
+        assert two.path == one.path.with_name(f"{one.path.name}-2")
+        assert two.checkpoints == two.path / "checkpoints"
+        two.make()
+    assert not one.path.exists()  # it never became a run
+    assert two.path.is_dir()
+
+
+def test_second_process_is_refused_when_a_run_lives(tmp_path):
+    with make_run(tmp_path).claimed(), pytest.raises(StorageError, match=r"process \d+ on "):
+        RunFolder.choose(_config(tmp_path, run="one")).claimed().__enter__()
+
+
+def test_full_disk_is_told_with_the_command_that_goes_on(tmp_path):
+    run = make_run(tmp_path, iterations=(1, 2))
+    with (
+        pytest.raises(StorageError, match="No space left.*\n.*iteration 2; go on from there with"),
+        run.claimed(),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_evaluation_is_refused_when_its_folder_holds_one(tmp_path):
+    config = _config(tmp_path, run="eval")
+    folder = RunFolder.for_evaluation(config, None)
+    with folder.claimed() as folder:
+        folder.finish_evaluation(0, {}, None)
+    with pytest.raises(CheckpointError, match=r"holds evaluation.json already"):
+        RunFolder.for_evaluation(config, None)
+
+
+def test_evaluation_gets_a_folder_of_its_own_when_log_run_names_the_evaluated_run(tmp_path):
+    run = make_run(tmp_path, iterations=(1,))
+    folder = RunFolder.for_evaluation(_config(tmp_path, run="one"), run)
+    assert folder.path.name.startswith("eval-")
+    with pytest.raises(CheckpointError, match=r"holds config.json already"):
+        RunFolder.for_evaluation(_config(tmp_path, run="one"), None)
 
 
 def test_parts_lie_where_the_configuration_says(tmp_path):

@@ -364,6 +364,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if wrong := [entry for entry in args.set if "=" not in entry]:
         parser.error(f"--set: expected SECTION.FIELD=VALUE, got {wrong}")
+    if missing := [f for f in (*args.data, *args.real_data) if not Path(f).is_dir()]:
+        parser.error(f"--data, --real_data: expected folders of recordings; {missing} are none")
     return args
 
 

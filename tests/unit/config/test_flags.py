@@ -39,6 +39,21 @@ def test_entry_of_a_tuple_is_refused_as_only_the_whole_can_be_set(repository, mo
         check_flags(["--config.eval.starts[0]=3"])
 
 
+@pytest.mark.parametrize(
+    ("value", "right"), [("(cpu,)", '("cpu",)'), ("(cpu, cuda:0)", '("cpu","cuda:0",)')]
+)
+def test_text_in_a_tuple_is_refused_with_the_flag_that_is_read(
+    repository, monkeypatch, value, right
+):
+    monkeypatch.chdir(repository)
+    with pytest.raises(ConfigError) as error:
+        check_flags([f"--config.simulator.devices={value}"])
+    assert f"needs quotes, as --config.simulator.devices='{right}'" in str(error.value)
+    assert read_preset(
+        "configs/grpo.py", [f"--config.simulator.devices={right}"]
+    ).simulator.devices == tuple(right.strip("()").replace('"', "").rstrip(",").split(","))
+
+
 def test_preset_is_changed_by_flags_as_launch_reads_them(repository, monkeypatch):
     monkeypatch.chdir(repository)
     flags = ["--config.optim.lr=1", "--config.eval.starts", "(3, 9)", "--config.policy.remat=full"]

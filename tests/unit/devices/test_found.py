@@ -1,10 +1,19 @@
 import dataclasses
+import json
 import subprocess
 import sys
 
 import pytest
 
-from evac_jax.devices.found import Found, count_gpus, describe, read_torch_build
+from evac_jax.config.build import default_config
+from evac_jax.devices.found import (
+    Found,
+    count_gpus,
+    describe,
+    parameters_in,
+    problems,
+    read_torch_build,
+)
 
 LAPTOP = Found(
     gpus=0,
@@ -103,7 +112,9 @@ def test_install_command_is_named_when_jax_leaves_a_tpu_unused():
     ("environment", "expected"),
     [
         ({}, 2),
-        ({"CUDA_VISIBLE_DEVICES": "1"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "1,0,2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "1,-1,0"}, 1),
         ({"CUDA_VISIBLE_DEVICES": ""}, 0),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, 0),
     ],
@@ -112,6 +123,50 @@ def test_gpus_are_counted_when_the_environment_shows_them(tmp_path, environment,
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     assert count_gpus(environment, tmp_path) == expected
+
+
+def config_of(**cluster):
+    config = default_config("grpo")
+    return dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, **cluster))
+
+
+@pytest.mark.parametrize(
+    ("found", "simulators", "expected"),
+    [
+        (SERVER, ("cuda:0", "cuda:1"), []),
+        (SERVER, ("cuda",), []),
+        (SERVER, ("cuda:0", "cuda:2"), ["there is no ['cuda:2']; this host shows 2 NVIDIA GPUs"]),
+        (LAPTOP, ("cpu",), []),
+        (LAPTOP, ("cuda:0",), ["['cuda:0'] need a CUDA build of torch", "make install-cuda"]),
+    ],
+)
+def test_run_is_refused_when_a_device_of_its_simulators_is_missing(found, simulators, expected):
+    told = "\n".join(problems(found, config_of(), simulators))
+    assert bool(told) == bool(expected)
+    assert [part for part in expected if part not in told] == []
+
+
+def test_large_policy_is_refused_when_it_would_leave_a_gpu_unused(tmp_path, monkeypatch):
+    header = json.dumps({"__metadata__": {}, "w": {"shape": [3, 1000]}, "b": {"shape": [7]}})
+    (tmp_path / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header.encode() + bytes(10)
+    )
+    (tmp_path / "damaged.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert parameters_in(tmp_path) == 3007
+    unused = dataclasses.replace(SERVER, jax_platform="cpu", jax_cuda="")
+    config = config_of()
+    config = dataclasses.replace(
+        config, policy=dataclasses.replace(config.policy, checkpoint=str(tmp_path))
+    )
+    assert problems(unused, config, ("cpu",)) == []  # small
+    monkeypatch.setattr("evac_jax.devices.found.LARGE", 3000)
+    (told,) = problems(unused, config, ("cpu",))
+    assert "install: make install-cuda" in told
+    assert "--config.cluster.cpu_beside_gpu=True" in told
+    admitted = dataclasses.replace(config, cluster=config_of(cpu_beside_gpu=True).cluster)
+    assert problems(unused, admitted, ("cpu",)) == []
+    assert problems(SERVER, config, ("cuda:0",)) == []
+    assert problems(LAPTOP, config, ("cpu",)) == []
 
 
 def test_build_is_read_when_torch_is_not_imported():
@@ -126,7 +181,8 @@ def test_installed_torch_is_described_when_a_process_has_not_loaded_it(repositor
         "from absl import logging\n"
         "from evac_jax.devices import found\n"
         "logging.set_verbosity(logging.INFO)\n"
-        "found.log_devices(('cpu',))\n"
+        "from evac_jax.config.build import default_config\n"
+        "found.check_devices(default_config('grpo'), ('cpu',))\n"
         "build = found.look()\n"
         "assert 'torch' not in sys.modules\n"
         "import torch\n"

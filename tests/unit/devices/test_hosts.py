@@ -3,11 +3,9 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from evac_jax.devices import hosts
-from evac_jax.errors import HostError
 
 # What `srun` tells the first task of two on a host; JAX looks for these five.
 SLURM = {
@@ -51,29 +49,3 @@ def test_virtual_devices_get_threads_for_two_programs_at_once(monkeypatch, flags
     monkeypatch.delenv("PJRT_NPROC")
     hosts.widen_cpu_pool()
     assert os.environ.get("PJRT_NPROC") == threads
-
-
-def _among_others(monkeypatch, *others):
-    """Pretend to be the last of several hosts, whose values are `others`."""
-    digests = []
-
-    def gather(digest):
-        digests.append(digest)
-        return np.stack(digests)
-
-    monkeypatch.setattr("jax.process_count", lambda: len(others) + 1)
-    monkeypatch.setattr("jax.process_index", lambda: len(others))
-    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
-    for value in others:
-        hosts.compare("tasks", value)
-
-
-def test_hosts_agree_when_their_values_are_the_same(monkeypatch):
-    _among_others(monkeypatch, ("red", "blue"), ("red", "blue"))
-    hosts.compare("tasks", ("red", "blue"))
-
-
-def test_host_with_tasks_in_another_order_is_named(monkeypatch):
-    _among_others(monkeypatch, ("red", "blue"))
-    with pytest.raises(HostError, match=r"tasks of hosts \[1\] .*here \(host 1\).*'blue', 'red'"):
-        hosts.compare("tasks", ("blue", "red"))

@@ -111,8 +111,23 @@ def test_given_recordings_stand_for_a_robot_and_missing_ones_are_asked_for(tmp_p
     assert outcome["best"] == 1
 
 
-def test_command_line_takes_the_start_from_the_preset_unless_told():
-    argv = ["--out", "o", "--data", "d", "--set", "reward.checkpoint=mine", "optim.lr=1e-4"]
+def test_missing_recordings_are_refused_before_anything_begins(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        coevolve.parse(["--out", str(tmp_path / "out"), "--data", str(tmp_path / "none")])
+    assert f"'{tmp_path}/none'] are none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_takes_the_start_from_the_preset_unless_told(tmp_path):
+    argv = [
+        "--out",
+        "o",
+        "--data",
+        str(tmp_path),
+        "--set",
+        "reward.checkpoint=mine",
+        "optim.lr=1e-4",
+    ]
     start, options = coevolve.options_of(coevolve.parse(argv))
     assert start.reward == "mine"
     assert start.policy.endswith("weights/policy")

@@ -1,0 +1,46 @@
+"""The fields of the configuration that are paths."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evac_jax.config.schema import TrainConfig
+
+RUN_PATHS = ("log.dir", "checkpoint.dir", "checkpoint.restore", "video.dir")
+INPUT_PATHS = (
+    *("policy.checkpoint", "policy.lora_adapter", "world_model.checkpoint", "reward.checkpoint"),
+    *("env.initial_states_path", "env.keyframe_data", "env.pose_model", "collect.out"),
+    *("libero.root", "libero.states", "libero.python", "cluster.compilation_cache"),
+)
+# What these fields say that is no path.
+WORDS = ("", "auto", "latest")
+
+
+def with_home(config: TrainConfig) -> TrainConfig:
+    """Return a configuration with ~ in its paths replaced by the user's folder."""
+    return _changed(config, RUN_PATHS + INPUT_PATHS, lambda path: str(Path(path).expanduser()))
+
+
+def with_absolute(config: TrainConfig, names: tuple[str, ...]) -> TrainConfig:
+    """Return a configuration whose paths `names` mean the same in every folder and on every host.
+
+    Args:
+        names: of `RUN_PATHS` and `INPUT_PATHS`.
+    """
+    return _changed(config, names, lambda path: str(Path(path).absolute()))
+
+
+def _changed(
+    config: TrainConfig, names: tuple[str, ...], change: Callable[[str], str]
+) -> TrainConfig:
+    sections: dict[str, Any] = {}
+    for name in names:
+        section, field = name.split(".")
+        part = sections.get(section, getattr(config, section))
+        value = getattr(part, field)
+        # Several classifiers are joined by commas.
+        paths = value.split(",") if name == "reward.checkpoint" else [value]
+        value = ",".join(path if path in WORDS else change(path) for path in paths)
+        sections[section] = dataclasses.replace(part, **{field: value})
+    return dataclasses.replace(config, **sections)

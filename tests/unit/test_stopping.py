@@ -1,0 +1,96 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from evac_jax.errors import StoppedError
+from evac_jax.stopping import Stopping
+
+RUN = """
+import sys, time
+from evac_jax.errors import StoppedError
+from evac_jax.stopping import Stopping
+try:
+    with Stopping(float(sys.argv[1]), lambda: "Go on with X") as stopping, stopping.held():
+        print("runs", flush=True)
+        time.sleep(60)
+except StoppedError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before():
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def stop(number: int, done: list) -> None:
+    """Be stopped, first where a run may not be interrupted, then where it may."""
+    with Stopping(1e6, lambda: "Go on with X") as stopping, stopping.held():
+        if done:
+            with stopping.interruptible():
+                os.kill(os.getpid(), number)
+                time.sleep(60)
+        os.kill(os.getpid(), number)
+        done.append("held")
+        with stopping.interruptible():
+            done.append("interruptible")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signal_ends_a_run_at_once_when_it_may_be_interrupted(number):
+    began = time.monotonic()
+    with pytest.raises(StoppedError, match=f"{number.name}. Go on with X") as stopped:
+        stop(number, done := ["before"])
+    assert stopped.value.signal == number
+    assert done == ["before"]
+    assert time.monotonic() - began < 10
+
+
+def test_signal_waits_when_the_run_may_not_be_interrupted():
+    with pytest.raises(StoppedError):
+        stop(signal.SIGTERM, done := [])
+    assert done == ["held"]
+
+
+def test_handlers_are_as_before_when_no_signal_came():
+    before = signal.getsignal(signal.SIGTERM)
+    with Stopping(1e6, str):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def run(repository, grace_s: float, *signals: int) -> tuple[int, str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(grace_s)],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "runs\n"
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.2)  # or the system may deliver them in another order
+    _, told = process.communicate(timeout=30)
+    return process.returncode, told
+
+
+def test_second_signal_ends_the_process_where_it_is(repository):
+    status, told = run(repository, 1e6, signal.SIGTERM, signal.SIGINT)
+    assert status == 128 + signal.SIGTERM
+    assert "a second signal, SIGINT, ended the run at once. Go on with X" in told
+
+
+def test_process_ends_when_the_grace_is_over(repository):
+    status, told = run(repository, 0.5, signal.SIGHUP)
+    assert status == 128 + signal.SIGHUP
+    assert "did not end within 0.5 s (train.stop_grace_s)" in told
+    assert "Go on with X" in told
