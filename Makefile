@@ -19,7 +19,7 @@ QUICK := $(wildcard tests/unit/test_*.py) $(addprefix tests/unit/,config configs
 GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json))
 
 .DEFAULT_GOAL := help
-.PHONY: help install-cuda install-tpu demo test test-quick lint format type parity bench miniature libero \
+.PHONY: help install-cuda install-tpu demo test test-quick test-slow lint format type parity bench miniature libero \
 	libero-check clean
 
 help:  ## List the targets.
@@ -45,11 +45,14 @@ install-tpu:  ## Install into .venv with JAX for TPUs: docs/install.md.
 demo: $(STAMP)  ## Train in the miniature world model on this CPU: videos, curves, a summary.
 	$(BIN)/python launch.py --config=configs/grpo.py
 
-test: $(STAMP)  ## Run all tests. ARGS='tests/unit -x' narrows them down.
-	$(PYTEST) $(ARGS)
+test: $(STAMP)  ## Run the tests, except those marked slow. ARGS='tests/unit -x' narrows them down.
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)  ## Run the tests that are marked slow: more runs that are stopped, stuck and resumed.
+	$(PYTEST) -m slow $(ARGS)
 
 test-quick: $(STAMP)  ## Run a selection of quick tests; what it covers: CONTRIBUTING.md.
-	$(PYTEST) $(QUICK) $(ARGS)
+	$(PYTEST) -m "not slow" $(QUICK) $(ARGS)
 
 lint: $(STAMP)  ## Check style and formatting.
 	$(BIN)/ruff check .

@@ -32,14 +32,12 @@ def hosts_flags(run: str) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.slow
 def test_nothing_is_compiled_after_the_second_iteration(launcher, plain):
     compiled = {i: line["log/compilations"] for i, line in launcher.metrics("plain").items() if i}
     assert compiled[1] > 0
     assert compiled[3] == 0
 
 
-@pytest.mark.slow
 def test_two_hosts_give_the_numbers_of_one(launcher, plain):
     flags = (LENGTH, *hosts_flags("hosts"))
     processes = [
@@ -53,7 +51,6 @@ def test_two_hosts_give_the_numbers_of_one(launcher, plain):
     assert "Success rate" not in outputs[1]
 
 
-@pytest.mark.slow
 def test_lost_host_ends_the_run_and_the_message_tells_how_to_go_on(launcher):
     flags = (*hosts_flags("lost"), "--config.train.iterations=99", *QUICK)
     flags += ("--config.checkpoint.interval=1",)
@@ -103,7 +100,6 @@ def test_run_an_update_behind_corrects_for_it_and_can_be_continued(launcher):
     assert 4 in launcher.metrics("behind")
 
 
-@pytest.mark.slow
 def test_impossible_placement_ends_before_anything_starts(launcher):
     output = launcher.run(
         "--config.log.run=nowhere", "--config.cluster.placement.actor=4", status=2

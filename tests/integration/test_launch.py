@@ -26,7 +26,6 @@ QUICK = (
 )
 
 
-@pytest.mark.slow
 def test_killed_run_goes_on_where_it_was_and_ends_like_an_unbroken_one(launcher, plain):
     assert "ground truth" in plain
 
@@ -50,7 +49,6 @@ def test_killed_run_goes_on_where_it_was_and_ends_like_an_unbroken_one(launcher,
     launcher.assert_same("plain", "broken", (1, 2, 3), rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.slow
 def test_ppo_run_leaves_every_promised_metric_and_a_video_that_plays(launcher):
     flags = ("--config.train.iterations=1", "--config.log.run=ppo", "--config.video.save=True")
     launcher.run(*flags, config="configs/ppo.py")
@@ -64,7 +62,6 @@ def test_ppo_run_leaves_every_promised_metric_and_a_video_that_plays(launcher):
     assert frames.std() > 0
 
 
-@pytest.mark.slow
 def test_mistakes_end_with_one_message_and_no_run(launcher):
     output = launcher.run(
         "--config.algo.clip_hihg=0.3", "--config.group_size=4", "--config.log.run=no", status=2
@@ -100,7 +97,6 @@ def test_run_stops_with_a_checkpoint_when_a_bad_classifier_raises_the_alarm(laun
     assert (launcher.runs / "fooled" / "checkpoints" / "1").is_dir()
 
 
-@pytest.mark.slow
 def test_run_whose_simulator_dies_has_saved_what_it_had_learned(launcher):
     flags = ("--config.log.run=orphan", "--config.train.iterations=99")
     process = launcher.start(*flags, *QUICK)
@@ -122,7 +118,6 @@ def resume(output: str) -> list[str]:
     return shlex.split(output.strip().splitlines()[-1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_goes_on_like_an_unbroken_one_when_a_signal_stopped_it(launcher, plain, number):
     run = f"stopped_{number.name}"

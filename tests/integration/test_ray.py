@@ -38,13 +38,11 @@ def flags(run: str, iterations: int) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.slow
 def test_hosts_of_a_ray_cluster_give_the_numbers_of_one_host(launcher, plain, address):
     launcher.run(*flags("ray", 2), devices=1)
     launcher.assert_same("plain", "ray", (1, 2), ("eval/",), rel=2e-4, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_lost_trainer_ends_the_run_and_the_message_tells_how_to_go_on(launcher, address):
     driver = launcher.start(*flags("ray_lost", 99), devices=1)
     while not (launcher.runs / "ray_lost" / "checkpoints" / "1").exists():
@@ -58,7 +56,6 @@ def test_lost_trainer_ends_the_run_and_the_message_tells_how_to_go_on(launcher, 
     assert re.search(r"iteration \d+; go on from there with\n.*--config.checkpoint.r", output)
 
 
-@pytest.mark.slow
 def test_cluster_with_too_few_hosts_is_refused_with_what_there_is(launcher, address):
     output = launcher.run(
         *flags("ray_few", 1),

@@ -59,7 +59,6 @@ def outputs(repository, tmp_path, code, log_dirs=("logs", "logs")) -> list[str]:
     return [out for out, _ in told]
 
 
-@pytest.mark.slow
 def test_hosts_stop_at_one_place_when_one_of_them_is_asked(repository, tmp_path):
     one, two = outputs(repository, tmp_path, STOP.replace("\n", ""))
     assert one == two
@@ -67,7 +66,6 @@ def test_hosts_stop_at_one_place_when_one_of_them_is_asked(repository, tmp_path)
     assert int(one.split("(")[1].split(",")[0]) > 25  # no host is beyond it
 
 
-@pytest.mark.slow
 def test_hosts_are_refused_when_their_settings_differ(repository, tmp_path):
     code = "together.check_same(dataclasses.replace(config, seed=host))"
     for told in outputs(repository, tmp_path, code, ("logs", "others")):
@@ -78,7 +76,6 @@ def test_hosts_are_refused_when_their_settings_differ(repository, tmp_path):
     assert list((tmp_path / "logs").iterdir()) == []
 
 
-@pytest.mark.slow
 def test_wait_ends_with_a_message_when_a_host_does_not_come(repository, tmp_path):
     code = "time.sleep(4) if host else together.wait_for_all('save', 1)"
     one, two = outputs(repository, tmp_path, code)

@@ -33,7 +33,6 @@ def test_pages_have_the_tables():
     assert len(TRAINERS) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("row", PRESETS, ids=lambda row: row[0])
 def test_page_of_presets_agrees_with_the_command(row):
     name, _, trains, hardware, device, host = row
