@@ -55,8 +55,8 @@ class ClusterConfig:
         offload: what is moved off its devices while it is not in use: "simulator" (the world model,
             during updates), "optimizer" (its state, during rollouts) and "sampler" (the copy of
             the policy that decides, during updates).
-        memory_fraction: share of a GPU's memory that JAX takes at the start; 0 = half if simulators
-            share its GPUs, else JAX's default. The environment variables
+        memory_fraction: share of a GPU's memory that JAX takes at the start; 0 = half if any
+            simulator computes on CUDA (simulator.devices), else JAX's default. The variables
             XLA_PYTHON_CLIENT_MEM_FRACTION and XLA_PYTHON_CLIENT_PREALLOCATE take precedence.
         compilation_cache: folder in which compiled programs are kept for the next start;
             "auto" = <log.dir>/.compiled, "" = none. JAX_COMPILATION_CACHE_DIR takes precedence.

@@ -165,7 +165,9 @@ class SimulatorConfig:
         slots: frame buffers per process.
         timeout_s: longest time of one chunk, seconds; after it the process counts as stuck.
         start_timeout_s: longest time for loading, seconds.
-        restarts: how often a dead simulator is started again before the run stops.
+        restarts: how often a simulator that failed is started again. Its failure is raised all the
+            same, so a run ends at the first one; only a program of your own that drives the
+            simulators (bridge/client.py) can go on with them.
     """
 
     processes: Count = 1
