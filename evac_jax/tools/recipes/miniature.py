@@ -4,9 +4,9 @@
     python -m evac_jax.tools.recipes.miniature --ship     # the same, then replace the shipped ones
     python -m evac_jax.tools.recipes.miniature --verify   # are the shipped files those of the card?
 
-The table below is the recipe. Two stages run at a time, on one core each. Finished stages are
-skipped (see `stages`), so an interrupted build continues. docs/miniature.md explains why each stage
-is needed and how long it takes.
+The table below is the recipe. Two stages run at a time, on one core each, or one on both. Finished
+stages are skipped (see `stages`), so an interrupted build continues. docs/miniature.md explains why
+each stage is needed; the card of a build has the time of each.
 """
 
 import argparse
