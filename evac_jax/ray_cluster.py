@@ -51,7 +51,8 @@ def _import_ray() -> Any:
     except ImportError as error:
         raise ConfigError(
             f'config.cluster.engine: "ray" needs Ray, which cannot be imported ({error}); '
-            'pip install -r requirements.txt -r requirements-ray.txt, or use "local"'
+            "install it with all other requirements in one pip command (docs/cluster.md), or use "
+            '"local"'
         ) from None
     return ray
 
