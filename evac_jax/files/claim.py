@@ -25,7 +25,7 @@ TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def claimed(path: Path, *, numbered: bool = False) -> Iterator[Path]:
     """Make a folder if it is not there, keep other processes out of it, and yield its path.
 
-    A folder that was made here and holds nothing in the end is removed.
+    Folders that were made here and hold nothing in the end are removed.
 
     Args:
         numbered: where `path` exists, make <path>-2, -3 .. instead.
@@ -35,6 +35,7 @@ def claimed(path: Path, *, numbered: bool = False) -> Iterator[Path]:
     """
     with told_as_storage_error(path):
         made = numbered or not path.exists()
+        parents = [parent for parent in path.parents if not parent.exists()]
         if numbered:
             path = _make_new(path)
         else:
@@ -46,6 +47,9 @@ def claimed(path: Path, *, numbered: bool = False) -> Iterator[Path]:
                 if made and [file.name for file in path.iterdir()] == [LOCK_FILE]:
                     (path / LOCK_FILE).unlink()
                     path.rmdir()
+                    with contextlib.suppress(OSError):  # something else lies there
+                        for parent in parents:
+                            parent.rmdir()
 
 
 def _make_new(path: Path) -> Path:

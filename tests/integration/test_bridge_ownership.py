@@ -114,9 +114,9 @@ def test_send_names_the_holders_when_no_slot_is_free(client):
 def test_send_raises_when_arguments_do_not_fit(client):
     with pytest.raises(ValueError, match=r"starts: expected shape \(4,\)"):
         client.send_reset(np.zeros(3), 0)
-    with pytest.raises(ValueError, match=r"-1 .idle. to 9, .* got \[10\]"):
+    with pytest.raises(ValueError, match=r"-1 .idle. to 9, .* got 1 others, the first 10$"):
         client.send_reset(np.array([0, 1, 2, 10]), 0)
-    with pytest.raises(ValueError, match=rf"2 keyframes .* got \[{KEYFRAMES + 2}\]"):
+    with pytest.raises(ValueError, match=rf"2 keyframes .* the first {KEYFRAMES + 2}$"):
         client.send_reset(np.array([0, IDLE, KEYFRAMES + 1, KEYFRAMES + 2]), 0)
     with pytest.raises(ValueError, match="seed: expected an integer of 64 bits"):
         client.send_reset(STARTS, 2**63)

@@ -51,6 +51,7 @@ def test_two_hosts_give_the_numbers_of_one(launcher, plain):
     assert "Success rate" not in outputs[1]
 
 
+@pytest.mark.slow
 def test_lost_host_ends_the_run_and_the_message_tells_how_to_go_on(launcher):
     flags = (*hosts_flags("lost"), "--config.train.iterations=99", *QUICK)
     flags += ("--config.checkpoint.interval=1",)

@@ -118,7 +118,9 @@ def resume(output: str) -> list[str]:
     return shlex.split(output.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_run_goes_on_like_an_unbroken_one_when_a_signal_stopped_it(launcher, plain, number):
     run = f"stopped_{number.name}"
     flags = (f"--config.log.run={run}", "--config.checkpoint.interval=100", *TWO_SIMULATORS)

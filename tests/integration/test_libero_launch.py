@@ -77,7 +77,7 @@ def launch(repository, tmp_path_factory):
 
 
 def test_evaluation_tells_success_by_task(launch):
-    shown = launch("eval").stdout
+    shown = launch("eval", log__run="eval").stdout
     folder = launch.folder / "runs" / "eval"
     found = json.loads((folder / "evaluation.json").read_text())
     tasks = found["by_task"]["ground_truth"]

@@ -7,6 +7,7 @@ from benchmarks import sharding
 from benchmarks.sharding import Layout
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_one_device_when_cut_over_devices_and_processes():
     rows = sharding.measure([sharding.ONE, Layout(2, 1, 2)], ("ppo",))
     assert [row["layout"] for row in rows] == ["1p-1x1", "2p-1x2"]

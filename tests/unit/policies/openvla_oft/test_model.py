@@ -85,6 +85,7 @@ def _loss_gradients(model, obs, tokens):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.slow
 def test_gradients_agree_and_are_finite_when_layers_are_unrolled_and_rematerialised():
     obs, tokens = make_obs(), jnp.full((2, 2, 3), CONFIG.first_action_token + 100)
     value, gradients = _loss_gradients(make_model(), obs, tokens)
