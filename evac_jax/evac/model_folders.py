@@ -265,8 +265,11 @@ def load_model(
         raise CheckpointError(f'{path}: "weights": expected a file\'s name, got {weights!r}')
     cls, config_cls = map(_imported, MODELS[name])
     config = config_cls.from_dict(description.get("config", {}))
-    with torch.device("meta"):  # initial values would be replaced at once, so none are computed
-        model = cls(config)
+    try:
+        with torch.device("meta"):  # initial values would be replaced, so none are computed
+            model = cls(config)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:  # torch's words about a size
+        raise CheckpointError(f"{path}: no {name} has the sizes {config}: {error}") from error
     load_weights(model, path.with_name(weights), device, dtype)
     return model.to(device).eval()
 

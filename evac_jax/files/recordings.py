@@ -22,6 +22,7 @@ from evac_jax.errors import DataError
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.instructions import numbers_in
 from evac_jax.files.meaning import check_poses
+from evac_jax.files.restricted_npy import load_array
 
 CARD = "card.json"
 HELD_OUT = 0.1  # share of the scenes that no training sees
@@ -360,10 +361,13 @@ def _load_one(folder: Path) -> Episodes:
     card, arrays, problems = _read_card(folder), {}, []
     sizes: dict[str, int] = {"3": 3, "7": 7, "8": 8, "4": 4}
     for name, (dtype, axes) in (PER_FRAME | PER_EPISODE | SHARED).items():
-        mode = "r" if name == "frames" else None
+        path = folder / f"{name}.npy"
         try:
-            array = np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            if name == "frames":  # larger than memory, perhaps
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            else:
+                array = load_array(path)
+        except (OSError, ValueError, OverflowError, EOFError) as error:
             problems.append(f"{name}: {error}")
             continue
         names = axes.split()

@@ -59,6 +59,17 @@ def load_objects(path: Path) -> np.ndarray:
     return array
 
 
+def load_array(path: Path) -> np.ndarray:
+    """Return the array of an `.npy` file of plain numbers.
+
+    The file is mapped first, so a header that promises more than there is asks for no memory.
+
+    Raises:
+        OSError, ValueError: the file is missing or damaged, or holds objects.
+    """
+    return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
 def unpickle(stream: BinaryIO, path: Path) -> Any:
     """Return the object of a pickle that needs only numpy and plain builtins.
 

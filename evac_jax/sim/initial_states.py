@@ -18,7 +18,7 @@ from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, meaning
 from evac_jax.files.atomic import whole_folder
-from evac_jax.files.restricted_npy import load_objects
+from evac_jax.files.restricted_npy import load_array, load_objects
 from evac_jax.files.start_frames import (
     CARD_FILE,
     IMAGES_FILE,
@@ -224,8 +224,7 @@ def _packed(folder: Path):
     """Images, poses, instructions, camera and its size of a packed folder."""
     try:
         images, poses, tasks = (
-            np.load(folder / name, allow_pickle=False)
-            for name in (IMAGES_FILE, POSES_FILE, TASKS_FILE)
+            load_array(folder / name) for name in (IMAGES_FILE, POSES_FILE, TASKS_FILE)
         )
         card = json.loads((folder / CARD_FILE).read_text())
         if tasks.min(initial=0) < 0:

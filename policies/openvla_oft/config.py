@@ -250,6 +250,7 @@ class OpenVLAOFTConfig:
             hf_fields.refuse(
                 "config.json", hf_fields.TOWER.problems(change, "tiny_vision_overrides: ")
             )
+        changes = [{k: v for k, v in change.items() if v is not None} for change in changes]
         towers = [
             _override_tower(TIMM_TOWERS[name], change)
             for name, change in zip(ids, changes, strict=True)

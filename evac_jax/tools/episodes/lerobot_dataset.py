@@ -112,8 +112,8 @@ class LeRobotDataset:
     def _text(self, name: str) -> str:
         try:
             return (self._folder / name).read_text()
-        except OSError as error:
-            raise DataError(f"{self._folder / name}: cannot be read ({error.strerror})") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self._folder / name}: cannot be read ({error})") from error
 
     def _json(self, name: str, text: str) -> dict:
         try:
@@ -145,15 +145,21 @@ class LeRobotDataset:
             columns = self._table(name).to_pydict()
             # pandas keeps the texts as its index.
             text = columns.get("task", columns.get("__index_level_0__", ()))
-            found = dict(zip(columns.get("task_index", ()), text, strict=False))
+            pairs = list(zip(columns.get("task_index", ()), text, strict=False))
         else:
             lines = [self._json(name, line) for line in self._text(name).splitlines()]
-            found = {line.get("task_index"): line.get("task") for line in lines}
-        if not found or set(found) != set(range(len(found))):
+            pairs = [(line.get("task_index"), line.get("task")) for line in lines]
+        numbers = [number for number, _ in pairs]
+        if (
+            not pairs
+            or any(type(number) is not int for number in numbers)
+            or set(numbers) != set(range(len(pairs)))
+        ):
             raise DataError(
-                f"{self._folder / name}: expected task_index 0..N-1, each with a text, "
-                f"got {list(found)}"
+                f"{self._folder / name}: expected task_index 0..N-1, each once and with a text, "
+                f"got {numbers}"
             )
+        found = dict(pairs)
         if unnamed := [n for n, text in found.items() if not isinstance(text, str) or not text]:
             raise DataError(f"{self._folder / name}: no text for task_index {unnamed}")
         return [found[n] for n in range(len(found))]

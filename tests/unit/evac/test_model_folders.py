@@ -312,6 +312,10 @@ def test_folder_is_refused_when_it_is_not_the_expected_one(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(description))
     with pytest.raises(ConfigError, match="depth"):
         model_folders.load_model(tmp_path)
+    description["config"] = {"hidden": -1}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="no PoseModel has the sizes .*hidden=-1"):
+        model_folders.load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         model_folders.load_model(tmp_path)

@@ -138,6 +138,18 @@ def test_a_folder_that_is_no_recording_is_refused(tmp_path):
         recordings.load(tmp_path)
 
 
+@pytest.mark.parametrize("length", [0, 40])
+def test_recording_with_an_array_that_was_cut_is_refused_without_asking_for_memory(
+    tmp_path, length
+):
+    write(tmp_path / "d", [2, 3])
+    path = tmp_path / "d" / "length.npy"
+    header = b"\x93NUMPY\x01\x00\x46\x00{'descr': '<i8', 'fortran_order': False, 'shape': (9%s,)}"
+    path.write_bytes((header % (b"0" * 13)).ljust(80) if length else b"")
+    with pytest.raises(DataError, match="length: "):
+        recordings.load(tmp_path / "d")
+
+
 def test_tasks_keep_their_texts_when_they_are_numbered_as_another_list(tmp_path):
     write(tmp_path / "d", [2, 3, 1], instructions=("a", "b", "a"))
     data = recordings.load(tmp_path / "d")

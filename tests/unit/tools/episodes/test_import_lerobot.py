@@ -75,11 +75,13 @@ def test_lerobot_videos_and_rows_of_two_lengths_are_refused(tmp_path, camera):
         ("info.json", "{", "not a JSON object"),
         ("info.json", '{"codebase_version": "v2.1"}', "lacks .*features"),
         ("tasks.jsonl", '{"task_index": 1, "task": "go"}', "expected task_index 0..N-1"),
+        ("tasks.jsonl", '{"task_index": [0], "task": "go"}', "expected task_index 0..N-1"),
+        ("tasks.jsonl", "\udcff", "cannot be read .*utf-8"),
     ],
 )
 def test_damaged_lerobot_metadata_is_named(tmp_path, camera, name, text, message):
     source, flags = write(tmp_path / "lerobot", "v2.1", video=False)
-    (source / "meta" / name).write_text(text)
+    (source / "meta" / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(SystemExit, match=message):
         run(import_lerobot, source, tmp_path / "out", camera, *flags)
 
