@@ -22,7 +22,7 @@ from evac_jax.errors import DataError
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.instructions import numbers_in
 from evac_jax.files.meaning import check_poses
-from evac_jax.files.restricted_npy import load_array
+from evac_jax.files.restricted_npy import load_array, map_array
 
 CARD = "card.json"
 HELD_OUT = 0.1  # share of the scenes that no training sees
@@ -178,7 +178,8 @@ def verify(folder: str | Path) -> None:
     """
     folder = Path(folder)
     told = _read_card(folder)["sha256"]
-    if changed := sorted(name for name, digest in digests(folder).items() if told[name] != digest):
+    found = digests(folder)
+    if changed := sorted(name for name in found if told.get(name) != found[name]):
         raise DataError(f"{folder}: {', '.join(changed)} changed since the recording; record anew")
 
 
@@ -347,8 +348,9 @@ def digests(folder: Path) -> dict[str, str]:
 def _read_card(folder: Path) -> dict:
     try:
         card = json.loads((folder / CARD).read_text())
-        missing = [n for n in ("instructions", "sources", "sha256") if n not in card]
-    except (OSError, ValueError, TypeError) as error:
+        wanted = {"instructions": list, "sources": list, "sha256": dict}
+        missing = [n for n, kind in wanted.items() if not isinstance(card.get(n), kind)]
+    except (OSError, ValueError, AttributeError) as error:
         raise DataError(
             f"{folder}: not a recording ({error}); docs/episodes.md tells how"
         ) from error
@@ -363,11 +365,9 @@ def _load_one(folder: Path) -> Episodes:
     for name, (dtype, axes) in (PER_FRAME | PER_EPISODE | SHARED).items():
         path = folder / f"{name}.npy"
         try:
-            if name == "frames":  # larger than memory, perhaps
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            else:
-                array = load_array(path)
-        except (OSError, ValueError, OverflowError, EOFError) as error:
+            # Frames may be larger than memory.
+            array = map_array(path) if name == "frames" else load_array(path)
+        except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
             continue
         names = axes.split()

@@ -170,6 +170,11 @@ class LeRobotDataset:
             yield from self._grouped_episodes()
             return
         size = self._info["chunks_size"]
+        if type(size) is not int or type(self._info["total_episodes"]) is not int or size < 1:
+            raise DataError(
+                f"{self._folder}/meta/info.json: expected whole numbers for chunks_size and "
+                f"total_episodes, got {size!r} and {self._info['total_episodes']!r}"
+            )
         for n in range(self._info["total_episodes"]):
             place = {"episode_chunk": n // size, "episode_index": n}
             rows = self._table(self._path("data_path", **place))
