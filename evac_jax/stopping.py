@@ -144,5 +144,6 @@ class Stopping:
 
 def _say(text: str) -> None:
     # Not by logging or print: a signal may come while this very thread is within either.
-    sys.stdout.flush()
+    with contextlib.suppress(RuntimeError):  # it is
+        sys.stdout.flush()
     os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
