@@ -108,7 +108,7 @@ def main() -> None:
             "train.iterations": args.iterations,
             "env.num_envs": args.envs,
             "env.max_episode_steps": 8 * args.chunks,
-            "algo.group_size": min(args.envs, 8),
+            "algo.group_size": args.envs // 2,  # a whole group in each of two simulators
             "algo.global_batch": batch,
             "algo.micro_batch": batch,
             "eval.interval": 10,
