@@ -39,6 +39,7 @@ class Case:
         disk: the run's folder lies on a small disk of its own.
         damage: changes the newest checkpoint's folder.
         harmless: the run goes on by itself and ends with status 0.
+        settings: more of the configuration, as flags without "--config.".
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     disk: bool = False
     damage: Callable[[Path], None] | None = None
     harmless: bool = False
+    settings: tuple[str, ...] = ()
 
 
 # --- damaged checkpoints --------------------------------------------------------------------------
@@ -114,6 +116,11 @@ def cases() -> list[Case]:
         fault = dict(zip(("at", "call"), TRAINER[phase], strict=True))
         fault |= {"role": "trainer", "do": "kill:simulator"}
         found.append(Case(f"simulator-{phase}-kill", fault))
+    for do in ("kill", "stop"):
+        fault = dict(zip(("at", "call"), TRAINER["step"], strict=True))
+        fault |= {"role": "trainer", "do": f"{do}:simulator"}
+        again = {"harmless": True, "settings": ("simulator.restarts=1",)}
+        found.append(Case(f"simulator-step-{do}-restarts", fault, **again))
     for phase in ("step", "update", "save"):
         flags = ("--config.cluster.node=1",)
         add("trainer", phase, "kill", TRAINER[phase], hosts=2, flags=flags)

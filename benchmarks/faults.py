@@ -142,9 +142,12 @@ def _result(run: Path) -> dict[str, Any]:
         }
         for line in lines
     }
+    path = run / "checkpoints" / str(ITERATIONS) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        state = reader.restore(run / "checkpoints" / str(ITERATIONS) / "state")
-    return {"figures": figures, "state": {name: np.asarray(x) for name, x in state.items()}}
+        names = reader.metadata(path).item_metadata.tree
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        state = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {"figures": figures, "state": state}
 
 
 def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -222,7 +225,8 @@ def _broken(
     """Start the run that fails; return its end and the commands that go on."""
     stamp = folder / "stamp"
     fault = (case.fault or {}) | {"stamp": str(stamp)}
-    hosts = _hosts(case.hosts)
+    more = tuple(f"--config.{setting}" for setting in case.settings)
+    hosts = [(*flags, *more) for flags in _hosts(case.hosts)]
     commands = [_command(runs, *flags) for flags in hosts]
     statuses, outputs = _run(commands, _environment(work, case.name, fault), folder / "broken")
     ended = time.time()

@@ -11,18 +11,23 @@ Imports JAX; torch only when frames stay on a GPU.
 """
 
 import collections
+import dataclasses
+import itertools
 import os
 import time
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from evac_jax.bridge import protocol
 from evac_jax.bridge.exchange import Exchange, SlotOwnershipError, shard_frames
 from evac_jax.bridge.process import WorkerProcess
 from evac_jax.bridge.slots import CudaSlots, SharedSlots, SlotLayout
-from evac_jax.bridge.types import IDLE, KEYFRAMES, EnvSpec
+from evac_jax.bridge.types import IDLE, KEYFRAMES, EnvSpec, StepResult
 from evac_jax.errors import BridgeTimeoutError, ConfigError, SimulatorError
 
 __all__ = ["Exchange", "SimulatorClient", "SlotOwnershipError", "shard_frames"]
@@ -44,6 +49,19 @@ def _slot_kind(spec: dict) -> str:
     return kind or "shared_memory"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """A reset or step; `make` gives its message for a number and a slot."""
+
+    number: int
+    word: str
+    part: int
+    make: Callable[[int, int], Any]
+
+    def message(self, slot: int) -> Any:
+        return self.make(self.number, slot)
+
+
 class SimulatorClient:
     """One simulator process. The constructor starts it and returns at once.
 
@@ -54,8 +72,9 @@ class SimulatorClient:
         num_slots: frame buffers, at least 2 and one per part.
         timeout_s: seconds that one request may take before the process counts as stuck.
         start_timeout_s: seconds that starting it and loading its weights may take.
-        restarts: times that a process that failed is started again, on the same slots. The
-            failure is raised all the same; afterwards the next request must be a reset.
+        restarts: times that a process that failed, or is stuck, is started again, on the same
+            slots. The new one plays the episodes under way again from their starts, so the caller
+            sees the same answers, later; the log tells. Loading that fails is not tried again.
         sharding: where frames go, over this process's devices; None for JAX's default device.
         log_path: file for what the process prints; None keeps only what errors quote.
 
@@ -88,9 +107,8 @@ class SimulatorClient:
         self._slots: SharedSlots | None = None
         self._env: EnvSpec | None = None
         self._owners: dict[int, str] = {}  # slot -> who has it and why; the others are free
-        self._pending: collections.deque = (
-            collections.deque()
-        )  # (request, slot, word), oldest first
+        self._pending: collections.deque[tuple[_Request, int]] = collections.deque()  # with slots
+        self._played: dict[int, list[_Request]] = {}  # part -> what made its episodes, in order
         self._request = 0
         self._end: str | None = None  # why there is no process
         self._start()
@@ -98,7 +116,6 @@ class SimulatorClient:
     def _start(self) -> None:
         self._started = time.monotonic()
         self._ready = False
-        self._was_reset: set[int] = set()  # parts that have episodes
         self._process = WorkerProcess(self._spec, self._memory, self._log_path)
 
     def __enter__(self) -> "SimulatorClient":
@@ -151,9 +168,9 @@ class SimulatorClient:
                 f"{self._start_timeout_s:g} s (simulator.start_timeout_s), got nothing\n"
                 f"--- end of its output ---\n{self._process.log_tail()}"
             )
-            raise self._fail(error, restart=False) from None
+            raise self._fail(error) from None
         except (SimulatorError, ConfigError) as error:
-            raise self._fail(error, restart=False) from error.__cause__
+            raise self._fail(error) from error.__cause__
         self._ready = True
 
     def _make_slots(self, layout: SlotLayout) -> SharedSlots:
@@ -166,19 +183,54 @@ class SimulatorClient:
         if self._end is not None:
             raise SimulatorError(f"there is no simulator process: {self._end}")
 
-    def _fail(self, error: Exception, *, restart: bool = True) -> Exception:
-        """End the process, perhaps start another, and return the error to raise."""
+    def _fail(self, error: Exception) -> Exception:
+        """End the process for good, and return the error to raise."""
         self._process.kill()
-        for _, slot, _ in self._pending:
+        for _, slot in self._pending:
             del self._owners[slot]  # its writer is dead
         self._pending.clear()
-        if restart and self._restarts_left > 0:
-            self._restarts_left -= 1
-            self._start()
-            note = f"It was started again as process {self.pid}; reset it before the next step."
-            return type(error)(f"{error}\n{note}")
         self._end = str(error).splitlines()[0]
         return error
+
+    def _recover(self, error: Exception) -> None:
+        """Start the process again, as often as is allowed, and bring it to where it was.
+
+        Raises:
+            SimulatorError, BridgeTimeoutError: `error`, or the one of the last try.
+        """
+        while self._restarts_left > 0:
+            self._restarts_left -= 1
+            self._process.kill()
+            self._start()
+            logging.warning(
+                "%s\nStarted again as process %d, which plays the episodes under way again; "
+                "restarts that are left: %d (simulator.restarts)",
+                *(error, self.pid, self._restarts_left),
+            )
+            self.wait_until_ready()
+            try:
+                self._play_again()
+            except (SimulatorError, BridgeTimeoutError) as again:
+                error = again
+            else:
+                return
+        raise self._fail(error)
+
+    def _play_again(self) -> None:
+        """Send a new process all requests that its episodes are made of; await the answered ones.
+
+        Their answers go to the slot of the oldest one that is not answered: nobody reads there.
+        """
+        if not self._pending:  # parked: no episode is under way
+            return
+        waiting, slot = {request.number for request, _ in self._pending}, self._pending[0][1]
+        requests = itertools.chain.from_iterable(self._played.values())
+        for request in sorted(requests, key=lambda request: request.number):
+            if request.number not in waiting:
+                self._process.send(request.message(slot))
+                self._answer(request, slot)
+        for request, slot in self._pending:
+            self._process.send(request.message(slot))
 
     def send_reset(self, starts: np.ndarray, seed: int, part: int = 0) -> None:
         """Ask to start an episode in every environment of a part, without waiting.
@@ -206,8 +258,11 @@ class SimulatorClient:
         if not -(2**63) <= (seed := int(seed)) < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
         self._check_part(part)
-        self._send("reset", lambda request, slot: protocol.Reset(request, slot, part, starts, seed))
-        self._was_reset.add(part)
+        if all(request.part != part for request, _ in self._pending):
+            self._played.pop(part, None)  # nothing needs its last episodes any more
+        self._send(
+            "reset", part, lambda number, slot: protocol.Reset(number, slot, part, starts, seed)
+        )
 
     def send_step(self, actions: np.ndarray, part: int = 0) -> None:
         """Ask to play one chunk in every environment of a part, without waiting.
@@ -230,9 +285,9 @@ class SimulatorClient:
             raise ValueError("actions: expected finite numbers, got NaN or infinity")
         self._check_open()
         self._check_part(part)
-        if part not in self._was_reset:
+        if part not in self._played:
             raise SlotOwnershipError("step before reset: the simulator process has no episodes yet")
-        self._send("step", lambda request, slot: protocol.Step(request, slot, part, actions))
+        self._send("step", part, lambda *where: protocol.Step(*where, part, actions))
 
     def send_park(self) -> None:
         """Let the simulator's weights leave its device until the next reset, without waiting.
@@ -244,17 +299,17 @@ class SimulatorClient:
         self._check_open()
         if self._pending:
             raise SlotOwnershipError("park: receive the answers that are under way first")
+        self._played.clear()
         try:
             self._process.send(protocol.Park())
         except SimulatorError as error:
-            raise self._fail(error) from None
-        self._was_reset.clear()
+            self._recover(error)  # a new process holds nothing before its first reset
 
     def _check_part(self, part: int) -> None:
         if not 0 <= part < self.parts:
             raise ValueError(f"part: expected 0 to {self.parts - 1}, got {part}")
 
-    def _send(self, word: str, make) -> None:
+    def _send(self, word: str, part: int, make: Callable[[int, int], Any]) -> None:
         self.wait_until_ready()
         free = [slot for slot in range(self._num_slots) if slot not in self._owners]
         if not free:
@@ -265,12 +320,14 @@ class SimulatorClient:
             )
         slot = free[0]
         self._request += 1
+        request = _Request(self._request, word, part, make)
+        self._owners[slot] = f"is being written for request {request.number} ({word})"
+        self._pending.append((request, slot))
+        self._played.setdefault(part, []).append(request)
         try:
-            self._process.send(make(self._request, slot))
+            self._process.send(request.message(slot))
         except SimulatorError as error:
-            raise self._fail(error) from None
-        self._owners[slot] = f"is being written for request {self._request} ({word})"
-        self._pending.append((self._request, slot, word))
+            self._recover(error)
 
     def receive(self) -> Exchange:
         """Return the answer to the oldest request that has none yet.
@@ -283,43 +340,48 @@ class SimulatorClient:
         self._check_open()
         if not self._pending:
             raise SlotOwnershipError("receive: no request is waiting for an answer")
-        request, slot, word = self._pending[0]
+        request, slot = self._pending[0]
         slots = self._slots
         exchange = Exchange(
             slots.frames(slot),
             lambda: slots.clip(slot),
             slot=slot,
-            request=request,
+            request=request.number,
             give_back=lambda: self._owners.pop(slot),
             sharding=self._sharding,
         )
+        while True:
+            try:
+                result = self._answer(request, slot)
+                break
+            except (SimulatorError, BridgeTimeoutError) as error:
+                self._recover(error)
+        self._pending.popleft()
+        self._owners[slot] = (
+            f"holds the answer to request {request.number} ({request.word}), not released"
+        )
+        return exchange.arrive(result)
+
+    def _answer(self, request: "_Request", slot: int) -> StepResult:
+        """Wait for the answer to the oldest request that the process has."""
         began = time.monotonic()
         try:
             reply = self._process.receive(self._timeout_s)
-            self._check_reply(reply, request, slot)
         except TimeoutError:
             waited = time.monotonic() - began
-            raise self._fail(
-                BridgeTimeoutError(
-                    f"simulator process {self.pid}: expected the answer to request {request} "
-                    f"({word}, slot {slot}) within {self._timeout_s:g} s (simulator.timeout_s), "
-                    f"got none after {waited:.1f} s\n"
-                    f"--- where it is ---\n{self._process.stacks()}"
-                )
+            raise BridgeTimeoutError(
+                f"simulator process {self.pid}: expected the answer to request {request.number} "
+                f"({request.word}, slot {slot}) within {self._timeout_s:g} s "
+                f"(simulator.timeout_s), got none after {waited:.1f} s\n"
+                f"--- where it is ---\n{self._process.stacks()}"
             ) from None
-        except SimulatorError as error:
-            raise self._fail(error) from None
-        self._pending.popleft()
-        self._owners[slot] = f"holds the answer to request {request} ({word}), not released"
-        return exchange.arrive(reply.result)
-
-    def _check_reply(self, reply: protocol.Reply, request: int, slot: int) -> None:
         complete = self._slots.sequence(slot)
-        if (reply.request, reply.slot, complete) != (request, slot, request):
+        if (reply.request, reply.slot, complete) != (request.number, slot, request.number):
             raise SimulatorError(
-                f"simulator process {self.pid}: expected request {request} in slot {slot}, got an "
-                f"answer to {reply.request} in slot {reply.slot}; the slot holds {complete}"
+                f"simulator process {self.pid}: expected request {request.number} in slot {slot}, "
+                f"got an answer to {reply.request} in slot {reply.slot}; the slot holds {complete}"
             )
+        return reply.result
 
     def reset(self, starts: np.ndarray, seed: int) -> Exchange:
         """`send_reset`, then `receive`."""

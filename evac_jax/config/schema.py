@@ -165,9 +165,8 @@ class SimulatorConfig:
         slots: frame buffers per process.
         timeout_s: longest time of one chunk, seconds; after it the process counts as stuck.
         start_timeout_s: longest time for loading, seconds.
-        restarts: how often a simulator that failed is started again. Its failure is raised all the
-            same, so a run ends at the first one; only a program of your own that drives the
-            simulators (bridge/client.py) can go on with them.
+        restarts: how often each simulator that failed, or is stuck, is started again. It then plays
+            the episodes under way again, so the run goes on with the same numbers; the log tells.
     """
 
     processes: Count = 1
