@@ -4,11 +4,15 @@ The first signal raises `StoppedError`: at once while the run may be interrupted
 such place. Of several hosts each may get it; all stop at the same place. A second one, or
 `train.stop_grace_s` after the first, ends the process where it is; its simulators end with it.
 Schedulers such as Slurm and Kubernetes kill 30 s after their SIGTERM.
+
+Python calls a handler only when the main thread is not within a long call of JAX or of the system.
+So a thread hears of signals too, and starts the time that is left.
 """
 
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -48,6 +52,8 @@ class Stopping:
         self._open, self._signal = True, 0
         self._timer: threading.Timer | None = None
         self._before: dict = {}
+        self._lock = threading.RLock()  # a signal may come within its own handler
+        self._ears: tuple[socket.socket, socket.socket] | None = None
         self._hosts: together.StopTogether | None = None
 
     def __enter__(self) -> "Stopping":
@@ -55,6 +61,10 @@ class Stopping:
         _running = self
         if jax.process_count() > 1:
             self._hosts = together.StopTogether(self._begin, self._lost)
+        self._ears = heard, told = socket.socketpair()
+        told.setblocking(False)  # as Python demands
+        self._fd_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=[heard], daemon=True).start()
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -68,6 +78,10 @@ class Stopping:
         if not stopped:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(self._fd_before)
+            for end in self._ears or ():
+                end.shutdown(socket.SHUT_RDWR)
+                end.close()
             if self._timer is not None:
                 self._timer.cancel()
         if stopped:
@@ -110,20 +124,32 @@ class Stopping:
         if self._hosts.is_here() if self._hosts else self._signal:
             raise StoppedError(f"stopped by {signal.Signals(self._signal).name}", self._signal)
 
+    def _listen(self, heard: socket.socket) -> None:
+        """Take the number of each signal as it comes, whatever the main thread does."""
+        count = 0
+        with contextlib.suppress(OSError):  # closed
+            while numbers := heard.recv(1):
+                if numbers[0] in SIGNALS:
+                    count += 1
+                    if count > 1:
+                        name = signal.Signals(numbers[0]).name
+                        self._end_now(f"a second signal, {name}, ended the run at once")
+                    self._begin(numbers[0])
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._signal:
-            self._end_now(f"a second signal, {signal.Signals(number).name}, ended the run at once")
+        """Python's handler, in the main thread: end an interruptible block."""
         self._begin(number)
-        if self._hosts:
-            self._hosts.ask(number)
-        else:
+        if not self._hosts:
             self.place()
 
     def _begin(self, number: int) -> None:
         """Start the time that is left; on every host, whichever got the signal."""
-        if self._signal:
-            return
-        self._signal = number
+        with self._lock:
+            if self._signal:
+                return
+            self._signal = number
+        if self._hosts:
+            self._hosts.ask(number)
         _say(
             f"{signal.Signals(number).name}: saving what is complete, at most "
             f"{self._grace_s:g} s (train.stop_grace_s); a second one ends the run at once"
