@@ -242,6 +242,7 @@ class _Reader:
 
     def __init__(self, files: CheckpointFiles, config, statistics, adapter, seed):
         self.files, self.config, self.adapter = files, config, adapter
+        _check_layers(files, config)
         self._graphdef, self._state = nnx.split(abstract_model(config, statistics))
         self._variables = dict(hf_keys.parameters(self._state))
         self._sources = {path: hf_keys.source_of(path, config) for path in self._variables}
@@ -324,6 +325,21 @@ class _Reader:
             return source.from_hf(adapter.read(key))
         weight = self.files.read(key)
         return source.from_hf(adapter.merge(key, weight) if adapter and not self._pairs else weight)
+
+
+def _check_layers(files: CheckpointFiles, config: OpenVLAOFTConfig) -> None:
+    """Refuse more layers than there can be, before anything is made for each of them."""
+    layers = {
+        "text_config.num_hidden_layers": config.num_layers,
+        "depth of the first tower": config.dinov2.depth,
+        "depth of the second tower": config.siglip.depth,
+    }
+    for name, count in layers.items():
+        if count > len(files.keys):
+            raise ValueError(
+                f"{files.folder}: config.json: {name} is {count}, and the folder holds "
+                f"{len(files.keys)} tensors, fewer than one for each layer"
+            )
 
 
 def _fresh_value_head(config, seed) -> dict[str, nnx.Variable]:

@@ -270,3 +270,11 @@ def test_tokenizer_of_another_model_is_refused(folder):
     content["model"] |= {"vocab": words, "merges": []}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert "expected 576 tokens" in told(folder)
+
+
+def test_layers_that_the_weights_cannot_hold_are_told_before_anything_is_made_for_them(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["num_hidden_layers"] = 10**7
+    path.write_text(json.dumps(config))
+    assert "text_config.num_hidden_layers is 10000000" in told(folder)
