@@ -185,9 +185,8 @@ def _outcome(read: Callable[[], None]) -> tuple[str, str]:
         read()
     except EvacJaxError as error:
         return "error", f"{type(error).__name__}: {error}"
-    except SystemExit as error:  # a command's own end: a message, or 2 from its parser
-        good = error.code in (0, 2) or str(error.code).partition(":")[0].endswith("Error")
-        return ("error" if good else "crash"), f"SystemExit: {error.code}"
+    except SystemExit as error:  # of a command's parser
+        return ("error" if error.code == 2 else "crash"), f"SystemExit: {error.code}"
     except (Exception, _TimeUpError):
         return "crash", traceback.format_exc()
     finally:

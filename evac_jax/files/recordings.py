@@ -121,6 +121,20 @@ class Episodes:
         """Return training and held-out episodes."""
         return self.select(~self.held_out), self.select(self.held_out)
 
+    def both_parts(self) -> tuple["Episodes", "Episodes"]:
+        """`split`, for what trains on the one part and is judged on the other.
+
+        Raises:
+            DataError: one of them is empty.
+        """
+        training, held_out = self.split()
+        if not (training.num_episodes and held_out.num_episodes):
+            raise DataError(
+                f"{training.num_episodes} training and {held_out.num_episodes} held-out episodes; "
+                "both are needed: record more"
+            )
+        return training, held_out
+
     def rows(self, episodes: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Return the flat rows of frame `steps` of `episodes`; the two are broadcast.
 

@@ -1,4 +1,4 @@
-"""Common parts of the tools' command lines: their help, and options that several tools have.
+"""Common parts of the tools' command lines: their help, their errors, options that several have.
 
 The help shows the docstring of the tool without reformatting, and the default of every option.
 """
@@ -6,11 +6,22 @@ The help shows the docstring of the tool without reformatting, and the default o
 import argparse
 import copy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from evac_jax.config.fields import with_home
+from evac_jax.errors import EvacJaxError
 
 DEVICES = ("cpu", "cuda")
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Call a tool's `main`; a user's mistake, or a disk's, ends with one message and status 2."""
+    try:
+        main()
+    except (EvacJaxError, OSError) as error:
+        sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+        sys.exit(2)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from evac_jax.errors import CheckpointError
 from evac_jax.files import cards
 from evac_jax.files.atomic import whole_folder
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 
 DTYPES = ("float16", "bfloat16")
 
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -26,7 +26,7 @@ from evac_jax.miniature.expert import KINDS, Expert, demonstrate
 from evac_jax.miniature.render import camera, render
 from evac_jax.miniature.scene import Scenes
 from evac_jax.miniature.tasks import INSTRUCTIONS
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 
 if TYPE_CHECKING:
     from evac_jax.config.schema import TrainConfig
@@ -246,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -17,6 +17,7 @@ import numpy as np
 from evac_jax.errors import DataError
 from evac_jax.files import cards, meaning
 from evac_jax.files.recordings import EpisodeWriter
+from evac_jax.tools.command_line import run_tool
 from evac_jax.tools.episodes import importing
 from evac_jax.tools.episodes.lerobot_dataset import LeRobotDataset, LeRobotEpisode
 
@@ -137,4 +138,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

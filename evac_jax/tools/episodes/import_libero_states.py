@@ -8,7 +8,6 @@ which is read and not run. The pickles go through an unpickler that admits NumPy
 
 import ast
 import io
-import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ import numpy as np
 from absl import logging
 
 from evac_jax.config.libero import MAX_STEPS
-from evac_jax.errors import DataError, EvacJaxError
+from evac_jax.errors import DataError
 from evac_jax.files.restricted_npy import unpickle
 from evac_jax.sim.libero_tasks import save_suite
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 
 TASK_MAP = "benchmark/libero_suite_task_map.py"
 
@@ -91,12 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--suites", nargs="+", default=sorted(MAX_STEPS), help="which suites")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
-    try:
-        for suite, count in convert(args.root, args.out, args.suites).items():
-            logging.info("%s: %d initial states", suite, count)
-    except EvacJaxError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    for suite, count in convert(args.root, args.out, args.suites).items():
+        logging.info("%s: %d initial states", suite, count)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -23,6 +23,7 @@ from evac_jax.files import cards, meaning
 from evac_jax.files.recordings import EpisodeWriter
 from evac_jax.files.restricted_npy import load_objects
 from evac_jax.sim.initial_states import first_frame
+from evac_jax.tools.command_line import run_tool
 from evac_jax.tools.episodes import importing
 
 POSES = ("state", "abs_action")
@@ -125,4 +126,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

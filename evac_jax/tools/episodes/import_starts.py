@@ -12,7 +12,6 @@ A world model with several cameras needs "image" as a list, one picture per came
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +19,10 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from evac_jax.errors import ConfigError, DataError, EvacJaxError
+from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, meaning
 from evac_jax.sim.initial_states import Starts, pack_starts
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.episodes import importing
 
 LIST_FILE = "starts.json"
@@ -102,15 +101,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--camera", required=True, help="as for import_rlinf: a JSON file, or libero")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
-    try:
-        if args.image_size < 0:
-            raise ConfigError(f"--image_size: expected 0 or more pixels, got {args.image_size}")
-        source = PictureStarts(args.source, args.image_size, args.camera)
-        pack_starts(source, np.arange(source.num_starts), args.out, **cards.card())
-    except EvacJaxError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    if args.image_size < 0:
+        raise ConfigError(f"--image_size: expected 0 or more pixels, got {args.image_size}")
+    source = PictureStarts(args.source, args.image_size, args.camera)
+    pack_starts(source, np.arange(source.num_starts), args.out, **cards.card())
     logging.info("%d starts -> %s", source.num_starts, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

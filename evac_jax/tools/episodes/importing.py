@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from evac_jax.errors import ConfigError, DataError, EvacJaxError
+from evac_jax.errors import ConfigError, DataError
 from evac_jax.sim.camera import Matrices, resolve_camera
 from evac_jax.tools.command_line import Parser
 
@@ -175,10 +174,7 @@ def success_of(rule: str, values: Sequence | None, length: int, where: str) -> n
 def finish(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> None:
     """Call an importer, and say what came of it."""
     logging.set_verbosity(logging.INFO)
-    try:
-        if args.image_size < 0:
-            raise ConfigError(f"--image_size: expected 0 or more pixels, got {args.image_size}")
-        count = run(args)
-    except EvacJaxError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    if args.image_size < 0:
+        raise ConfigError(f"--image_size: expected 0 or more pixels, got {args.image_size}")
+    count = run(args)
     logging.info("%d episodes -> %s", count, args.out)

@@ -22,9 +22,9 @@ from typing import Any
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import DEFAULT_PRESET, preset_names, read_preset
 from evac_jax.config.schema import TrainConfig
-from evac_jax.errors import ConfigError, EvacJaxError
+from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.memory.advice import advice, presets_table
 from evac_jax.tools.memory.layouts import CUDA_CONTEXT, Layout, Setup, layouts
 from evac_jax.tools.memory.parts import GB, peak
@@ -202,13 +202,9 @@ def _print_compiled(argv: Sequence[str], args: argparse.Namespace, found: Layout
 
 
 def main() -> None:
-    """Run; a mistake of the user gives one message and status 2."""
-    try:
-        run(sys.argv[1:])
-    except EvacJaxError as error:
-        sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
-        sys.exit(2)
+    """Command line."""
+    run(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -24,7 +24,7 @@ from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.errors import CheckpointError
 from evac_jax.files import cards
 from evac_jax.policy_import import import_policy, told_as_checkpoint_error
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from policies.openvla_oft.checkpoint_files import CheckpointFiles, read_json
 from policies.openvla_oft.export_hf import export_policy
 from policies.openvla_oft.model import OpenVLAOFT
@@ -198,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

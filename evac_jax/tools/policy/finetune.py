@@ -106,13 +106,7 @@ def _episodes(args: argparse.Namespace) -> tuple[Episodes, Episodes]:
     data = recordings.load(*args.data)
     if args.successful:
         data = data.select(data.success_once())
-    training, held_out = data.split()
-    if not (training.num_episodes and held_out.num_episodes):
-        raise DataError(
-            f"--data: {training.num_episodes} training and {held_out.num_episodes} held-out "
-            f"{'successful ' * args.successful}episodes; both are needed: record more"
-        )
-    return training, held_out
+    return data.both_parts()
 
 
 def _load(args: argparse.Namespace, data: Episodes) -> LoadedPolicy:

@@ -15,6 +15,7 @@ trains only adapters.
 """
 
 import argparse
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from absl import logging
 from flax import nnx
 
 from evac_jax.devices.malloc import keep_freed_memory
+from evac_jax.errors import DataError
 from evac_jax.files import cards
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.env import to_policy_actions
@@ -35,7 +37,7 @@ from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
 from evac_jax.policy_import import told_as_checkpoint_error
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.policy.data import GRIPPER_RULES
 from evac_jax.tools.policy.finetune import finetune, make_optimizer, soft_targets
 from policies.openvla_oft.action_tokens import ActionStatistics
@@ -289,6 +291,8 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
     """Train on fresh scenes, write the policy folder."""
     statistics = ActionStatistics.from_norm_stats(NORM_STATS, UNNORM_KEY)
     out = Path(args.out)
+    if out.exists():
+        raise DataError(f"--out: {out} exists; choose another folder or remove it")
     if args.start:
         with told_as_checkpoint_error(f"--start: cannot import {args.start!r}"):
             loaded = load_policy(
@@ -303,11 +307,11 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
         prompts = loaded.tokenizer.encode(list(INSTRUCTIONS))
     else:
         model, tokenizer_file = OpenVLAOFT(POLICY, statistics, rngs=nnx.Rngs(args.seed)), None
-        scratch = create_policy_folder(
-            model, out.with_name(out.name + ".tokenizer"), tasks=INSTRUCTIONS, norm_stats=NORM_STATS
-        )
-        tokenizer_file = scratch / "tokenizer.json"
-        prompts = PromptTokenizer(scratch, POLICY.max_prompt_length).encode(list(INSTRUCTIONS))
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = create_policy_folder(
+                model, Path(scratch, "policy"), tasks=INSTRUCTIONS, norm_stats=NORM_STATS
+            )
+            prompts = PromptTokenizer(folder, POLICY.max_prompt_length).encode(list(INSTRUCTIONS))
     prompts = tuple(jnp.asarray(x) for x in prompts)
 
     if args.pretrain_steps:
@@ -360,7 +364,9 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
             }
             history.append(score)
             logging.info("ground-truth success on fresh scenes: %s", score)
-    create_policy_folder(policy, out, tokenizer=tokenizer_file, norm_stats=NORM_STATS)
+    create_policy_folder(
+        policy, out, tasks=INSTRUCTIONS, tokenizer=tokenizer_file, norm_stats=NORM_STATS
+    )
     if args.lora_rank:
         save_adapter(policy, out / "adapter", base=args.start)
     facts = cards.card(history=history, seconds=time.perf_counter() - began)
@@ -369,4 +375,4 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    main()
+    run_tool(main)

@@ -26,9 +26,9 @@ from pathlib import Path
 from absl import logging
 
 from evac_jax import report
-from evac_jax.errors import DataError, EvacJaxError
+from evac_jax.errors import DataError
 from evac_jax.files import cards
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
 
@@ -412,11 +412,8 @@ def main() -> None:
     logging.set_verbosity(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running stages as well
     start, options = options_of(args)
-    try:
-        workshop = Workshop(args.out, args.cores)
-        outcome = coevolve(workshop, start, options)
-    except EvacJaxError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    workshop = Workshop(args.out, args.cores)
+    outcome = coevolve(workshop, start, options)
     facts = cards.card(**outcome, hours=workshop.clock() / 3600)
     cards.write_json(workshop.work / "coevolution.json", facts)
     best, told = outcome["best"], outcome["report"] or dict(enumerate(outcome["success"]))
@@ -429,4 +426,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

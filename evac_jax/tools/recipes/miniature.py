@@ -22,10 +22,10 @@ from absl import logging
 
 from evac_jax import report
 from evac_jax.config.schema import MINIATURE_WEIGHTS
-from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
+from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.files import cards
 from evac_jax.files.atomic import whole_folder
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
 
@@ -307,28 +307,25 @@ def main() -> None:
     args = parse(sys.argv[1:])
     logging.set_verbosity(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running stages as well
-    try:
-        if args.verify:
-            if problems := verify(args.weights):
-                sys.exit("\n".join([f"{args.weights} differs from its card:", *problems]))
-            report.show(f"{args.weights}: every file is the one in its card")
-            return
-        stages = make_stages(args.scale)
-        if args.list:
-            report.show("\n".join(f"{stage.name}: {stage.shown}" for stage in stages))
-            return
-        workshop = Workshop(args.work, args.cores)
-        workshop.run(stages)
-        out = (args.out or workshop.work / "weights").absolute()
-        facts = assemble(workshop, stages, out)
-        if args.ship:
-            ship(out, Path(MINIATURE_WEIGHTS))
-    except EvacJaxError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    if args.verify:
+        if problems := verify(args.weights):
+            sys.exit("\n".join([f"{args.weights} differs from its card:", *problems]))
+        report.show(f"{args.weights}: every file is the one in its card")
+        return
+    stages = make_stages(args.scale)
+    if args.list:
+        report.show("\n".join(f"{stage.name}: {stage.shown}" for stage in stages))
+        return
+    workshop = Workshop(args.work, args.cores)
+    workshop.run(stages)
+    out = (args.out or workshop.work / "weights").absolute()
+    facts = assemble(workshop, stages, out)
+    if args.ship:
+        ship(out, Path(MINIATURE_WEIGHTS))
     slowest = sorted(facts["stages"], key=lambda stage: -stage["seconds"])
     report.show("\n".join(f"{s['seconds'] / 60:8.1f} min  {s['name']}" for s in slowest))
     report.show(f"hours={facts['hours']:.2f} bytes={sum(facts['bytes'].values())} weights={out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -29,7 +29,7 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.tools import torch_training
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.reward import calibration
 
 POSITIVES, OTHER_TASK = 0.35, 0.15  # of a batch; the rest fails
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     data = recordings.load(*args.data, *args.imagined)
     known = data.asked  # a card may list tasks that nobody played
-    train_part, held_out = data.numbered_as(known).split()
+    train_part, held_out = data.numbered_as(known).both_parts()
     if args.imagined:  # what it will judge; these folders may number the tasks otherwise
         _, held_out = recordings.load(*args.imagined).numbered_as(known).split()
     began = time.process_time()
@@ -296,4 +296,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -29,14 +29,14 @@ from evac_jax import report
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import load_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
-from evac_jax.errors import ConfigError, DataError, EvacJaxError
+from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.miniature.render import BLOCK_COLORS
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.simulators import world_model_specs
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.episodes import collect
 from evac_jax.tools.trust import charts, page
 from evac_jax.tools.trust.replay import Film, make_environment, replay
@@ -257,14 +257,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
-    try:
-        result = run(args)
-    except EvacJaxError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    result = run(args)
     said = [page.judge(result["overall"])[1], *page.findings(result), *result["notes"]]
     report.show("\n".join([*said, f"\n{Path(args.out) / 'report.html'}", ""]))
     sys.stdout.write(last_line(result["figures"]) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

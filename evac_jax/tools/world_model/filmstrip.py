@@ -13,7 +13,7 @@ from PIL import Image
 from evac_jax.evac import model_folders
 from evac_jax.files import recordings
 from evac_jax.telemetry.video import filmstrip
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.world_model.imagine import imagine_episodes
 
 GAP = 6  # pixels between episodes
@@ -80,4 +80,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

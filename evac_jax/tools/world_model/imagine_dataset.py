@@ -19,7 +19,7 @@ from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import EvacModel
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes, EpisodeWriter
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.world_model.imagine import imagine_episodes
 
 _BATCH = 32
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -10,7 +10,6 @@ folder appears only when it is complete. See docs/bring_your_world_model.md.
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from absl import logging
 from torch import Tensor, nn
 
-from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
+from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.evac import model_folders
 from evac_jax.evac.config import EvacConfig, JsonConfig, MapConfig
 from evac_jax.evac.model import EvacModel
@@ -28,7 +27,7 @@ from evac_jax.files.atomic import whole_folder
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.telemetry.reading import ReadProgress
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 
 # The two published variants: RLinf's for LIBERO, and AgiBot's own.
 SIZES = {
@@ -241,23 +240,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = _parser().parse_args(argv)
     logging.set_verbosity(logging.INFO)
-    try:
-        with ReadProgress("weights") as progress:
-            card = convert(
-                args.weights,
-                args.out,
-                kind=args.kind,
-                open_clip=args.open_clip,
-                size=args.size,
-                config_file=args.config,
-                dtype=args.dtype,
-                progress=progress,
-            )
-    except EvacJaxError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with ReadProgress("weights") as progress:
+        card = convert(
+            args.weights,
+            args.out,
+            kind=args.kind,
+            open_clip=args.open_clip,
+            size=args.size,
+            config_file=args.config,
+            dtype=args.dtype,
+            progress=progress,
+        )
     facts = (card["model"], card["parameters"], card["stored_as"], len(card["left_out"]), args.out)
     logging.info("%s, %d weights as %s, %d unused keys left out -> %s", *facts)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -30,6 +30,7 @@ from evac_jax.evac.schedule import Schedule, ddim_table
 from evac_jax.files import cards, recordings
 from evac_jax.telemetry.tensorboard import TensorBoardWriter
 from evac_jax.tools import torch_training
+from evac_jax.tools.command_line import run_tool
 from evac_jax.tools.distributed import Ranks
 from evac_jax.tools.world_model.data import (
     Corpus,
@@ -323,4 +324,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

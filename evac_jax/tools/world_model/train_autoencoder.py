@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from absl import logging
 from torch import Tensor
 
-from evac_jax.errors import DataError
 from evac_jax.evac import model_folders
 from evac_jax.evac.autoencoder import Autoencoder
 from evac_jax.evac.config import EvacConfig
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.tools import torch_training
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.world_model.imagine import camera_of, check_fits, to_images
 from evac_jax.tools.world_model.latent_cache import draw_pose_maps
 from evac_jax.tools.world_model.options import read_config
@@ -201,12 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     data = recordings.load(*args.data)
     config = read_config(args.config).replace(n_view=data.frames.shape[1])
     check_fits(config, data)
-    train_part, held_out = data.split()
-    if not (train_part.num_episodes and held_out.num_episodes):
-        raise DataError(
-            f"{train_part.num_episodes} training and {held_out.num_episodes} held-out episodes; "
-            "both are needed: record more"
-        )
+    train_part, held_out = data.both_parts()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     digests = [cards.sha256(Path(folder) / "card.json") for folder in args.data]
@@ -231,4 +225,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

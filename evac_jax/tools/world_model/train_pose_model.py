@@ -19,7 +19,7 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.tools import torch_training
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, run_tool
 
 UNROLL = 6  # steps predicted in a row while training
 # Lower bound of the standard deviation. Without it, entries that hardly vary (the quaternion of an
@@ -119,7 +119,7 @@ def score(model: PoseModel, data: Episodes) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = Parser("world_model.train_pose_model", __doc__)
     parser.add_argument("--data", required=True, nargs="+", help="folders of recorded episodes")
@@ -132,16 +132,16 @@ def main() -> None:
     parser.add_device()
     parser.add_threads()
     parser.add_seed("weights and batches")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
-    train_part, held_out = recordings.load(*args.data).split()
+    train_part, held_out = recordings.load(*args.data).both_parts()
     began = time.process_time()
     config = PoseModelConfig(hidden=args.hidden, linear_skip=not args.plain)
     model = train(train_part, config, steps=args.steps, seed=args.seed, device=args.device)
-    scores = score(model, held_out)
     out = Path(args.out)
     model_folders.save_model(out, model)
+    scores = score(model, held_out)
     facts = cards.card(
         scores=scores,
         cpu_seconds=round(time.process_time() - began),
@@ -153,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from evac_jax.tools.command_line import Parser
+from evac_jax.errors import DataError
+from evac_jax.tools.command_line import Parser, run_tool
 from tests import house
 
 TOOLS = [
@@ -72,6 +73,17 @@ def test_device_has_one_default_and_one_spelling():
         parser.parse_args(["--device", "gpu"])
 
 
+@pytest.mark.parametrize("error", [DataError("no pose"), OSError(28, "No space left", "out")])
+def test_users_mistake_ends_a_tool_with_one_message_and_status_2(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_tool(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"\n{type(error).__name__}: {error}\n"
+
+
 def test_every_tool_is_named_by_its_module_and_spells_options_alike():
     assert len(TOOLS) > 15
     shared = {"--device", "--threads", "--seed", "--image_size"}
@@ -85,6 +97,7 @@ def test_every_tool_is_named_by_its_module_and_spells_options_alike():
         assert not options & shared, f"{file}: use the method of Parser"
         assert "ArgumentParser" not in {getattr(c.func, "attr", "") for c in calls}, file
         if file in TOOLS:
+            assert "    run_tool(main)\n" in (house.ROOT / file).read_text(), file
             tool = house.module_of(file).removeprefix("evac_jax.tools.").removesuffix(".__main__")
             source = (house.ROOT / file).read_text()
             if file.endswith("world_model/train.py"):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from evac_jax.errors import EvacJaxError
 from evac_jax.telemetry.video import write_mp4
 from evac_jax.tools.episodes import import_lerobot, lerobot_dataset
 from tests.unit.tools.episodes.lerobot_folder import KEY, LENGTHS, TASKS, frames, run, write
@@ -32,17 +33,17 @@ def test_lerobot_datasets_become_recordings(tmp_path, camera, version, video):
 
 def test_other_versions_and_views_are_named(tmp_path, camera):
     source, _ = write(tmp_path / "lerobot", "v2.1", video=False)
-    with pytest.raises(SystemExit, match="no \\['wrist'\\]; there are"):
+    with pytest.raises(EvacJaxError, match="no \\['wrist'\\]; there are"):
         run(import_lerobot, source, tmp_path / "out", camera, "--images", "wrist")
     info = json.loads((source / "meta/info.json").read_text()) | {"codebase_version": "v1.6"}
     (source / "meta/info.json").write_text(json.dumps(info))
-    with pytest.raises(SystemExit, match="version v1.6"):
+    with pytest.raises(EvacJaxError, match="version v1.6"):
         run(import_lerobot, source, tmp_path / "out", camera, "--images", "wrist")
 
 
 def test_actions_that_are_no_deltas_are_refused(tmp_path, camera):
     source, flags = write(tmp_path / "lerobot", "v2.1", video=False, scale=3.0)
-    with pytest.raises(SystemExit, match="actions reach 3.000"):
+    with pytest.raises(EvacJaxError, match="actions reach 3.000"):
         run(import_lerobot, source, tmp_path / "out", camera, *flags)
 
 
@@ -64,7 +65,7 @@ def test_only_the_wanted_part_of_a_long_video_is_held(tmp_path, camera, monkeypa
 def test_lerobot_videos_and_rows_of_two_lengths_are_refused(tmp_path, camera):
     source, flags = write(tmp_path / "lerobot", "v2.1", video=True)
     write_mp4(next(source.rglob("episode_000001.mp4")), frames(LENGTHS[1] + 1), fps=10)
-    with pytest.raises(SystemExit, match="episode 1 has 7 rows .* more frames"):
+    with pytest.raises(EvacJaxError, match="episode 1 has 7 rows .* more frames"):
         run(import_lerobot, source, tmp_path / "out", camera, *flags)
     assert not list(tmp_path.glob("out*"))
 
@@ -82,7 +83,7 @@ def test_lerobot_videos_and_rows_of_two_lengths_are_refused(tmp_path, camera):
 def test_damaged_lerobot_metadata_is_named(tmp_path, camera, name, text, message):
     source, flags = write(tmp_path / "lerobot", "v2.1", video=False)
     (source / "meta" / name).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(EvacJaxError, match=message):
         run(import_lerobot, source, tmp_path / "out", camera, *flags)
 
 
@@ -101,7 +102,7 @@ def grouped(tmp_path):
 def told(source, camera, *flags):
     """The message of an import that fails, which leaves nothing."""
     out = source.parent / "out"
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(EvacJaxError) as error:
         run(import_lerobot, source, out, camera, "--images", KEY, *flags)
     assert not list(source.parent.glob("out*"))
     return str(error.value)

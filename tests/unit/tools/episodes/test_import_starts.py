@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evac_jax.errors import EvacJaxError
 from evac_jax.files import cards
 from evac_jax.sim.initial_states import NpyStarts
 from evac_jax.tools.episodes import import_starts
@@ -77,12 +78,12 @@ def test_several_cameras_take_a_picture_each(source):
 )
 def test_entry_at_fault_is_named_and_nothing_left(source, names, changes, told):
     describe(source, *names, **changes)
-    with pytest.raises(SystemExit, match=told):
+    with pytest.raises(EvacJaxError, match=told):
         run(source)
     assert not list(source.glob("out*"))
 
 
 def test_damaged_picture_is_named(source):
     (source / "a.png").write_bytes((source / "a.png").read_bytes()[:40])
-    with pytest.raises(SystemExit, match="DataError: .*entry 0"):
+    with pytest.raises(EvacJaxError, match=".*entry 0"):
         run(source)

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from evac_jax.errors import ConfigError
+from evac_jax.errors import ConfigError, EvacJaxError
 from evac_jax.files.restricted_npy import load_objects
 from evac_jax.tools.episodes import import_rlinf, importing
 from tests.unit.tools.episodes.lerobot_folder import LENGTHS, TASKS, actions, frames, run
@@ -51,7 +51,7 @@ def test_rlinf_episodes_become_a_recording(rlinf, tmp_path, camera):
 
 
 def test_nothing_is_left_when_an_episode_does_not_fit(rlinf, tmp_path, camera):
-    with pytest.raises(SystemExit, match="no field 'is_done'"):
+    with pytest.raises(EvacJaxError, match="no field 'is_done'"):
         run(import_rlinf, rlinf, tmp_path / "out", camera, *ZERO, "--success", "is_done")
     assert not list(tmp_path.glob("out*"))
 
@@ -77,7 +77,7 @@ def test_a_later_rlinf_frame_that_is_unlike_the_first_is_refused(
     episode = load_objects(rlinf / "1.npy")
     episode[2][field] = value
     np.save(rlinf / "1.npy", episode, allow_pickle=True)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(EvacJaxError, match=message):
         run(import_rlinf, rlinf, tmp_path / "out", camera, "--gripper", "zero_closes")
     assert not list(tmp_path.glob("out*"))
 
@@ -87,7 +87,7 @@ def test_rlinf_files_of_two_picture_sizes_are_refused(rlinf, tmp_path, camera):
     for t, frame in enumerate(episode):
         frame["image"] = frames(len(episode), 24)[t]
     np.save(rlinf / "1.npy", episode, allow_pickle=True)
-    with pytest.raises(SystemExit, match="one camera cannot fit both"):
+    with pytest.raises(EvacJaxError, match="one camera cannot fit both"):
         run(import_rlinf, rlinf, tmp_path / "out", camera, *ZERO, "--image_size", 16)
 
 
@@ -95,12 +95,12 @@ def test_rlinf_instruction_that_changes_within_an_episode_is_refused(rlinf, tmp_
     episode = load_objects(rlinf / "0.npy")
     episode[3]["instruction"] = TASKS[1]
     np.save(rlinf / "0.npy", episode, allow_pickle=True)
-    with pytest.raises(SystemExit, match="'instruction' changes within the episode"):
+    with pytest.raises(EvacJaxError, match="'instruction' changes within the episode"):
         run(import_rlinf, rlinf, tmp_path / "out", camera)
 
 
 def test_gripper_of_another_range_than_told_is_refused(rlinf, tmp_path, camera):
-    with pytest.raises(SystemExit, match="is it --gripper=zero_closes"):
+    with pytest.raises(EvacJaxError, match="is it --gripper=zero_closes"):
         run(import_rlinf, rlinf, tmp_path / "out", camera)
 
 

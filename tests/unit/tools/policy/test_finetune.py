@@ -148,7 +148,7 @@ def test_rows_that_fill_the_last_batch_up_do_not_count(recording):
 def test_existing_folder_and_recording_without_success_are_refused(start, recording, tmp_path):
     with pytest.raises(DataError, match="exists"):
         train_policy.main(_command(start, recording, start))
-    with pytest.raises(DataError, match="0 training and 0 held-out successful episodes"):
+    with pytest.raises(DataError, match="0 training and 0 held-out episodes"):
         train_policy.main(_command(start, recording, tmp_path / "out", "--successful"))
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from evac_jax.errors import DataError
 from evac_jax.miniature import scene
 from evac_jax.miniature.render import project
 from evac_jax.tools.policy import train as train_policy
@@ -76,3 +77,8 @@ def test_pretraining_teaches_patches_what_they_show(monkeypatch):
     train_policy.pretrain(model, prompts, steps=200, batch=4, lr=3e-3, seed=0)
     (_, _, first, _), (_, _, last, _) = lines  # centimetres
     assert last < 0.9 * first
+
+
+def test_existing_folder_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(DataError, match=f"--out: {tmp_path} exists"):
+        train_policy.main(["--out", str(tmp_path)])

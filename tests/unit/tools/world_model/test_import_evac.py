@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evac_jax.errors import EvacJaxError
 from evac_jax.evac import model_folders
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import EvacModel
@@ -49,11 +50,10 @@ def run(*args: object) -> None:
     import_evac.main([str(arg) for arg in args])
 
 
-def failure(capsys, *args: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
+def failure(*args: object) -> str:
+    with pytest.raises(EvacJaxError) as refused:
         run(*args)
-    assert isinstance(stopped.value.code, str)  # printed by the interpreter, status 1
-    return stopped.value.code
+    return f"{type(refused.value).__name__}: {refused.value}"
 
 
 def test_lightning_file_becomes_a_folder_with_a_card(tmp_path, model, sizes):
@@ -89,13 +89,13 @@ def test_deepspeed_folder_is_found_and_its_precision_kept(tmp_path, model, sizes
     torch.testing.assert_close(loaded[key], model.state_dict()[key].half().float())
 
 
-def test_image_tower_comes_from_the_open_clip_file(tmp_path, capsys, model, sizes):
+def test_image_tower_comes_from_the_open_clip_file(tmp_path, model, sizes):
     state = public_state(model)
     tower = {k.removeprefix(TOWER): v for k, v in state.items() if k.startswith(TOWER)}
     rest = {key: value for key, value in state.items() if not key.startswith(TOWER)}
     torch.save(rest, tmp_path / "evac.pt")
     save_file(tower | {"transformer.x": torch.ones(1)}, tmp_path / "clip.safetensors")
-    told = failure(capsys, "--weights", tmp_path / "evac.pt", "--config", sizes, "--out", "x")
+    told = failure("--weights", tmp_path / "evac.pt", "--config", sizes, "--out", "x")
     assert "image tower is not in the file: --open_clip" in told
     run(
         "--weights", tmp_path / "evac.pt", "--open_clip", tmp_path / "clip.safetensors",
@@ -111,9 +111,9 @@ def test_image_tower_comes_from_the_open_clip_file(tmp_path, capsys, model, size
     save_file({"vision_model.x": torch.ones(1)}, tmp_path / "other.safetensors")
     args = ["--config", sizes, "--out", tmp_path / "new", "--weights"]
     clip = ["--open_clip", tmp_path / "other.safetensors"]
-    assert "no visual.* weights" in failure(capsys, *args, tmp_path / "evac.pt", *clip)
+    assert "no visual.* weights" in failure(*args, tmp_path / "evac.pt", *clip)
     torch.save(state, tmp_path / "whole.pt")
-    assert "omit --open_clip" in failure(capsys, *args, tmp_path / "whole.pt", *clip)
+    assert "omit --open_clip" in failure(*args, tmp_path / "whole.pt", *clip)
 
 
 def full_state(frames: int) -> dict[str, torch.Tensor]:
@@ -161,11 +161,11 @@ def test_classifier_and_pose_model_are_told_by_their_keys(tmp_path):
     torch.testing.assert_close(loaded.network[0].weight, poses.network[0].weight)
 
 
-def test_pose_model_without_statistics_is_explained(tmp_path, capsys):
+def test_pose_model_without_statistics_is_explained(tmp_path):
     state = PoseModel(PoseModelConfig(hidden=6)).state_dict()
     bare = {key: value for key, value in state.items() if key.startswith("network.")}
     torch.save(bare, tmp_path / "p.pth")
-    told = failure(capsys, "--weights", tmp_path / "p.pth", "--out", tmp_path / "out")
+    told = failure("--weights", tmp_path / "p.pth", "--out", tmp_path / "out")
     assert "statistics are not in the file" in told
 
 
@@ -189,40 +189,38 @@ def with_surplus(state):
         (with_surplus, "1 unknown to the model: network.9.bias"),
     ],
 )
-def test_damaged_weights_leave_nothing_behind(tmp_path, capsys, damage, told):
+def test_damaged_weights_leave_nothing_behind(tmp_path, damage, told):
     state = dict(PoseModel(PoseModelConfig(hidden=4)).state_dict())
     damage(state)
     save_file(state, tmp_path / "w.safetensors")
-    assert told in failure(capsys, "--weights", tmp_path / "w.safetensors", "--out", tmp_path / "o")
+    assert told in failure("--weights", tmp_path / "w.safetensors", "--out", tmp_path / "o")
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_value_that_half_precision_cannot_hold_is_named(tmp_path, capsys):
+def test_value_that_half_precision_cannot_hold_is_named(tmp_path):
     state = dict(PoseModel(PoseModelConfig(hidden=4)).state_dict())
     state["network.2.bias"] = torch.full((4,), 1e9)
     save_file(state, tmp_path / "w.safetensors")
     args = ["--weights", tmp_path / "w.safetensors", "--dtype", "float16", "--out", tmp_path / "o"]
-    assert "network.2.bias is not finite as float16; take bfloat16" in failure(capsys, *args)
+    assert "network.2.bias is not finite as float16; take bfloat16" in failure(*args)
 
 
-def test_existing_folder_is_never_written_to(tmp_path, capsys):
+def test_existing_folder_is_never_written_to(tmp_path):
     save_file(PoseModel(PoseModelConfig(hidden=4)).state_dict(), tmp_path / "w.safetensors")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    told = failure(capsys, "--weights", tmp_path / "w.safetensors", "--out", tmp_path / "out")
+    told = failure("--weights", tmp_path / "w.safetensors", "--out", tmp_path / "out")
     assert "exists; choose another folder" in told
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_wrong_arguments_are_explained(tmp_path, capsys, sizes):
+def test_wrong_arguments_are_explained(tmp_path, sizes):
     save_file({"weight": torch.ones(1)}, tmp_path / "odd.safetensors")
     save_file(PoseModel(PoseModelConfig(hidden=4)).state_dict(), tmp_path / "w.safetensors")
     out = ["--out", tmp_path / "out", "--weights"]
-    assert "no model known here" in failure(capsys, *out, tmp_path / "odd.safetensors")
-    assert "omit it" in failure(capsys, *out, tmp_path / "w.safetensors", "--config", sizes)
-    assert "has no image tower" in failure(
-        capsys, *out, tmp_path / "w.safetensors", "--open_clip", "x"
-    )
+    assert "no model known here" in failure(*out, tmp_path / "odd.safetensors")
+    assert "omit it" in failure(*out, tmp_path / "w.safetensors", "--config", sizes)
+    assert "has no image tower" in failure(*out, tmp_path / "w.safetensors", "--open_clip", "x")
     with pytest.raises(import_evac.ConfigError, match="not a readable file of sizes"):
         import_evac.read_config(str(tmp_path / "none.json"))
 

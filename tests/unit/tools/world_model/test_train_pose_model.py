@@ -1,5 +1,6 @@
 import pytest
 
+from evac_jax.errors import DataError
 from evac_jax.sim.pose_model import PoseModelConfig
 from evac_jax.tools.episodes import collect
 from evac_jax.tools.world_model import train_pose_model
@@ -18,3 +19,10 @@ def test_pose_model_follows_recorded_transitions(recording):
     scores = train_pose_model.score(model, recording)
     assert scores["position_mm_mean"] < 60
     assert scores["opening_max"] < 0.4
+
+
+def test_recording_without_held_out_episodes_is_refused_before_anything_is_trained(tmp_path):
+    collect.collect(tmp_path / "few", 2, {"expert": 1.0}, image_size=32)
+    with pytest.raises(DataError, match="0 held-out episodes; both are needed"):
+        train_pose_model.main(["--data", str(tmp_path / "few"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
