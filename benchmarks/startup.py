@@ -1,17 +1,22 @@
 """Times a second start of the same run, which loads its compiled programs from disk.
 
-    python -m benchmarks.startup [--envs 8] [--chunks 1] [--out FILE]
+    python -m benchmarks.startup [--envs 8] [--chunks 1] [--imports 0] [--out FILE]
 
 It starts `launch.py` on the miniature twice in a new folder, for three short iterations without
 evaluations. At the first start nothing is compiled yet. `first` and `second` are the seconds from
 the start of the command to the end of its first iteration, including the start of processes,
 imports and weights. The output also shows how many programs each iteration compiled or loaded; from
 the third iteration on there are none.
+
+With `--imports N` it times instead, in N turns, what a simulator imports for the world model: as it
+is, and without the trick of `evac_jax/evac/lean_imports.py`. The last line is `lean_s= whole_s=`,
+medians.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -66,15 +71,38 @@ def start(folder: Path, run: str, envs: int, chunks: int) -> dict[str, Any]:
     return {"seconds": seconds, "compilations": [i["log/compilations"] for i in iterations()]}
 
 
+def import_seconds(companions: str) -> float:
+    """Return the seconds that a new process needs to import the world model.
+
+    Args:
+        companions: expression for the packages that are hidden meanwhile.
+    """
+    code = (
+        "import time; from evac_jax.evac import lean_imports as lean; began = time.perf_counter();"
+        f"lean.COMPANIONS = {companions}; import evac_jax.evac.model;"
+        "print(time.perf_counter() - began)"
+    )
+    command = [sys.executable, "-c", code]
+    return float(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+
+
 def main() -> None:
     """Print both starts; the last line is for programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--envs", type=int, default=8)
     parser.add_argument("--chunks", type=int, default=1)
+    parser.add_argument("--imports", type=int, default=0, help="turns; time imports instead")
     parser.add_argument("--out", type=Path, help="also write the numbers to this file, JSON")
     args = parser.parse_args()
     facts = machine.describe()
     machine.show(facts)
+    if args.imports:
+        turns = [
+            [import_seconds(c) for c in ("lean.COMPANIONS", "()")] for _ in range(args.imports)
+        ]
+        lean, whole = map(statistics.median, zip(*turns, strict=True))
+        print(f"lean_s={lean:.2f} whole_s={whole:.2f}")
+        return
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # it takes precedence over the run's folder
     told = {}
     with tempfile.TemporaryDirectory() as folder:

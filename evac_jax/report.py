@@ -54,7 +54,13 @@ def _cell(successes: int, n: int) -> str:
 
 
 def _grid(rows: list[list[str]]) -> str:
-    """Return rows as aligned columns, the first flush left, the others flush right."""
+    """Return rows as aligned columns, the first flush left, the others flush right.
+
+    Cells hold instructions, which come from files: what is not printable is escaped.
+    """
+    rows = [
+        ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in r) for r in row] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

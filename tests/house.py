@@ -76,7 +76,7 @@ LAYERS = (
         ("evac_jax.errors", "evac_jax.config", "algos.types"),
     ),
     # The two files in which torch and JAX meet, for DLPack only.
-    Layer(7, "evac_jax/bridge/client.py", ("jax", "torch", "numpy"), PLAIN),
+    Layer(7, "evac_jax/bridge/client.py", ("jax", "torch", "numpy", "absl"), PLAIN),
     Layer(7, "evac_jax/bridge/exchange.py", ("jax", "torch", "numpy"), PLAIN),
     Layer(
         *(7, "evac_jax/bridge/*", ("torch", "numpy", "absl")),

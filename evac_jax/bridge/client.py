@@ -323,7 +323,9 @@ class SimulatorClient:
         request = _Request(self._request, word, part, make)
         self._owners[slot] = f"is being written for request {request.number} ({word})"
         self._pending.append((request, slot))
-        self._played.setdefault(part, []).append(request)
+        episodes = self._played.setdefault(part, [])
+        if self._restarts_left > 0:
+            episodes.append(request)
         try:
             self._process.send(request.message(slot))
         except SimulatorError as error:

@@ -118,14 +118,19 @@ def resume(output: str) -> list[str]:
     return shlex.split(output.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
-def test_run_goes_on_like_an_unbroken_one_when_a_signal_stopped_it(launcher, plain, number):
-    run = f"stopped_{number.name}"
-    flags = (f"--config.log.run={run}", "--config.checkpoint.interval=100", *TWO_SIMULATORS)
-    process = launcher.start("--config.train.iterations=3", *flags)
-    metrics = launcher.runs / run / "metrics.jsonl"
+def test_signal_ends_a_run_with_a_checkpoint_and_the_command_that_goes_on(launcher):
+    folder = launcher.runs / "signal"
+    flags = ("--config.log.run=signal", "--config.train.iterations=99", *QUICK)
+    output = stop(launcher.start(*flags), folder, signal.SIGTERM)
+    saved = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+    assert saved == [max(launcher.metrics("signal"))]
+    assert f"that of iteration {saved[0]}; go on from there with" in output
+    assert f"--config.checkpoint.restore={folder}" in resume(output)
+
+
+def stop(process, folder, number: int) -> str:
+    """Send a signal after the first iteration; return what the run says, which ends in time."""
+    metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -135,8 +140,17 @@ def test_run_goes_on_like_an_unbroken_one_when_a_signal_stopped_it(launcher, pla
     assert process.returncode == 128 + number, output
     assert time.monotonic() - began < 30
     assert "Traceback" not in output
-    assert f"StoppedError: stopped by {number.name}. Its last checkpoint" in output
-    output = launcher.finish(launcher.again(resume(output)))
+    assert f"StoppedError: stopped by {signal.Signals(number).name}. Its last checkpoint" in output
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_goes_on_like_an_unbroken_one_when_a_signal_stopped_it(launcher, plain, number):
+    run = f"stopped_{number.name}"
+    flags = (f"--config.log.run={run}", "--config.checkpoint.interval=100", *TWO_SIMULATORS)
+    process = launcher.start("--config.train.iterations=3", *flags)
+    output = launcher.finish(launcher.again(resume(stop(process, launcher.runs / run, number))))
     assert "Success rate" in output
     assert sorted(launcher.metrics(run)) == [0, 1, 2, 3]
     launcher.assert_same("plain", run, (1, 2, 3), rel=1e-5, abs=1e-7)

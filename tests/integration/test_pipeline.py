@@ -40,6 +40,7 @@ def one_stage(tiny_config):
     return play(tiny_config, 1)
 
 
+@pytest.mark.slow
 def test_batch_has_the_shapes_that_are_known_before(one_stage):
     (batch, *_), _, expected = one_stage
 
@@ -49,6 +50,7 @@ def test_batch_has_the_shapes_that_are_known_before(one_stage):
     assert kinds(batch) == kinds(expected)
 
 
+@pytest.mark.slow
 def test_two_stages_give_the_numbers_of_one(tiny_config, one_stage):
     (one, figures, record), judged, _ = one_stage
     (two, same_figures, same_record), same_judged, _ = play(tiny_config, 2)

@@ -76,6 +76,11 @@ def test_success_is_told_by_task_when_an_evaluation_ends(tmp_path, capsys):
     assert (saved["policy"], saved["run"], saved["iteration"]) == ("weights/start", "runs/x", 40)
 
 
+def test_instruction_cannot_write_to_the_terminal_or_break_the_table():
+    (table,) = report.task_tables({"ground_truth": {"lift\x1b[2J it\nall ü": [1, 5]}})
+    assert [line.split("  ")[0] for line in table.splitlines()][1:] == [r"lift\x1b[2J it\nall ü"]
+
+
 def test_imported_policy_is_named_when_no_run_was_restored(tmp_path, capsys):
     whose = {"policy": "weights/start", "lora_adapter": "mine", "run": "", "iteration": 0}
     report.finish_evaluation(tmp_path, whose=whose, outcome={}, by_task={}, settings={})

@@ -125,6 +125,7 @@ def test_collectives_in_loops_count_as_often_as_they_run():
     }
 
 
+@pytest.mark.slow
 def test_compiled_update_sends_what_the_law_of_fsdp_says():
     sizes = dataclasses.replace(
         POLICY,

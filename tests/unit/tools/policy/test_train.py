@@ -59,6 +59,7 @@ def test_batches_of_different_seeds_share_no_scene():
     assert not starts
 
 
+@pytest.mark.slow
 def test_pretraining_teaches_patches_what_they_show(monkeypatch):
     config = dataclasses.replace(
         train_policy.POLICY,

@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import html
 import json
 import re
 
@@ -12,6 +13,8 @@ from evac_jax.files import recordings
 from evac_jax.miniature import scene
 from evac_jax.miniature.render import render
 from evac_jax.tools.trust import __main__ as trust
+
+MARKUP = '<script src="http://x">'  # a name in a recording
 
 
 def test_episodes_are_drawn_per_source_when_there_are_too_many(recording):
@@ -72,7 +75,7 @@ def test_report_is_written_when_a_recording_is_given(weights, recording, tmp_pat
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["overall"]["episodes"] == 4
     assert report["overall"]["pictures"] == 3  # two of a batch of three, and the fourth episode
-    assert set(report["kinds"]) == {"expert", "noisy"}
+    assert set(report["kinds"]) == {"expert", MARKUP}
     assert len(report["drift"]["psnr"]) == 32
     assert len(report["overall"]["per_chunk"]["block_px"]) == 4
     text = (tmp_path / "report" / "report.html").read_text()
@@ -80,6 +83,8 @@ def test_report_is_written_when_a_recording_is_given(weights, recording, tmp_pat
     pictures = [tmp_path / "report" / name for name in ("report.png", "films.png")]
     assert [base64.b64decode(data) for data in encoded] == [p.read_bytes() for p in pictures]
     assert 'src="http' not in text
+    assert MARKUP not in text
+    assert html.escape(MARKUP) in text
     assert all(Image.open(picture).width >= 1000 for picture in pictures)
 
 
@@ -89,7 +94,7 @@ def _saved(data, folder):
         folder,
         image_shape=data.frames.shape[1:],
         instructions=data.instructions,
-        sources=data.sources,
+        sources=("expert", MARKUP),
         intrinsic=data.intrinsic,
         c2w=data.c2w,
         facts={},

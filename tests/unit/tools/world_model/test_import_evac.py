@@ -245,7 +245,7 @@ def test_command_ends_with_one_message_when_the_file_hides_code(tmp_path, reposi
         text=True,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "refused, its pickle asks for posix.mkdir" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["w.ckpt"]
