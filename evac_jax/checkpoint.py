@@ -1,5 +1,8 @@
 """Saves and restores a run with Orbax: parameters, optimiser, sampler, progress and configuration.
 
+With `train.max_staleness` the episodes that were collected ahead are saved as well: the policy that
+played them is gone.
+
 Not to be confused with importing pretrained weights (`policy.checkpoint`): a restored run takes its
 parameters from here and nothing from there. Order of precedence: 1. checkpoint.restore, 2. the
 import. Orbax writes each checkpoint under a temporary name and renames it, so a killed run leaves
@@ -8,8 +11,6 @@ the previous one whole.
 
 import json
 import os
-import shlex
-import sys
 from logging import WARNING, getLogger
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from evac_jax.devices import hosts, together
 from evac_jax.errors import CheckpointError, DamagedCheckpointError, EvacJaxError, StorageError
 
 CONFIG_FILE = "config.json"
+EPISODES = "episodes"  # an item of a checkpoint, beside "state" and "meta"
 
 # Orbax logs every save in several lines at INFO, and JAX logs every backend that it does not find.
 # What matters to a user is logged by the run itself.
@@ -57,6 +59,7 @@ class Checkpoints:
             # Named here because a process that only restores has not saved with them before.
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
+                EPISODES: ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
@@ -77,20 +80,21 @@ class Checkpoints:
         """See the function `existing`."""
         return existing(self.directory, iteration)
 
-    def save(self, iteration: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, iteration: int, state: Any, meta: dict[str, Any], episodes: Any = None) -> None:
         """Write a checkpoint: `state` is a tree of arrays, `meta` plain JSON values.
+
+        Args:
+            episodes: tree of arrays that only a run that goes on needs; None = there are none.
 
         Raises:
             CheckpointError: a later one is there already, so nothing was written.
             StorageError: it cannot be written, such as to a full disk.
         """
+        items = {"state": ocp.args.StandardSave(_flat(state)), "meta": ocp.args.JsonSave(meta)}
+        if episodes is not None:
+            items[EPISODES] = ocp.args.StandardSave(_flat(episodes))
         try:
-            saved = self._manager.save(
-                iteration,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_flat(state)), meta=ocp.args.JsonSave(meta)
-                ),
-            )
+            saved = self._manager.save(iteration, args=ocp.args.Composite(**items))
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are of all three types
             raise StorageError(
                 f"the checkpoint of iteration {iteration} could not be written to "
@@ -143,14 +147,46 @@ class Checkpoints:
         leaves = [restored["state"][name] for name in _flat(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
 
-    def go_back_to(self, iteration: int, like: Any, run_id: str) -> tuple[int, Any, dict[str, Any]]:
-        """Return (iteration, state, meta) of a checkpoint; a run goes on from it.
+    def _restore_episodes(self, iteration: int, like: Any) -> Any:
+        """Return the episodes that were saved with an iteration; None if they are of other shapes.
+
+        Raises:
+            DamagedCheckpointError: they cannot be read.
+        """
+        template = _flat(like)
+        try:
+            stored = dict(self._manager.item_metadata(iteration)[EPISODES])
+            if problems := _differences(stored, template):
+                told = "\n  ".join(problems)
+                logging.warning(
+                    "the episodes saved with checkpoint %d are of other settings, so they are "
+                    "collected again, by the newest policy:\n  %s",
+                    *(iteration, told),
+                )
+                return None
+            items = {EPISODES: ocp.args.StandardRestore(template)}
+            restored = self._manager.restore(iteration, args=ocp.args.Composite(**items))
+        except MemoryError:
+            raise
+        except Exception as error:  # of many types, as in `restore`
+            raise DamagedCheckpointError(
+                f"the episodes of checkpoint {self.directory}/{iteration} cannot be read: {error}"
+            ) from error
+        leaves = [restored[EPISODES][name] for name in template]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def go_back_to(
+        self, iteration: int, like: Any, run_id: str, episodes_like: Any = None
+    ) -> tuple[int, Any, dict[str, Any], Any]:
+        """Return (iteration, state, meta, episodes) of a checkpoint; a run goes on from it.
 
         Later checkpoints are renamed to <iteration>.later, or .damaged, and never read again.
 
         Args:
             iteration: of the checkpoint; -1 = the newest that can be read. Several hosts do not
                 search: each reads other files, and so only one of them may meet the damage.
+            episodes_like: shapes and places of the episodes, if they are wanted. They are None
+                where none were saved, or those of other settings.
 
         Raises:
             CheckpointError: see `restore`.
@@ -161,6 +197,8 @@ class Checkpoints:
         for found in reversed(choice):
             try:
                 state, meta = self.restore(found, like, run_id=run_id)
+                wanted = episodes_like is not None and "ahead" in meta
+                episodes = self._restore_episodes(found, episodes_like) if wanted else None
             except DamagedCheckpointError as error:
                 damaged.append(found)
                 if found == choice[0]:
@@ -172,7 +210,7 @@ class Checkpoints:
                 continue
             later = [n for n in self.iterations if n > found]
             self._set_aside({n: "damaged" if n in damaged else "later" for n in later})
-            return found, state, meta
+            return found, state, meta, episodes
         raise CheckpointError(f"{self.directory} has no checkpoint")
 
     def _set_aside(self, names: dict[int, str]) -> None:
@@ -403,34 +441,3 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> None:
         raise CheckpointError(
             "the run cannot be continued with this configuration:\n  " + "\n  ".join(changed)
         )
-
-
-def how_to_go_on(run: Path, checkpoints: Path) -> str:
-    """Return a sentence that names a run's last checkpoint, and the command that goes on."""
-    if not (iterations := iterations_in(checkpoints)):
-        return f"It had saved no checkpoint yet (config.checkpoint.interval). {begin_again()}"
-    command = _without([sys.executable, *sys.argv], ("restore", "step"))
-    command.append(f"--config.checkpoint.restore={run}")
-    return (
-        f"Its last checkpoint is that of iteration {iterations[-1]}; go on from there with\n"
-        f"{shlex.join(command)}"
-    )
-
-
-def begin_again() -> str:
-    """Return a sentence with the command that was given."""
-    return f"Begin again with\n{shlex.join([sys.executable, *sys.argv])}"
-
-
-def _without(command: list[str], fields: tuple[str, ...]) -> list[str]:
-    """Return a command line without the flags of fields of `checkpoint`, in either spelling."""
-    kept, skip = [], False
-    for argument in command:
-        flag, has_value, _ = argument.partition("=")
-        if skip:
-            skip = False
-        elif flag.lstrip("-") in [f"config.checkpoint.{field}" for field in fields]:
-            skip = not has_value  # its value is the next argument
-        else:
-            kept.append(argument)
-    return kept

@@ -12,6 +12,7 @@ copy of the parameters, made by `sync`. Inputs and outputs are this host's rows.
 import importlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,7 @@ class Learner:
             return jax.tree.map(lambda x: _shape(x, x.sharding), tree)
 
         state, rest = shapes(self.state), shapes(self._rest)
-        batch = jax.tree.map(lambda x: _shape(x, self._batch_sharding), self.batch_shapes)
+        batch = self.rows_like(self.batch_shapes)
         key = jax.eval_shape(lambda: jax.random.key(0))
         # A later call of the jitted function finds the result in JAX's own tables.
         thread = ThreadPoolExecutor(1, "compile")
@@ -229,9 +230,17 @@ class Learner:
         """Return the value estimates [B v], for the bootstrap after the last chunk."""
         return self.sample(obs, jax.random.key(0), np.arange(len(obs.images))).values
 
-    def put(self, batch: RolloutBatch) -> RolloutBatch:
-        """Shard this host's rows of a batch over the mesh along the first axis."""
+    def put(self, batch: Any) -> Any:
+        """Shard this host's rows of a tree, such as a batch, over the mesh along the first axis."""
         return sharding.to_global(self._mesh, sharding.lay(self._mesh, batch))
+
+    def own_rows(self, batch: Any) -> Any:
+        """Undo `put`: return this host's rows."""
+        return sharding.to_local(self._mesh, batch)
+
+    def rows_like(self, shapes: Any) -> Any:
+        """Return `shapes` (a tree of `jax.ShapeDtypeStruct`s) placed as `put` places arrays."""
+        return jax.tree.map(lambda x: _shape(x, self._batch_sharding), shapes)
 
     def sync(self) -> None:
         """Decide with the newest parameters from now on.

@@ -142,12 +142,15 @@ def _check(ray: Any, job: Any, host: int, names: list[str], config: TrainConfig)
             raise HostError(f"{where}: {error.cause}") from None
         raise HostError(f"{where} failed:\n{error}") from None
     except ray.exceptions.RayActorError as error:
-        from evac_jax import checkpoint  # and Orbax, which the driver does not need otherwise
+        from evac_jax import (  # and Orbax, which the driver does not need otherwise
+            checkpoint,
+            stopping,
+        )
 
         folder = Path(config.log.dir, config.log.run)
         if config.checkpoint.restore not in ("", "auto"):
             folder = checkpoint.named_run(config)
-        advice = checkpoint.how_to_go_on(folder, checkpoint.folder_of(config, folder))
+        advice = stopping.how_to_go_on(folder, checkpoint.folder_of(config, folder))
         reason = str(error).strip().splitlines()[0]
         raise HostError(f"{where} was lost, and so the run ended: {reason}\n{advice}") from None
 

@@ -7,6 +7,7 @@ decides when and from which starts an iteration's episodes are collected.
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,15 +188,14 @@ class Collector:
 
     def take(self, iteration: int) -> tuple[RolloutBatch, dict[str, float], Played]:
         """Return the episodes of `iteration`, see `collect`."""
-        ahead, self._ahead = self._ahead, None
-        return ahead or self._collect(iteration)
+        return self._ahead or self._collect(iteration)
 
     def begin(self, iteration: int) -> None:
         """Note that `iteration` comes next: a run saved from now on draws its starts again.
 
         Call it once the update of the iteration before is under way.
         """
-        self._drawn, self._next = self._starts.state_dict(), iteration
+        self._drawn, self._next, self._ahead = self._starts.state_dict(), iteration, None
 
     def collect_ahead(self) -> None:
         """Collect the episodes of the next iteration early, if the run has such an iteration."""
@@ -221,6 +221,45 @@ class Collector:
     def state_dict(self) -> dict:
         """Return the state of the starts' sampler as of the last `begin`, plain values."""
         return self._drawn
+
+    def ahead(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return the episodes that were collected ahead, for a checkpoint; None if there are none.
+
+        Returns:
+            A tree of arrays, of all hosts, and plain values.
+        """
+        if self._ahead is None:
+            return None
+        batch, figures, played = self._ahead
+        record = {
+            # JAX has no integers of 64 bits here.
+            "starts": played.starts.view(np.int32).reshape(-1, 2),
+            "actions": played.actions,
+            "success": played.success,
+        }
+        arrays = {"batch": batch, "played": self._learner.put(record)}
+        return arrays, {"figures": figures, "starts": self._starts.state_dict()}
+
+    def ahead_like(self) -> dict[str, Any] | None:
+        """Return the shapes and places of the arrays of `ahead`; None if none can be used."""
+        if not self._config.train.max_staleness:
+            return None
+        batch = self._learner.batch_shapes
+        episodes, *actions = batch.tokens.shape
+        played = {
+            "starts": jax.ShapeDtypeStruct((episodes, 2), np.int32),
+            "actions": jax.ShapeDtypeStruct((episodes, *actions), np.float32),
+            "success": jax.ShapeDtypeStruct((episodes,), np.bool_),
+        }
+        return self._learner.rows_like({"batch": batch, "played": played})
+
+    def load_ahead(self, arrays: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Take what `ahead` returned when the run was saved, after `load_state_dict`."""
+        record = jax.tree.map(np.asarray, self._learner.own_rows(arrays["played"]))
+        starts = np.ascontiguousarray(record["starts"]).view(np.int64).reshape(-1)
+        played = Played(starts, record["actions"], record["success"])
+        self._ahead = arrays["batch"], facts["figures"], played
+        self._starts.load_state_dict(facts["starts"])
 
     def load_state_dict(self, state: dict) -> None:
         """Draw what an unbroken run would have drawn after `state`.

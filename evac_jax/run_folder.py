@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from evac_jax import checkpoint, report
+from evac_jax import checkpoint, report, stopping
 from evac_jax.checkpoint import Checkpoints
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
@@ -161,7 +161,7 @@ class RunFolder:
 
     def how_to_go_on(self) -> str:
         """Return a sentence that names the last checkpoint, and the command that goes on."""
-        return checkpoint.how_to_go_on(self.path, self.checkpoints)
+        return stopping.how_to_go_on(self.path, self.checkpoints)
 
     def make_writer(self, *, finished: int) -> writers.MetricWriter:
         """Return where metrics go; what was logged after iteration `finished` is dropped."""
@@ -280,11 +280,17 @@ class Run:
         self._done, self._skipped_in_a_row = self.finished, 0
 
     def _restore(self) -> None:
-        iteration, self._learner.state, meta = self._checkpoints.go_back_to(
-            self._config.checkpoint.step, self._learner.state, self._folder.run_id
+        collector = self._collector
+        iteration, self._learner.state, meta, ahead = self._checkpoints.go_back_to(
+            self._config.checkpoint.step,
+            self._learner.state,
+            self._folder.run_id,
+            collector.ahead_like(),
         )
         self._learner.sync()
-        self._collector.load_state_dict(meta["starts"])
+        collector.load_state_dict(meta["starts"])
+        if ahead is not None:
+            collector.load_ahead(ahead, meta["ahead"])
         self._twin.load_state_dict(meta.get("twin", ()))  # older checkpoints have none
         self.finished, self._before, self._seconds = iteration, meta["before"], meta["seconds"]
         logging.info("restored %s at iteration %d", self._folder.path, iteration)
@@ -318,7 +324,10 @@ class Run:
             "twin": self._twin.state_dict(),
             "run": self._folder.run_id,
         }
-        self._checkpoints.save(done, self._learner.state, meta)
+        episodes = None
+        if ahead := self._collector.ahead():
+            episodes, meta["ahead"] = ahead
+        self._checkpoints.save(done, self._learner.state, meta, episodes)
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(

@@ -18,7 +18,7 @@ from evac_jax.run_folder import Run, RunFolder
 from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 from evac_jax.simulators import Simulators, started
 from evac_jax.starts import check_ranges
-from evac_jax.stopping import Stopping
+from evac_jax.stopping import Stopping, begin_again
 from evac_jax.telemetry.stopwatch import Stopwatch
 from evac_jax.twin import Twin
 
@@ -127,7 +127,7 @@ def evaluate_only(config: TrainConfig) -> None:
     with contextlib.ExitStack() as stack:
         chosen = RunFolder.for_evaluation(config, restored)
         folder = stack.enter_context(chosen.claimed())
-        stack.enter_context(Stopping(config.train.stop_grace_s, checkpoint.begin_again))
+        stack.enter_context(Stopping(config.train.stop_grace_s, begin_again))
         learner, imagined, real = stack.enter_context(_ready(config, None))
         iteration = 0
         if restored:

@@ -3,7 +3,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +150,7 @@ def test_checkpoint_before_is_taken_when_the_newest_is_damaged(tmp_path, damage,
     assert DAMAGES[damage](tmp_path / "2")
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
     with caplog.at_level("WARNING", logger="absl"):
-        found, state, _ = checkpoints.go_back_to(-1, _state(0), "r")
+        found, state, *_ = checkpoints.go_back_to(-1, _state(0), "r")
     assert found == 1
     jax.tree.map(np.testing.assert_array_equal, state, _state(1))
     assert f"{tmp_path}/2 cannot be read" in caplog.text
@@ -164,7 +163,7 @@ def test_later_checkpoints_are_kept_aside_when_an_older_one_is_restored(tmp_path
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
     for iteration in (1, 2, 3):
         checkpoints.save(iteration, _state(iteration), {})
-    found, state, _ = checkpoints.go_back_to(1, _state(0), "")
+    found, state, *_ = checkpoints.go_back_to(1, _state(0), "")
     jax.tree.map(np.testing.assert_array_equal, state, _state(1))
     assert (found, checkpoints.iterations) == (1, [1])
     assert (tmp_path / "2.later").is_dir()
@@ -185,16 +184,35 @@ def test_checkpoint_is_not_replaced_by_another_when_it_was_named(tmp_path):
     assert (tmp_path / "2").is_dir()
 
 
-def test_command_that_goes_on_restores_the_run_in_place_of_what_was_typed(tmp_path, monkeypatch):
-    flags = ["--config.checkpoint.restore", "latest", "--config.checkpoint.step=3", "--config=a b"]
-    monkeypatch.setattr(sys, "argv", ["launch.py", *flags])
-    assert checkpoint.how_to_go_on(tmp_path, tmp_path / "checkpoints").endswith(
-        "launch.py --config.checkpoint.restore latest --config.checkpoint.step=3 '--config=a b'"
-    )
-    _run(tmp_path / "a", "grpo", (9, 10))
-    text = checkpoint.how_to_go_on(tmp_path / "a", tmp_path / "a" / "checkpoints")
-    assert "iteration 10; go on" in text
-    assert text.endswith(f"launch.py '--config=a b' --config.checkpoint.restore={tmp_path / 'a'}")
+def _episodes(n: int):
+    return {"batch": {"tokens": jnp.arange(n)}, "played": jnp.ones((n, 2))}
+
+
+def test_episodes_are_restored_with_the_run_and_left_out_when_they_are_of_other_settings(
+    tmp_path, caplog
+):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=None)
+    checkpoints.save(1, _state(1), {"ahead": {}}, _episodes(4))
+    *_, meta, episodes = checkpoints.go_back_to(-1, _state(0), "", _episodes(4))
+    assert meta == {"ahead": {}}
+    jax.tree.map(np.testing.assert_array_equal, episodes, _episodes(4))
+    assert checkpoints.go_back_to(-1, _state(0), "")[-1] is None  # not wanted
+    assert checkpoints.go_back_to(-1, _state(0), "", _episodes(6))[-1] is None
+    assert "batch/tokens: expected shape (6,), got (4,)" in caplog.text
+
+
+def test_checkpoint_without_episodes_has_none(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=None)
+    checkpoints.save(1, _state(1), {})
+    assert checkpoints.go_back_to(-1, _state(0), "", _episodes(4))[-1] is None
+
+
+def test_earlier_checkpoint_is_taken_when_the_episodes_of_the_newest_are_damaged(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=None)
+    for iteration in (1, 2):
+        checkpoints.save(iteration, _state(iteration), {"ahead": {}}, _episodes(400))
+    _cut_largest(tmp_path / "2" / "episodes")
+    assert checkpoints.go_back_to(-1, _state(0), "", _episodes(400))[0] == 1
 
 
 def test_missing_run_is_explained(tmp_path):

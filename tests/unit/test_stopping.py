@@ -7,7 +7,7 @@ import time
 import pytest
 
 from evac_jax.errors import StoppedError
-from evac_jax.stopping import Stopping
+from evac_jax.stopping import Stopping, how_to_go_on
 
 RUN = """
 import hashlib, sys
@@ -95,3 +95,16 @@ def test_process_ends_when_the_grace_is_over(repository):
     assert status == 128 + signal.SIGHUP
     assert "did not end within 0.5 s (train.stop_grace_s)" in told
     assert "Go on with X" in told
+
+
+def test_command_that_goes_on_restores_the_run_in_place_of_what_was_typed(tmp_path, monkeypatch):
+    flags = ["--config.checkpoint.restore", "latest", "--config.checkpoint.step=3", "--config=a b"]
+    monkeypatch.setattr(sys, "argv", ["launch.py", *flags])
+    assert how_to_go_on(tmp_path, tmp_path).endswith(
+        "launch.py --config.checkpoint.restore latest --config.checkpoint.step=3 '--config=a b'"
+    )
+    for iteration in (9, 10):
+        (tmp_path / "checkpoints" / str(iteration)).mkdir(parents=True)
+    text = how_to_go_on(tmp_path, tmp_path / "checkpoints")
+    assert "iteration 10; go on" in text
+    assert text.endswith(f"launch.py '--config=a b' --config.checkpoint.restore={tmp_path}")
