@@ -69,6 +69,20 @@ def _join(results: Sequence[StepResult]) -> StepResult:
     )
 
 
+def _joined(parts: Sequence[jax.Array], place: jax.sharding.NamedSharding) -> jax.Array:
+    """Return the frames of all processes as one array; those of one process as they are.
+
+    Args:
+        parts: uint8 [b V H W 3] each; on a GPU they lie where their process computes.
+        place: of several parts together.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    # Arrays on different devices cannot meet in one computation.
+    first = place.mesh.devices.flat[0]
+    return jax.device_put(jnp.concatenate(jax.device_put(list(parts), first)), place)
+
+
 class Simulators:
     """This host's pool of simulator processes, driven in lockstep.
 
@@ -167,12 +181,8 @@ class Simulators:
     def receive(self) -> BatchStep:
         """Return the answers to the oldest request that has none yet."""
         exchanges = [client.receive() for client in self._clients]
-        parts = [exchange.frames for exchange in exchanges]
-        frames = parts[0]
-        if len(parts) > 1:
-            frames = jax.device_put(jnp.concatenate(parts), self._sharding)
         return BatchStep(
-            frames=frames,
+            frames=_joined([exchange.frames for exchange in exchanges], self._sharding),
             result=_join([exchange.result for exchange in exchanges]),
             instructions=self.spec.instructions,
             clips=exchanges[0].clip,

@@ -165,8 +165,10 @@ class SimulatorConfig:
         slots: frame buffers per process.
         timeout_s: longest time of one chunk, seconds; after it the process counts as stuck.
         start_timeout_s: longest time for loading, seconds.
-        restarts: how often each simulator that failed, or is stuck, is started again. It then plays
-            the episodes under way again, so the run goes on with the same numbers; the log tells.
+        restarts: how often each simulator process that failed, or is stuck, is started again while
+            one trainer process lives; a resumed run counts anew. It then plays the episodes under
+            way again, so the run goes on with the same numbers; the log tells. Loading that fails
+            ends the run, also after a restart: it would fail again.
     """
 
     processes: Count = 1

@@ -51,8 +51,9 @@ class RewardNet(nn.Module):
     """A ResNet-18 with one output.
 
     Differs from the reference: (1) values outside [-1, 1] are clamped, where it asserts [-1.5, 1.5]
-    and so kills a worker whose decoder overshoots; (2) the threshold is an argument; (3) with
-    `num_instructions` the instruction scales and shifts the features behind every stage.
+    and so kills a worker whose decoder overshoots; (2) it gives probabilities, and `sim.episodes`
+    says what is a success; (3) with `num_instructions` the instruction scales and shifts the
+    features behind every stage.
 
     Source: RLinf/RLinf at c9f1d8471, the reward model of its EVAC environment.
     """
@@ -108,12 +109,6 @@ class RewardNet(nn.Module):
     def probability(self, frames: Tensor, instruction: Tensor | None = None) -> Tensor:
         """Probability [N] of success."""
         return self(frames, instruction).sigmoid()
-
-    def predict(
-        self, frames: Tensor, instruction: Tensor | None = None, *, threshold: float = 0.5
-    ) -> Tensor:
-        """Rewards [N] float, 1 where the probability lies above the threshold, else 0."""
-        return (self.probability(frames, instruction) > threshold).float()
 
 
 class RewardEnsemble(nn.Module):

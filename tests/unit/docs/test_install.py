@@ -12,7 +12,7 @@ from ml_collections import config_flags
 from packaging.requirements import Requirement
 
 from evac_jax.config.build import from_config_dict
-from evac_jax.config.flags import check_flags
+from evac_jax.config.flags import check_flags, load_preset
 from evac_jax.devices.found import Found, describe
 
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
@@ -180,6 +180,26 @@ def test_every_flag_is_a_field_when_the_page_names_it(repository, monkeypatch):
     flags = sorted(set(re.findall(r"--config\.[a-z_.]+=", text)))
     assert flags
     check_flags([f"{flag}1" for flag in flags])
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_page_shows_the_log_when_all_gpus_are_used(repository, monkeypatch, gpus):
+    found = Found(
+        gpus=gpus,
+        tpus=0,
+        jax_platform="gpu",
+        jax_devices=("NVIDIA H100 80GB HBM3",) * gpus,
+        jax_wanted="",
+        jax_cuda="13",
+        torch_version="2.13.0+cu130",
+        torch_cuda="13.0",
+    )
+    monkeypatch.chdir(repository)
+    preset = load_preset("configs/grpo.py:libero_spatial").simulator
+    assert preset.processes == len(preset.devices) == 8
+    line, warnings = describe(found, ("cuda",) if gpus == 1 else tuple(preset.devices))
+    assert not warnings
+    assert f"{line}\n" in blocks(repository)
 
 
 def test_page_shows_the_log_when_a_gpu_is_there_in_vain(repository):

@@ -11,15 +11,13 @@ from evac_jax.sim.reward import RewardConfig, RewardEnsemble, RewardNet
 FRAMES = torch.zeros(3, 3, 8, 8)
 
 
-def test_reward_is_clamped_and_thresholded_when_frames_overshoot():
+def test_frames_are_clamped_when_they_overshoot():
     torch.manual_seed(0)
     net, frames = RewardNet(RewardConfig(width=4)).eval(), torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         probability = net.probability(3 * frames)
         torch.testing.assert_close(probability, net.probability((3 * frames).clamp(-1, 1)))
-        between = float(probability.sort().values[:2].mean())
-        assert net.predict(3 * frames, threshold=between).sum() == 2
-        assert net.predict(3 * frames, threshold=1.0).sum() == 0
+        assert not torch.isclose(probability, net.probability(frames)).any()
 
 
 def test_reward_depends_on_the_instruction_when_there_are_several():
