@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -69,20 +68,6 @@ def _join(results: Sequence[StepResult]) -> StepResult:
     )
 
 
-def _joined(parts: Sequence[jax.Array], place: jax.sharding.NamedSharding) -> jax.Array:
-    """Return the frames of all processes as one array; those of one process as they are.
-
-    Args:
-        parts: uint8 [b V H W 3] each; on a GPU they lie where their process computes.
-        place: of several parts together.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    # Arrays on different devices cannot meet in one computation.
-    first = place.mesh.devices.flat[0]
-    return jax.device_put(jnp.concatenate(jax.device_put(list(parts), first)), place)
-
-
 class Simulators:
     """This host's pool of simulator processes, driven in lockstep.
 
@@ -104,9 +89,9 @@ class Simulators:
         self, specs: Sequence[dict], mesh: jax.sharding.Mesh, config: TrainConfig, host: int = 0
     ):
         sim, mesh = config.simulator, sharding.local_mesh(mesh)
-        self._sharding = sharding.batch_sharding(mesh)
+        self._mesh = mesh
         # One process's frames go straight to the mesh; those of several are joined first.
-        direct = self._sharding if len(specs) == 1 and mesh.size > 1 else None
+        direct = sharding.batch_sharding(mesh) if len(specs) == 1 and mesh.size > 1 else None
         self._clients: list[SimulatorClient] = []
         try:
             for spec in specs:
@@ -182,7 +167,7 @@ class Simulators:
         """Return the answers to the oldest request that has none yet."""
         exchanges = [client.receive() for client in self._clients]
         return BatchStep(
-            frames=_joined([exchange.frames for exchange in exchanges], self._sharding),
+            frames=sharding.joined(self._mesh, [exchange.frames for exchange in exchanges]),
             result=_join([exchange.result for exchange in exchanges]),
             instructions=self.spec.instructions,
             clips=exchanges[0].clip,

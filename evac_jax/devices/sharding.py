@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -96,6 +97,19 @@ def local_mesh(mesh: Mesh) -> Mesh:
     if len(own) == mesh.size:
         return mesh
     return Mesh(np.array(own).reshape(1, -1), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def joined(mesh: Mesh, parts: Sequence[jax.Array]) -> jax.Array:
+    """Return parts of a batch as one array over `mesh`; a single part as it is.
+
+    Args:
+        parts: each may lie on another device, as frames on a GPU lie where they were imagined.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    # Arrays on different devices cannot meet in one computation.
+    parts = jax.device_put(list(parts), mesh.devices.flat[0])
+    return jax.device_put(jnp.concatenate(parts), batch_sharding(mesh))
 
 
 def to_global(mesh: Mesh, tree):

@@ -29,3 +29,13 @@ def test_batches_are_cut_over_all_devices():
 def test_impossible_mesh_is_refused_with_both_numbers():
     with pytest.raises(ConfigError, match=r"number of devices \(4\), got 3 x 1"):
         sharding.make_mesh(3, -1, jax.devices()[:4])
+
+
+def test_parts_that_lie_on_different_devices_are_joined_in_order():
+    devices = jax.devices()
+    mesh = sharding.make_mesh(2, 1, devices[:2])
+    parts = [jax.device_put(jnp.full((2, 3), n), devices[d]) for n, d in enumerate((0, 3, 1))]
+    batch = sharding.joined(mesh, parts)
+    assert batch.sharding == sharding.batch_sharding(mesh)
+    assert batch[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert sharding.joined(mesh, parts[1:2]) is parts[1]
