@@ -243,6 +243,11 @@ class RunFolder:
         )
 
 
+def is_due(done: int, interval: int) -> bool:
+    """Whether something happens after `done` iterations, every `interval` ones; 0 = never."""
+    return interval > 0 and done % interval == 0
+
+
 def _counts(outcome: Mapping[str, Evaluation]) -> dict[str, list[int]]:
     """Return {place: [successes, episodes]}, what the summary and a checkpoint keep."""
     return {p: [int(r.success.sum()), len(r.success)] for p, r in outcome.items()}
@@ -272,10 +277,10 @@ class Run:
         self._checkpoints = Checkpoints(folder.checkpoints, self._config.checkpoint.keep)
         self.finished, self._seconds = 0, {}
         self._before: dict[str, list[int]] | None = None
+        self._evaluated, self._after = 0, {}
         if folder.resumed:
             self._restore()
         folder.make()
-        self._evaluated, self._after = 0, self._before or {}
         self._writer = folder.make_writer(finished=self.finished)
         self._done, self._skipped_in_a_row = self.finished, 0
 
@@ -293,12 +298,20 @@ class Run:
             collector.load_ahead(ahead, meta["ahead"])
         self._twin.load_state_dict(meta.get("twin", ()))  # older checkpoints have none
         self.finished, self._before, self._seconds = iteration, meta["before"], meta["seconds"]
+        # Older checkpoints do not tell the last evaluation.
+        self._evaluated = meta.get("evaluated", 0)
+        self._after = meta.get("after", self._before or {})
         logging.info("restored %s at iteration %d", self._folder.path, iteration)
 
     @property
-    def is_new(self) -> bool:
-        """Whether the success before training is still to be measured."""
-        return self._before is None
+    def owes_evaluation(self) -> bool:
+        """Whether an evaluation is due after `finished` iterations, and none was logged.
+
+        Such as the one before training, or one that a signal or a failing simulator cut short.
+        """
+        last = self.finished >= self._config.train.iterations
+        due = last or is_due(self.finished, self._config.eval.interval)
+        return self._before is None or (due and self._evaluated < self.finished)
 
     @property
     def stuck(self) -> bool:
@@ -320,6 +333,8 @@ class Run:
         meta = {
             "starts": self._collector.state_dict(),
             "before": self._before,
+            "after": self._after,
+            "evaluated": self._evaluated,
             "seconds": self._seconds,
             "twin": self._twin.state_dict(),
             "run": self._folder.run_id,

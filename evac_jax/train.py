@@ -14,7 +14,7 @@ from evac_jax.evaluate import Evaluators
 from evac_jax.learner import Learner
 from evac_jax.policy_import import check_policy, known_tasks
 from evac_jax.rollout import Collector, iteration_key
-from evac_jax.run_folder import Run, RunFolder
+from evac_jax.run_folder import Run, RunFolder, is_due
 from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 from evac_jax.simulators import Simulators, started
 from evac_jax.starts import check_ranges
@@ -53,7 +53,7 @@ def run(config: TrainConfig) -> None:
         twin = Twin(config, real)
         evaluators = Evaluators(config, learner, imagined, real)
         record = Run(folder, learner, collector, twin, stopping)
-        if record.is_new or record.finished >= config.train.iterations:
+        if record.owes_evaluation:
             record.log_evaluation(record.finished, evaluators.run())
         if "optimizer" in config.cluster.offload:
             learner.park_optimizer()
@@ -92,21 +92,16 @@ def iterate(
                 figures[COMPILATIONS] = float(compiled.count - programs)
             run.log(done, figures, watch.take())
             last = done == config.train.iterations or run.stuck or twin.must_stop
-            if last or _is_due(done, config.eval.interval):
+            if last or is_due(done, config.eval.interval):
                 with run.saved_if_it_ends(done):
                     outcome = evaluators.run()
                 run.log_evaluation(done, outcome)
-            if last or _is_due(done, config.checkpoint.interval):
+            if last or is_due(done, config.checkpoint.interval):
                 run.save(done)
             run.show(bar)
             if last:
                 run.stop()
                 break
-
-
-def _is_due(done: int, interval: int) -> bool:
-    """Whether something happens after `done` iterations, every `interval` ones; 0 = never."""
-    return interval > 0 and done % interval == 0
 
 
 def evaluate_only(config: TrainConfig) -> None:

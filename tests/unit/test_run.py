@@ -1,0 +1,52 @@
+"""What a run saves and restores beside its arrays."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evac_jax.evaluate import Evaluation
+from evac_jax.run_folder import Run, RunFolder
+from tests.unit.test_run_folder import _config, restoring
+
+
+def _run(folder, restore="") -> Run:
+    config = restoring(_config(folder, run="one"), restore)
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, iterations=10),
+        eval=dataclasses.replace(config.eval, interval=2),
+    )
+    learner = SimpleNamespace(state={"w": jnp.zeros(3)}, is_sound=lambda: True, sync=lambda: None)
+    collector = SimpleNamespace(
+        state_dict=dict, load_state_dict=lambda _: None, ahead=lambda: None, ahead_like=lambda: None
+    )
+    twin = SimpleNamespace(state_dict=list, load_state_dict=lambda _: None)
+    return Run(RunFolder.choose(config), learner, collector, twin, stopping=None)
+
+
+def _outcome(successes: int) -> dict[str, Evaluation]:
+    success = np.arange(8) < successes
+    return {"imagined": Evaluation(metrics={}, success=success, films=[], by_task={})}
+
+
+@pytest.mark.parametrize(("evaluated", "owes"), [([], True), ([2], True), ([2, 4], False)])
+def test_resumed_run_owes_the_evaluation_that_was_cut_short(tmp_path, evaluated, owes):
+    run = _run(tmp_path)
+    assert run.owes_evaluation  # the one before training
+    run.log_evaluation(0, _outcome(1))
+    for iteration in evaluated:
+        run.log_evaluation(iteration, _outcome(iteration))
+    run.save(4)
+    run.close()
+    assert _run(tmp_path, tmp_path / "one").owes_evaluation == owes
+
+
+def test_resumed_run_owes_nothing_when_no_evaluation_was_due(tmp_path):
+    run = _run(tmp_path)
+    run.log_evaluation(0, _outcome(1))
+    run.save(3)
+    run.close()
+    assert not _run(tmp_path, tmp_path / "one").owes_evaluation
