@@ -15,7 +15,7 @@ do (mount a disk) is skipped and named. The last line is
     cases= survived= bit_equal= lost_iterations= worst_detect_s= orphans= skipped=
 
 cases that ran; those that ended as they should; those whose end was equal bit for bit; iterations
-that were complete and were played again, beyond the one under way; the longest time from a fault to
+that were logged and were played again, beyond the one under way, which may be logged already; the longest time from a fault to
 the end of the run's process (s); processes and temporary files left behind; cases skipped.
 """
 
@@ -281,11 +281,11 @@ def _resumed(
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     complete = max((json.loads(line)["iteration"] for line in lines), default=0)
     if case.damage:
-        complete = ITERATIONS - 2  # the checkpoint before the damaged one may be all there is
+        complete = ITERATIONS - 1  # the newest, damaged one
     statuses, outputs = _run(commands, _environment(work, case.name, None), folder / "resumed")
     restored = re.search(r"restored .* at iteration (\d+)", outputs[0])
     begun = int(restored[1]) if restored else 0
-    found: dict[str, Any] = {"resumed_at": begun, "lost_iterations": max(0, complete - begun)}
+    found: dict[str, Any] = {"resumed_at": begun, "lost_iterations": max(0, complete - begun - 1)}
     try:
         equal = not any(statuses) and _equal(_result(runs / "run"), plain[case.hosts])
     except (OSError, ValueError, KeyError) as error:

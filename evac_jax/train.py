@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: rollout in imagination, advantages, update, evaluate, save."""
+"""The training loop, top to bottom: rollout in imagination, advantages, update, save, evaluate."""
 
 import contextlib
 import time
@@ -72,7 +72,7 @@ def iterate(
     evaluators: Evaluators,
     watch: Stopwatch,
 ) -> None:
-    """Go through the iterations that are left; each one is logged, some are evaluated and saved."""
+    """Go through the iterations that are left; each one is logged, some are saved and evaluated."""
     compiled = hosts.Compilations()
     with run.progress() as bar:
         for iteration in range(run.finished, config.train.iterations):
@@ -92,12 +92,12 @@ def iterate(
                 figures[COMPILATIONS] = float(compiled.count - programs)
             run.log(done, figures, watch.take())
             last = done == config.train.iterations or run.stuck or twin.must_stop
+            if last or is_due(done, config.checkpoint.interval):
+                run.save(done)
             if last or is_due(done, config.eval.interval):
                 with run.saved_if_it_ends(done):
                     outcome = evaluators.run()
                 run.log_evaluation(done, outcome)
-            if last or is_due(done, config.checkpoint.interval):
-                run.save(done)
             run.show(bar)
             if last:
                 run.stop()
