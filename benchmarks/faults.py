@@ -15,8 +15,9 @@ do (mount a disk) is skipped and named. The last line is
     cases= survived= bit_equal= lost_iterations= worst_detect_s= orphans= skipped=
 
 cases that ran; those that ended as they should; those whose end was equal bit for bit; iterations
-that were logged and were played again, beyond the one under way, which may be logged already; the longest time from a fault to
-the end of the run's process (s); processes and temporary files left behind; cases skipped.
+that were logged and were played again, beyond the one under way, which may be logged already; the
+longest time from a fault to the end of the run's process (s); processes and temporary files left
+behind; cases skipped.
 """
 
 import argparse
