@@ -421,7 +421,7 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> None:
         CheckpointError: names every such field with both values.
     """
 
-    def value(config: dict, field: str):
+    def value(config: dict[str, Any], field: str) -> Any:
         for part in field.split("."):
             config = config.get(part, {})
         return config

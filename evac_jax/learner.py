@@ -228,7 +228,9 @@ class Learner:
 
     def values(self, obs: ObsBatch) -> jax.Array:
         """Return the value estimates [B v], for the bootstrap after the last chunk."""
-        return self.sample(obs, jax.random.key(0), np.arange(len(obs.images))).values
+        values = self.sample(obs, jax.random.key(0), np.arange(len(obs.images))).values
+        assert values is not None, "the policy has no value head"
+        return values
 
     def put(self, batch: Any) -> Any:
         """Shard this host's rows of a tree, such as a batch, over the mesh along the first axis."""

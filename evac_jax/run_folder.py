@@ -384,10 +384,10 @@ class Run:
         """Write an iteration's metrics and the seconds of its phases."""
         self._seconds = {
             phase: self._seconds.get(phase, 0.0) + seconds.get(phase, 0.0)
-            for phase in self._seconds | seconds
+            for phase in {**self._seconds, **seconds}
         }
         self._done = done
-        self._writer.write(done, figures | {f"time/{k}": v for k, v in seconds.items()})
+        self._writer.write(done, {**figures, **{f"time/{k}": v for k, v in seconds.items()}})
         skipped = figures["actor/skipped_updates"] > 0
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
 
@@ -450,6 +450,7 @@ class Run:
         """
         if not self._folder.writes:
             return
+        assert self._before is not None, "a run begins with an evaluation"
         report.finish(
             self._folder.path,
             iteration=self._done,

@@ -294,4 +294,6 @@ def started(
             imagined = start(training_specs(config))
         if config.eval.ground_truth != "none":
             real = start(ground_truth_specs(config))
-        yield imagined or real, real
+        pool = imagined or real
+        assert pool is not None, "env.simulator='ground_truth' needs a ground truth: checks.py"
+        yield pool, real

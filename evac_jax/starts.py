@@ -61,10 +61,12 @@ def check_ranges(config: TrainConfig, *, learning: bool) -> None:
     if config.env.simulator != "world_model":
         return
     available = start_frames.count(config.env.initial_states, config.env.initial_states_path)
+    if available is None:
+        return
     ranges = {"env.train_starts": config.env.train_starts} if learning else {}
     ranges |= {"eval.starts": config.eval.starts} if config.eval.episodes else {}
     problems = []
-    for name, ends in ranges.items() if available is not None else ():
+    for name, ends in ranges.items():
         try:
             range_of(name, ends, available, source_of(config))
         except ConfigError as error:
@@ -89,7 +91,8 @@ def ground_truth_range(config: TrainConfig) -> tuple[str, Range]:
     """
     own = config.eval.ground_truth_starts
     if own:
-        return "eval.ground_truth_starts", own
+        low, high = own
+        return "eval.ground_truth_starts", (low, high)
     shared = config.env.simulator == "ground_truth" or (
         config.env.initial_states == config.eval.ground_truth
     )
@@ -144,7 +147,7 @@ class StartSampler:
             raise ConfigError(f"group size: expected at least 1, got {group_size}")
         if keyframes[0] and not keyframes[1]:
             raise ConfigError("config.env.keyframes: the simulators offer no keyframes")
-        self.group_size, self.keyframes = int(group_size), tuple(keyframes)
+        self.group_size, self.keyframes = int(group_size), keyframes
         self.low, self.high, self.order, self._seed = int(low), int(high), order, int(seed)
         self._calls = 0
         self._cursor = 0

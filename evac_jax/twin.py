@@ -49,7 +49,7 @@ def replay(real: Simulators, starts: np.ndarray, actions: np.ndarray) -> np.ndar
         moves[:count] = actions[rows]
         step = real.reset(row, REPLAY_SEED)
         step.release()
-        for t in range(moves.shape[1]):
+        for t in range(actions.shape[1]):
             step = real.step(np.ascontiguousarray(moves[:, t]))
             step.release()
         success[rows] = step.result.episode["success_once"][:count] > 0
@@ -114,6 +114,7 @@ class Twin:
         rng = np.random.default_rng([self._seed, iteration])
         rows = np.sort(rng.choice(len(played.starts), count, replace=False))
         imagined = np.asarray(played.success[rows], bool)
+        assert self._real is not None, "eval.twin_fraction needs a ground truth: checks.py"
         real = replay(self._real, played.starts[rows], played.actions[rows])
         imagined, real = sharding.gather((imagined, real))  # every host replays its own
         self._window.extend(zip(imagined.tolist(), real.tolist(), strict=True))

@@ -129,6 +129,7 @@ class SimulatorClient:
         """Facts of the environment; waits for the process the first time."""
         if self._env is None:
             self.wait_until_ready()
+            assert self._env is not None
         return self._env
 
     @property
@@ -140,6 +141,7 @@ class SimulatorClient:
     def slots(self) -> SharedSlots:
         """The slots, once the process is ready."""
         self.wait_until_ready()
+        assert self._slots is not None
         return self._slots
 
     def wait_until_ready(self) -> None:
@@ -343,7 +345,7 @@ class SimulatorClient:
         if not self._pending:
             raise SlotOwnershipError("receive: no request is waiting for an answer")
         request, slot = self._pending[0]
-        slots = self._slots
+        slots = self.slots
         exchange = Exchange(
             slots.frames(slot),
             lambda: slots.clip(slot),
@@ -377,7 +379,7 @@ class SimulatorClient:
                 f"(simulator.timeout_s), got none after {waited:.1f} s\n"
                 f"--- where it is ---\n{self._process.stacks()}"
             ) from None
-        complete = self._slots.sequence(slot)
+        complete = self.slots.sequence(slot)
         if (reply.request, reply.slot, complete) != (request.number, slot, request.number):
             raise SimulatorError(
                 f"simulator process {self.pid}: expected request {request.number} in slot {slot}, "

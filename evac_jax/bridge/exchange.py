@@ -81,7 +81,7 @@ class Exchange:
         *,
         slot: int,
         request: int,
-        give_back: Callable[[], None],
+        give_back: Callable[[], object],
         sharding: jax.sharding.Sharding | None = None,
     ):
         self.slot, self.request = slot, request
@@ -114,6 +114,7 @@ class Exchange:
     def frames(self) -> jax.Array:
         """Last frame of the chunk, uint8 [B V H W 3]; aliases the slot until `release`."""
         self._check("frames")
+        assert self._frames is not None, "read before `arrive`"
         return self._frames
 
     @property

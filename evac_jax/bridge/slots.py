@@ -116,7 +116,7 @@ class SharedSlots:
         """Mark the payload as that of `request`, after its last byte was written."""
         self._sequence[slot] = request
 
-    def frames(self, slot: int) -> np.ndarray:
+    def frames(self, slot: int) -> "np.ndarray | _DeviceView":
         """Return the frames as a new array over the slot's memory, uint8 [B V H W 3].
 
         Each call makes a new object, so that the end of its life tells the end of one loan.
@@ -137,7 +137,8 @@ class SharedSlots:
         """Return frames and clip as the torch tensors that the simulator writes."""
         import torch
 
-        return torch.from_numpy(self.frames(slot)), torch.from_numpy(self.clip(slot))
+        frames = self._view(self._offset(slot), self.layout.frames_shape)
+        return torch.from_numpy(frames), torch.from_numpy(self.clip(slot))
 
     def finish(self) -> None:
         """Wait until what was written is visible to the trainer: at once in host memory."""
@@ -152,7 +153,10 @@ class _DeviceView:
 
     def __init__(self, tensor: "torch.Tensor"):
         self._tensor = tensor  # keeps the memory
-        self.__cuda_array_interface__ = dict(tensor.__cuda_array_interface__)
+
+    @property
+    def __cuda_array_interface__(self):
+        return self._tensor.__cuda_array_interface__
 
 
 class CudaSlots(SharedSlots):

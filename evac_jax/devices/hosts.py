@@ -1,5 +1,6 @@
 """Devices and hosts of a run: joins the trainers, keeps compiled programs, builds the meshes."""
 
+import collections
 import contextlib
 import os
 import re
@@ -97,7 +98,7 @@ class Compilations:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_) -> None:
+    def _listen(self, event: str, duration_secs: float, **_) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
@@ -149,11 +150,11 @@ def make_meshes(config: TrainConfig) -> tuple[jax.sharding.Mesh, jax.sharding.Me
     """
     placement = Placement.of(config, jax.local_device_count())
     logging.info("placement on each of %d hosts:\n%s", jax.process_count(), placement)
-    hosts: dict[int, list[jax.Device]] = {}
+    hosts = collections.defaultdict(list)
     for device in jax.devices():
-        hosts.setdefault(device.process_index, []).append(device)
+        hosts[device.process_index].append(device)
 
-    def pick(part: str) -> list[jax.Device]:
+    def pick(part: str) -> list:
         return [device for own in hosts.values() for device in placement.pick(part, own)]
 
     actor = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, pick("actor"))

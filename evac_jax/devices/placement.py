@@ -6,12 +6,13 @@ Numbers are those of a host's own devices, as JAX and CUDA count them; every hos
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import jax
+from typing import TypeVar
 
 from evac_jax.config.cluster import parse_devices
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Placement:
         """Whether deciding and learning use different devices, so that the policy is copied."""
         return set(self.rollout) != set(self.actor)
 
-    def pick(self, part: str, devices: Sequence[jax.Device]) -> list[jax.Device]:
+    def pick(self, part: str, devices: Sequence[T]) -> list[T]:
         """Return the devices of "rollout" or "actor" among all that the trainer sees."""
         return [devices[n] for n in getattr(self, part)]
 

@@ -48,8 +48,11 @@ RULES: Sequence[tuple[str, Tactic]] = (
 )
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, devices: Sequence | None = None) -> Mesh:
     """Return a (data, fsdp) mesh over all devices; -1 for one of the two means "the rest".
+
+    Args:
+        devices: those of JAX to use instead.
 
     Raises:
         ConfigError: the product is not the number of devices.

@@ -135,7 +135,7 @@ class Episodes:
             )
         return training, held_out
 
-    def rows(self, episodes: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    def rows(self, episodes: np.ndarray | int, steps: np.ndarray) -> np.ndarray:
         """Return the flat rows of frame `steps` of `episodes`; the two are broadcast.
 
         Raises:
@@ -229,7 +229,11 @@ class EpisodeWriter:
         self._partial = self._folder.enter_context(whole_folder(self._out))
         self._partial.mkdir()
         self._image_shape = tuple(image_shape)
-        self._card = dict(facts) | {"instructions": list(instructions), "sources": list(sources)}
+        self._card: dict[str, Any] = {
+            **facts,
+            "instructions": list(instructions),
+            "sources": list(sources),
+        }
         views = self._image_shape[0]
         self._shared = {
             "intrinsic": np.asarray(intrinsic, np.float32).reshape(views, 3, 3),

@@ -4,7 +4,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -147,7 +147,9 @@ def _scalar(kind: _Kind, data: bytes) -> Any:
     return _frombuffer(data, kind, (1,), "C")[0]
 
 
-def _frombuffer(data: bytes, kind: _Kind, shape: tuple[int, ...], order: str, *_) -> np.ndarray:
+def _frombuffer(
+    data: bytes, kind: _Kind, shape: tuple[int, ...], order: Literal["C", "F"], *_
+) -> np.ndarray:
     if kind.dtype.hasobject or len(data) != _count(shape) * kind.dtype.itemsize:
         raise _RefusedError(f"an array {shape} of {kind.dtype} with other data")
     return np.frombuffer(data, kind.dtype).reshape(shape, order=order)
@@ -196,7 +198,10 @@ class _RestrictedUnpickler(pickle._Unpickler):  # noqa: SLF001
             self.stack[-1] = _array_state(self.stack[-1])
         super().load_build()
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # noqa: SLF001
+    dispatch = {
+        **pickle._Unpickler.dispatch,  # noqa: SLF001
+        pickle.BUILD[0]: lambda unpickler: unpickler.load_build(),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:

@@ -127,7 +127,8 @@ class GroundTruthEnv:
                 ignore_terminations=config.ignore_terminations,
             ),
         )
-        self._scenes: world.Scenes | None = None
+        self._started = False
+        self._scenes: world.Scenes  # from the first reset on
         self._pictures = np.zeros((config.num_envs, *self.spec.image_shape), np.uint8)
 
     def parts(self, count: int) -> "list[GroundTruthEnv]":
@@ -150,7 +151,7 @@ class GroundTruthEnv:
             raise DataError(f"start ids: expected 0..{config.num_starts - 1} or IDLE, got {starts}")
         self._cycle = StartCycle(starts[~idle], (seed,))
         # An idle environment has an arbitrary scene, so that all arrays keep their shape.
-        self._scenes = self._sample(np.where(idle, 0, starts))
+        self._scenes, self._started = self._sample(np.where(idle, 0, starts)), True
         self._episodes.restart(torch.ones(len(idle), dtype=torch.bool), torch.from_numpy(idle))
         self._pictures[~idle] = self._render(np.flatnonzero(~idle))
         frames.copy_(torch.from_numpy(self._pictures))
@@ -168,7 +169,7 @@ class GroundTruthEnv:
         """
         config = self._config
         expected = (config.num_envs, config.chunk, ACTION_DIM)
-        check_actions(actions, expected, started=self._scenes is not None)
+        check_actions(actions, expected, started=self._started)
         seconds = {"simulate": 0.0, "render": 0.0}
         moves = torch.tensor(np.asarray(actions), dtype=torch.float32)
         moves = apply_gripper_rule(moves, config.gripper).numpy()
@@ -236,7 +237,7 @@ class GroundTruthEnv:
     def _sample(self, starts: np.ndarray) -> world.Scenes:
         late = self._is_keyframe(starts)
         seeds = np.where(late, 0, starts + self._config.start_seed_base)
-        if not late.any():
+        if self._keyframes is None or not late.any():
             return world.sample_scenes(seeds, self._table)
         data = self._keyframes.data
         episodes, steps = (np.zeros(len(starts), np.int64) for _ in range(2))

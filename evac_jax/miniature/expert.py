@@ -111,15 +111,14 @@ class Expert:
 
     def act(self, scenes: Scenes) -> np.ndarray:
         """Return the next action of every scene, float32 [N 7] as `scene.step` takes them."""
-        if self._phase is None:
-            self._begin(scenes)
-        phase = self._next_phase(scenes)
+        before = self._begin(scenes) if self._phase is None else self._phase
+        phase = self._next_phase(scenes, before)
         goal = self._goal(scenes, phase)
         way = goal - scenes.position
         far = np.abs(way).max(1)
         steps = self._steps_of_phase[phase]
         planned = np.clip(np.ceil(far / self._schedule.pace), 1, steps).astype(np.int64)
-        self._left = np.where(phase == self._phase, np.maximum(self._left - 1, 1), planned)
+        self._left = np.where(phase == before, np.maximum(self._left - 1, 1), planned)
         self._phase = phase
 
         actions = np.zeros((len(scenes), world.ACTION_DIM))
@@ -132,7 +131,7 @@ class Expert:
         self._time += 1
         return actions.astype(np.float32)
 
-    def _begin(self, scenes: Scenes) -> None:
+    def _begin(self, scenes: Scenes) -> np.ndarray:
         count, flaws, rng = len(scenes), self._flaws, self._rng
         schedule = self._schedule
         self._steps_of_phase = np.array(
@@ -165,10 +164,9 @@ class Expert:
         placed = self._on_place(scenes, own) & (scenes.held != self._block)
         closed = scenes.opening <= self._table.open_above
         carries = np.where(self._blind, closed, scenes.held == self._block)
-        self._phase = np.where(carries, CARRY, np.where(placed, RETREAT, REACH))
+        self._start = np.where(carries, CARRY, np.where(placed, RETREAT, REACH))
         # With -1 as the previous phase, `act` plans the steps of the first one.
-        self._start = self._phase.copy()
-        self._phase = np.full(count, -1)
+        return np.full(count, -1)
 
     def _on_place(self, scenes: Scenes, block: np.ndarray) -> np.ndarray:
         near = np.linalg.norm(block[:, :2] - scenes.plate - self._place, axis=1)
@@ -193,10 +191,10 @@ class Expert:
         goal = np.where(still[:, None], scenes.position, goal)
         return np.clip(goal, self._table.workspace_low, self._table.workspace_high)
 
-    def _next_phase(self, scenes: Scenes) -> np.ndarray:
+    def _next_phase(self, scenes: Scenes, before: np.ndarray) -> np.ndarray:
         table, tolerance = self._table, self._schedule.tolerance
         rows = np.arange(len(scenes))
-        phase = np.where(self._phase < 0, self._start, self._phase)
+        phase = np.where(before < 0, self._start, before)
         own = scenes.blocks[rows, self._block]
         holds = np.where(self._blind, True, scenes.held == self._block)
         closed = scenes.opening < table.closed_below

@@ -62,16 +62,20 @@ class InitialStates(Protocol):
     Attributes:
         num_starts: starts are named 0..num_starts-1.
         instructions: every instruction that occurs, each once.
-        camera: intrinsic [V 3 3] and camera-to-world [V 4 4] float32, or None where the source
-            does not know its camera.
-        camera_size: (height, width) of the images that `camera` is for; None if its intrinsics
-            are to be used as they are.
     """
 
     num_starts: int
     instructions: tuple[str, ...]
-    camera: Matrices | None
-    camera_size: tuple[int, int] | None
+
+    @property
+    def camera(self) -> Matrices | None:
+        """Intrinsic [V 3 3], camera-to-world [V 4 4], float32; None where it is not known."""
+        ...
+
+    @property
+    def camera_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images that `camera` is for; None: use it as it is."""
+        ...
 
     def load(self, ids: np.ndarray) -> Starts:
         """Return the starts named by `ids`, int64 [B], repeats allowed."""
@@ -102,7 +106,7 @@ def make_initial_states(kind: str, path: str = "") -> InitialStates:
 class _StoredStarts:
     """Starts held in memory; one frame per episode, so a thousand of 256x256 take 200 MB."""
 
-    camera_size = None
+    camera_size: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -233,7 +237,7 @@ def _packed(folder: Path):
         camera, size = card["camera"], None
         if camera is not None:
             size = tuple(camera["size"]) if camera["size"] else None
-            camera = tuple(np.array(camera[name], np.float32) for name in ("intrinsic", "c2w"))
+            camera = np.array(camera["intrinsic"], np.float32), np.array(camera["c2w"], np.float32)
     except (OSError, KeyError, ValueError, TypeError, IndexError, EOFError) as error:
         raise DataError(f"cannot read packed initial states in {folder}: {error!r}") from error
     problems = {

@@ -125,7 +125,7 @@ class WithKeyframes:
         self.instructions = tuple(dict.fromkeys((*source.instructions, *keyframes.instructions)))
         self._late_task = numbers_in(self.instructions, keyframes.instructions, "this source")
         self.camera, self.camera_size = source.camera, source.camera_size
-        shapes = [part.images.shape[1:] for part in (self.load([0]), self.load([KEYFRAMES]))]
+        shapes = [self.load(np.array([n])).images.shape[1:] for n in (0, KEYFRAMES)]
         if shapes[0] != shapes[1]:
             raise ConfigError(
                 f"env.keyframe_data: pictures of shape {shapes[1]} (views, height, width, RGB), "

@@ -23,7 +23,7 @@ from evac_jax.bridge import server
 
 def main() -> int:
     """Serve one environment until the trainer closes the connection; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--connection", type=int, required=True, help="inherited socket")
     parser.add_argument("--slots", type=int, required=True, help="inherited shared memory file")
     parser.add_argument("--name", default="", help="shown in process lists only")

@@ -152,9 +152,10 @@ def write_mp4(path: Path, frames: Frames, *, fps: int, overlay: Overlay | None =
 def read_mp4(path: Path) -> tuple[Frames, float]:
     """Return all frames of a video and its frames per second."""
     with av.open(str(path)) as file:
-        fps = float(file.streams.video[0].average_rate)
+        fps = file.streams.video[0].average_rate
+        assert fps is not None, f"{path} has no frame rate"
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    return np.stack(frames), fps
+    return np.stack(frames), float(fps)
 
 
 def decode_mp4(path: Path) -> Iterator[np.ndarray]:

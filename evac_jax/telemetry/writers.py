@@ -11,7 +11,7 @@ import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from absl import logging
 
@@ -147,7 +147,13 @@ class WandbWriter:
         ConfigError: W&B is not installed or does not start (no account, no network).
     """
 
-    def __init__(self, folder: Path, project: str, mode: str, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        project: str,
+        mode: Literal["offline", "online"],
+        config: Mapping[str, Any],
+    ):
         try:
             import wandb
         except ImportError as error:

@@ -66,13 +66,13 @@ class Parser(argparse.ArgumentParser):
             **options,
         )
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, *rest: Any, **named: Any) -> Any:
         """Parse as usual; paths may begin with "~/", also behind "--option="."""
         argv = [
             flag + equals + with_home(value)
             for flag, equals, value in map(_parted, sys.argv[1:] if args is None else args)
         ]
-        return super().parse_known_args(argv, namespace)
+        return super().parse_known_args(argv, *rest, **named)
 
     def add_device(self) -> None:
         """Add `--device` of a tool that computes in PyTorch."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.files.atomic import replacing
@@ -87,7 +88,7 @@ class Ema:
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
         parameters = _trainable(module)
         averages = [self._average[name] for name in parameters]
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], 1 - decay)
+        get_ema_multi_avg_fn(decay)(averages, [p.detach() for p in parameters.values()], None)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:

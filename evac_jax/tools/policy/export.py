@@ -96,7 +96,7 @@ def trained_model(run: Run) -> tuple[OpenVLAOFT, int]:
         CheckpointError: no such checkpoint, or its parameters are not those of the start policy.
     """
     if run.step == 0:
-        return import_policy(run.policy, seed=run.seed).model, 0
+        return _imported(run.policy, seed=run.seed), 0
     checkpoints = checkpoint.Checkpoints(run.checkpoints, keep=None)
     iteration = checkpoints.existing(run.step)
     more = {}
@@ -104,7 +104,7 @@ def trained_model(run: Run) -> tuple[OpenVLAOFT, int]:
         # One output per action of the simulator's chunk, whose length only the checkpoint shows.
         outputs = checkpoints.shapes(iteration).get(VALUE_OUTPUTS)
         more = {"chunk": outputs.shape[-1]} if outputs else {}
-    model = import_policy(run.policy, seed=run.seed, **more).model
+    model = _imported(run.policy, seed=run.seed, **more)
     graphdef, start, rest = nnx.split(model, nnx.Param, ...)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), start)
     # The trained parameters are read next; without this they would be in memory twice.
@@ -126,7 +126,13 @@ def stored_model(folder: Path, lora_adapter: str = "") -> OpenVLAOFT:
         dtypes = {entry.dtype for entry in CheckpointFiles(folder).entries.values()}
     dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
     policy = PolicyConfig(checkpoint=str(folder), param_dtype=dtype, lora_adapter=lora_adapter)
-    return import_policy(policy, seed=0).model
+    return _imported(policy, seed=0)
+
+
+def _imported(policy: PolicyConfig, *, seed: int, **more: Any) -> OpenVLAOFT:
+    model = import_policy(policy, seed=seed, **more).model
+    assert isinstance(model, OpenVLAOFT), type(model)  # the only policy that can be exported
+    return model
 
 
 def export(

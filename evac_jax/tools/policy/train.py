@@ -15,6 +15,7 @@ trains only adapters.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from functools import partial
@@ -93,7 +94,7 @@ def object_targets(scenes: world.Scenes) -> tuple[np.ndarray, np.ndarray]:
     points[:, -1] = scenes.position
     cells = project(points, POLICY.image_size) / POLICY.patch_size
     grid = POLICY.image_size // POLICY.patch_size
-    inside = ((cells >= 0) & (cells < grid)).all(-1)
+    inside = np.all((cells >= 0) & (cells < grid), axis=-1)
     column, row = np.moveaxis(np.where(inside[..., None], cells, 0).astype(int), -1, 0)
     return np.where(inside, row * grid + column, -1), np.where(inside[..., None], 10 * points, 0.0)
 
@@ -152,25 +153,26 @@ def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, s
         updates, opt_state = optimizer.update(gradient, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, errors
 
-    errors = []
-    for i in range(steps):
-        if i % 16 == 0:
+    def batches():
+        for i in itertools.count(0, 16):  # 16 batches a draw
             seeds = FIRST_SCENE // 2 + seed * 10_000_000 + i * 4 * batch + np.arange(4 * batch)
             _, states = demonstrate(world.sample_scenes(seeds), Expert("near_miss", rng), 24)
             scenes = world.concatenate([states[t] for t in ASKED_AT])
             order = rng.permutation(len(scenes)).reshape(16, batch)
             frames, goals = render(scenes, POLICY.image_size), goals_of(scenes)
             patch, points = object_targets(scenes)
-        rows = order[i % 16]
-        trained, opt_state, error = step(
-            trained,
-            opt_state,
-            jnp.asarray(frames[rows])[:, None],
-            *(part[scenes.task[rows]] for part in prompts),
-            jnp.asarray(patch[rows]),
-            jnp.asarray(points[rows], jnp.float32),
-            jnp.asarray(goals[rows]),
-        )
+            for rows in order:
+                yield (
+                    jnp.asarray(frames[rows])[:, None],
+                    *(part[scenes.task[rows]] for part in prompts),
+                    jnp.asarray(patch[rows]),
+                    jnp.asarray(points[rows], jnp.float32),
+                    jnp.asarray(goals[rows]),
+                )
+
+    errors = []
+    for i, drawn in enumerate(itertools.islice(batches(), steps)):
+        trained, opt_state, error = step(trained, opt_state, *drawn)
         errors.append(error)
         if (i + 1) % 100 == 0:
             seen, read = 10 * np.mean(errors[-100:], axis=0)
@@ -364,6 +366,7 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
             }
             history.append(score)
             logging.info("ground-truth success on fresh scenes: %s", score)
+    policy = nnx.merge(graphdef, trained[0], rest)
     create_policy_folder(
         policy, out, tasks=INSTRUCTIONS, tokenizer=tokenizer_file, norm_stats=NORM_STATS
     )

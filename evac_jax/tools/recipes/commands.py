@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from evac_jax.config.flags import load_preset
@@ -135,9 +136,7 @@ def validate(
 
 def value_of(config: str, settings: Mapping[str, object], name: str) -> object:
     """Return the value of "section.field" in `settings`, or else in a preset file."""
-    section, field = name.split(".")
-    default = load_preset(str(ROOT / config))[section][field]
-    return settings.get(name, default)
+    return settings.get(name, attrgetter(name)(load_preset(str(ROOT / config))))
 
 
 def trust_figures(folder: Path) -> dict:

@@ -44,7 +44,8 @@ def judge(values: np.ndarray, success: np.ndarray, threshold: float, frames: int
         frames: number of consecutive frames that make an episode a success.
     """
     hit = values >= threshold
-    streak = np.lib.stride_tricks.sliding_window_view(hit, frames, axis=1).all(-1)
+    windows = np.lib.stride_tricks.sliding_window_view(hit, frames, axis=1)
+    streak = np.all(windows, axis=-1)
     claimed, true = streak.any(1), np.asarray(success).any(1)
     judged = np.isfinite(values)
     right = (hit & success).sum()

@@ -265,17 +265,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     judged = calibration.judged_steps(steps, args.chunk, args.judged_frames)
     success = by_episode(held_out, np.asarray(held_out.success))
 
-    def judged_scores() -> np.ndarray:
+    def judged_scores(model: RewardNet) -> np.ndarray:
         return np.where(judged, scores(model, held_out, codec), -np.inf)
 
     fitted = calibration.calibrate(
-        model, judged_scores(), success, args.success_frames, args.false_success
+        model, judged_scores(model), success, args.success_frames, args.false_success
     )
     out = Path(args.out)
     # Half precision halves the file; the stored weights are those that are scored below.
     model_folders.save_model(out, model, torch.float16)
-    model = model_folders.load_model(out, kind="RewardNet", device=args.device)
-    verdict = calibration.judge(judged_scores(), success, 0.0, args.success_frames)
+    stored = model_folders.load_model(out, kind="RewardNet", device=args.device)
+    assert isinstance(stored, RewardNet)
+    verdict = calibration.judge(judged_scores(stored), success, 0.0, args.success_frames)
     facts = cards.card(
         scores=verdict | {"threshold": 0.5},
         calibration=fitted,

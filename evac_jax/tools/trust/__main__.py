@@ -233,6 +233,7 @@ def run(args: argparse.Namespace) -> dict:
     else:
         trained = args.trained or (TRAINED_POLICY if TRAINED_POLICY.is_dir() else None)
         notes += [NO_TRAINED_POLICY] if trained is None else []
+        assert config is not None  # the parser wants --data or --preset
         data = record(config, trained, args.episodes, SEED + args.seed)
     result, films = validate(
         data, settings, seed=args.seed, batch=args.batch, pictures=args.pictures

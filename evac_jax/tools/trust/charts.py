@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.typing import RcKeyType
 from PIL import Image
 
 from evac_jax.files.atomic import replacing
 from evac_jax.tools.trust.replay import FALSE, MISSED, NOTHING, RIGHT, Film
 from evac_jax.tools.world_model.filmstrip import compare
 
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -115,7 +117,7 @@ def strips(films: Sequence[Film]) -> list[tuple[str, Image.Image]]:
 def draw_films(films: Sequence[Film], path: Path) -> None:
     """Write the film strips one below another as a PNG file."""
     pages = strips(films)
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
         inches = [page.height / page.width * 2 * PANEL[0] + 0.25 for _, page in pages]
         figure = Figure((2 * PANEL[0], sum(inches)), layout="constrained")
         rows = figure.subplots(len(pages), 1, height_ratios=inches, squeeze=False)[:, 0]
