@@ -4,6 +4,7 @@ python launch.py --config=configs/grpo.py
 python launch.py --config=configs/ppo.py --config.train.iterations=2
 python launch.py --config=configs/grpo.py --mode=eval --config.checkpoint.restore=latest
 python launch.py --mode=export --config.policy.checkpoint=RUN --export_dir=NEW_FOLDER
+python launch.py --mode=serve --config.policy.checkpoint=RUN
 """
 
 import importlib
@@ -18,12 +19,15 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from evac_jax.config.build import from_config_dict
+from evac_jax.config.checks import validate, validate_serving
 from evac_jax.config.flags import DEFAULT_PRESET, check_flags
 from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, with_absolute
 from evac_jax.config.reference import help_text
 from evac_jax.errors import ConfigError, EvacJaxError, StoppedError
 
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "collect", "export"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "collect", "export", "serve"], "What to do."
+)
 _EXPORT_DIR = flags.DEFINE_string(
     "export_dir", "", "New folder for --mode=export of the run or policy in policy.checkpoint."
 )
@@ -35,7 +39,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.INFO)
     preset = flags.FLAGS["config"]
-    config = from_config_dict(preset.value.to_dict())
+    check = validate_serving if _MODE.value == "serve" else validate
+    config = from_config_dict(preset.value.to_dict(), check)
     elsewhere = config.cluster.engine == "ray"  # its trainers begin in folders of their own
     config = with_absolute(config, RUN_PATHS + INPUT_PATHS * elsewhere)
     logging.info("%s %s with the preset %s", _MODE.value, config.algorithm, preset.config_filename)
@@ -50,6 +55,7 @@ def main(argv: list[str]) -> None:
         "eval": ("evac_jax.train", "evaluate_only"),
         "collect": ("evac_jax.tools.episodes.collect", "run"),
         "export": ("evac_jax.tools.policy.export", "run"),
+        "serve": ("evac_jax.serve.run", "run"),
     }[_MODE.value]
     more = {"export_dir": _EXPORT_DIR.value} if _EXPORT_DIR.value else {}
     getattr(importlib.import_module(module), function)(config, **more)

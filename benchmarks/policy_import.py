@@ -226,7 +226,7 @@ def verify(work: Path, variant: str) -> dict:
 
     source, out, again = work / "source", work / f"{variant}_out", work / f"{variant}_again"
     run = export_policy.find_run(work / variant)
-    trained, _ = export_policy.trained_model(run)
+    trained, _, _ = export_policy.trained_policy(run)
     imported = export_policy.stored_model(out)
     ours = dict(hf_keys.parameters(trained))
     same = True

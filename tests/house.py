@@ -117,8 +117,17 @@ LAYERS = (
         (*TORCH, *JAX, "PIL", "matplotlib", "pyarrow"),
         ("evac_jax", "algos", "policies"),
     ),
-    Layer(13, "configs/*", ("ml_collections",), ("evac_jax.config", "evac_jax.errors")),
-    Layer(14, "launch.py", ("absl", "ml_collections"), ("evac_jax", "configs")),
+    # Robots reach the policy through it; nothing that trains may need it.
+    Layer(
+        *(13, "evac_jax/serve/*", (*JAX, "jaxtyping", "websockets", "msgpack")),
+        (
+            *("evac_jax.errors", "evac_jax.config", "evac_jax.devices", "evac_jax.checkpoint"),
+            *("evac_jax.policy_import", "evac_jax.shapes", "evac_jax.tools.policy.export"),
+            "policies",
+        ),
+    ),
+    Layer(14, "configs/*", ("ml_collections",), ("evac_jax.config", "evac_jax.errors")),
+    Layer(15, "launch.py", ("absl", "ml_collections"), ("evac_jax", "configs")),
 )
 
 

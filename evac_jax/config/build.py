@@ -5,6 +5,7 @@ All problems are collected first, so one error message lists all of them.
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from algos import ALGORITHMS
@@ -51,8 +52,13 @@ def _arguments(cls: type, values: Any, prefix: str, problems: list[str]) -> dict
     return arguments
 
 
-def from_config_dict(values: dict[str, Any]) -> TrainConfig:
+def from_config_dict(
+    values: dict[str, Any], check: Callable[[TrainConfig], list[str]] = validate
+) -> TrainConfig:
     """Build and validate a configuration from nested mappings (a ConfigDict's `to_dict()`).
+
+    Args:
+        check: returns what is wrong with the configuration as a whole.
 
     Raises:
         ConfigError: unknown fields, wrong types, values out of range, missing files and impossible
@@ -66,7 +72,7 @@ def from_config_dict(values: dict[str, Any]) -> TrainConfig:
     sections = _arguments(TrainConfig, values, "", problems)
     if not problems:
         config = with_home(TrainConfig(algorithm=algorithm, algo=algo, **sections))
-        problems = validate(config)
+        problems = check(config)
         if not problems:
             return config
     raise ConfigError(_message(problems))

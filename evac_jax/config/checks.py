@@ -10,11 +10,12 @@ from algos import ALGORITHMS, optim
 from evac_jax.config import libero
 from evac_jax.config.cluster import parse_devices
 from evac_jax.config.fields import value_problems
-from evac_jax.config.schema import TrainConfig
+from evac_jax.config.schema import ServeConfig, TrainConfig
 
 # Solver of the world model -> its values of eta; () = all. `evac.sampler.check_solver` has the same
 # rules for the simulator processes.
 SOLVER_ETAS = {"ddim": (), "dpm++": (0.0, 1.0), "unipc": (0.0,)}
+MAX_FRAME = 8192  # pixels of a served frame's edge; more is a slip
 
 
 def validate(config: TrainConfig) -> list[str]:
@@ -35,6 +36,38 @@ def validate(config: TrainConfig) -> list[str]:
         problems += _reward_problems(c) + _cluster_problems(c)
     if not problems:
         problems += _combinations(c)
+    return problems
+
+
+def validate_serving(config: TrainConfig) -> list[str]:
+    """Return what `validate` would say of `--mode=serve`, which needs a policy and no simulator."""
+    problems = value_problems(config) + _missing(_policy_paths(config))
+    if config.cluster.num_nodes > 1:
+        problems.append(
+            "config.cluster.num_nodes: a policy is served by one host; expected 1, got "
+            f"{config.cluster.num_nodes}"
+        )
+    return problems + _serve_problems(config.serve)
+
+
+def _serve_problems(serve: ServeConfig) -> list[str]:
+    """Keys that are missing or mean two things, and sizes that are none."""
+    problems = []
+    if not serve.image_keys:
+        problems.append("config.serve.image_keys: expected one key per camera, got none")
+    keys = (*serve.image_keys, serve.prompt_key, *serve.unread_keys)
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        problems.append(f"config.serve: every key has one meaning; given twice: {twice}")
+    try:
+        sizes = [length for shape in serve.frame_shapes for length in shape]
+        sound = bool(sizes) and min(sizes) >= 1 and max(sizes) <= MAX_FRAME
+    except ValueError:
+        sound = False
+    if not sound:
+        problems.append(
+            f'config.serve.image_sizes: expected "HEIGHTxWIDTH", each 1 to {MAX_FRAME} pixels, got '
+            f"{serve.image_sizes}"
+        )
     return problems
 
 
@@ -98,7 +131,7 @@ def _cluster_problems(c: TrainConfig) -> list[str]:
 
 def _missing_paths(c: TrainConfig) -> list[str]:
     """Every path that the run needs and that is missing, in one list."""
-    needed = {"policy.checkpoint": (c.policy.checkpoint, "Hugging Face folder of the start policy")}
+    needed = _policy_paths(c)
     imagined = c.env.simulator == "world_model"
     if imagined:
         needed |= {
@@ -112,8 +145,18 @@ def _missing_paths(c: TrainConfig) -> list[str]:
         needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
     if c.env.keyframes:
         needed["env.keyframe_data"] = (c.env.keyframe_data, "recording to begin episodes in")
+    return _missing(needed)
+
+
+def _policy_paths(c: TrainConfig) -> dict[str, tuple[str, str]]:
+    """Return {field: (path, meaning)} of the policy's folders."""
+    paths = {"policy.checkpoint": (c.policy.checkpoint, "Hugging Face folder of the start policy")}
     if c.policy.lora_adapter:
-        needed["policy.lora_adapter"] = (c.policy.lora_adapter, "PEFT adapter folder")
+        paths["policy.lora_adapter"] = (c.policy.lora_adapter, "PEFT adapter folder")
+    return paths
+
+
+def _missing(needed: dict[str, tuple[str, str]]) -> list[str]:
     problems = []
     for name, (path, meaning) in needed.items():
         if not path:

@@ -336,6 +336,49 @@ class VideoConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """A policy that `--mode=serve` offers to robots (docs/serve.md).
+
+    Attributes:
+        host: address to listen on. The default is reached from this machine only. There is no
+            password: whoever reaches the address can use the policy.
+        port: TCP port; 0 = a free one, which the log names.
+        image_keys: keys of an observation that hold camera frames, one per camera, in the order in
+            which the policy was trained. A key within a nested object is written "outer/inner".
+        prompt_key: key of the instruction.
+        unread_keys: keys that an observation may also have and that are not read. Any other key is
+            an error.
+        image_sizes: sizes of frames, "HEIGHTxWIDTH" in pixels. Each is compiled before the first
+            request, which takes time; a frame of another size is an error.
+        chunk: actions per decision, K: as many as in training, which a policy's files do not tell.
+        max_message_mb: largest message of a client, MiB; a larger one ends its connection.
+        max_clients: clients that may be connected at the same time.
+        client_timeout_s: seconds without a sign of life after which a client's connection ends.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Range(0, 65535)] = 8000
+    image_keys: tuple[str, ...] = ("observation/image",)
+    prompt_key: str = "prompt"
+    unread_keys: tuple[str, ...] = ("observation/wrist_image", "observation/state")
+    image_sizes: tuple[str, ...] = ("224x224", "256x256")
+    chunk: Count = 8
+    max_message_mb: Positive = 50.0
+    max_clients: Count = 16
+    client_timeout_s: Positive = 60.0
+
+    @property
+    def frame_shapes(self) -> tuple[tuple[int, int], ...]:
+        """`image_sizes` as (height, width).
+
+        Raises:
+            ValueError: one is not "HEIGHTxWIDTH".
+        """
+        pairs = (size.split("x") for size in self.image_sizes)
+        return tuple((int(height), int(width)) for height, width in pairs)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that defines a run.
 
@@ -364,6 +407,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     @property
     def envs_per_process(self) -> int:

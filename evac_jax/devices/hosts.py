@@ -33,12 +33,7 @@ def start(config: TrainConfig) -> None:
         ConfigError: the other hosts cannot be reached, or are set up in another way.
     """
     _limit_memory(config)
-    folder = config.cluster.compilation_cache
-    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        if folder == "auto":
-            folder = Path(config.log.dir, ".compiled")
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)
+    keep_programs(config)
     if config.cluster.num_nodes > 1:
         _join(config.cluster)
     if config.train.max_staleness:
@@ -48,6 +43,16 @@ def start(config: TrainConfig) -> None:
     together.check_same(config)
     imagines = config.env.simulator == "world_model"
     check_devices(config, env_devices(config) if imagines else ("cpu",))
+
+
+def keep_programs(config: TrainConfig) -> None:
+    """Keep compiled programs on disk, where `cluster.compilation_cache` says."""
+    folder = config.cluster.compilation_cache
+    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        if folder == "auto":
+            folder = Path(config.log.dir, ".compiled")
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)
 
 
 def widen_cpu_pool() -> None:

@@ -72,7 +72,11 @@ TRAINER_STEPS = [
     ("wandb", ("torch", "tensorflow")),
     ("evac_jax.report", ("torch", "ray")),
     ("evac_jax.devices.found", ("torch", "ray")),
-    ("evac_jax.train", ("torch", "ray", "transformers", "evac_jax.sim", "evac_jax.evac.model")),
+    (
+        "evac_jax.train",
+        ("torch", "ray", "transformers", "evac_jax.sim", "evac_jax.evac.model", "evac_jax.serve"),
+    ),
+    ("evac_jax.serve.run", ("torch", "ray", "transformers", "evac_jax.sim")),
 ]
 SIMULATOR_STEPS = [
     ("policies.spec", ("numpy", "jax", "torch")),

@@ -25,6 +25,7 @@ from evac_jax.errors import CheckpointError
 from evac_jax.files import cards
 from evac_jax.policy_import import import_policy, told_as_checkpoint_error
 from evac_jax.tools.command_line import Parser, run_tool
+from policies.base import Tokenizer
 from policies.openvla_oft.checkpoint_files import CheckpointFiles, read_json
 from policies.openvla_oft.export_hf import export_policy
 from policies.openvla_oft.model import OpenVLAOFT
@@ -41,6 +42,7 @@ class Run:
         policy: the start policy and how it was imported.
         checkpoints: folder of the run's checkpoints.
         step: iteration; -1 = the newest, 0 = the start policy.
+        saved: its whole configuration, as its config.json says.
         facts: algorithm, seed and simulator, for the data card.
     """
 
@@ -48,6 +50,7 @@ class Run:
     checkpoints: Path
     step: int
     seed: int
+    saved: dict[str, Any]
     facts: dict[str, Any]
 
 
@@ -66,7 +69,7 @@ def find_run(source: Path, step: int = -1) -> Run | None:
         folder, step = source.parent, int(source.name)
     if folder.name == "checkpoints":
         folder = folder.parent
-    with told_as_checkpoint_error("policy to export"):
+    with told_as_checkpoint_error(str(source)):
         values = read_json(folder / checkpoint.CONFIG_FILE)
     if values is None:
         raise CheckpointError(
@@ -81,6 +84,7 @@ def find_run(source: Path, step: int = -1) -> Run | None:
         checkpoints=Path(values["checkpoint"].get("dir") or folder / "checkpoints"),
         step=step,
         seed=values["seed"],
+        saved=values,
         facts={
             "algorithm": values["algorithm"],
             "seed": values["seed"],
@@ -89,28 +93,30 @@ def find_run(source: Path, step: int = -1) -> Run | None:
     )
 
 
-def trained_model(run: Run) -> tuple[OpenVLAOFT, int]:
-    """Return the policy of a run at an iteration, and that iteration.
+def trained_policy(run: Run, **options: Any) -> tuple[OpenVLAOFT, Tokenizer, int]:
+    """Return the policy of a run at an iteration, its tokenizer, and that iteration.
+
+    Args:
+        options: further arguments of the loader.
 
     Raises:
         CheckpointError: no such checkpoint, or its parameters are not those of the start policy.
     """
     if run.step == 0:
-        return _imported(run.policy, seed=run.seed), 0
+        return *_imported(run.policy, seed=run.seed, **options), 0
     checkpoints = checkpoint.Checkpoints(run.checkpoints, keep=None)
     iteration = checkpoints.existing(run.step)
-    more = {}
     if run.policy.value_head == "action_level":
         # One output per action of the simulator's chunk, whose length only the checkpoint shows.
         outputs = checkpoints.shapes(iteration).get(VALUE_OUTPUTS)
-        more = {"chunk": outputs.shape[-1]} if outputs else {}
-    model = _imported(run.policy, seed=run.seed, **more)
-    graphdef, start, rest = nnx.split(model, nnx.Param, ...)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), start)
+        options |= {"chunk": outputs.shape[-1]} if outputs else {}
+    model, tokenizer = _imported(run.policy, seed=run.seed, **options)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     # The trained parameters are read next; without this they would be in memory twice.
-    del model, start
+    del model, params
     params = checkpoints.restore_part(iteration, "params", shapes)
-    return nnx.merge(graphdef, params, rest), iteration
+    return nnx.merge(graphdef, params, rest), tokenizer, iteration
 
 
 def stored_model(folder: Path, lora_adapter: str = "") -> OpenVLAOFT:
@@ -126,13 +132,13 @@ def stored_model(folder: Path, lora_adapter: str = "") -> OpenVLAOFT:
         dtypes = {entry.dtype for entry in CheckpointFiles(folder).entries.values()}
     dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
     policy = PolicyConfig(checkpoint=str(folder), param_dtype=dtype, lora_adapter=lora_adapter)
-    return _imported(policy, seed=0)
+    return _imported(policy, seed=0)[0]
 
 
-def _imported(policy: PolicyConfig, *, seed: int, **more: Any) -> OpenVLAOFT:
-    model = import_policy(policy, seed=seed, **more).model
-    assert isinstance(model, OpenVLAOFT), type(model)  # the only policy that can be exported
-    return model
+def _imported(policy: PolicyConfig, *, seed: int, **more: Any) -> tuple[OpenVLAOFT, Tokenizer]:
+    loaded = import_policy(policy, seed=seed, **more)
+    assert isinstance(loaded.model, OpenVLAOFT), type(loaded.model)  # what can be exported
+    return loaded.model, loaded.tokenizer
 
 
 def export(
@@ -161,7 +167,7 @@ def export(
     start = Path(run.policy.checkpoint) if run else source
     facts: dict[str, Any] = {"start": cards.read(start)}
     if run:
-        model, iteration = trained_model(run)
+        model, _, iteration = trained_policy(run)
         facts |= run.facts | {"iteration": iteration}
     else:
         model = stored_model(source, lora_adapter)

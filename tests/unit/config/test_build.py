@@ -2,6 +2,7 @@ import pytest
 
 from configs import grpo, ppo
 from evac_jax.config.build import from_config_dict, to_dict
+from evac_jax.config.checks import validate_serving
 from evac_jax.errors import ConfigError
 
 
@@ -32,6 +33,34 @@ def test_all_missing_paths_are_named_when_a_real_preset_is_asked_for():
         assert f"config.{name}.checkpoint" in str(error.value)
     assert "config.env.initial_states_path" in str(error.value)
     assert "config.env.pose_model" in str(error.value)
+
+
+def test_serving_needs_a_policy_and_no_simulator(tmp_path):
+    values = grpo.get_config("libero_spatial").to_dict()
+    with pytest.raises(ConfigError, match=r"config\.policy\.checkpoint: needed") as error:
+        from_config_dict(values, validate_serving)
+    assert "world_model" not in str(error.value)
+    values["policy"]["checkpoint"] = str(tmp_path)
+    assert from_config_dict(values, validate_serving).serve.frame_shapes == ((224, 224), (256, 256))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"image_keys": ()}, "one key per camera"),
+        ({"prompt_key": "observation/image"}, r"given twice: \['observation/image'\]"),
+        ({"image_sizes": ()}, "HEIGHTxWIDTH"),
+        ({"image_sizes": ("224",)}, "HEIGHTxWIDTH"),
+        ({"image_sizes": ("0x224",)}, "HEIGHTxWIDTH"),
+        ({"image_sizes": ("224x224x3",)}, "HEIGHTxWIDTH"),
+        ({"port": 65536}, r"config\.serve\.port: expected 0\.\.65535"),
+    ],
+)
+def test_served_keys_and_sizes_are_checked(changes, why):
+    values = grpo.get_config().to_dict()
+    values["serve"] |= changes
+    with pytest.raises(ConfigError, match=why):
+        from_config_dict(values, validate_serving)
 
 
 def test_groups_must_stay_whole():

@@ -87,7 +87,7 @@ def test_run_and_checkpoint_folders_name_the_same_run(run, source, step):
 
 
 def test_newest_checkpoint_is_taken_when_no_iteration_is_named(run):
-    _, iteration = export_policy.trained_model(export_policy.find_run(run))
+    _, _, iteration = export_policy.trained_policy(export_policy.find_run(run))
     assert iteration == 2
 
 
