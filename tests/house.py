@@ -60,6 +60,7 @@ LAYERS = (
     ),
     # Plain settings that the simulators' side reads as well, without JAX behind them.
     Layer(3, "evac_jax/config/libero.py", (), ("policies.ranges",)),
+    Layer(3, "evac_jax/config/hub.py", ("absl", "huggingface_hub"), ("evac_jax.errors",)),
     Layer(
         *(3, "evac_jax/config/*", ("absl", "ml_collections")),
         ("evac_jax.errors", "algos", "policies.ranges"),

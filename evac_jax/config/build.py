@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 from algos import ALGORITHMS
+from evac_jax.config import addresses
 from evac_jax.config.checks import validate
 from evac_jax.config.fields import Kind, hints
 from evac_jax.config.paths import with_home
@@ -54,6 +55,8 @@ def _arguments(cls: type, values: Any, prefix: str, problems: list[str]) -> dict
 def from_config_dict(values: dict[str, Any]) -> TrainConfig:
     """Build and validate a configuration from nested mappings (a ConfigDict's `to_dict()`).
 
+    What paths name on the Hugging Face Hub (`hub`) is downloaded as soon as all else is in order.
+
     Raises:
         ConfigError: unknown fields, wrong types, values out of range, missing files and impossible
             combinations, all in one message.
@@ -67,6 +70,9 @@ def from_config_dict(values: dict[str, Any]) -> TrainConfig:
     if not problems:
         config = with_home(TrainConfig(algorithm=algorithm, algo=algo, **sections))
         problems = validate(config)
+        if not problems and addresses.fields(config):
+            config, problems = addresses.with_local(config)
+            problems = problems or validate(config)
         if not problems:
             return config
     raise ConfigError(_message(problems))
@@ -78,5 +84,8 @@ def _message(problems: list[str]) -> str:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Return nested plain values; `from_config_dict(to_dict(config)) == config`."""
-    return dataclasses.asdict(config)
+    """Return nested plain values; `from_config_dict(to_dict(config)) == config`.
+
+    What came from the Hugging Face Hub is named by its address there, with the commit.
+    """
+    return dataclasses.asdict(addresses.with_addresses(config))
