@@ -111,6 +111,11 @@ LAYERS = (
             *("evac_jax.telemetry", "evac_jax.devices", "evac_jax.bridge", "evac_jax.evac.config"),
         ),
     ),
+    # RLinf's files are composed by what RLinf composes them with.
+    Layer(
+        *(12, "evac_jax/tools/hub/from_rlinf.py", ("hydra", "omegaconf", "yaml")),
+        ("evac_jax.config", "evac_jax.errors", "evac_jax.tools"),
+    ),
     # Tools serve either side; none that trains imports both torch and JAX.
     Layer(
         12,
