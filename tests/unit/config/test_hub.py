@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from huggingface_hub import constants
@@ -71,6 +72,13 @@ def test_repository_is_downloaded_once_and_named_with_its_commit(server):
     server.requests.clear()
     assert hub.local(f"hf://me/policy@{COMMIT}") == path
     assert not server.requests
+
+
+def test_one_downloads_and_the_others_wait_when_they_share_the_cache(server):
+    with ThreadPoolExecutor(4) as hosts:
+        paths = set(hosts.map(hub.local, ["hf://me/policy/model.safetensors"] * 4))
+    assert len(paths) == 1
+    assert sum(path.endswith("model.safetensors") for path in gets(server)) == 1
 
 
 def test_only_the_part_that_is_named_is_downloaded(server):
