@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from algos.types import path_name
+from evac_jax.config import hub
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts, together
@@ -429,7 +430,7 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> None:
     def differ(field: str) -> bool:
         values = value(saved, field), value(current, field)
         if field in PATH_FIELDS and all(values):
-            values = tuple(Path(path).absolute() for path in values)
+            values = tuple(hub.address_of(hub.absolute(path)) for path in values)
         return values[0] != {} and values[0] != values[1]
 
     changed = [

@@ -17,6 +17,7 @@ from absl import logging
 
 from evac_jax import checkpoint, report, stopping
 from evac_jax.checkpoint import Checkpoints
+from evac_jax.config import hub
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts, together
@@ -223,7 +224,10 @@ class RunFolder:
             return
         config = self.config
         policy = config.policy
-        whose = {"policy": policy.checkpoint, "lora_adapter": policy.lora_adapter}
+        whose = {
+            "policy": hub.address_of(policy.checkpoint),
+            "lora_adapter": hub.address_of(policy.lora_adapter),
+        }
         whose |= {"run": str(restored.path) if restored else "", "iteration": iteration}
         settings = {
             "temperature": config.policy.eval_temperature,

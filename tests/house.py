@@ -60,6 +60,7 @@ LAYERS = (
     ),
     # Plain settings that the simulators' side reads as well, without JAX behind them.
     Layer(3, "evac_jax/config/libero.py", (), ("policies.ranges",)),
+    Layer(3, "evac_jax/config/hub.py", ("absl", "huggingface_hub"), ("evac_jax.errors",)),
     Layer(
         *(3, "evac_jax/config/*", ("absl", "ml_collections")),
         ("evac_jax.errors", "algos", "policies.ranges"),
@@ -109,6 +110,11 @@ LAYERS = (
             *("evac_jax.errors", "policies", "algos", "evac_jax.config", "evac_jax.files"),
             *("evac_jax.telemetry", "evac_jax.devices", "evac_jax.bridge", "evac_jax.evac.config"),
         ),
+    ),
+    # RLinf's files are composed by what RLinf composes them with.
+    Layer(
+        *(12, "evac_jax/tools/hub/from_rlinf.py", ("hydra", "omegaconf", "yaml")),
+        ("evac_jax.config", "evac_jax.errors", "evac_jax.tools"),
     ),
     # Tools serve either side; none that trains imports both torch and JAX.
     Layer(

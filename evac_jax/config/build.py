@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from algos import ALGORITHMS
+from evac_jax.config import addresses
 from evac_jax.config.checks import validate
 from evac_jax.config.fields import Kind, hints
 from evac_jax.config.paths import with_home
@@ -57,6 +58,9 @@ def from_config_dict(
 ) -> TrainConfig:
     """Build and validate a configuration from nested mappings (a ConfigDict's `to_dict()`).
 
+    What paths name on the Hugging Face Hub (`addresses`) is downloaded as soon as all else is in
+    order.
+
     Args:
         check: returns what is wrong with the configuration as a whole.
 
@@ -73,6 +77,9 @@ def from_config_dict(
     if not problems:
         config = with_home(TrainConfig(algorithm=algorithm, algo=algo, **sections))
         problems = check(config)
+        if not problems and addresses.fields(config):
+            config, problems = addresses.with_local(config)
+            problems = problems or check(config)
         if not problems:
             return config
     raise ConfigError(_message(problems))
@@ -84,5 +91,8 @@ def _message(problems: list[str]) -> str:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Return nested plain values; `from_config_dict(to_dict(config)) == config`."""
-    return dataclasses.asdict(config)
+    """Return nested plain values; `from_config_dict(to_dict(config)) == config`.
+
+    What came from the Hugging Face Hub is named by its address there, with the commit.
+    """
+    return dataclasses.asdict(addresses.with_addresses(config))

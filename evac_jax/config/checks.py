@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 
 from algos import ALGORITHMS, optim
-from evac_jax.config import libero
+from evac_jax.config import addresses, hub, libero
 from evac_jax.config.cluster import parse_devices
 from evac_jax.config.fields import value_problems
 from evac_jax.config.schema import ServeConfig, TrainConfig
@@ -19,16 +19,20 @@ MAX_FRAME = 8192  # pixels of a served frame's edge; more is a slip
 
 
 def validate(config: TrainConfig) -> list[str]:
-    """Return every problem that can be found without loading anything, [] if there is none."""
+    """Return every problem that can be found without loading anything, [] if there is none.
+
+    What an address on the Hugging Face Hub names is not looked at: it may not be here yet.
+    """
     c = config
-    problems = value_problems(c)
+    problems = value_problems(c) + addresses.problems(c)
     if c.checkpoint.restore == "auto" and not c.log.run:
         problems.append(
             "config.log.run: checkpoint.restore=auto goes on with the run of this name; needed"
         )
     sound = not problems
     problems += _missing_paths(c)
-    if c.eval.ground_truth == "libero":
+    waiting = {"libero.root", "libero.states"} & set(addresses.fields(c))
+    if c.eval.ground_truth == "libero" and not waiting:
         problems += libero.problems(c.libero)
     if sound:
         algorithm = importlib.import_module(ALGORITHMS[c.algorithm])
@@ -161,7 +165,7 @@ def _missing(needed: dict[str, tuple[str, str]]) -> list[str]:
     for name, (path, meaning) in needed.items():
         if not path:
             problems.append(f"config.{name}: needed, the {meaning}; set --config.{name}=PATH")
-        elif not Path(path).exists():
+        elif not (hub.is_address(path) or Path(path).exists()):
             problems.append(f"config.{name}: {path!r} does not exist (the {meaning})")
     return problems
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evac_jax.config import hub
 from evac_jax.config.schema import TrainConfig
 
 RUN_PATHS = ("log.dir", "checkpoint.dir", "checkpoint.restore", "video.dir")
@@ -19,7 +20,11 @@ WORDS = ("", "auto", "latest")
 
 def with_home(config: TrainConfig) -> TrainConfig:
     """Return a configuration with ~ in its paths replaced by the user's folder."""
-    return _changed(config, RUN_PATHS + INPUT_PATHS, lambda path: str(Path(path).expanduser()))
+
+    def at_home(_: str, text: str) -> str:
+        return text if hub.is_address(text) else str(Path(text).expanduser())
+
+    return changed(config, RUN_PATHS + INPUT_PATHS, at_home)
 
 
 def with_absolute(config: TrainConfig, names: tuple[str, ...]) -> TrainConfig:
@@ -28,12 +33,13 @@ def with_absolute(config: TrainConfig, names: tuple[str, ...]) -> TrainConfig:
     Args:
         names: of `RUN_PATHS` and `INPUT_PATHS`.
     """
-    return _changed(config, names, lambda path: str(Path(path).absolute()))
+    return changed(config, names, lambda _, text: hub.absolute(text))
 
 
-def _changed(
-    config: TrainConfig, names: tuple[str, ...], change: Callable[[str], str]
+def changed(
+    config: TrainConfig, names: tuple[str, ...], change: Callable[[str, str], str]
 ) -> TrainConfig:
+    """Return a configuration whose paths `names` are what `change` makes of (name, path)."""
     sections: dict[str, Any] = {}
     for name in names:
         section, field = name.split(".")
@@ -41,6 +47,6 @@ def _changed(
         value = getattr(part, field)
         # Several classifiers are joined by commas.
         paths = value.split(",") if name == "reward.checkpoint" else [value]
-        value = ",".join(path if path in WORDS else change(path) for path in paths)
+        value = ",".join(path if path in WORDS else change(name, path) for path in paths)
         sections[section] = dataclasses.replace(part, **{field: value})
     return dataclasses.replace(config, **sections)

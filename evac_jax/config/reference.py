@@ -31,6 +31,9 @@ dataclasses; presets (`configs/`, [presets.md](presets.md)) override some. The c
 Values that are not allowed are refused before anything starts, with all problems in one message.
 Every float must be finite.
 
+A path that is read may be an address on the Hugging Face Hub, `hf://OWNER/NAME[@REVISION][/PATH]`:
+[from_rlinf.md](from_rlinf.md#addresses-in-the-place-of-paths).
+
 The command `python -m evac_jax.config.reference > docs/config.md` makes this page from the
 dataclasses in `evac_jax/config/` and `algos/`. Change those, not the page: a test compares the two.
 """

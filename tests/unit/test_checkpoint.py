@@ -54,6 +54,19 @@ def test_resuming_with_another_policy_is_refused():
     assert "iterations" not in str(error.value)
 
 
+def test_commit_that_is_another_one_is_refused(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/cache")
+    first, second = "1" * 40, "2" * 40
+    cached = f"/cache/models--me--policy/snapshots/{first}"
+    for saved in (cached, f"hf://me/policy@{first}"):
+        saved = {"policy": {"checkpoint": saved}}
+        checkpoint.check_resumable(saved, {"policy": {"checkpoint": f"hf://me/policy@{first}"}})
+        with pytest.raises(CheckpointError, match=f"now 'hf://me/policy@{second}'"):
+            checkpoint.check_resumable(
+                saved, {"policy": {"checkpoint": f"hf://me/policy@{second}"}}
+            )
+
+
 def _run(folder, algorithm, iterations=()):
     folder.mkdir()
     (folder / checkpoint.CONFIG_FILE).write_text(json.dumps({"algorithm": algorithm}))

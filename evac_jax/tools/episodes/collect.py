@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import logging
 
+from evac_jax.config import hub
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import recordings
 from evac_jax.miniature import scene as world
@@ -146,9 +147,9 @@ def _player(kind: str, steps: int) -> Player:
 
 
 def _policy(kind: str) -> tuple[str, float]:
-    folder, _, temperature = kind.removeprefix(POLICY).partition("@")
+    folder, at, temperature = kind.removeprefix(POLICY).rpartition("@")
     try:
-        return folder, float(temperature or 1.0)
+        return (folder, float(temperature)) if at else (temperature, 1.0)
     except ValueError as error:
         raise DataError(f"mix: expected policy:FOLDER@TEMPERATURE, got {kind!r}") from error
 
@@ -158,7 +159,7 @@ def _named(kind: str) -> str:
     if not kind.startswith(POLICY):
         return kind
     folder, temperature = _policy(kind)
-    return f"{POLICY}{Path(folder).name}@{temperature:g}"
+    return f"{POLICY}{Path(hub.address_of(folder)).name}@{temperature:g}"
 
 
 def _counts(mix: Mapping[str, float], total: int) -> dict[str, int]:

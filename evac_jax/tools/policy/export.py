@@ -20,6 +20,7 @@ from absl import logging
 from flax import nnx
 
 from evac_jax import checkpoint, report
+from evac_jax.config import hub
 from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.errors import CheckpointError
 from evac_jax.files import cards
@@ -31,6 +32,7 @@ from policies.openvla_oft.export_hf import export_policy
 from policies.openvla_oft.model import OpenVLAOFT
 from policies.openvla_oft.peft import save_adapter
 
+FOLDERS = ("checkpoint", "lora_adapter")  # of the policy; those may lie on the Hugging Face Hub
 VALUE_OUTPUTS = "params/value_head/fc3/kernel"
 
 
@@ -79,8 +81,10 @@ def find_run(source: Path, step: int = -1) -> Run | None:
     if not {"algorithm", "policy", "checkpoint"} <= set(values):
         return None
     known = {field.name for field in dataclasses.fields(PolicyConfig)}
+    policy = {k: v for k, v in values["policy"].items() if k in known}
+    policy |= {name: hub.local(policy[name]) for name in FOLDERS if policy.get(name)}
     return Run(
-        policy=PolicyConfig(**{k: v for k, v in values["policy"].items() if k in known}),
+        policy=PolicyConfig(**policy),
         checkpoints=Path(values["checkpoint"].get("dir") or folder / "checkpoints"),
         step=step,
         seed=values["seed"],
@@ -166,6 +170,8 @@ def export(
     run = find_run(source, step)
     start = Path(run.policy.checkpoint) if run else source
     facts: dict[str, Any] = {"start": cards.read(start)}
+    if hub.is_address(address := hub.address_of(str(start))):
+        facts["start"]["address"] = address
     if run:
         model, _, iteration = trained_policy(run)
         facts |= run.facts | {"iteration": iteration}

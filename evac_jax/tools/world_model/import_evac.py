@@ -17,6 +17,7 @@ import torch
 from absl import logging
 from torch import Tensor, nn
 
+from evac_jax.config import hub
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.evac import model_folders
 from evac_jax.evac.config import EvacConfig, JsonConfig, MapConfig
@@ -193,15 +194,19 @@ def convert(
             model=cls,
             parameters=sum(value.numel() for value in state.values()),
             stored_as=str(stored).removeprefix("torch."),
-            sources=[
-                {"file": f.name, "bytes": f.stat().st_size, "sha256": cards.sha256(f)}
-                for f in sources
-            ],
+            sources=[_source(file) for file in sources],
             left_out=result.unused,
             sha256=cards.sha256(partial / model_folders.WEIGHTS_FILE),
         )
         cards.write_json(partial / "card.json", card)
     return card
+
+
+def _source(file: Path) -> dict[str, object]:
+    """What a card says of a file; if it is in the Hugging Face Hub's cache, its address too."""
+    address = hub.address_of(str(file.absolute()))
+    facts = {"file": file.name, "bytes": file.stat().st_size, "sha256": cards.sha256(file)}
+    return facts | ({"address": address} if hub.is_address(address) else {})
 
 
 def _own_dtype(state: Mapping[str, Tensor]) -> torch.dtype:

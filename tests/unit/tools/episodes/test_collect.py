@@ -64,6 +64,23 @@ def test_existing_folder_and_wrong_mixture_are_refused(recording, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("player", "parts"),
+    [
+        ("policy:a", ("a", 1.0)),
+        ("policy:a@0.5", ("a", 0.5)),
+        ("policy:a@b/c@0", ("a@b/c", 0.0)),
+        ("policy:a@b", None),
+    ],
+)
+def test_last_at_of_a_policy_begins_its_temperature(player, parts):
+    if parts is None:
+        with pytest.raises(DataError, match="expected policy:FOLDER@TEMPERATURE"):
+            collect._policy(player)
+    else:
+        assert collect._policy(player) == parts
+
+
 def test_a_policy_plays_the_actions_that_were_recorded(weights, tmp_path):
     kind = f"policy:{weights / 'policy'}@0.5"
     data = collect.collect(tmp_path / "data", 3, {kind: 1.0})

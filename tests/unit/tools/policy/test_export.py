@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from evac_jax import checkpoint
+from evac_jax.config import hub
 from evac_jax.config.build import default_config, to_dict
 from evac_jax.errors import CheckpointError
 from evac_jax.miniature.tasks import INSTRUCTIONS
@@ -64,6 +65,15 @@ def _same(one, other):
 
 def _load(folder, **more):
     return load_policy(folder, unnorm_key=UNNORM_KEY, scan_layers=False, **more).model
+
+
+def test_start_policy_is_found_where_its_address_leads(run, monkeypatch, tmp_path):
+    config = json.loads((run / checkpoint.CONFIG_FILE).read_text())
+    config["policy"]["checkpoint"] = "hf://me/policy@v1"
+    (tmp_path / checkpoint.CONFIG_FILE).write_text(json.dumps(config))
+    start = str(run / "start")
+    monkeypatch.setattr(hub, "local", {"hf://me/policy@v1": start}.__getitem__)
+    assert export_policy.find_run(tmp_path).policy.checkpoint == start
 
 
 def test_exported_folder_holds_the_parameters_of_the_asked_iteration(run, monkeypatch, tmp_path):

@@ -1,0 +1,1 @@
+"""Published files and configurations of others: fetch, import, translate."""
