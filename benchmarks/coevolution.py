@@ -21,9 +21,9 @@ from pathlib import Path
 
 from absl import logging
 
-from evac_jax import report
 from evac_jax.config.schema import MINIATURE_WEIGHTS
 from evac_jax.errors import EvacJaxError
+from evac_jax.telemetry import report
 from evac_jax.tools.recipes import commands, miniature
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
 

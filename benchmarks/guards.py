@@ -23,11 +23,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.learning import ARMS, ROOT, Bench
-from evac_jax import report
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import load_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
 from evac_jax.errors import ConfigError
+from evac_jax.telemetry import report
 
 BAD = {"reward.threshold": 0.1, "reward.success_frames": 1}
 RECORDING = "{work}/demonstrations"

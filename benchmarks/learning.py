@@ -26,9 +26,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from evac_jax import report
 from evac_jax.config.flags import load_preset
 from evac_jax.files.atomic import replacing
+from evac_jax.telemetry import report
 from evac_jax.tools.recipes.commands import REPORT, SELECTION
 
 ROOT = Path(__file__).resolve().parents[1]

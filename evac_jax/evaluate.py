@@ -1,7 +1,7 @@
 """Evaluates a policy on fixed start states, in imagination or in the ground truth alike."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -215,3 +215,8 @@ def save_films(films: list[Film], directory: Path, name: str, *, fps: int, overl
         video.write_mp4(path, frames, fps=fps, overlay=caption)
         paths.append(path)
     return paths
+
+
+def counts(outcome: Mapping[str, Evaluation]) -> dict[str, list[int]]:
+    """Return {place: [successes, episodes]}, what the summary and a checkpoint keep."""
+    return {p: [int(r.success.sum()), len(r.success)] for p, r in outcome.items()}

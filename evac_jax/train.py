@@ -14,7 +14,8 @@ from evac_jax.evaluate import Evaluators
 from evac_jax.learner import Learner
 from evac_jax.policy_import import check_policy, known_tasks
 from evac_jax.rollout import Collector, iteration_key
-from evac_jax.run_folder import Run, RunFolder, is_due
+from evac_jax.run import Run, is_due
+from evac_jax.run_folder import RunFolder
 from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 from evac_jax.simulators import Simulators, started
 from evac_jax.starts import check_ranges

@@ -70,7 +70,7 @@ TRAINER_STEPS = [
     ("evac_jax.telemetry.writers", ("torch", "ray", "wandb", "tensorboard")),
     ("tensorboard.summary.writer.event_file_writer", ("torch", "tensorflow")),
     ("wandb", ("torch", "tensorflow")),
-    ("evac_jax.report", ("torch", "ray")),
+    ("evac_jax.telemetry.report", ("torch", "ray")),
     ("evac_jax.devices.found", ("torch", "ray")),
     (
         "evac_jax.train",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from evac_jax.evaluate import Evaluation
-from evac_jax.run_folder import Run, RunFolder
+from evac_jax.run import Run
+from evac_jax.run_folder import RunFolder
 from tests.unit.test_run_folder import _config, restoring
 
 

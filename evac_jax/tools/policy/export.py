@@ -19,12 +19,13 @@ import jax
 from absl import logging
 from flax import nnx
 
-from evac_jax import checkpoint, report
+from evac_jax import checkpoint
 from evac_jax.config import hub
 from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.errors import CheckpointError
 from evac_jax.files import cards
 from evac_jax.policy_import import import_policy, told_as_checkpoint_error
+from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser, run_tool
 from policies.base import Tokenizer
 from policies.openvla_oft.checkpoint_files import CheckpointFiles, read_json

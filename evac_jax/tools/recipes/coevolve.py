@@ -25,9 +25,9 @@ from pathlib import Path
 
 from absl import logging
 
-from evac_jax import report
 from evac_jax.errors import DataError
 from evac_jax.files import cards
+from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from absl import logging
 
-from evac_jax import report
 from evac_jax.config.schema import MINIATURE_WEIGHTS
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.files import cards
 from evac_jax.files.atomic import whole_folder
+from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import WORK, Stage, Workshop

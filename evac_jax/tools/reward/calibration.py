@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from evac_jax.errors import TrainingError
-from evac_jax.report import wilson_interval
 from evac_jax.sim.reward import RewardNet
+from evac_jax.telemetry.report import wilson_interval
 
 LOGITS = np.linspace(-6.0, 6.0, 241)  # thresholds to try
 

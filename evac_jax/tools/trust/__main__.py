@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from absl import logging
 
-from evac_jax import report
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import load_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
@@ -36,6 +35,7 @@ from evac_jax.miniature.render import BLOCK_COLORS
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.simulators import world_model_specs
+from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.episodes import collect
 from evac_jax.tools.trust import charts, page

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evac_jax.report import wilson_interval
+from evac_jax.telemetry.report import wilson_interval
 
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # Rec. 601
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5

@@ -109,5 +109,5 @@ def test_help_lists_the_fields_with_the_values_of_the_preset(repository):
     assert "--config.optim.schedule: <constant|cosine|openpi_cosine" in words
     assert "--config.algo.gae_lambda: <float, 0..1>: trace decay" in words
     assert "groups with at least 10 % success" in words
-    assert "--mode: <train|eval|collect|export>" in words
+    assert "--mode: <train|eval|collect|export|serve>" in words
     assert "--config.policy.lora_rank" not in launch(repository, "--helpshort").stdout

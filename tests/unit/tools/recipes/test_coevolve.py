@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evac_jax import report
 from evac_jax.errors import DataError
 from evac_jax.files import recordings
+from evac_jax.telemetry import report
 from evac_jax.tools.recipes import coevolve, commands
 from evac_jax.tools.recipes.coevolve import Models, Options, rounds_to_go
 from evac_jax.tools.recipes.stages import check

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from evac_jax import report
 from evac_jax.errors import DataError
+from evac_jax.telemetry import report
 
 
 def test_wilson_interval_reaches_the_end_when_all_or_none_succeed():
