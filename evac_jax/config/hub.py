@@ -144,6 +144,8 @@ def _told(address: Address) -> Iterator[None]:
     """Turn the library's errors into one message each, which says what to do."""
     from huggingface_hub import constants, errors
 
+    # Of the library's HTTP client, which is another package in other versions.
+    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
     page = f"{constants.ENDPOINT}/{'datasets/' * (address.kind == 'dataset')}{address.repo}"
     try:
         yield
@@ -164,7 +166,7 @@ def _told(address: Address) -> Iterator[None]:
         raise DataError(f"{address}: {why}") from error
     except errors.LocalEntryNotFoundError as error:
         raise DataError(f"{address}: {_not_cached(address)}") from error
-    except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError) as error:
+    except (http_error, errors.EntryNotFoundError, OSError, ValueError) as error:
         why = f"the download failed ({type(error).__name__}: {_in_one_line(error)})"
         raise DataError(f"{address}: {why}; whole files are kept, start again to go on") from error
 

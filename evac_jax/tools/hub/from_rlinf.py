@@ -11,6 +11,7 @@ not supported, makes the exit status 1. See docs/from_rlinf.md.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -29,7 +30,10 @@ from evac_jax.tools.hub.rlinf_values import PLACEMENT, WEIGHTS
 
 HYDRA = "hydra-core==1.3.2"
 UNKNOWN = "unknown"
-PRESETS = {"grpo": "configs/grpo.py:libero_spatial", "gae": "configs/ppo.py:libero_spatial"}
+PRESETS: dict[object, str] = {
+    "grpo": "configs/grpo.py:libero_spatial",
+    "gae": "configs/ppo.py:libero_spatial",
+}
 WHOLE = (PLACEMENT,)  # mappings that are one value
 # Where RLinf's scripts point it, if the file lies in a folder of this name.
 VARIABLE, FOLDER = "EMBODIED_PATH", "config"
@@ -143,6 +147,9 @@ def translate(values: Mapping[str, Any], weights: str) -> list[Line]:
     Args:
         values: {dotted path: value}.
         weights: folder with what was imported.
+
+    Raises:
+        ConfigError: the file names no algorithm that is known here.
     """
     known = {**values, WEIGHTS: weights}
     lines = []
@@ -155,7 +162,25 @@ def translate(values: Mapping[str, Any], weights: str) -> list[Line]:
         if key not in values and row.absent is not ANY:
             line = _line(key, row.absent, row, known)
             lines.append(line._replace(reason=f"{line.reason}; not in the file, RLinf's default"))
-    return lines
+    # GRPO has no fields of the critic.
+    usual = _preset(values.get("algorithm.adv_type"))[1]
+    return [
+        line._replace(fields={name: v for name, v in line.fields.items() if name in usual})
+        for line in lines
+    ]
+
+
+@functools.cache
+def _preset(algorithm: object) -> tuple[str, dict[str, Any]]:
+    """Return the preset of RLinf's algorithm, and its values.
+
+    Raises:
+        ConfigError: it is not known here.
+    """
+    if algorithm not in PRESETS:
+        raise ConfigError(f"algorithm.adv_type: expected one of {[*PRESETS]}, got {algorithm!r}")
+    preset = PRESETS[algorithm]
+    return preset, flat(read_preset(preset).to_dict())
 
 
 def _line(key: str, value: Any, row: Row, values: Mapping[str, Any]) -> Line:
@@ -176,14 +201,11 @@ def command_of(lines: Sequence[Line]) -> str:
     Raises:
         ConfigError: the file names no algorithm that is known here.
     """
-    algorithm = {line.value for line in lines if line.key == "algorithm.adv_type"}
-    preset = PRESETS.get(str(next(iter(algorithm), "")))
-    if preset is None:
-        raise ConfigError(f"algorithm.adv_type: expected one of {sorted(PRESETS)}, got {algorithm}")
-    usual = flat(read_preset(preset).to_dict())
+    algorithm = {line.key: line.value for line in lines}.get("algorithm.adv_type")
+    preset, usual = _preset(algorithm)
     fields: dict[str, Any] = {}
     for line in lines:
-        fields |= {name: value for name, value in line.fields.items() if name in usual}
+        fields |= line.fields
     return launch_command(
         preset, {name: value for name, value in fields.items() if value != usual[name]}
     )

@@ -195,7 +195,7 @@ ENV = {
     "env.train.use_wrist_image": Row(NO_MEANING, "EVAC has one view", only=(False,)),
     "env.train.video_cfg.save_video": Row(
         DIFFERENT,
-        "episodes are filmed at evaluations, not in rollouts; no switch",
+        "evaluations are filmed, not rollouts; no switch",
         to("video.save"),
     ),
     "env.train.video_cfg.info_on_video": Row(MAPPED, "text in films", to("video.overlay")),
