@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -128,7 +128,8 @@ class Played:
     """One environment's part of a chunk of k actions.
 
     Attributes:
-        frames: uint8 [k 1 H W 3] where it was filmed, else only the last [1 1 H W 3].
+        frames: uint8 [k 1 H W 3] where it was filmed, else only the last [1 1 H W 3]; none [0 ..]
+            if it was played blind.
         poses: float32 [k 8] after each action: xyz (m), quaternion xyzw, gripper opening 0..1.
         success: bool [k] after each action.
     """
@@ -136,6 +137,14 @@ class Played:
     frames: np.ndarray
     poses: np.ndarray
     success: np.ndarray
+
+
+def _played(message: dict[str, Any], frames: np.ndarray) -> Played:
+    return Played(
+        frames=frames[:, None],
+        poses=np.array(message["poses"], np.float32),
+        success=np.array(message["success"], bool),
+    )
 
 
 class LiberoPool:
@@ -147,6 +156,7 @@ class LiberoPool:
 
     def __init__(self, config: LiberoConfig, num_envs: int):
         self.suite: Suite = load_suite(config.states_file)
+        self.bddl_files = Path(config.root) / "bddl_files"
         self.camera: Matrices | None = None  # of the first episode
         self.one_camera = True  # so far; LIBERO's scenes may differ in theirs
         self._config = config
@@ -177,46 +187,90 @@ class LiberoPool:
         Raises:
             SimulatorError: a process failed or died.
         """
-        tasks, states = self.suite.locate(starts)
-        names = [f"{self.suite.name}/{self.suite.tasks[task]}" for task in tasks]
-        self._seat_by_task(envs, names)
-        for env, name, task, state in zip(envs, names, tasks, states, strict=True):
-            process = self._process(env)
-            process.task = name
-            process.send(
-                do="start",
-                task=name,
-                state=self.suite.states[task][state].tolist(),
-                seed=self._config.seed + int(state),
-            )
-        answers = self._gather(envs)
-        for message, _ in answers:
-            self._note_camera(message["camera"])
+        tasks, numbers = self.suite.locate(starts)
+        answers = self._begin(
+            envs,
+            [self.suite.tasks[task] for task in tasks],
+            [self.suite.states[task][n] for task, n in zip(tasks, numbers, strict=True)],
+            [self._config.seed + int(n) for n in numbers],
+        )
         poses = np.array([message["pose"] for message, _ in answers], np.float32)
         return np.stack([frames for _, frames in answers]), poses.reshape(len(answers), 8)
 
     def play(
-        self, envs: Sequence[int], actions: Sequence[np.ndarray], film: Sequence[bool]
+        self,
+        envs: Sequence[int],
+        actions: Sequence[np.ndarray],
+        film: Sequence[bool],
+        *,
+        blind: bool = False,
     ) -> list[Played]:
         """Play actions [k 7] in each of `envs`, k >= 1 of each its own; in the sense of LIBERO.
 
         Args:
             film: which environments return a frame for every action.
+            blind: none returns any, not even the last one.
 
         Raises:
             SimulatorError: a process failed or died.
         """
         for env, moves, filmed in zip(envs, actions, film, strict=True):
             # As float64: LIBERO computes in it, and the same numbers must come out of a recording.
-            self._process(env).send(do="play", actions=moves.tolist(), film=bool(filmed))
-        return [
-            Played(
-                frames=frames[:, None],
-                poses=np.array(message["poses"], np.float32),
-                success=np.array(message["success"], bool),
+            self._process(env).send(
+                do="play", actions=moves.tolist(), film=bool(filmed), blind=blind
             )
-            for message, frames in self._gather(envs)
-        ]
+        return [_played(*answer) for answer in self._gather(envs)]
+
+    def look(self, envs: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Return where everything is in `envs`: name -> xyz (m), quaternion xyzw, float64 [7].
+
+        Names are those of the task's `.bddl` file. No camera tells this; scripted players need it.
+
+        Raises:
+            SimulatorError: a process failed or died.
+        """
+        for env in envs:
+            self._process(env).send(do="look")
+        answers = [message["places"] for message, _ in self._gather(envs)]
+        return [{name: np.array(place) for name, place in seen.items()} for seen in answers]
+
+    def show(
+        self, task: str, states: np.ndarray, fixtures: Mapping[str, Sequence[float]]
+    ) -> Played:
+        """Return MuJoCo states [k d] of one of the suite's tasks as they are, in environment 0.
+
+        Args:
+            fixtures: where bodies that no state moves stand: body -> xyz (m), quaternion wxyz; the
+                others stand where LIBERO's random numbers put them.
+
+        Raises:
+            SimulatorError: the process failed or died.
+        """
+        self._begin([0], [task], [states[0]], [self._config.seed])
+        self._process(0).send(
+            do="show",
+            states=states.tolist(),
+            fixtures={body: list(place) for body, place in fixtures.items()},
+        )
+        return _played(*self._gather([0])[0])
+
+    def _begin(
+        self,
+        envs: Sequence[int],
+        tasks: Sequence[str],
+        states: Sequence[np.ndarray],
+        seeds: Sequence[int],
+    ) -> list[tuple[dict[str, Any], np.ndarray]]:
+        names = [f"{self.suite.name}/{task}" for task in tasks]
+        self._seat_by_task(envs, names)
+        for env, name, state, seed in zip(envs, names, states, seeds, strict=True):
+            process = self._process(env)
+            process.task = name
+            process.send(do="start", task=name, state=state.tolist(), seed=seed)
+        answers = self._gather(envs)
+        for message, _ in answers:
+            self._note_camera(message["camera"])
+        return answers
 
     def _process(self, env: int) -> MujocoProcess:
         seat = self._seat[env]

@@ -15,6 +15,9 @@ from evac_jax.errors import DataError
 from evac_jax.files.atomic import replacing
 from evac_jax.sim.camera import Matrices
 
+HELD_OUT = 0.1  # share of the initial states, the last ones, that no training sees
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -51,6 +54,24 @@ class Suite:
             raise DataError(f"start ids of {self.name}: expected 0..{self.num_starts - 1}, got "
                             f"{starts}")  # fmt: skip
         return starts % len(self.tasks), starts // len(self.tasks)
+
+    def is_held_out(self, starts: np.ndarray) -> np.ndarray:
+        """Return which start ids are held out, bool [n]: those of every task's last states.
+
+        Pictures cannot tell: the same start may differ in a few pixels when it is repeated.
+        """
+        return self.locate(starts)[1] >= round(len(self.states[0]) * (1 - HELD_OUT))
+
+    def spread(self, starts: np.ndarray) -> np.ndarray:
+        """Return start ids [n] in an order whose every stretch has states of the whole range.
+
+        Tasks stay in their order, so that each can keep a process of its own. So held-out states
+        are among few episodes too, and among those of every player.
+        """
+        states, which = np.unique(self.locate(starts)[1], return_inverse=True)
+        # Multiples of the golden ratio fill [0, 1) evenly; the n-th smallest is that of state n.
+        turn = np.argsort(np.arange(len(states)) * _GOLDEN % 1.0)
+        return np.asarray(starts)[np.argsort(turn[which], kind="stable")]
 
 
 def instruction_of(task: str) -> str:

@@ -100,21 +100,56 @@ class Scene:
             seen = self._env.step(np.array(NO_MOTION))[0]
         return {"pose": self._pose(seen), "camera": self._camera()}, _turned(seen)[None]
 
-    def play(self, actions: Sequence[Sequence[float]], film: bool) -> tuple[dict, np.ndarray]:
+    def play(
+        self, actions: Sequence[Sequence[float]], film: bool, blind: bool = False
+    ) -> tuple[dict, np.ndarray]:
         """Play actions [k 7]; return poses and success after each, and the frames.
 
         Args:
             film: return the frame after every action [k H W 3], else only the last [1 H W 3].
+            blind: return no frame [0 1 1 3]; rendering takes nine tenths of the time.
         """
         poses, success, frames = [], [], []
         for index, action in enumerate(actions):
-            self._looked_at = film or index == len(actions) - 1
+            self._looked_at = not blind and (film or index == len(actions) - 1)
             seen, _, done, _ = self._env.step(np.array(action))
             poses.append(self._pose(seen))
             success.append(bool(done))
             if self._looked_at:
                 frames.append(_turned(seen))
-        return {"poses": poses, "success": success}, np.stack(frames)
+        return {"poses": poses, "success": success}, _stacked(frames)
+
+    def look(self) -> tuple[dict]:
+        """Return where everything is: name -> xyz (m) and quaternion xyzw, of bodies and sites."""
+        places = {}
+        for name, state in self._env.env.object_states_dict.items():
+            seen = state.get_geom_state()
+            # LIBERO says a body's quaternion as MuJoCo does, w first, and a site's w last.
+            turn = seen["quat"] if state.object_state_type == "site" else np.roll(seen["quat"], -1)
+            places[name] = [*np.asarray(seen["pos"]).tolist(), *np.asarray(turn).tolist()]
+        return ({"places": places},)
+
+    def show(
+        self, states: Sequence[Sequence[float]], fixtures: dict[str, Sequence[float]]
+    ) -> tuple[dict, np.ndarray]:
+        """Return what `play` does of flattened MuJoCo states [k d], in the task that was started.
+
+        Args:
+            fixtures: where bodies that no state moves shall stand until the next start: body ->
+                xyz, quaternion wxyz.
+        """
+        model = self._env.sim.model
+        for body, place in fixtures.items():
+            index = model.body_name2id(body)
+            model.body_pos[index], model.body_quat[index] = place[:3], place[3:]
+        self._looked_at = True
+        poses, success, frames = [], [], []
+        for state in states:
+            seen = self._env.set_init_state(np.asarray(state, np.float64))
+            poses.append(self._pose(seen))
+            success.append(bool(self._env.check_success()))
+            frames.append(_turned(seen))
+        return {"poses": poses, "success": success}, _stacked(frames)
 
     def close(self) -> None:
         """End the environment, if there is one."""
@@ -165,6 +200,10 @@ class Scene:
 def _turned(seen: dict[str, np.ndarray]) -> np.ndarray:
     """Return the frame uint8 [H W 3] turned by 180 degrees, as OpenVLA-OFT was trained on it."""
     return np.ascontiguousarray(seen[IMAGE][::-1, ::-1])
+
+
+def _stacked(frames: list[np.ndarray]) -> np.ndarray:
+    return np.stack(frames) if frames else np.zeros((0, 1, 1, 3), np.uint8)
 
 
 def serve(connection: Connection) -> None:

@@ -1,8 +1,9 @@
 """A package tree that LIBERO's processes import instead of LIBERO; all but MuJoCo is exercised.
 
 The stand-in moves its arm by 0.1 m x action and opens or closes the gripper at once. Success is a
-closed gripper beyond x = 0.25 m. Its picture is LIBERO's way up: bottom row first. It writes down
-what it is asked in the file FAKE_LIBERO_LOG, one JSON value per line.
+closed gripper beyond x = 0.25 m. Its picture is LIBERO's way up: bottom row first. There are a bowl
+and a plate that nothing moves; a fixture shows in a pixel of its own. It writes down what it is
+asked in the file FAKE_LIBERO_LOG, one JSON value per line.
 """
 
 import json
@@ -15,6 +16,14 @@ from evac_jax.sim.libero_tasks import save_suite
 
 SIZE = 12
 TASKS = ("pick_up_the_bowl", "KITCHEN_SCENE10_close_the_drawer")
+BOWL, PLATE = (0.3, 0.2, 0.4), (0.1, 0.5, 0.4)  # where they are, metres
+FIXTURE = "cabinet_1_main"
+GOALS = ("On akita_black_bowl_1 plate_1", "Close cabinet_1")
+_BDDL = """(define (problem fake)
+  (:objects akita_black_bowl_1 - akita_black_bowl plate_1 - plate)
+  (:init (On plate_1 main_table_plate_region))
+  (:goal (And ({goal}))))
+"""
 
 _PACKAGE = """
 import json, os
@@ -38,11 +47,22 @@ class OffScreenRenderEnv:
         self.env, self.observation_names = self, {"agentview_image", "robot0_eef_pos"}
         turn = [0, 0, 1, 1, 0, 0, 0, 1, 0]  # looks along -x of the world
         self.sim = SimpleNamespace(
-            model=SimpleNamespace(cam_fovy=[0.0, 90.0], camera_name2id=lambda name: 1),
+            model=SimpleNamespace(
+                cam_fovy=[0.0, 90.0],
+                camera_name2id=lambda name: 1,
+                body_name2id=["world", "cabinet_1_main"].index,
+                body_pos=np.zeros((2, 3)),
+                body_quat=np.zeros((2, 4)),
+            ),
             data=SimpleNamespace(
                 cam_xpos=np.array([[9.0, 9, 9], [1, 0, 0]]), cam_xmat=np.array([[0.0] * 9, turn])
             ),
         )
+        self.object_states_dict = {
+            "akita_black_bowl_1": _thing("object", [0.3, 0.2, 0.4], [0.6, 0.0, 0.0, 0.8]),
+            "plate_1": _thing("object", [0.1, 0.5, 0.4], [1.0, 0.0, 0.0, 0.0]),
+            "cabinet_1_top_region": _thing("site", [0.0, 0.0, 0.9], [0.0, 0.0, 0.8, 0.6]),
+        }
         _log("made", os.path.basename(bddl_file_name))
 
     def seed(self, seed):
@@ -57,7 +77,11 @@ class OffScreenRenderEnv:
     def set_init_state(self, state):
         assert self._kind != "broken", "the scene is broken"
         self._position, self._turns = state[1:4].copy(), 1
+        self._closed = bool(state[4] < 0)
         return self._seen()
+
+    def check_success(self):
+        return self._closed and self._position[0] > 0.25
 
     def modify_observable(self, name, attribute, value):
         if attribute == "enabled":
@@ -75,7 +99,7 @@ class OffScreenRenderEnv:
         self._position = self._position + 0.1 * action[:3]
         self._closed = bool(action[6] > 0)
         self._turns = -self._turns  # the same rotation, named by the opposite quaternion
-        success = self._closed and self._position[0] > 0.25
+        success = self.check_success()
         seen = self._seen()
         _log("step", action.tolist(), bool(seen["agentview_image"].any()))
         return seen, float(success), success, {}
@@ -93,10 +117,18 @@ class OffScreenRenderEnv:
         image = np.zeros((self._size, self._size, 3), np.uint8)
         image[0, 0] = 255, 0, 0
         image[1, 2] = np.rint(100 * np.abs(self._position)).astype(np.uint8)
+        image[2, 2] = np.rint(100 * self.sim.model.body_pos[1]).astype(np.uint8)
         return image
 
     def close(self):
         _log("closed")
+
+
+def _thing(kind, pos, quat):
+    return SimpleNamespace(
+        object_state_type=kind,
+        get_geom_state=lambda: {"pos": np.array(pos), "quat": np.array(quat)},
+    )
 
 
 def _log(*values):
@@ -120,7 +152,8 @@ def write(folder: Path, suite: str = "libero_spatial", kind: str = "") -> Libero
     root = folder / "root"
     (root / "assets").mkdir(parents=True)
     (root / "bddl_files" / suite).mkdir(parents=True)
-    for task, text in zip(TASKS, ("fine", kind or "fine"), strict=True):
+    texts = [_BDDL.format(goal=goal) for goal in GOALS]
+    for task, text in zip(TASKS, (texts[0], kind or texts[1]), strict=True):
         (root / "bddl_files" / suite / f"{task}.bddl").write_text(text)
     (folder / "states").mkdir()
     states = [np.array([[0, x, y, 0.5, 7] for x in (0.0, 0.2)], float) for y in (0.3, 0.6)]
