@@ -114,7 +114,7 @@ LAYERS = (
     Layer(
         12,
         "evac_jax/tools/*",
-        (*TORCH, *JAX, "PIL", "matplotlib", "pyarrow"),
+        (*TORCH, *JAX, "PIL", "matplotlib", "pyarrow", "h5py"),
         ("evac_jax", "algos", "policies"),
     ),
     Layer(13, "configs/*", ("ml_collections",), ("evac_jax.config", "evac_jax.errors")),
