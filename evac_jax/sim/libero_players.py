@@ -41,8 +41,8 @@ class Grasp:
 GRASPS = {
     "akita_black_bowl": Grasp(aside=0.049, up=0.038),
 }
-# Kind of fixture -> height of its top above its origin, metres. The hand, 20 cm wide, keeps clear of
-# these; lower things matter to the fingers only.
+# Kind of fixture -> height of its top above its origin, metres. The hand, 20 cm wide, keeps clear
+# of these; lower things matter to the fingers only.
 TALL = {"wooden_cabinet": 0.22}
 BREADTH = 0.15  # metres from a tall thing's middle to its side
 ROOM = 0.08  # metres from a finger to the middle of another thing that are enough
