@@ -49,6 +49,8 @@ ROOM = 0.08  # metres from a finger to the middle of another thing that are enou
 # Kind of place -> how high above its origin the thing's origin is when it is let go, metres.
 PLACES = {
     "plate": 0.012,
+    "flat_stove_cook_region": 0.005,
+    "wooden_cabinet_top_side": 0.005,
 }
 
 
@@ -353,6 +355,9 @@ class LiberoPlayer:
             return OPEN
         if phase == OPEN and still:
             return RETREAT
+        missed = places[self._task.place][:2] + self._shift - self._object[:2]
+        if phase == RETREAT and there and np.linalg.norm(missed) > 0.03 and not self._unaware:
+            return REACH
         return phase
 
     def _spoil(self, action: np.ndarray) -> np.ndarray:
