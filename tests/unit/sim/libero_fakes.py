@@ -156,9 +156,7 @@ def write(folder: Path, suite: str = "libero_spatial", kind: str = "") -> Libero
     for task, text in zip(TASKS, (texts[0], kind or texts[1]), strict=True):
         (root / "bddl_files" / suite / f"{task}.bddl").write_text(text)
     (folder / "states").mkdir()
-    states = [np.array([[0, x, y, 0.5, 7] for x in (0.0, 0.2)], float) for y in (0.3, 0.6)]
-    save_suite(folder / "states" / f"{suite}.npz", TASKS, states)
-    return LiberoConfig(
+    config = LiberoConfig(
         suite=suite,
         root=str(root),
         states=str(folder / "states"),
@@ -166,6 +164,14 @@ def write(folder: Path, suite: str = "libero_spatial", kind: str = "") -> Libero
         image_size=SIZE,
         max_steps=12,
     )
+    states = [np.array([[0, x, y, 0.5, 7] for x in (0.0, 0.2)], float) for y in (0.3, 0.6)]
+    write_states(config, states)
+    return config
+
+
+def write_states(config: LiberoConfig, states: list[np.ndarray]) -> None:
+    """Write the initial states [n d] of the two tasks, instead of those that `write` wrote."""
+    save_suite(config.states_file, TASKS, states)
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -10,10 +10,8 @@ from evac_jax.errors import ConfigError
 from evac_jax.files import recordings
 from evac_jax.sim.libero_players import LiberoPlayer, scripted_tasks
 from evac_jax.sim.libero_pool import LiberoPool
-from evac_jax.sim.libero_tasks import save_suite
 from evac_jax.tools.episodes import collect
 from tests.unit.sim import libero_fakes
-from tests.unit.sim.libero_fakes import TASKS
 
 
 @pytest.fixture
@@ -23,7 +21,7 @@ def config(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     libero = libero_fakes.write(tmp_path)
     states = [np.array([[0, 0.01 * n, y, 0.5, 7] for n in range(20)]) for y in (0.3, 0.6)]
-    save_suite(libero.states_file, TASKS, states)
+    libero_fakes.write_states(libero, states)
     plain = default_config("grpo")
     return dataclasses.replace(
         plain,

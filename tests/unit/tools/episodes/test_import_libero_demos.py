@@ -6,7 +6,7 @@ import pytest
 
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import recordings
-from evac_jax.sim.libero_tasks import instruction_of, save_suite
+from evac_jax.sim.libero_tasks import instruction_of
 from evac_jax.tools.episodes import import_libero_demos, libero_demos
 from tests.unit.sim import libero_fakes
 from tests.unit.tools.episodes import libero_demo_files as files
@@ -128,7 +128,7 @@ def simulator(folder, monkeypatch):
     for name, value in libero_fakes.environment(folder).items():
         monkeypatch.setenv(name, value)
     libero = libero_fakes.write(folder)
-    save_suite(libero.states_file, TASKS, [np.zeros((2, files.LENGTH))] * 2)
+    libero_fakes.write_states(libero, [np.zeros((2, files.LENGTH))] * 2)
     flags = ["--root", libero.root, "--states", libero.states, "--renderer", libero.renderer]
     monkeypatch.setattr(import_libero_demos, "problems", lambda config: [])  # no MuJoCo here
     return libero, [*flags, "--image_size", str(libero.image_size)]
@@ -141,7 +141,7 @@ def test_render_refuses_files_of_another_suite_or_version(truths, tmp_path, monk
     with pytest.raises(DataError, match="no task 'open_it'"):
         imported(tmp_path, "--render", *flags, camera=())
     path.rename(path.with_name(f"{TASKS[0]}_demo.hdf5"))
-    save_suite(libero.states_file, TASKS, [np.zeros((2, files.LENGTH + 1))] * 2)
+    libero_fakes.write_states(libero, [np.zeros((2, files.LENGTH + 1))] * 2)
     with pytest.raises(DataError, match="states of 10 numbers, libero_spatial has 11"):
         imported(tmp_path, "--render", *flags, camera=())
 
