@@ -108,6 +108,7 @@ class LiberoEnv:
             num_starts=self._pool.suite.num_starts,
             max_episode_steps=chunks * config.chunk,
             clip_envs=config.clip_envs,
+            notes=config.libero.notes,
         )
         rules = EpisodeRules(
             max_episode_steps=self.spec.max_episode_steps,

@@ -187,10 +187,7 @@ def _facts(config: "TrainConfig") -> dict:
         pose="xyz in metres, quaternion xyzw, gripper opening 0..1",
         action="delta_ee_7 in [-1, 1]; gripper -1 opens, +1 closes",
         camera=f"{libero.camera}; frames are turned by 180 degrees, hence mirrored",
-        libero={
-            name: getattr(libero, name)
-            for name in ("suite", "image_size", "episode_steps", "wait_steps", "seed")
-        },
+        libero=libero.facts(),
         seed=config.seed,
     )
 
