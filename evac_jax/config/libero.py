@@ -108,6 +108,11 @@ def problems(config: LiberoConfig) -> list[str]:
         found.append(
             f"config.libero.crop: expected left < right and top < bottom, got {config.crop}"
         )
+    if config.camera == "reference" and config.crop != (0.0, 1.0, 0.0, 1.0):
+        found.append(
+            "config.libero.camera: the reference's camera sees the whole picture; with "
+            f"libero.crop {config.crop} set it to 'true'"
+        )
     try:
         found += config.files.problems(config.suite)
     except ConfigError as error:

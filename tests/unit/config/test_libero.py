@@ -66,6 +66,13 @@ def test_missing_file_of_a_task_is_told_by_name(package, tmp_path, gone, told):
     assert problem.endswith(gone.rpartition("/")[2])
 
 
+def test_reference_camera_has_no_crop(package):
+    crop = {"crop": (0.0, 1.0, 0.1, 1.0)}
+    assert libero.problems(dataclasses.replace(package, **crop)) == []
+    (told,) = libero.problems(dataclasses.replace(package, camera="reference", **crop))
+    assert told.startswith("config.libero.camera")
+
+
 def test_suite_without_tasks_is_refused(package):
     (told,) = libero.problems(dataclasses.replace(package, suite="libero_goal"))
     assert "does not tell the tasks of libero_goal" in told
