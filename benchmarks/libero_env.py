@@ -132,8 +132,11 @@ def starts(config: LiberoConfig, tasks: Sequence[int]) -> None:
         pool.close()
 
 
-def speed(config: LiberoConfig, episodes: int) -> tuple[float, float]:
-    """Return episodes per hour and core, and the gigabytes that the process held at most."""
+def speed(config: LiberoConfig, episodes: int) -> tuple[float, float, float]:
+    """Return episodes per hour and core, and the gigabytes that the process holds and held at most.
+
+    The most is while it builds the scene.
+    """
     pool = LiberoPool(config, 1)
     try:
         first = np.array([0])
@@ -150,8 +153,9 @@ def speed(config: LiberoConfig, episodes: int) -> tuple[float, float]:
         status = Path(f"/proc/{child}/status").read_text()
     finally:
         pool.close()
-    (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return 3600 * episodes / seconds, int(peak) / 1e6
+    lines = (line.split() for line in status.splitlines() if line.endswith("kB"))
+    sizes = {name: int(kilobytes) / 1e6 for name, kilobytes, _ in lines}
+    return 3600 * episodes / seconds, sizes["VmRSS:"], sizes["VmHWM:"]
 
 
 def _processor_seconds(process: str) -> float:
@@ -167,23 +171,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=int, default=1, help="started of each suite")
     args = parser.parse_args(argv)
     official = LiberoConfig(python=args.python)
-    sys.stdout.write(f"{machine.describe()}\n")
-    per_hour, memory = speed(dataclasses.replace(official, **FAST), args.episodes)
-    sys.stdout.write(f"fast setting: {FAST}\n")
+    _say(str(machine.describe()))
+    per_hour, held, peak = speed(dataclasses.replace(official, **FAST), args.episodes)
+    _say(f"{per_hour:.0f} episodes an hour and core with {FAST}; holds {held:.2f} GB")
+    # expert_success joins these figures with the scripted expert.
     differing = unlike(official, 0, wander(20, 0))
-    sys.stdout.write(f"differs from upstream: {differing or 'nothing'}\n")
+    _say(f"differs from upstream: {differing or 'nothing'}")
     for suite in MAX_STEPS:
         began, config = time.perf_counter(), dataclasses.replace(official, suite=suite)
         tasks = min(args.tasks, len(config.files.tasks(suite)))
         starts(config, range(tasks))
-        sys.stdout.write(f"{suite}: {tasks} tasks, {time.perf_counter() - began:.0f} s\n")
+        _say(f"{suite}: {tasks} tasks, {time.perf_counter() - began:.0f} s")
     figures = {
         "episodes_per_hour": f"{per_hour:.0f}",
         "equal_to_upstream": int(not differing),
-        "memory_gb": f"{memory:.2f}",
+        "memory_gb": f"{peak:.2f}",
         "suites": len(MAX_STEPS),
     }
-    sys.stdout.write(" ".join(f"{name}={value}" for name, value in figures.items()) + "\n")
+    _say(" ".join(f"{name}={value}" for name, value in figures.items()))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -24,22 +24,21 @@ class Picture:
     """
 
     def __init__(self, sim, camera: str, size: int, crop: Sequence[float], oversample: int):
-        self._context, self._camera = (
-            sim._render_context_offscreen,
-            sim.model.camera_name2id(camera),
-        )  # noqa: SLF001
-        self._model, self._data = sim.model._model, sim.data._data  # noqa: SLF001
+        # Not its parts: the old ones must be gone before the next scene's are made.
+        self._sim, self._camera = sim, sim.model.camera_name2id(camera)
         self._size, self._crop, self._times = size, crop, max(oversample, 1)
         if oversample:
             sim.model.vis.quality.offsamples = 0  # read when the buffers are made
-        self._context.update_offscreen_size(size * self._times, size * self._times)
+        pixels = size * self._times
+        sim._render_context_offscreen.update_offscreen_size(pixels, pixels)
 
     def draw(self) -> np.ndarray:
         """Return the frame as MuJoCo gives it, bottom row first: uint8 [size size 3]."""
-        context, pixels = self._context, self._size * self._times
+        context, pixels = self._sim._render_context_offscreen, self._size * self._times
         context.cam.type, context.cam.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self._camera
         mujoco.mjv_updateScene(
-            *(self._model, self._data, context.vopt, context.pert, context.cam),
+            *(self._sim.model._model, self._sim.data._data),
+            *(context.vopt, context.pert, context.cam),
             *(mujoco.mjtCatBit.mjCAT_ALL, context.scn),
         )
         for eye in context.scn.camera:

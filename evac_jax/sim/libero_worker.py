@@ -82,7 +82,8 @@ class Scene:
         self._make = OffScreenRenderEnv
         self._image_size, self._crop, self._oversample = image_size, crop, oversample
         self._repeat, self._wait_steps = action_repeat, wait_steps
-        self._task, self._env, self._looked_at = "", None, False
+        self._task, self._env, self._bodies = "", None, []
+        self._looked_at = False
 
     def start(self, task: str, state: Sequence[float], seed: int) -> tuple[dict, np.ndarray]:
         """Begin an episode of the task of a bddl file; return its pose and camera, and its frame.
@@ -120,6 +121,8 @@ class Scene:
         # A hard reset adds the samplers of doors and drawers a second time; all that is drawn after
         # them depends on it. Upstream's first episode is the one after the first hard reset.
         inner.object_property_initializers *= 2
+        model = inner.sim.model
+        self._bodies = [(part, part.copy()) for part in (model.body_pos, model.body_quat)]
         _release_memory()
         self._compute_once()
         self._render_on_demand()
@@ -147,7 +150,7 @@ class Scene:
         """End the environment, if there is one."""
         if self._env is not None:
             self._env.close()
-        self._task, self._env = "", None
+        self._task, self._env, self._bodies = "", None, []
 
     def _restart(self) -> None:
         """Put back what a reset leaves as it was, unless the whole scene is built anew."""
@@ -155,6 +158,8 @@ class Scene:
             self._env.env.modify_observable(name, "enabled", True)  # their clocks
         for robot in self._env.env.robots:
             robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)
+        for part, first in self._bodies:  # where fixtures stand; the reset moves most of them
+            part[:] = first
 
     def _compute_once(self) -> None:
         """Leave out the second of two equal computations in every substep: a sixth of the time.

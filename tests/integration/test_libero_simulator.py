@@ -92,6 +92,18 @@ def test_camera_of_a_crop_shows_the_hand_where_maps_are_drawn(pool):
     assert abs(rows.max() - seen[:, 1].mean()) < 5
 
 
+@pytest.mark.parametrize("config", [OFFICIAL, FAST], ids=["official", "fast"])
+def test_scene_is_the_same_when_another_one_was_there_before(pool, config):
+    used, new = pool(config), pool(config)
+    used.start([0], np.array([0]))
+    moves = libero_env.wander(8, 0)
+    for each in (used, new):
+        each.start([0], np.array([1]))
+    (theirs,), (ours,) = (each.play([0], [moves], [True]) for each in (new, used))
+    np.testing.assert_array_equal(ours.frames, theirs.frames)
+    np.testing.assert_array_equal(ours.poses, theirs.poses)
+
+
 def test_repeated_actions_are_those_of_the_whole_pace(pool):
     one, two = pool(FAST), pool(dataclasses.replace(FAST, action_repeat=2))
     moves = libero_env.wander(4, 0)

@@ -62,7 +62,12 @@ class OffScreenRenderEnv:
         self.robots = [SimpleNamespace(gripper=SimpleNamespace(current_action=np.ones(2)))]
         turn = [0, 0, 1, 1, 0, 0, 0, 1, 0]  # looks along -x of the world
         self.sim = SimpleNamespace(
-            model=SimpleNamespace(cam_fovy=[0.0, 90.0], camera_name2id=lambda name: 1),
+            model=SimpleNamespace(
+                cam_fovy=[0.0, 90.0],
+                camera_name2id=lambda name: 1,
+                body_pos=np.zeros((2, 3)),
+                body_quat=np.zeros((2, 4)),
+            ),
             data=SimpleNamespace(
                 cam_xpos=np.array([[9.0, 9, 9], [1, 0, 0]]), cam_xmat=np.array([[0.0] * 9, turn])
             ),
@@ -77,6 +82,8 @@ class OffScreenRenderEnv:
         assert self._clocks == self.observation_names
         assert self.object_property_initializers == ["drawer"] * 2
         assert not self.robots[0].gripper.current_action.any()
+        assert not self.sim.model.body_pos.any()
+        self.sim.model.body_pos[1] = 0.5
         self._position, self._closed, self._clocks = np.zeros(3), False, set()
 
     def set_init_state(self, state):
