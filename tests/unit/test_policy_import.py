@@ -15,6 +15,7 @@ from evac_jax.config.libero import LiberoConfig
 from evac_jax.config.schema import PolicyConfig
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.policy_import import check_libero, check_policy, known_tasks
+from evac_jax.tools.episodes.collect_libero import policy_player
 from policies.openvla_oft.checkpoint_files import INDEX
 from tests.unit.policies.tiny import NORM_STATS
 from tests.unit.policy_folder import load, rewrite, shards, told, write
@@ -278,7 +279,9 @@ def test_policy_of_another_libero_is_refused_before_anything_starts(folder):
     (folder / "card.json").write_text(json.dumps({"start": {"libero": seen.facts()}}))
     check_libero(config)
     with pytest.raises(ConfigError, match=r"policy\.checkpoint.*action_repeat \(2 and 1\)"):
-        check_libero(dataclasses.replace(config, libero=LiberoConfig(image_size=64)))
+        check_libero(other := dataclasses.replace(config, libero=LiberoConfig(image_size=64)))
+    with pytest.raises(ConfigError, match="action_repeat"):
+        policy_player(dataclasses.replace(other, policy=PolicyConfig()), config.policy, ())
 
 
 def test_tokenizer_of_another_model_is_refused(folder):

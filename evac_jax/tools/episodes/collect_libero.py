@@ -21,7 +21,7 @@ from flax import nnx
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, recordings
-from evac_jax.policy_import import import_policy
+from evac_jax.policy_import import check_libero, import_policy
 from evac_jax.sim.libero import ACTION_DIM, LiberoEnvConfig, to_libero
 from evac_jax.sim.libero_pool import LiberoPool
 from evac_jax.starts import noise_seed, range_of
@@ -52,8 +52,9 @@ def policy_player(
 
     Raises:
         CheckpointError: the policy cannot be imported.
-        ConfigError: it decides on another number of actions.
+        ConfigError: it decides on another number of actions, or belongs to another LIBERO.
     """
+    check_libero(dataclasses.replace(config, policy=policy))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     shardings = partial(sharding.leaf_sharding, mesh)
     loaded = import_policy(policy, seed=config.seed, chunk=CHUNK, num_images=1, shardings=shardings)
