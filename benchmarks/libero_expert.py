@@ -1,34 +1,31 @@
 r"""Plays the initial states of a LIBERO suite with a scripted player; docs/libero.md.
 
-    python -m benchmarks.libero_expert --root ROOT --states FOLDER --python PYTHON \
-        [--suite libero_spatial] [--kind expert] [--per_task 50] [--out FILE]
+    python -m benchmarks.libero_expert [--suite libero_spatial] [--kind expert] [--per_task 50] \
+        [--action_repeat 1] [--out FILE]
 
-Nothing is rendered but the first frame. Results go to FILE, one line per episode; started again,
-the command goes on where it was. The last line is for programs: the share of successes.
+LIBERO is the one that `make libero` has installed, unless --python or --root name another. Nothing
+is rendered but the first frame. Results go to FILE, one line per episode; started again, the
+command goes on where it was. The last line is for programs: the share of successes.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from evac_jax.config.libero import LiberoConfig, problems
-from evac_jax.errors import ConfigError
+from evac_jax.config.libero import LiberoConfig
 from evac_jax.report import wilson_interval
-from evac_jax.sim.libero_players import KINDS, LiberoPlayer, PickAndPlace, scripted_tasks
+from evac_jax.sim.libero_players import KINDS, LiberoPlayer, scripted_tasks
 from evac_jax.sim.libero_pool import LiberoPool
-from evac_jax.tools.command_line import run_tool
+from evac_jax.tools.command_line import add_libero, libero_of, run_tool
 
 Outcome = tuple[int, bool, int]  # start id, success, actions until it
 
 
-def play(
-    pool: LiberoPool, start: int, kind: str, task: PickAndPlace, steps: int, seed: int
-) -> Outcome:
+def play(pool: LiberoPool, start: int, player: LiberoPlayer, steps: int) -> Outcome:
     """Play one episode until it succeeds, or for `steps` actions."""
-    player = LiberoPlayer(kind, task, np.random.default_rng([seed, start]))
     pose = pool.start([0], np.array([start]))[1][0]
     for t in range(steps):
         action = player.act(pose, pool.look([0])[0])
@@ -55,10 +52,12 @@ def expert_success(
         seed: of the player.
         out: file to which episodes are appended; those that it holds are not played again.
     """
-    done = {}
+    done, repeat = {}, config.action_repeat
+    what = {"suite": config.suite, "steps_at_most": config.episode_steps, "action_repeat": repeat}
+    what |= {"kind": kind, "seed": seed}
     if out is not None and out.exists():
         rows = map(json.loads, out.read_text().splitlines())
-        done = {row["start"]: row for row in rows if (row["kind"], row["seed"]) == (kind, seed)}
+        done = {row["start"]: row for row in rows if row.items() >= what.items()}
     pool = LiberoPool(config, 1)
     try:
         suite, found = pool.suite, {}
@@ -67,17 +66,24 @@ def expert_success(
             for start in range(number, count * len(suite.tasks), len(suite.tasks)):
                 row = done.get(start)
                 if row is None:
-                    result = play(pool, start, kind, task, config.episode_steps, seed)
+                    rng = np.random.default_rng([seed, start])
+                    player = LiberoPlayer(kind, task, rng, repeat=repeat)
+                    result = play(pool, start, player, config.episode_steps)
                     row = dict(zip(("start", "success", "steps"), result, strict=True))
                     if out is not None:
                         with out.open("a") as file:
-                            file.write(json.dumps(row | {"kind": kind, "seed": seed}) + "\n")
+                            file.write(json.dumps(row | what) + "\n")
                 outcome = row["start"], row["success"], row["steps"]
                 found.setdefault(suite.tasks[number], []).append(outcome)
             print(_shown(suite.tasks[number], found[suite.tasks[number]]), flush=True)
     finally:
         pool.close()
     return found
+
+
+def share(found: Mapping[str, Sequence[Outcome]]) -> float:
+    """Return the share of successes among the episodes of all tasks."""
+    return float(np.mean([success for part in found.values() for _, success, _ in part]))
 
 
 def _shown(name: str, episodes: Sequence[Outcome]) -> str:
@@ -93,9 +99,9 @@ def _shown(name: str, episodes: Sequence[Outcome]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("suite", "root", "states", "python", "renderer"):
-        default = getattr(LiberoConfig(), name)
-        parser.add_argument(f"--{name}", default=default, help=f"as config.libero.{name}")
+    add_libero(parser)
+    parser.add_argument("--image_size", type=int, default=64, help="as config.libero.image_size")
+    parser.add_argument("--action_repeat", type=int, default=1, help="2: at 10 Hz")
     parser.add_argument("--kind", choices=KINDS, default="expert", help="of player")
     parser.add_argument(
         "--per_task", type=int, help="initial states of every task; all if left out"
@@ -103,22 +109,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the player")
     parser.add_argument("--out", type=Path, help="file of results, to go on later")
     args = parser.parse_args()
-    config = LiberoConfig(
-        suite=args.suite,
-        root=args.root,
-        states=args.states,
-        python=args.python,
-        renderer=args.renderer,
-        image_size=64,
-    )
-    if missing := problems(config):
-        raise ConfigError("\n".join(missing))
+    config = libero_of(args, image_size=args.image_size, action_repeat=args.action_repeat)
     found = expert_success(
         config, kind=args.kind, per_task=args.per_task, seed=args.seed, out=args.out
     )
     episodes = [episode for part in found.values() for episode in part]
     print(_shown("all", episodes))
-    print(f"{args.kind}_success={np.mean([success for _, success, _ in episodes]):.4f}")
+    print(f"{args.kind}_success={share(found):.4f}")
 
 
 if __name__ == "__main__":

@@ -232,8 +232,7 @@ class RunFolder:
             "seed": config.seed,
         }
         if config.eval.ground_truth == "libero":
-            keys = ("suite", "episode_steps", "wait_steps", "seed", "image_size")
-            settings["libero"] = {key: getattr(config.libero, key) for key in keys}
+            settings["libero"] = config.libero.facts()
         report.finish_evaluation(
             self.path,
             whose=whose,
@@ -438,4 +437,5 @@ class Run:
                 "videos": self._folder.videos if self._config.video.save else None,
                 "checkpoints": self._folder.checkpoints,
             },
+            notes=self._config.libero.notes if self._config.eval.ground_truth == "libero" else (),
         )

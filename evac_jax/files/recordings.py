@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from evac_jax.errors import DataError
+from evac_jax.files import libero_facts
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.instructions import numbers_in
 from evac_jax.files.meaning import check_poses
@@ -433,4 +434,5 @@ def _join(parts: list[Episodes], folders: tuple) -> Episodes:
         joined[name] = np.concatenate([m[getattr(p, name)] for m, p in pairs])
         card[texts] = merged
     card["sha256"] = {"joined": [part.card["sha256"] for part in parts]}
+    card["libero"] = libero_facts.common([part.card for part in parts])
     return dataclasses.replace(one, **joined, card=card)

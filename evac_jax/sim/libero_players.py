@@ -150,7 +150,7 @@ class Flaws:
         unaware: share of episodes in which it does not notice that a grasp has failed.
         noise: standard deviation of each action entry except the gripper's.
         gripper_flips: share of actions in which the gripper does the opposite.
-        turns_random: from an action drawn from [low, high) on it acts at random.
+        turns_random: from an action drawn from [low, high) on it acts at random; at 20 Hz.
     """
 
     grasp_offset: float = 0.0
@@ -185,8 +185,8 @@ class Manner:
             if it stood in one.
         carry: height above the place at which it is carried, at least.
         tolerance: distance from a goal within which it counts as reached.
-        gain: action per metre; 1 moves the hand by some 15 mm in 1/20 s.
-        turn_gain: action per radian; a full action asks for half a radian.
+        gain: action per metre, played once; 1 moves the hand by some 15 mm in 1/20 s.
+        turn_gain: action per radian, played once; a full action asks for half a radian.
         slack: radians that the wrist may be off before it is turned back. LIBERO's controller
             holds an orientation by itself while it is asked for no change, and better so: with a
             stretched arm, turning and moving work against each other.
@@ -211,14 +211,23 @@ class LiberoPlayer:
         kind: one of `KINDS`.
         task: what to do.
         rng: draws the flaws; the expert uses none.
+        repeat: how often LIBERO plays each action; movements are asked for smaller by that much,
+            and `turns_random` comes that much earlier.
     """
 
     def __init__(
-        self, kind: str, task: PickAndPlace, rng: np.random.Generator, manner: Manner = Manner()
+        self,
+        kind: str,
+        task: PickAndPlace,
+        rng: np.random.Generator,
+        manner: Manner = Manner(),
+        *,
+        repeat: int = 1,
     ):
         if kind not in FLAWS:
             raise ValueError(f"kind of player: expected one of {KINDS}, got {kind!r}")
         self._flaws, self._task, self._rng, self._manner = FLAWS[kind], task, rng, manner
+        self._repeat = repeat
         self._phase, self._since = REACH, 0  # actions in this phase
         self._time = 0
         self._pick = ""
@@ -241,10 +250,11 @@ class LiberoPlayer:
         if self._phase != before:
             self._since, self._stay = 0, pose[:3].copy()
         action = np.zeros(ACTION_DIM)
-        action[:3] = self._manner.gain * (self._goal(pose, places) - pose[:3])
+        way = self._goal(pose, places) - pose[:3]
+        action[:3] = self._manner.gain / self._repeat * way
         turn = rotation_vector(pose[3:7], self._wrist)
         if np.linalg.norm(turn) > self._manner.slack:
-            action[3:6] = self._manner.turn_gain * turn
+            action[3:6] = self._manner.turn_gain / self._repeat * turn
         action[6] = 1.0 if self._phase in (CLOSE, LIFT, CARRY, LOWER) else -1.0
         action = self._spoil(np.clip(action, -1, 1))
         self._time, self._opening, self._height = self._time + 1, pose[7], self._object[2]
@@ -261,7 +271,7 @@ class LiberoPlayer:
         self._shift = _disc(rng, flaws.place_offset)
         self._shift[1] -= aside + spread * rng.standard_normal()
         low, high = flaws.turns_random or (np.iinfo(np.int32).max - 1, np.iinfo(np.int32).max)
-        self._turns = rng.integers(low, high)
+        self._turns = rng.integers(low, high) // self._repeat
         self._drift = np.zeros(ACTION_DIM)
         yaw = 0.0
         if task.cabinet and not takes_other:

@@ -33,7 +33,7 @@ _END_S = 5.0  # a process that was told to end gets this long
 class MujocoProcess:
     """One environment as seen from outside. Starting does not wait for it."""
 
-    def __init__(self, config: LiberoConfig, paths: str):
+    def __init__(self, config: LiberoConfig, assets: Path, paths: str):
         ours, theirs = socket.socketpair()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self.task = ""
@@ -60,7 +60,8 @@ class MujocoProcess:
             )
         self.connection = Connection(ours.detach())
         self.exit_fd = os.pidfd_open(self._process.pid)
-        self.send(root=config.root, image_size=config.image_size, wait_steps=config.wait_steps)
+        settings = ("image_size", "crop", "oversample", "action_repeat", "wait_steps")
+        self.send(assets=str(assets), **{name: getattr(config, name) for name in settings})
 
     def send(self, **message: Any) -> None:
         """Send a request.
@@ -125,7 +126,7 @@ class MujocoProcess:
 
 @dataclass(frozen=True)
 class Played:
-    """One environment's part of a chunk of k actions.
+    """One environment's part of a chunk of k actions of the policy.
 
     Attributes:
         frames: uint8 [k 1 H W 3] where it was filmed, else only the last [1 1 H W 3]; none [0 ..]
@@ -155,8 +156,9 @@ class LiberoPool:
     """
 
     def __init__(self, config: LiberoConfig, num_envs: int):
-        self.suite: Suite = load_suite(config.states_file)
-        self.bddl_files = Path(config.root) / "bddl_files"
+        self._files = config.files
+        self.suite: Suite = load_suite(config.suite, self._files)
+        self.bddl_files = self._files.root / "bddl_files"
         self.camera: Matrices | None = None  # of the first episode
         self.one_camera = True  # so far; LIBERO's scenes may differ in theirs
         self._config = config
@@ -167,15 +169,15 @@ class LiberoPool:
 
     def _write_paths(self, folder: Path) -> None:
         """Write LIBERO's config.yaml (JSON is YAML); without one its import waits for a person."""
-        root = Path(self._config.root).resolve()
+        files = self._files
         paths = {
-            "benchmark_root": root,
-            "assets": root / "assets",
-            "bddl_files": root / "bddl_files",
-            "init_states": root / "init_files",
-            "datasets": root,
+            "benchmark_root": files.root,
+            "assets": files.assets,
+            "bddl_files": files.root / "bddl_files",
+            "init_states": files.states,
+            "datasets": files.root,
         }
-        text = json.dumps({name: str(path) for name, path in paths.items()})
+        text = json.dumps({name: str(path.resolve()) for name, path in paths.items()})
         (folder / "config.yaml").write_text(text)
 
     def start(self, envs: Sequence[int], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -263,10 +265,11 @@ class LiberoPool:
     ) -> list[tuple[dict[str, Any], np.ndarray]]:
         names = [f"{self.suite.name}/{task}" for task in tasks]
         self._seat_by_task(envs, names)
-        for env, name, state, seed in zip(envs, names, states, seeds, strict=True):
+        for env, name, task, state, seed in zip(envs, names, tasks, states, seeds, strict=True):
             process = self._process(env)
             process.task = name
-            process.send(do="start", task=name, state=state.tolist(), seed=seed)
+            bddl = str(self._files.bddl(self.suite.name, task).resolve())
+            process.send(do="start", task=bddl, state=state.tolist(), seed=seed)
         answers = self._gather(envs)
         for message, _ in answers:
             self._note_camera(message["camera"])
@@ -275,7 +278,9 @@ class LiberoPool:
     def _process(self, env: int) -> MujocoProcess:
         seat = self._seat[env]
         if self._processes[seat] is None:
-            self._processes[seat] = MujocoProcess(self._config, self._folder.name)
+            self._processes[seat] = MujocoProcess(
+                self._config, self._files.assets.resolve(), self._folder.name
+            )
         return self._processes[seat]
 
     def _seat_by_task(self, envs: Sequence[int], names: Sequence[str]) -> None:
@@ -308,7 +313,7 @@ class LiberoPool:
     def _note_camera(self, told: dict[str, Any]) -> None:
         camera = libero_camera()
         if self._config.camera == "true":
-            camera = camera_matrices(**told, size=self._config.image_size)
+            camera = camera_matrices(**told, size=self._config.image_size, crop=self._config.crop)
         self.camera = self.camera or camera
         pairs = zip(self.camera, camera, strict=True)
         self.one_camera &= all(np.allclose(a, b, atol=1e-5) for a, b in pairs)

@@ -22,7 +22,7 @@ from flax import nnx
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, recordings
-from evac_jax.policy_import import import_policy
+from evac_jax.policy_import import check_libero, import_policy
 from evac_jax.sim.libero import ACTION_DIM, LiberoEnvConfig, to_libero
 from evac_jax.sim.libero_players import KINDS, LiberoPlayer, PickAndPlace, scripted_tasks
 from evac_jax.sim.libero_pool import LiberoPool
@@ -70,8 +70,9 @@ def policy_player(
 
     Raises:
         CheckpointError: the policy cannot be imported.
-        ConfigError: it decides on another number of actions.
+        ConfigError: it decides on another number of actions, or belongs to another LIBERO.
     """
+    check_libero(dataclasses.replace(config, policy=policy))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     shardings = partial(sharding.leaf_sharding, mesh)
     loaded = import_policy(policy, seed=config.seed, chunk=CHUNK, num_images=1, shardings=shardings)
@@ -134,18 +135,19 @@ class AskScripts:
     Args:
         kind: of `libero_players.KINDS`.
         known: task -> what to do in it.
+        repeat: how often LIBERO plays each action.
     """
 
-    def __init__(self, kind: str, pool: LiberoPool, known: Mapping[int, PickAndPlace]):
+    def __init__(self, kind: str, pool: LiberoPool, known: Mapping[int, PickAndPlace], repeat: int):
         self.tasks = tuple(known)
-        self._kind, self._pool, self._known = kind, pool, known
+        self._kind, self._pool, self._known, self._repeat = kind, pool, known, repeat
 
     def begin(self, starts: np.ndarray, seed: int) -> Decide:
         """Return how the episodes from `starts` [n] are played."""
         tasks = self._pool.suite.locate(starts)[0]
         rngs = [np.random.default_rng([seed, n]) for n in range(len(starts))]
         players = [
-            LiberoPlayer(self._kind, self._known[int(task)], rng)
+            LiberoPlayer(self._kind, self._known[int(task)], rng, repeat=self._repeat)
             for task, rng in zip(tasks, rngs, strict=True)
         ]
 
@@ -245,10 +247,7 @@ def _facts(config: "TrainConfig") -> dict:
         pose="xyz in metres, quaternion xyzw, gripper opening 0..1",
         action="delta_ee_7 in [-1, 1]; gripper -1 opens, +1 closes",
         camera=f"{libero.camera}; frames are turned by 180 degrees, hence mirrored",
-        libero={
-            name: getattr(libero, name)
-            for name in ("suite", "image_size", "episode_steps", "wait_steps", "seed")
-        },
+        libero=libero.facts(),
         seed=config.seed,
     )
 
@@ -270,7 +269,7 @@ def run(config: "TrainConfig", mix: Mapping[str, tuple[str, float]], counts: Seq
         sources: dict[str, Callable[[], Source]] = {}
         for name, (folder, temperature) in mix.items():
             if name in scripts:
-                sources[name] = partial(AskScripts, name, pool, known)
+                sources[name] = partial(AskScripts, name, pool, known, config.libero.action_repeat)
                 continue
             if folder == RANDOM:
                 sources[name] = partial(asked, play_random)

@@ -2,29 +2,31 @@ r"""Makes a recording out of LIBERO's published demonstrations, HDF5 files of on
 
     python -m evac_jax.tools.episodes.import_libero_demos --source DIR --out DIR2 --camera libero
     python -m evac_jax.tools.episodes.import_libero_demos --source DIR --out DIR2 --render \
-        --suite libero_spatial --root ROOT --states FOLDER --python PYTHON --image_size 256
+        --suite libero_spatial --image_size 256
 
 The first takes the pictures as they are stored, of 128 pixels. The second renders MuJoCo's states
-anew in LIBERO, plays the last action, and asks LIBERO itself which frames are successes. With
---no_noops actions that do nothing are left out, as in the public fine-tuning data. Pictures are
-turned by 180 degrees, as policies see them. A demonstration is held out by a hash of its first
-state and its instruction: however it is imported, it is on the same side.
+anew in LIBERO, as `make libero` installs it, plays the last action, and asks LIBERO itself which
+frames are successes. With --no_noops actions that do nothing are left out, as in the public
+fine-tuning data. Pictures are turned by 180 degrees, as policies see them. A demonstration is held
+out by a hash of its first state and its instruction: however it is imported, it is on the same
+side.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from evac_jax.config.libero import MAX_STEPS, LiberoConfig, problems
+from evac_jax.config.libero import LiberoConfig
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, meaning
 from evac_jax.files.recordings import EpisodeWriter, is_held_out
 from evac_jax.sim.camera import Matrices
 from evac_jax.sim.libero_pool import LiberoPool
 from evac_jax.sim.libero_tasks import instruction_of
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, add_libero, libero_of, run_tool
 from evac_jax.tools.episodes import importing
 from evac_jax.tools.episodes.libero_demos import SUFFIX, Demo, read_demos, task_of, without_no_ops
 
@@ -56,9 +58,14 @@ def render(pool: LiberoPool, task: str, demo: Demo) -> dict[str, np.ndarray]:
 
 
 def write(
-    args: argparse.Namespace, files: Sequence[Path], size: int, camera: Matrices, make: Make
+    args: argparse.Namespace,
+    files: Sequence[Path],
+    size: int,
+    camera: Matrices,
+    make: Make,
+    **more_facts: Any,
 ) -> int:
-    """Write the recording; return the number of episodes."""
+    """Write the recording, `more_facts` into its card; return the number of episodes."""
     texts = [instruction_of(task_of(path)) for path in files]
     instructions = list(dict.fromkeys(texts))
     facts = {"demonstrations": args.source.name, "rendered": args.render, "no_noops": args.no_noops}
@@ -70,7 +77,7 @@ def write(
         sources=[args.name],
         intrinsic=camera[0],
         c2w=camera[1],
-        facts=cards.card(**facts),
+        facts=cards.card(**facts, **more_facts),
     ) as writer:
         for path, text in zip(files, texts, strict=True):
             for demo in read_demos(path):
@@ -103,6 +110,9 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"--source={args.source}: expected files named <task>{SUFFIX}, found none")
     stored = next(read_demos(files[0])).frames.shape[1:3]
     if not args.render:
+        drawing = LiberoConfig()
+        if (args.crop, args.oversample) != (drawing.crop, drawing.oversample):
+            raise ConfigError("--crop, --oversample: only with --render, which draws the pictures")
         if not args.camera:
             raise ConfigError("--camera: needed, unless --render asks LIBERO where its camera is")
         size = args.image_size or stored[0]
@@ -110,16 +120,7 @@ def run(args: argparse.Namespace) -> int:
         return write(args, files, size, camera, lambda _, demo: demo.stored())
     if args.camera:
         raise ConfigError("--camera: not with --render, which asks LIBERO where its camera is")
-    config = LiberoConfig(
-        suite=args.suite,
-        root=args.root,
-        states=args.states,
-        python=args.python,
-        renderer=args.renderer,
-        image_size=args.image_size or stored[0],
-    )
-    if missing := problems(config):
-        raise ConfigError("\n".join(missing))
+    config = libero_of(args, image_size=args.image_size or stored[0])
     pool = LiberoPool(config, 1)
     try:
         pool.start([0], np.array([0]))  # tells where the camera is
@@ -133,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
                 )
             return episode
 
-        return write(args, files, config.image_size, pool.camera, make)
+        size, facts = config.image_size, config.facts()
+        return write(args, files, size, pool.camera, make, libero=facts)
     finally:
         pool.close()
 
@@ -154,10 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         'and "size" [H, W] that the intrinsics are for',
     )
     add("--render", action="store_true", help="render the states in LIBERO")
-    add("--suite", choices=MAX_STEPS, default="libero_spatial", help="of the tasks, for --render")
-    for name in ("root", "states", "python", "renderer"):
-        default = getattr(LiberoConfig(), name)
-        add(f"--{name}", default=default, help=f"as config.libero.{name}, for --render")
+    add_libero(parser)  # for --render
     importing.finish(run, parser.parse_args(argv))
 
 

@@ -64,12 +64,18 @@ class Toy:
         return aside < 0.015 and abs(way[2] - grasp.up) < 0.015
 
 
-def play(kind, seed=0, steps=150, world=None):
-    """Return the world at the end and the actions [n 7] until the first success, or all."""
+def play(kind, seed=0, steps=150, world=None, repeat=1):
+    """Return the world at the end and the actions [n 7] until the first success, or all.
+
+    Each action is played `repeat` times.
+    """
     world = world or Toy()
-    player = LiberoPlayer(kind, pick_and_place("t", PROBLEM), np.random.default_rng(seed))
+    player = LiberoPlayer(
+        kind, pick_and_place("t", PROBLEM), np.random.default_rng(seed), repeat=repeat
+    )
     actions = []
     while len(actions) < steps and not world.success:
         actions.append(player.act(world.pose, world.places))
-        world.step(actions[-1])
+        for _ in range(repeat):
+            world.step(actions[-1])
     return world, np.array(actions)

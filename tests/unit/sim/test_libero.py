@@ -228,6 +228,28 @@ def test_nothing_is_rendered_when_it_is_played_blind(pool, tmp_path):
     assert [shown for _, _, shown in libero_fakes.asked(tmp_path, "step")[-3:]] == [False] * 3
 
 
+def test_repeated_actions_count_once_and_only_their_end_is_rendered(tmp_path, monkeypatch):
+    for name, value in libero_fakes.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    config = dataclasses.replace(libero_fakes.write(tmp_path), action_repeat=2)
+    pool = LiberoPool(config, 1)
+    try:
+        pool.start([0], np.array([0]))
+        moves = np.tile([0.5, 0, 0, 0, 0, 0, 1], (3, 1))  # 0.05 m a step, a success beyond 0.25
+        (blind,) = pool.play([0], [moves], [True], blind=True)
+        pool.start([0], np.array([0]))
+        (filmed,) = pool.play([0], [moves], [True])
+    finally:
+        pool.close()
+    np.testing.assert_allclose(filmed.poses[:, 0], [0.1, 0.2, 0.3], atol=1e-6)
+    np.testing.assert_array_equal(blind.poses, filmed.poses)
+    assert filmed.success.tolist() == blind.success.tolist() == [False, False, True]
+    assert filmed.frames[:, 0, -2, -3, 0].tolist() == [10, 20, 30]
+    assert len(blind.frames) == 0
+    steps = [shown for _, action, shown in libero_fakes.asked(tmp_path, "step") if action[0]]
+    assert steps == [False] * 6 + [False, True] * 3
+
+
 def test_states_are_shown_as_they_are_with_fixtures_where_they_were(pool, tmp_path):
     states = np.array([[0, 0.1, 0.2, 0.3, 1], [0, 0.3, 0.2, 0.3, -1]])
     fixtures = {libero_fakes.FIXTURE: [0.5, 0.6, 0.7, 1, 0, 0, 0]}

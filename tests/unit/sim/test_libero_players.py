@@ -36,6 +36,13 @@ def test_expert_puts_the_bowl_on_the_plate_from_anywhere(bowl):
     assert len(actions) < 120
 
 
+@pytest.mark.parametrize("repeat", [2, 5])
+def test_expert_keeps_its_aim_when_every_action_is_repeated(repeat):
+    world, actions = libero_toy.play("expert", steps=60, repeat=repeat)
+    assert world.success
+    assert len(actions) < libero_toy.play("expert")[1].shape[0]
+
+
 def test_noisy_mostly_succeeds_and_bad_players_mostly_fail():
     assert rate("noisy") >= 0.6
     assert rate("near_miss") <= 0.4

@@ -37,7 +37,10 @@ def run(config, out, **collect_fields):
     return recordings.load(out)
 
 
-def test_scripts_decide_before_every_action_from_where_things_are(config, tmp_path):
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_scripts_decide_before_every_action_from_where_things_are(config, tmp_path, repeat):
+    libero = dataclasses.replace(config.libero, action_repeat=repeat)
+    config = dataclasses.replace(config, libero=libero)
     data = run(config, tmp_path / "out", episodes=4, mix="expert=0.5,random=0.5")
     assert data.sources == ("expert", "random")
     assert data.task.tolist()[:2] == [0, 0]  # scripts close no drawer
@@ -45,7 +48,7 @@ def test_scripts_decide_before_every_action_from_where_things_are(config, tmp_pa
     pool = LiberoPool(config.libero, 1)
     try:
         task = scripted_tasks(pool.bddl_files, pool.suite)[0]
-        player = LiberoPlayer("expert", task, np.random.default_rng(0))
+        player = LiberoPlayer("expert", task, np.random.default_rng(0), repeat=repeat)
         pose = pool.start([0], data.start[:1])[1][0]
         for t in range(data.length[0]):
             action = player.act(pose, pool.look([0])[0])

@@ -1,11 +1,13 @@
 """LIBERO's demonstrations, written by scripted players (`libero_demo_files`) and read again."""
 
+import sys
+
 import h5py
 import numpy as np
 import pytest
 
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.files import recordings
+from evac_jax.files import libero_facts, recordings
 from evac_jax.sim.libero_tasks import instruction_of
 from evac_jax.tools.episodes import import_libero_demos, libero_demos
 from tests.unit.sim import libero_fakes
@@ -92,6 +94,7 @@ def test_states_are_rendered_and_the_last_action_is_played(truths, tmp_path, mon
     files.write(tmp_path / "demos" / f"{TASKS[0]}_demo.hdf5", truths, after=True)
     data = imported(tmp_path, "--render", *flags, camera=())
     assert data.frames.shape[1:] == (1, libero.image_size, libero.image_size, 3)
+    assert not libero_facts.differences(data.card["libero"], libero.facts())
     for n, truth in enumerate(truths):
         at = rows(data, n)
         np.testing.assert_allclose(data.actions[at[:-1]], truth.actions, atol=1e-6)
@@ -129,8 +132,7 @@ def simulator(folder, monkeypatch):
         monkeypatch.setenv(name, value)
     libero = libero_fakes.write(folder)
     libero_fakes.write_states(libero, [np.zeros((2, files.LENGTH))] * 2)
-    flags = ["--root", libero.root, "--states", libero.states, "--renderer", libero.renderer]
-    monkeypatch.setattr(import_libero_demos, "problems", lambda config: [])  # no MuJoCo here
+    flags = ["--root", libero.root, "--python", sys.executable, "--renderer", libero.renderer]
     return libero, [*flags, "--image_size", str(libero.image_size)]
 
 
@@ -200,3 +202,7 @@ def test_wrong_names_and_missing_camera_are_refused(tmp_path):
         imported(tmp_path, camera=())
     with pytest.raises(ConfigError, match="--camera: not with --render"):
         imported(tmp_path, "--render")
+    with pytest.raises(ConfigError, match="--crop, --oversample: only with --render"):
+        imported(tmp_path, "--crop", "0,1,0,0.9")
+    with pytest.raises(ConfigError, match=r"--oversample: .*9"):
+        imported(tmp_path, "--render", "--oversample", "9", camera=())
