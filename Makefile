@@ -75,31 +75,38 @@ bench: $(STAMP)  ## Measure the frame exchange; names the benchmarks that take h
 miniature: $(STAMP)  ## Make every shipped weight from nothing (hours). ARGS='--ship' installs them.
 	$(BIN)/python -m evac_jax.tools.recipes.miniature $(ARGS)
 
-# LIBERO's simulator has an environment of its own; docs/libero.md tells what else is needed.
+# LIBERO's simulator has an environment of its own: docs/libero.md.
 LIBERO_VENV := .venv-libero
 LIBERO_STAMP := $(LIBERO_VENV)/.installed
+# The packages of the system that LIBERO's renderer needs.
+LIBERO_APT := apt-get install libegl1 libegl-mesa0 libgl1
 SUITE ?= libero_spatial
 EPISODES ?= 500
 ENVS ?= 10
 TEMPERATURE ?= 0
 
+# The trial opens the libraries as LIBERO does; the stamp comes only after it.
 $(LIBERO_STAMP): requirements-libero.txt
 	test -x $(LIBERO_VENV)/bin/pip || $(PYTHON) -m venv $(LIBERO_VENV)
 	$(LIBERO_VENV)/bin/pip install -r requirements-libero.txt
-	$(LIBERO_VENV)/bin/pip install --no-deps robosuite==1.4.0 hf-libero==0.1.4 bddl==1.0.1
+	@MUJOCO_GL=egl $(LIBERO_VENV)/bin/python -c 'import cv2, mujoco; mujoco.GLContext(64, 64).make_current()' || { \
+		echo "LIBERO's renderer needs OpenGL and EGL; install them and call make again: $(LIBERO_APT)" >&2; \
+		exit 1; }
 	@touch $@
 
-libero: $(LIBERO_STAMP)  ## Install the LIBERO simulator into .venv-libero.
+libero: $(LIBERO_STAMP)  ## Install LIBERO, its assets and initial states into .venv-libero.
 
-libero-check: $(STAMP) $(LIBERO_STAMP)  ## Success of a policy in LIBERO: POLICY= LIBERO_ROOT= LIBERO_STATES= [SUITE=].
-	$(BIN)/python launch.py --mode=eval --config=configs/grpo.py:libero_spatial \
+# Frames, pace and length of episodes as the policy's card tells them, else the official ones.
+libero-check: $(STAMP) $(LIBERO_STAMP)  ## Success of a policy in LIBERO: POLICY=FOLDER [SUITE=].
+	told=$$($(BIN)/python -m evac_jax.tools.policy.libero_flags $(POLICY) --suite $(SUITE)) && \
+		$(BIN)/python launch.py --mode=eval --config=configs/grpo.py:libero_spatial \
 		--config.policy.checkpoint=$(POLICY) --config.policy.unnorm_key=$(SUITE) \
 		--config.policy.eval_temperature=$(TEMPERATURE) \
 		--config.env.simulator=ground_truth --config.eval.episodes=0 \
 		--config.eval.ground_truth=libero --config.eval.ground_truth_episodes=$(EPISODES) \
 		--config.eval.ground_truth_envs=$(ENVS) --config.libero.suite=$(SUITE) \
-		--config.libero.root=$(LIBERO_ROOT) --config.libero.states=$(LIBERO_STATES) \
-		--config.libero.python=$(LIBERO_VENV)/bin/python --config.log.run=libero-check-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+		--config.libero.python=$(LIBERO_VENV)/bin/python $$told \
+		--config.log.run=libero-check-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 clean:  ## Remove environments and caches, but no runs.
 	rm -rf $(VENV) $(LIBERO_VENV) .pytest_cache .ruff_cache .hypothesis

@@ -25,7 +25,7 @@ def full_size(config: config_dict.ConfigDict) -> None:
     config.env.num_envs = 16
     config.rollout.epochs = 16
     config.simulator.devices = ("cuda",)
-    # Where eval.ground_truth is "libero": a process for each task (1.4 GB), ten episodes of each.
+    # Where eval.ground_truth is "libero": a process for each task (1.9 GB), ten episodes of each.
     config.eval.ground_truth_envs = 10
     config.eval.ground_truth_episodes = 100
     config.train.iterations = 1000

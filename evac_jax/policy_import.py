@@ -9,8 +9,8 @@ from typing import Any
 from absl import logging
 
 from evac_jax.config.schema import PolicyConfig, TrainConfig
-from evac_jax.errors import CheckpointError
-from evac_jax.files import cards
+from evac_jax.errors import CheckpointError, ConfigError
+from evac_jax.files import cards, libero_facts
 from evac_jax.telemetry.reading import ReadProgress
 from policies import POLICIES
 from policies.base import LoadedPolicy
@@ -44,6 +44,29 @@ def known_tasks(config: TrainConfig) -> list[str]:
         text for folder in folders for text in cards.read(Path(folder)).get("instructions", ())
     ]
     return list(dict.fromkeys(texts))
+
+
+def check_libero(config: TrainConfig) -> None:
+    """Check that a run's policy and start frames belong to the LIBERO that it is evaluated in.
+
+    Only cards that tell of LIBERO are compared; published policies have none.
+
+    Raises:
+        ConfigError: frames or actions would mean something else than in training.
+    """
+    if config.eval.ground_truth != "libero":
+        return
+    for field, folder in (
+        ("policy.checkpoint", config.policy.checkpoint),
+        ("env.initial_states_path", config.env.initial_states_path),
+    ):
+        known = libero_facts.told(cards.read(Path(folder))) if folder else {}
+        if known and (unlike := libero_facts.differences(known, config.libero.facts())):
+            raise ConfigError(
+                f"config.{field}: {folder!r} was made for another LIBERO than config.libero: "
+                f"{unlike}. `python -m evac_jax.tools.policy.libero_flags FOLDER` prints the flags "
+                "for it"
+            )
 
 
 def import_policy(policy: PolicyConfig, *, seed: int, **more: Any) -> LoadedPolicy:

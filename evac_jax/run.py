@@ -239,4 +239,5 @@ class Run:
                 "videos": self._folder.videos if self._config.video.save else None,
                 "checkpoints": self._folder.checkpoints,
             },
+            notes=self._config.libero.notes if self._config.eval.ground_truth == "libero" else (),
         )

@@ -222,8 +222,7 @@ class RunFolder:
             "seed": config.seed,
         }
         if config.eval.ground_truth == "libero":
-            keys = ("suite", "episode_steps", "wait_steps", "seed", "image_size")
-            settings["libero"] = {key: getattr(config.libero, key) for key in keys}
+            settings["libero"] = config.libero.facts()
         report.finish_evaluation(
             self.path,
             whose=whose,

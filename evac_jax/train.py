@@ -12,7 +12,7 @@ from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts, together
 from evac_jax.evaluate import Evaluators
 from evac_jax.learner import Learner
-from evac_jax.policy_import import check_policy, known_tasks
+from evac_jax.policy_import import check_libero, check_policy, known_tasks
 from evac_jax.rollout import Collector, iteration_key
 from evac_jax.run import Run, is_due
 from evac_jax.run_folder import RunFolder
@@ -147,6 +147,7 @@ def _ready(
     # Before simulators take minutes to start.
     check_ranges(config, learning=folder is not None)
     check_policy(config.policy, known_tasks(config))
+    check_libero(config)
     meshes = hosts.make_meshes(config)
     episode = expected_episode(config)
     if episode and folder:

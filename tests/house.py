@@ -27,7 +27,8 @@ LONG_FILES = {
 TORCH = ("torch", "torchvision", "diffusers", "open_clip", "numpy", "safetensors", "absl")
 JAX = ("jax", "flax", "optax", "numpy", "absl")
 PLAIN = ("evac_jax.errors", "policies.spec")
-SIMULATOR = (*PLAIN, "evac_jax.config.libero", "evac_jax.files", "evac_jax.bridge")
+LIBERO = ("evac_jax.config.libero", "evac_jax.config.libero_files")
+SIMULATOR = (*PLAIN, *LIBERO, "evac_jax.files", "evac_jax.bridge")
 
 
 class Layer(NamedTuple):
@@ -59,7 +60,7 @@ LAYERS = (
         ("policies.types", "policies.ranges"),
     ),
     # Plain settings that the simulators' side reads as well, without JAX behind them.
-    Layer(3, "evac_jax/config/libero.py", (), ("policies.ranges",)),
+    Layer(3, "evac_jax/config/libero*.py", (), ("evac_jax.errors", "policies.ranges")),
     Layer(3, "evac_jax/config/hub.py", ("absl", "huggingface_hub"), ("evac_jax.errors",)),
     Layer(
         *(3, "evac_jax/config/*", ("absl", "ml_collections")),
@@ -85,7 +86,8 @@ LAYERS = (
     ),
     Layer(8, "evac_jax/evac/*", TORCH, (*PLAIN, "evac_jax.files")),
     # Runs in the interpreter that has LIBERO, which may have no torch.
-    Layer(9, "evac_jax/sim/libero_worker.py", ("numpy", "libero")),
+    Layer(9, "evac_jax/sim/libero_worker.py", ("numpy", "mujoco", "libero")),
+    Layer(9, "evac_jax/sim/libero_picture.py", ("numpy", "mujoco")),
     Layer(9, "evac_jax/sim/*", TORCH, (*SIMULATOR, "evac_jax.evac")),
     # Plain sizes of the miniature's networks, those of the policy among them.
     Layer(
@@ -120,7 +122,7 @@ LAYERS = (
     Layer(
         12,
         "evac_jax/tools/*",
-        (*TORCH, *JAX, "PIL", "matplotlib", "pyarrow"),
+        (*TORCH, *JAX, "PIL", "matplotlib", "pyarrow", "h5py"),
         ("evac_jax", "algos", "policies"),
     ),
     # Robots reach the policy through it; nothing that trains may need it.

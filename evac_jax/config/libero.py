@@ -1,12 +1,12 @@
 """Settings of LIBERO (MuJoCo) as the ground truth, and what it needs; used by JAX and PyTorch."""
 
-import importlib.util
-import subprocess
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from policies.ranges import CountOrZero, Range
+from evac_jax.config.libero_files import PACKAGES, LiberoFiles, packages
+from evac_jax.errors import ConfigError
+from policies.ranges import Count, CountOrZero, Range, Share
 
 Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 # Actions of an episode, by suite. Source: moojink/openvla-oft, run_libero_eval.py (213c5ff).
@@ -17,8 +17,10 @@ MAX_STEPS: dict[Suite, int] = {
     "libero_10": 520,
     "libero_90": 400,
 }
-PACKAGES = ("libero", "robosuite", "mujoco", "bddl")
-_TOLD = "docs/libero.md tells what to install and to fetch"
+# Fields whose other values depart from the official protocol.
+PROTOCOL = (
+    *("image_size", "crop", "oversample", "action_repeat", "max_steps", "wait_steps", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,20 @@ class LiberoConfig:
 
     Attributes:
         suite: which set of tasks of the benchmark.
-        root: folder that holds LIBERO's `assets` and `bddl_files`.
-        states: folder of <suite>.npz, made by evac_jax.tools.episodes.import_libero_states.
+        root: folder libero/libero of a checkout of LIBERO, with its assets; "" = the package that
+            `libero.python` has installed.
+        states: folder of the initial states, <suite>/<task>.pruned_init or .pruned_init.npz; "" =
+            those that come with LIBERO.
         python: interpreter that has LIBERO installed; "" = the one that runs evac_jax.
         renderer: "egl" (GPU, or software by Mesa) or "osmesa" (software); MuJoCo's MUJOCO_GL.
         image_size: height and width of the camera frames, pixels.
-        max_steps: actions of an episode; 0 = the usual number of the suite.
+        crop: left, right, top and bottom end of the part of the camera's picture that is seen, as
+            shares of it; squeezed into a square.
+        oversample: draw frames this many times as large, without multisampling, and average: half
+            the time without a GPU; 0 = as LIBERO itself draws.
+        action_repeat: how often each action of the policy is played; 2 = the policy acts at 10 Hz.
+        max_steps: actions of an episode; 0 = the usual number of the suite, divided by
+            `action_repeat`.
         wait_steps: actions without motion before an episode begins, while objects settle.
         seed: seed of LIBERO's random numbers at a reset; the number of the initial state is added.
         camera: the camera that is written to recordings: "true", the real one, or "reference", the
@@ -45,70 +55,80 @@ class LiberoConfig:
     python: str = ""
     renderer: Literal["egl", "osmesa"] = "egl"
     image_size: Annotated[int, Range(8)] = 256
+    crop: tuple[Share, Share, Share, Share] = (0.0, 1.0, 0.0, 1.0)
+    oversample: Annotated[int, Range(0, 8)] = 0
+    action_repeat: Count = 1
     max_steps: CountOrZero = 0
     wait_steps: CountOrZero = 10
     seed: CountOrZero = 0
     camera: Literal["true", "reference"] = "true"
 
-    @property
-    def episode_steps(self) -> int:
-        """Actions of an episode."""
-        return self.max_steps or MAX_STEPS[self.suite]
+    def __post_init__(self):
+        object.__setattr__(self, "crop", tuple(self.crop))  # a list when it was JSON
 
     @property
-    def states_file(self) -> Path:
-        """The suite's initial states."""
-        return Path(self.states) / f"{self.suite}.npz"
+    def episode_steps(self) -> int:
+        """The policy's actions of an episode."""
+        return self.max_steps or -(-MAX_STEPS[self.suite] // self.action_repeat)
+
+    @property
+    def files(self) -> LiberoFiles:
+        """Where LIBERO's files lie.
+
+        Raises:
+            ConfigError: nowhere.
+        """
+        return LiberoFiles.find(self.root, self.states, self.python)
+
+    @property
+    def departures(self) -> list[str]:
+        """What departs from the official protocol, in words; [] where nothing does."""
+        official = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = [name for name in PROTOCOL if getattr(self, name) != official[name]]
+        return [f"{name} {getattr(self, name)} instead of {official[name]}" for name in changed]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The departures as a sentence for tables and logs; () where there are none."""
+        told = "; ".join(self.departures)
+        return (f"LIBERO is not played by the official protocol: {told}",) if told else ()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what results and recordings depend on, as plain values for a card or a table."""
+        names = ("suite", "episode_steps", *PROTOCOL)
+        facts = {name: getattr(self, name) for name in names if name != "max_steps"}
+        return facts | {"departures": self.departures or "none: the official protocol"}
 
 
 def problems(config: LiberoConfig) -> list[str]:
     """Return which files and packages of LIBERO are missing, [] if there are none."""
-    return _missing_files(config) + _missing_packages(config)
-
-
-def _missing_files(config: LiberoConfig) -> list[str]:
-    found = []
-    if not config.root:
+    found = _missing_packages(config)
+    left, right, top, bottom = config.crop
+    if not (left < right and top < bottom):
         found.append(
-            "config.libero.root: needed, the folder that holds LIBERO's assets and bddl_files "
-            f"(libero/libero of its repository); {_TOLD}"
+            f"config.libero.crop: expected left < right and top < bottom, got {config.crop}"
         )
-    else:
-        for name in ("assets", f"bddl_files/{config.suite}"):
-            if not (Path(config.root) / name).is_dir():
-                found.append(f"config.libero.root: {config.root!r} has no folder {name!r}; {_TOLD}")
-    if not (config.states and config.states_file.is_file()):
-        where = f"{str(config.states_file)!r} does not exist" if config.states else "needed"
+    if config.camera == "reference" and config.crop != (0.0, 1.0, 0.0, 1.0):
         found.append(
-            f"config.libero.states: {where}; make the folder once by python -m "
-            "evac_jax.tools.episodes.import_libero_states --root LIBERO_ROOT --out FOLDER"
+            "config.libero.camera: the reference's camera sees the whole picture; with "
+            f"libero.crop {config.crop} set it to 'true'"
         )
-    return found
+    try:
+        found += config.files.problems(config.suite)
+    except ConfigError as error:
+        found.append(str(error))
+    return list(dict.fromkeys(found))
 
 
 def _missing_packages(config: LiberoConfig) -> list[str]:
-    """Look for the packages without importing them; a command asks another interpreter."""
-    if not config.python:
-        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-        who = "this Python has"
-    else:
-        who = f"{config.python!r} has"
-        code = "import importlib.util, sys; print(*(n for n in sys.argv[1:] if importlib.util."
-        code += "find_spec(n) is None))"
-        try:
-            done = subprocess.run(
-                [config.python, "-c", code, *PACKAGES],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            return [f"config.libero.python: {config.python!r} cannot be run: {error}"]
-        missing = done.stdout.split()
+    try:
+        missing = [name for name in PACKAGES if name not in packages(config.python)]
+    except ConfigError as error:
+        return [str(error)]
     if not missing:
         return []
+    who = f"{config.python!r} has" if config.python else "this Python has"
     return [
-        f"config.libero.python: {who} no {', '.join(missing)}; make an environment with "
-        "requirements-libero.txt (its first lines say how) and name its interpreter here"
+        f"config.libero.python: {who} no {', '.join(missing)}; `make libero` makes an environment "
+        "with them, whose interpreter is .venv-libero/bin/python"
     ]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from evac_jax.errors import DataError
+from evac_jax.files import libero_facts
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.instructions import numbers_in
 from evac_jax.files.meaning import check_poses
@@ -61,8 +62,8 @@ class Episodes:
         task: index into `instructions`, int32 [N].
         source: who played, index into `sources`, int32 [N].
         start: start id that a ground truth can be reset to, -1 = unknown, int64 [N].
-        held_out: no training may see it, bool [N]; by hash of first frame and instruction, so one
-            scene is never on both sides.
+        held_out: no training may see it, bool [N]; as the recorder said, else by hash of first
+            frame and instruction; one scene is never on both sides.
         intrinsic: in pixels at the frames' size, float32 [V 3 3].
         c2w: camera to world, +Z forward, float32 [V 4 4]; cameras are at rest.
         card: the data card.
@@ -269,9 +270,10 @@ class EpisodeWriter:
         task: int,
         source: int,
         start: int = -1,
+        held_out: bool | None = None,
     ) -> None:
         """Append one episode of T actions: frames [T+1 V H W 3], actions [T 7], poses [T+1 8],
-        success [T+1]; see `Episodes`.
+        success [T+1]; see `Episodes`. Without `held_out` a hash decides.
         """  # noqa: D205
         steps, where = len(actions), f"{self._out}: episode {len(self._parts['first'])}"
         frames, poses = np.asarray(frames), np.asarray(poses, np.float32)
@@ -302,7 +304,9 @@ class EpisodeWriter:
             "task": task,
             "source": source,
             "start": start,
-            "held_out": is_held_out(frames[0], self._card["instructions"][task]),
+            "held_out": is_held_out(frames[0], self._card["instructions"][task])
+            if held_out is None
+            else held_out,
         }
         for name, value in values.items():
             self._parts[name].append(value)
@@ -348,9 +352,13 @@ class EpisodeWriter:
         raw.unlink()
 
 
-def is_held_out(first_frame: np.ndarray, instruction: str) -> bool:
-    """Whether episodes that begin so are held out."""
-    digest = hashlib.sha256(np.ascontiguousarray(first_frame).tobytes() + instruction.encode())
+def is_held_out(beginning: np.ndarray, instruction: str) -> bool:
+    """Whether episodes that begin so are held out.
+
+    Args:
+        beginning: the first frame, or whatever else tells one scene from another.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(beginning).tobytes() + instruction.encode())
     return int.from_bytes(digest.digest()[:8], "big") < HELD_OUT * 2**64
 
 
@@ -430,4 +438,5 @@ def _join(parts: list[Episodes], folders: tuple) -> Episodes:
         joined[name] = np.concatenate([m[getattr(p, name)] for m, p in pairs])
         card[texts] = merged
     card["sha256"] = {"joined": [part.card["sha256"] for part in parts]}
+    card["libero"] = libero_facts.common([part.card for part in parts])
     return dataclasses.replace(one, **joined, card=card)

@@ -71,10 +71,11 @@ def _problems(intrinsic: np.ndarray, c2w: np.ndarray) -> list[str]:
     if not (np.isfinite(intrinsic).all() and np.isfinite(c2w).all()):
         return ["expected finite numbers"]
     rotation, problems = c2w[:, :3, :3], []
-    if not np.allclose(intrinsic[:, 2], (0, 0, 1)) or (intrinsic[:, (0, 1), (0, 1)] <= 0).any():
+    focal = intrinsic[:, (0, 1), (0, 1)]
+    if not np.allclose(intrinsic[:, 2], (0, 0, 1)) or (focal == 0).any() or (focal[:, 1] < 0).any():
         problems.append(
-            "intrinsic: expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels with fx, fy > 0, "
-            f"got {intrinsic.tolist()}"
+            "intrinsic: expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels with fy > 0, and "
+            f"fx > 0 or, where frames are mirrored, fx < 0; got {intrinsic.tolist()}"
         )
     if not np.allclose(c2w[:, 3], (0, 0, 0, 1), atol=1e-4):
         problems.append(

@@ -40,7 +40,7 @@ class LiberoEnvConfig:
 
     Attributes:
         libero: the suite, its files and its rendering.
-        num_envs: environments stepped as one batch, B; each is a process of some 1.4 GB.
+        num_envs: environments stepped as one batch, B; each is a process of some 1.9 GB.
         chunk: actions per decision, K.
         coefficient, relative, ignore_terminations: see `EpisodeRules`.
         auto_reset: restart an environment as soon as its episode is over, from the next start of
@@ -108,6 +108,7 @@ class LiberoEnv:
             num_starts=self._pool.suite.num_starts,
             max_episode_steps=chunks * config.chunk,
             clip_envs=config.clip_envs,
+            notes=config.libero.notes,
         )
         rules = EpisodeRules(
             max_episode_steps=self.spec.max_episode_steps,

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -33,7 +33,7 @@ _END_S = 5.0  # a process that was told to end gets this long
 class MujocoProcess:
     """One environment as seen from outside. Starting does not wait for it."""
 
-    def __init__(self, config: LiberoConfig, paths: str):
+    def __init__(self, config: LiberoConfig, assets: Path, paths: str):
         ours, theirs = socket.socketpair()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self.task = ""
@@ -60,7 +60,8 @@ class MujocoProcess:
             )
         self.connection = Connection(ours.detach())
         self.exit_fd = os.pidfd_open(self._process.pid)
-        self.send(root=config.root, image_size=config.image_size, wait_steps=config.wait_steps)
+        settings = ("image_size", "crop", "oversample", "action_repeat", "wait_steps")
+        self.send(assets=str(assets), **{name: getattr(config, name) for name in settings})
 
     def send(self, **message: Any) -> None:
         """Send a request.
@@ -125,10 +126,11 @@ class MujocoProcess:
 
 @dataclass(frozen=True)
 class Played:
-    """One environment's part of a chunk of k actions.
+    """One environment's part of a chunk of k actions of the policy.
 
     Attributes:
-        frames: uint8 [k 1 H W 3] where it was filmed, else only the last [1 1 H W 3].
+        frames: uint8 [k 1 H W 3] where it was filmed, else only the last [1 1 H W 3]; none [0 ..]
+            if it was played blind.
         poses: float32 [k 8] after each action: xyz (m), quaternion xyzw, gripper opening 0..1.
         success: bool [k] after each action.
     """
@@ -136,6 +138,14 @@ class Played:
     frames: np.ndarray
     poses: np.ndarray
     success: np.ndarray
+
+
+def _played(message: dict[str, Any], frames: np.ndarray) -> Played:
+    return Played(
+        frames=frames[:, None],
+        poses=np.array(message["poses"], np.float32),
+        success=np.array(message["success"], bool),
+    )
 
 
 class LiberoPool:
@@ -146,7 +156,9 @@ class LiberoPool:
     """
 
     def __init__(self, config: LiberoConfig, num_envs: int):
-        self.suite: Suite = load_suite(config.states_file)
+        self._files = config.files
+        self.suite: Suite = load_suite(config.suite, self._files)
+        self.bddl_files = self._files.root / "bddl_files"
         self.camera: Matrices | None = None  # of the first episode
         self.one_camera = True  # so far; LIBERO's scenes may differ in theirs
         self._config = config
@@ -157,15 +169,15 @@ class LiberoPool:
 
     def _write_paths(self, folder: Path) -> None:
         """Write LIBERO's config.yaml (JSON is YAML); without one its import waits for a person."""
-        root = Path(self._config.root).resolve()
+        files = self._files
         paths = {
-            "benchmark_root": root,
-            "assets": root / "assets",
-            "bddl_files": root / "bddl_files",
-            "init_states": root / "init_files",
-            "datasets": root,
+            "benchmark_root": files.root,
+            "assets": files.assets,
+            "bddl_files": files.root / "bddl_files",
+            "init_states": files.states,
+            "datasets": files.root,
         }
-        text = json.dumps({name: str(path) for name, path in paths.items()})
+        text = json.dumps({name: str(path.resolve()) for name, path in paths.items()})
         (folder / "config.yaml").write_text(text)
 
     def start(self, envs: Sequence[int], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,51 +189,98 @@ class LiberoPool:
         Raises:
             SimulatorError: a process failed or died.
         """
-        tasks, states = self.suite.locate(starts)
-        names = [f"{self.suite.name}/{self.suite.tasks[task]}" for task in tasks]
-        self._seat_by_task(envs, names)
-        for env, name, task, state in zip(envs, names, tasks, states, strict=True):
-            process = self._process(env)
-            process.task = name
-            process.send(
-                do="start",
-                task=name,
-                state=self.suite.states[task][state].tolist(),
-                seed=self._config.seed + int(state),
-            )
-        answers = self._gather(envs)
-        for message, _ in answers:
-            self._note_camera(message["camera"])
+        tasks, numbers = self.suite.locate(starts)
+        answers = self._begin(
+            envs,
+            [self.suite.tasks[task] for task in tasks],
+            [self.suite.states[task][n] for task, n in zip(tasks, numbers, strict=True)],
+            [self._config.seed + int(n) for n in numbers],
+        )
         poses = np.array([message["pose"] for message, _ in answers], np.float32)
         return np.stack([frames for _, frames in answers]), poses.reshape(len(answers), 8)
 
     def play(
-        self, envs: Sequence[int], actions: Sequence[np.ndarray], film: Sequence[bool]
+        self,
+        envs: Sequence[int],
+        actions: Sequence[np.ndarray],
+        film: Sequence[bool],
+        *,
+        blind: bool = False,
     ) -> list[Played]:
         """Play actions [k 7] in each of `envs`, k >= 1 of each its own; in the sense of LIBERO.
 
         Args:
             film: which environments return a frame for every action.
+            blind: none returns any, not even the last one.
 
         Raises:
             SimulatorError: a process failed or died.
         """
         for env, moves, filmed in zip(envs, actions, film, strict=True):
             # As float64: LIBERO computes in it, and the same numbers must come out of a recording.
-            self._process(env).send(do="play", actions=moves.tolist(), film=bool(filmed))
-        return [
-            Played(
-                frames=frames[:, None],
-                poses=np.array(message["poses"], np.float32),
-                success=np.array(message["success"], bool),
+            self._process(env).send(
+                do="play", actions=moves.tolist(), film=bool(filmed), blind=blind
             )
-            for message, frames in self._gather(envs)
-        ]
+        return [_played(*answer) for answer in self._gather(envs)]
+
+    def look(self, envs: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Return where everything is in `envs`: name -> xyz (m), quaternion xyzw, float64 [7].
+
+        Names are those of the task's `.bddl` file. No camera tells this; scripted players need it.
+
+        Raises:
+            SimulatorError: a process failed or died.
+        """
+        for env in envs:
+            self._process(env).send(do="look")
+        answers = [message["places"] for message, _ in self._gather(envs)]
+        return [{name: np.array(place) for name, place in seen.items()} for seen in answers]
+
+    def show(
+        self, task: str, states: np.ndarray, fixtures: Mapping[str, Sequence[float]]
+    ) -> Played:
+        """Return MuJoCo states [k d] of one of the suite's tasks as they are, in environment 0.
+
+        Args:
+            fixtures: where bodies that no state moves stand: body -> xyz (m), quaternion wxyz; the
+                others stand where LIBERO's random numbers put them.
+
+        Raises:
+            SimulatorError: the process failed or died.
+        """
+        self._begin([0], [task], [states[0]], [self._config.seed])
+        self._process(0).send(
+            do="show",
+            states=states.tolist(),
+            fixtures={body: list(place) for body, place in fixtures.items()},
+        )
+        return _played(*self._gather([0])[0])
+
+    def _begin(
+        self,
+        envs: Sequence[int],
+        tasks: Sequence[str],
+        states: Sequence[np.ndarray],
+        seeds: Sequence[int],
+    ) -> list[tuple[dict[str, Any], np.ndarray]]:
+        names = [f"{self.suite.name}/{task}" for task in tasks]
+        self._seat_by_task(envs, names)
+        for env, name, task, state, seed in zip(envs, names, tasks, states, seeds, strict=True):
+            process = self._process(env)
+            process.task = name
+            bddl = str(self._files.bddl(self.suite.name, task).resolve())
+            process.send(do="start", task=bddl, state=state.tolist(), seed=seed)
+        answers = self._gather(envs)
+        for message, _ in answers:
+            self._note_camera(message["camera"])
+        return answers
 
     def _process(self, env: int) -> MujocoProcess:
         seat = self._seat[env]
         if self._processes[seat] is None:
-            self._processes[seat] = MujocoProcess(self._config, self._folder.name)
+            self._processes[seat] = MujocoProcess(
+                self._config, self._files.assets.resolve(), self._folder.name
+            )
         return self._processes[seat]
 
     def _seat_by_task(self, envs: Sequence[int], names: Sequence[str]) -> None:
@@ -254,7 +313,7 @@ class LiberoPool:
     def _note_camera(self, told: dict[str, Any]) -> None:
         camera = libero_camera()
         if self._config.camera == "true":
-            camera = camera_matrices(**told, size=self._config.image_size)
+            camera = camera_matrices(**told, size=self._config.image_size, crop=self._config.crop)
         self.camera = self.camera or camera
         pairs = zip(self.camera, camera, strict=True)
         self.one_camera &= all(np.allclose(a, b, atol=1e-5) for a, b in pairs)

@@ -4,16 +4,22 @@ A start id is a task and an initial state: id % number of tasks is the task, id 
 the state. So the first ids contain every task once, and 500 ids cover a suite of 10 x 50.
 """
 
+import io
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from evac_jax.config.libero_files import LiberoFiles
 from evac_jax.errors import DataError
-from evac_jax.files.atomic import replacing
+from evac_jax.files.restricted_npy import unpickle
 from evac_jax.sim.camera import Matrices
+
+HELD_OUT = 0.1  # share of the initial states, the last ones, that no training sees
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,24 @@ class Suite:
                             f"{starts}")  # fmt: skip
         return starts % len(self.tasks), starts // len(self.tasks)
 
+    def is_held_out(self, starts: np.ndarray) -> np.ndarray:
+        """Return which start ids are held out, bool [n]: those of every task's last states.
+
+        Pictures cannot tell: the same start may differ in a few pixels when it is repeated.
+        """
+        return self.locate(starts)[1] >= round(len(self.states[0]) * (1 - HELD_OUT))
+
+    def spread(self, starts: np.ndarray) -> np.ndarray:
+        """Return start ids [n] in an order whose every stretch has states of the whole range.
+
+        Tasks stay in their order, so that each can keep a process of its own. So held-out states
+        are among few episodes too, and among those of every player.
+        """
+        states, which = np.unique(self.locate(starts)[1], return_inverse=True)
+        # Multiples of the golden ratio fill [0, 1) evenly; the n-th smallest is that of state n.
+        turn = np.argsort(np.arange(len(states)) * _GOLDEN % 1.0)
+        return np.asarray(starts)[np.argsort(turn[which], kind="stable")]
+
 
 def instruction_of(task: str) -> str:
     """Return a task's name as a sentence, without the scene's name in front.
@@ -61,35 +85,42 @@ def instruction_of(task: str) -> str:
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
 
 
-def load_suite(file: Path) -> Suite:
-    """Return the suite that `save_suite` wrote.
+def load_suite(name: str, files: LiberoFiles) -> Suite:
+    """Return a suite: tasks in the benchmark's order, and the initial states that come with it.
 
     Raises:
-        DataError: the file is missing, damaged, or no suite.
+        ConfigError: LIBERO's table of tasks cannot be read.
+        DataError: a file of states is missing or damaged, or asks for more than NumPy.
+    """
+    tasks = tuple(files.tasks(name))
+    states = tuple(read_states(files.states_file(name, task)) for task in tasks)
+    _check(name, tasks, states)
+    return Suite(name, tasks, states)
+
+
+def read_states(path: Path) -> np.ndarray:
+    """Return a task's initial states, float64 [n d].
+
+    Args:
+        path: `.npz` with the key "states"; or a torch file as LIBERO's repository has them, whose
+            pickle goes through an unpickler that admits NumPy only.
+
+    Raises:
+        DataError: the file is missing or damaged, or its pickle asks for more than NumPy.
     """
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            tasks = tuple(str(task) for task in stored["tasks"])
-            states = tuple(stored[f"states_{n}"] for n in range(len(tasks)))
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(
-            f"{file}: not a suite's initial states ({error}); make it by python -m "
-            "evac_jax.tools.episodes.import_libero_states"
-        ) from error
-    _check(file.stem, tasks, states)
-    return Suite(file.stem, tasks, states)
-
-
-def save_suite(file: Path, tasks: Sequence[str], states: Sequence[np.ndarray]) -> None:
-    """Write a suite as `.npz`: `tasks`, and `states_<n>` of task n; whole or not at all.
-
-    Raises:
-        DataError: the states are not those of a suite.
-    """
-    _check(file.stem, tasks, states)
-    arrays = {f"states_{n}": array for n, array in enumerate(states)}
-    with replacing(file) as temporary:
-        np.savez_compressed(temporary, tasks=np.array(tasks, np.str_), **arrays)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as stored:
+                return stored["states"]
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            content = archive.read(name)
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a readable file of initial states: {error!r}") from error
+    states = unpickle(io.BytesIO(content), path)
+    if not isinstance(states, np.ndarray):
+        raise DataError(f"{path}: expected an array of states, got {type(states).__name__}")
+    return states
 
 
 def _check(name: str, tasks: Sequence[str], states: Sequence[np.ndarray]) -> None:
@@ -107,7 +138,11 @@ def _check(name: str, tasks: Sequence[str], states: Sequence[np.ndarray]) -> Non
 
 
 def camera_matrices(
-    fovy: float, position: Sequence[float], rotation: Sequence[float], size: int
+    fovy: float,
+    position: Sequence[float],
+    rotation: Sequence[float],
+    size: int,
+    crop: Sequence[float] = (0.0, 1.0, 0.0, 1.0),
 ) -> Matrices:
     """Return intrinsic [1 3 3] and camera-to-world [1 4 4] of the frames as they are handed over.
 
@@ -115,13 +150,18 @@ def camera_matrices(
     by 180 degrees, which leaves the upright view mirrored: hence the negative focal length in x.
 
     Args:
-        fovy: vertical field of view, degrees.
+        fovy: vertical field of view of the whole picture, degrees.
         position: of the camera in the world, metres [3].
         rotation: camera to world in MuJoCo's axes, row by row [9].
-        size: height and width, pixels.
+        size: height and width of the frames, pixels.
+        crop: left, right, top and bottom of what they show, as shares of the whole picture.
     """
-    focal = size / 2 / np.tan(np.radians(fovy) / 2)
-    intrinsic = np.array([[-focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
+    left, right, top, bottom = crop
+    focal = 0.5 / np.tan(np.radians(fovy) / 2)  # in heights of the whole picture
+    x, y = size / (right - left), size / (bottom - top)  # pixels that it would have
+    intrinsic = np.array(
+        [[-focal * x, 0, (0.5 - left) * x], [0, focal * y, (0.5 - top) * y], [0, 0, 1]]
+    )
     c2w = np.eye(4)
     c2w[:3, :3] = np.reshape(rotation, (3, 3)) * [1, -1, -1]
     c2w[:3, 3] = position

@@ -6,13 +6,15 @@ inherited socket, frames follow as raw bytes.
 
 Source: behaviour of moojink/openvla-oft's LIBERO evaluation (213c5ff): rotation of the frames,
 motionless actions at the start. Differences: 1. LIBERO's random numbers, which place the
-fixtures, are seeded before every reset, there once per task; 2. the clocks by which robosuite
-samples its cameras begin anew at every reset, there they drift by 4 ms per episode; 3. only frames
-that are used are rendered. The first two make an episode independent of those before it.
+fixtures, are seeded before every reset, there once per task; 2. a reset keeps the scene and puts
+back by hand all that a reset which builds it anew would, so that every episode is the one that a
+new environment of upstream would play first; 3. only frames that are used are rendered, and
+nothing is computed twice. tests/integration/test_libero_simulator.py compares the numbers.
 """
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -25,6 +27,7 @@ import numpy as np
 
 CAMERA = "agentview"
 IMAGE = f"{CAMERA}_image"
+WHOLE = (0.0, 1.0, 0.0, 1.0)  # crop that shows all of the picture
 FINGER_TRAVEL = 0.04  # metres that each of the gripper's two fingers moves
 NO_MOTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # -1 keeps the gripper open
 
@@ -54,44 +57,48 @@ class Scene:
     """The MuJoCo environment of one task after another.
 
     Args:
-        root: folder of assets and bddl_files.
-        image_size: pixels.
+        assets: folder of LIBERO's meshes and textures.
+        image_size, crop, oversample: of the frames, see `LiberoConfig`.
+        action_repeat: how often each action is played.
         wait_steps: motionless actions after every reset.
     """
 
-    def __init__(self, root: str, image_size: int, wait_steps: int):
+    def __init__(
+        self,
+        assets: str,
+        image_size: int,
+        crop: Sequence[float],
+        oversample: int,
+        action_repeat: int,
+        wait_steps: int,
+    ):
         import libero.libero as package
 
         if hasattr(package, "get_assets_path"):
             # hf-libero would download its own assets, whatever its configuration says.
-            package._assets_path_cache = os.path.join(root, "assets")
+            package._assets_path_cache = assets
         from libero.libero.envs import OffScreenRenderEnv
 
-        self._make, self._root = OffScreenRenderEnv, root
-        self._image_size, self._wait_steps = image_size, wait_steps
-        self._task, self._env, self._looked_at = "", None, False
+        self._make = OffScreenRenderEnv
+        self._image_size, self._crop, self._oversample = image_size, crop, oversample
+        self._repeat, self._wait_steps = action_repeat, wait_steps
+        self._task, self._env, self._bodies = "", None, []
+        self._looked_at = False
 
     def start(self, task: str, state: Sequence[float], seed: int) -> tuple[dict, np.ndarray]:
-        """Begin an episode of task "<suite>/<name>"; return its pose and camera, and its frame.
+        """Begin an episode of the task of a bddl file; return its pose and camera, and its frame.
 
         Args:
             state: flattened MuJoCo state.
             seed: of what LIBERO draws at a reset.
         """
+        self._looked_at = False
         if task != self._task:
             self.close()
-            self._env = self._make(
-                bddl_file_name=os.path.join(self._root, "bddl_files", f"{task}.bddl"),
-                camera_names=[CAMERA],
-                camera_heights=self._image_size,
-                camera_widths=self._image_size,
-                ignore_done=True,  # the number of actions is counted elsewhere
-            )
-            self._task = task
+            self._build(task)
         self._env.seed(seed)
-        self._restart_clocks()
+        self._restart()
         self._env.reset()
-        self._render_on_demand()
         self._quaternion = None
         self._looked_at = not self._wait_steps
         seen = self._env.set_init_state(np.asarray(state, np.float64))
@@ -100,45 +107,133 @@ class Scene:
             seen = self._env.step(np.array(NO_MOTION))[0]
         return {"pose": self._pose(seen), "camera": self._camera()}, _turned(seen)[None]
 
-    def play(self, actions: Sequence[Sequence[float]], film: bool) -> tuple[dict, np.ndarray]:
+    def _build(self, task: str) -> None:
+        """Build the scene of a task; it stays until another task is asked for."""
+        self._env = self._make(
+            bddl_file_name=task,
+            camera_names=[CAMERA],
+            camera_heights=self._image_size,
+            camera_widths=self._image_size,
+            ignore_done=True,  # the number of actions is counted elsewhere
+            hard_reset=False,  # `_restart` makes up for it
+        )
+        self._task, inner = task, self._env.env
+        # A hard reset adds the samplers of doors and drawers a second time; all that is drawn after
+        # them depends on it. Upstream's first episode is the one after the first hard reset.
+        inner.object_property_initializers *= 2
+        model = inner.sim.model
+        self._bodies = [(part, part.copy()) for part in (model.body_pos, model.body_quat)]
+        _release_memory()
+        self._compute_once()
+        self._render_on_demand()
+
+    def play(
+        self, actions: Sequence[Sequence[float]], film: bool, blind: bool = False
+    ) -> tuple[dict, np.ndarray]:
         """Play actions [k 7]; return poses and success after each, and the frames.
 
         Args:
             film: return the frame after every action [k H W 3], else only the last [1 H W 3].
+            blind: return no frame [0 1 1 3]; rendering takes nine tenths of the time.
         """
         poses, success, frames = [], [], []
         for index, action in enumerate(actions):
-            self._looked_at = film or index == len(actions) - 1
-            seen, _, done, _ = self._env.step(np.array(action))
+            wanted = not blind and (film or index == len(actions) - 1)
+            reached = False
+            for repeat in range(self._repeat):
+                self._looked_at = wanted and repeat == self._repeat - 1
+                seen, _, done, _ = self._env.step(np.array(action))
+                reached |= bool(done)
             poses.append(self._pose(seen))
-            success.append(bool(done))
-            if self._looked_at:
+            success.append(reached)
+            if wanted:
                 frames.append(_turned(seen))
-        return {"poses": poses, "success": success}, np.stack(frames)
+        return {"poses": poses, "success": success}, _stacked(frames)
+
+    def look(self) -> tuple[dict]:
+        """Return where everything is: name -> xyz (m) and quaternion xyzw, of bodies and sites."""
+        places = {}
+        for name, state in self._env.env.object_states_dict.items():
+            seen = state.get_geom_state()
+            # LIBERO says a body's quaternion as MuJoCo does, w first, and a site's w last.
+            turn = seen["quat"] if state.object_state_type == "site" else np.roll(seen["quat"], -1)
+            places[name] = [*np.asarray(seen["pos"]).tolist(), *np.asarray(turn).tolist()]
+        return ({"places": places},)
+
+    def show(
+        self, states: Sequence[Sequence[float]], fixtures: dict[str, Sequence[float]]
+    ) -> tuple[dict, np.ndarray]:
+        """Return what `play` does of flattened MuJoCo states [k d], in the task that was started.
+
+        Args:
+            fixtures: where bodies that no state moves shall stand until the next start: body ->
+                xyz, quaternion wxyz.
+        """
+        model = self._env.sim.model
+        for body, place in fixtures.items():
+            index = model.body_name2id(body)
+            model.body_pos[index], model.body_quat[index] = place[:3], place[3:]
+        self._looked_at = True
+        poses, success, frames = [], [], []
+        for state in states:
+            seen = self._env.set_init_state(np.asarray(state, np.float64))
+            poses.append(self._pose(seen))
+            success.append(bool(self._env.check_success()))
+            frames.append(_turned(seen))
+        return {"poses": poses, "success": success}, _stacked(frames)
 
     def close(self) -> None:
         """End the environment, if there is one."""
         if self._env is not None:
             self._env.close()
-        self._task, self._env = "", None
+        self._task, self._env, self._bodies = "", None, []
 
-    def _restart_clocks(self) -> None:
+    def _restart(self) -> None:
+        """Put back what a reset leaves as it was, unless the whole scene is built anew."""
         for name in self._env.env.observation_names:
-            self._env.env.modify_observable(name, "enabled", True)
+            self._env.env.modify_observable(name, "enabled", True)  # their clocks
+        for robot in self._env.env.robots:
+            robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)
+        for part, first in self._bodies:  # where fixtures stand; the reset moves most of them
+            part[:] = first
+
+    def _compute_once(self) -> None:
+        """Leave out the second of two equal computations in every substep: a sixth of the time.
+
+        robosuite computes positions and velocities before it asks its controllers for torques, and
+        they compute them again.
+        """
+        inner = self._env.env
+        act = inner._pre_action
+
+        def pre_action(action: np.ndarray, policy_step: bool = False) -> None:
+            inner.sim.forward = lambda: None
+            try:
+                act(action, policy_step)
+            finally:
+                del inner.sim.forward
+
+        inner._pre_action = pre_action
 
     def _render_on_demand(self) -> None:
         """Let the camera render only while `_looked_at`: it takes nine tenths of a step's time.
 
         robosuite can also switch a camera off, but that shifts the moments at which it samples.
         """
-        render = self._env.env._observables[IMAGE]._sensor
-        blank = np.zeros((self._image_size, self._image_size, 3), np.uint8)
+        inner, size = self._env.env, self._image_size
+        render = official = inner._observables[IMAGE]._sensor
+        if self._oversample or tuple(self._crop) != WHOLE:
+            from evac_jax.sim.libero_picture import Picture
 
-        @functools.wraps(render)  # robosuite reads the kind of a sensor from the function
+            picture = Picture(inner.sim, CAMERA, size, self._crop, self._oversample)
+            render = lambda cache: picture.draw()  # noqa: E731
+        blank = np.zeros((size, size, 3), np.uint8)
+
+        @functools.wraps(official)  # robosuite reads the kind of a sensor from the function
         def look(cache: dict) -> np.ndarray:
             return render(cache) if self._looked_at else blank
 
-        self._env.env.modify_observable(IMAGE, "sensor", look)
+        inner.modify_observable(IMAGE, "sensor", look)
 
     def _pose(self, seen: dict[str, np.ndarray]) -> list[float]:
         """Return xyz (m), quaternion xyzw, gripper opening 0..1."""
@@ -162,9 +257,22 @@ class Scene:
         }
 
 
+def _release_memory() -> None:
+    """Give back what MuJoCo and malloc keep of the text and meshes that a scene was built from."""
+    import mujoco
+
+    mujoco.MjModel.from_xml_string("<mujoco/>")  # replaces the last one, kept for mj_saveLastXML
+    with contextlib.suppress(AttributeError):  # not glibc's malloc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _turned(seen: dict[str, np.ndarray]) -> np.ndarray:
     """Return the frame uint8 [H W 3] turned by 180 degrees, as OpenVLA-OFT was trained on it."""
     return np.ascontiguousarray(seen[IMAGE][::-1, ::-1])
+
+
+def _stacked(frames: list[np.ndarray]) -> np.ndarray:
+    return np.stack(frames) if frames else np.zeros((0, 1, 1, 3), np.uint8)
 
 
 def serve(connection: Connection) -> None:

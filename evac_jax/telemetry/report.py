@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ def summary(
     seconds: Mapping[str, float],
     wall_seconds: float,
     places: Mapping[str, Path | None],
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the summary of a run as plain text.
 
@@ -121,6 +122,7 @@ def summary(
             of an iteration, "env/reward" a part of "env".
         wall_seconds: duration of this process.
         places: {what: path} of files; None is left out.
+        notes: what the success rates depend on, in lines.
     """
     lies = [[f"{what}:", str(where)] for what, where in places.items() if where is not None]
     width = max((len(what) for what, _ in lies), default=0)
@@ -128,6 +130,7 @@ def summary(
         [
             "Success rate [95 % Wilson interval]",
             table({"before": before, "after": after}),
+            *notes,
             "",
             "Time",
             _phase_table(seconds, wall_seconds),
@@ -158,6 +161,7 @@ def finish(
     seconds: Mapping[str, float],
     wall_seconds: float,
     places: Mapping[str, Path | None],
+    notes: Sequence[str] = (),
 ) -> None:
     """Write summary.json into the run's folder and show the summary; arguments as `summary`.
 
@@ -169,6 +173,7 @@ def finish(
     values = {
         "iteration": iteration,
         "success": {"before": _as_json(before), "after": _as_json(after)},
+        "notes": list(notes),
         "seconds": dict(seconds),
         "wall_seconds": wall_seconds,
         "places": {what: str(where) for what, where in places.items() if where is not None},
@@ -177,7 +182,12 @@ def finish(
     write_json(folder / SUMMARY_FILE, values)
     show(
         summary(
-            before=before, after=after, seconds=seconds, wall_seconds=wall_seconds, places=places
+            before=before,
+            after=after,
+            seconds=seconds,
+            wall_seconds=wall_seconds,
+            places=places,
+            notes=notes,
         )
     )
 

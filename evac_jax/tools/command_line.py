@@ -9,10 +9,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from evac_jax.config.fields import with_home
-from evac_jax.errors import EvacJaxError
+from evac_jax.config.fields import value_problems, with_home
+from evac_jax.config.libero import MAX_STEPS, LiberoConfig, problems
+from evac_jax.errors import ConfigError, EvacJaxError
 
 DEVICES = ("cpu", "cuda")
+LIBERO_PYTHON = ".venv-libero/bin/python"  # where `make libero` installs it
+_LIBERO = ("suite", "root", "states", "python", "renderer", "crop", "oversample")
 
 
 def run_tool(main: Callable[[], None]) -> None:
@@ -47,6 +50,35 @@ def _parted(argument: str) -> tuple[str, str, str]:
     """Return (flag, "=", value) of "--flag=value", and anything else as the value alone."""
     flag, equals, value = argument.partition("=")
     return (flag, equals, value) if equals and flag.startswith("-") else ("", "", argument)
+
+
+def add_libero(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which LIBERO is played and how it is drawn; see `libero_of`."""
+    official, kinds = LiberoConfig(), {"crop": _shares, "oversample": int}
+    for name in _LIBERO:
+        parser.add_argument(
+            f"--{name}",
+            default=LIBERO_PYTHON if name == "python" else getattr(official, name),
+            type=kinds.get(name, str),
+            choices=MAX_STEPS if name == "suite" else None,
+            help=f"as config.libero.{name}" + ("; with commas" if name == "crop" else ""),
+        )
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def libero_of(args: argparse.Namespace, **more: Any) -> LiberoConfig:
+    """Return the LIBERO that the options of `add_libero` and `more` fields describe.
+
+    Raises:
+        ConfigError: a value is out of range, or a file or package is missing.
+    """
+    config = LiberoConfig(**{name: getattr(args, name) for name in _LIBERO}, **more)
+    if wrong := value_problems(config, "--") or problems(config):
+        raise ConfigError("\n".join(wrong))
+    return config
 
 
 class Parser(argparse.ArgumentParser):

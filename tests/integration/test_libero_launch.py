@@ -90,6 +90,11 @@ def test_evaluation_tells_success_by_task(launch):
     assert total["episodes"] == 4
     assert total["successes"] == sum(counts["successes"] for counts in tasks.values())
     assert found["libero"]["episode_steps"] == 12
+    assert found["libero"]["departures"] == [
+        f"image_size {libero_fakes.SIZE} instead of 256",
+        "max_steps 12 instead of 0",
+    ]
+    assert "instead of 256" in shown
     frames, _ = video.read_mp4(folder / "videos" / "ground_truth_iteration_00000_0.mp4")
     assert len(frames) == 1 + 16
 
@@ -122,8 +127,8 @@ def test_recording_repeats_in_the_simulator_and_feeds_the_world_model(launch):
 
 
 def test_missing_libero_is_one_message_without_traceback(launch):
-    done = launch("eval", status=2, libero__states="", libero__root="nowhere")
+    done = launch("eval", status=2, libero__states="nowhere", libero__suite="libero_10")
     told = done.stderr[done.stderr.index("ConfigError") :]
-    assert "config.libero.root: 'nowhere' has no folder 'assets'" in told
-    assert "config.libero.states: needed" in told
+    assert "config.libero.root" in told
+    assert "does not tell the tasks of libero_10" in told
     assert "Traceback" not in done.stderr

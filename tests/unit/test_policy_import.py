@@ -11,9 +11,11 @@ from safetensors.numpy import save_file
 
 from evac_jax import train
 from evac_jax.config.build import default_config
+from evac_jax.config.libero import LiberoConfig
 from evac_jax.config.schema import PolicyConfig
-from evac_jax.errors import CheckpointError
-from evac_jax.policy_import import check_policy, known_tasks
+from evac_jax.errors import CheckpointError, ConfigError
+from evac_jax.policy_import import check_libero, check_policy, known_tasks
+from evac_jax.tools.episodes.collect_libero import policy_player
 from policies.openvla_oft.checkpoint_files import INDEX
 from tests.unit.policies.tiny import NORM_STATS
 from tests.unit.policy_folder import load, rewrite, shards, told, write
@@ -262,6 +264,24 @@ def test_prompt_that_is_too_long_is_told_before_anything_is_made_or_started(fold
     assert known_tasks(config) == [text]
     with pytest.raises(CheckpointError, match="raise policy.max_prompt_length"):
         check_policy(config.policy, known_tasks(config))
+
+
+def test_policy_of_another_libero_is_refused_before_anything_starts(folder):
+    seen = LiberoConfig(image_size=64, action_repeat=2)
+    config = default_config("grpo")
+    config = dataclasses.replace(
+        config,
+        libero=seen,
+        policy=PolicyConfig(checkpoint=str(folder)),
+        eval=dataclasses.replace(config.eval, ground_truth="libero"),
+    )
+    check_libero(config)  # no card, as published policies
+    (folder / "card.json").write_text(json.dumps({"start": {"libero": seen.facts()}}))
+    check_libero(config)
+    with pytest.raises(ConfigError, match=r"policy\.checkpoint.*action_repeat \(2 and 1\)"):
+        check_libero(other := dataclasses.replace(config, libero=LiberoConfig(image_size=64)))
+    with pytest.raises(ConfigError, match="action_repeat"):
+        policy_player(dataclasses.replace(other, policy=PolicyConfig()), config.policy, ())
 
 
 def test_tokenizer_of_another_model_is_refused(folder):

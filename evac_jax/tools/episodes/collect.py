@@ -211,10 +211,11 @@ def run(config: "TrainConfig") -> None:
 def _run_libero(config: "TrainConfig", mix: Mapping[str, float]) -> None:
     from evac_jax.tools.episodes import collect_libero
 
-    unknown = [k for k in mix if k != collect_libero.RANDOM and not k.startswith(POLICY)]
+    players = collect_libero.PLAYERS
+    unknown = [k for k in mix if k not in players and not k.startswith(POLICY)]
     if unknown or min(mix.values()) < 0 or sum(mix.values()) <= 0:
         raise ConfigError(
-            f"config.collect.mix: expected shares of {collect_libero.RANDOM}, policy and "
+            f"config.collect.mix: expected shares of {', '.join(players)}, policy and "
             f"{POLICY}FOLDER@T, which play LIBERO; got {config.collect.mix!r}"
         )
     kinds = {_named(k): _policy(k) if k.startswith(POLICY) else (k, 0.0) for k in mix}

@@ -1,16 +1,17 @@
-r"""Records episodes of LIBERO, played by policies or at random; docs/episodes.md is the format.
+r"""Records episodes of LIBERO, played by policies, scripts or at random; docs/episodes.md is the
+format.
 
     python launch.py --mode=collect --config=configs/grpo.py:libero_spatial \
         --config.eval.ground_truth=libero --config.collect.out=DIR --config.collect.mix=policy=1
 
 Called by `evac_jax.tools.episodes.collect`. Start ids are those of the evaluation;
 `env.train_starts` says which of them are recorded.
-"""
+"""  # noqa: D205
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ from flax import nnx
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, recordings
-from evac_jax.policy_import import import_policy
+from evac_jax.policy_import import check_libero, import_policy
 from evac_jax.sim.libero import ACTION_DIM, LiberoEnvConfig, to_libero
+from evac_jax.sim.libero_players import KINDS, LiberoPlayer, PickAndPlace, scripted_tasks
 from evac_jax.sim.libero_pool import LiberoPool
+from evac_jax.sim.libero_tasks import Suite
 from evac_jax.starts import noise_seed, range_of
 from policies.types import ObsBatch
 
@@ -32,9 +35,24 @@ if TYPE_CHECKING:
 
 CHUNK = LiberoEnvConfig.chunk  # actions per decision
 RANDOM = "random"
+PLAYERS = (*KINDS, RANDOM)  # that need no policy
 
 # Frames uint8 [B V H W 3], tasks [B] and a seed in, actions as a policy gives them [B K 7] out.
 Player = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+# An episode so far, in parts that are joined at its end: frames, poses, success and actions.
+Parts = dict[str, list[np.ndarray]]
+# Numbers of the episodes that go on, all episodes and the number of actions so far in; the next
+# actions [k 7] of those that go on out, as LIBERO takes them; chunks are a multiple of k.
+Decide = Callable[[list[int], list[Parts], int], list[np.ndarray]]
+
+
+class Source(Protocol):
+    """Who plays: `tasks` are the numbers of those it can do."""
+
+    tasks: Collection[int]
+
+    def begin(self, starts: np.ndarray, seed: int) -> Decide:
+        """Return how the episodes from `starts` [n] are played."""
 
 
 def play_random(frames: np.ndarray, tasks: np.ndarray, seed: int) -> np.ndarray:
@@ -52,8 +70,9 @@ def policy_player(
 
     Raises:
         CheckpointError: the policy cannot be imported.
-        ConfigError: it decides on another number of actions.
+        ConfigError: it decides on another number of actions, or belongs to another LIBERO.
     """
+    check_libero(dataclasses.replace(config, policy=policy))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     shardings = partial(sharding.leaf_sharding, mesh)
     loaded = import_policy(policy, seed=config.seed, chunk=CHUNK, num_images=1, shardings=shardings)
@@ -84,94 +103,135 @@ def policy_player(
     return play
 
 
+class AskPolicy:
+    """Lets `player` decide a chunk at a time, on the last frames; see `Source`.
+
+    Args:
+        batch: what the player always sees; the rest is filled up with the first.
+        gripper: rule that makes the policy's gripper LIBERO's.
+    """
+
+    def __init__(self, player: Player, suite: Suite, batch: int, gripper: str):
+        self.tasks = range(len(suite.tasks))
+        self._player, self._suite, self._batch, self._gripper = player, suite, batch, gripper
+
+    def begin(self, starts: np.ndarray, seed: int) -> Decide:
+        """Return how the episodes from `starts` [n] are played, n <= batch."""
+        tasks = self._suite.locate(starts)[0]
+        fill = np.concatenate((np.arange(len(tasks)), np.zeros(self._batch - len(tasks), int)))
+
+        def decide(running: list[int], parts: list[Parts], t: int) -> list[np.ndarray]:
+            seen = np.stack([part["frames"][-1][-1] for part in parts])
+            decided = self._player(seen[fill], tasks[fill], noise_seed(seed, t))
+            moves = to_libero(decided, self._gripper)
+            return [moves[n] for n in running]
+
+        return decide
+
+
+class AskScripts:
+    """Lets one script per episode decide before every action; see `Source`.
+
+    Args:
+        kind: of `libero_players.KINDS`.
+        known: task -> what to do in it.
+        repeat: how often LIBERO plays each action.
+    """
+
+    def __init__(self, kind: str, pool: LiberoPool, known: Mapping[int, PickAndPlace], repeat: int):
+        self.tasks = tuple(known)
+        self._kind, self._pool, self._known, self._repeat = kind, pool, known, repeat
+
+    def begin(self, starts: np.ndarray, seed: int) -> Decide:
+        """Return how the episodes from `starts` [n] are played."""
+        tasks = self._pool.suite.locate(starts)[0]
+        rngs = [np.random.default_rng([seed, n]) for n in range(len(starts))]
+        players = [
+            LiberoPlayer(self._kind, self._known[int(task)], rng, repeat=self._repeat)
+            for task, rng in zip(tasks, rngs, strict=True)
+        ]
+
+        def decide(running: list[int], parts: list[Parts], t: int) -> list[np.ndarray]:
+            looked = zip(running, self._pool.look(running), strict=True)
+            return [players[n].act(parts[n]["poses"][-1][-1], places)[None] for n, places in looked]
+
+        return decide
+
+
 def play_batch(
-    pool: LiberoPool,
-    player: Player,
-    starts: np.ndarray,
-    *,
-    batch: int,
-    steps: int,
-    gripper: str,
-    seed: int,
+    pool: LiberoPool, decide: Decide, starts: np.ndarray, *, steps: int
 ) -> list[dict[str, np.ndarray]]:
     """Return the episodes from `starts` [n], as `EpisodeWriter.add` takes them.
 
     An episode ends with the chunk in which it succeeds, or after `steps` actions.
-
-    Args:
-        batch: what the player always sees, n or more; the rest is filled up with the first.
-        gripper: rule that makes the policy's gripper LIBERO's.
     """
-    tasks = pool.suite.locate(starts)[0]
     running = list(range(len(starts)))
-    fill = np.concatenate((np.arange(len(starts)), np.zeros(batch - len(starts), int)))
     first, poses = pool.start(running, starts)
     parts = [
         {"frames": [f[None]], "poses": [p[None]], "success": [np.zeros(1, bool)], "actions": []}
         for f, p in zip(first, poses, strict=True)
     ]
-    for t in range(0, steps, CHUNK):
-        seen = np.stack([part["frames"][-1][-1] for part in parts])
-        decided = player(seen[fill], tasks[fill], noise_seed(seed, t))
-        moves = to_libero(decided, gripper)[:, : steps - t]
-        played = pool.play(running, [moves[env] for env in running], [True] * len(running))
-        for env, more in zip(running, played, strict=True):
-            parts[env]["actions"].append(moves[env])
+    t = 0
+    while running and t < steps:
+        moves = [decided[: steps - t] for decided in decide(running, parts, t)]
+        played = pool.play(running, moves, [True] * len(running))
+        for env, mine, more in zip(running, moves, played, strict=True):
+            parts[env]["actions"].append(mine)
             for name in ("frames", "poses", "success"):
                 parts[env][name].append(getattr(more, name))
-        running = [env for env in running if not parts[env]["success"][-1].any()]
-        if not running:
-            break
+        t += len(moves[0])
+        if t % CHUNK == 0:
+            running = [n for n in running if not np.concatenate(parts[n]["success"]).any()]
     return [{name: np.concatenate(values) for name, values in part.items()} for part in parts]
 
 
 def record(
     config: "TrainConfig",
     pool: LiberoPool,
-    players: Mapping[str, Callable[[], Player]],
+    sources: Mapping[str, Callable[[], Source]],
     counts: Sequence[int],
 ) -> recordings.Episodes:
-    """Record `counts` episodes of the players into `config.collect.out`.
+    """Record `counts` episodes of the sources into `config.collect.out`.
 
     Args:
-        players: name -> what makes the player, one after another: policies are large.
+        sources: name -> what makes the source, one after another: policies are large.
 
     Raises:
-        ConfigError: there are no such starts.
+        ConfigError: there are no such starts, or a source can play none of them.
         DataError: the folder exists, or the tasks' cameras differ.
     """
     suite, batch = pool.suite, config.eval.ground_truth_envs
     ends = config.env.train_starts
     low, high = range_of("env.train_starts", ends, suite.num_starts, suite.name)
-    starts = low + np.arange(sum(counts)) % (high - low)
+    order = suite.spread(np.arange(low, high))
     size = config.libero.image_size
-    pool.start([0], starts[:1])  # the simulator knows where its camera is, nobody else
+    pool.start([0], order[:1])  # the simulator knows where its camera is, nobody else
     with recordings.EpisodeWriter(
         config.collect.out,
         image_shape=(1, size, size, 3),
         instructions=suite.instructions,
-        sources=list(players),
+        sources=list(sources),
         intrinsic=pool.camera[0],
         c2w=pool.camera[1],
         facts=_facts(config),
     ) as writer:
         edges = np.cumsum([0, *counts])
-        for source, make in enumerate(players.values()):
-            player = make() if counts[source] else None
-            for at in range(edges[source], edges[source + 1], batch):
-                mine = starts[at : min(at + batch, edges[source + 1])]
-                episodes = play_batch(
-                    pool,
-                    player,
-                    mine,
-                    batch=batch,
-                    steps=config.libero.episode_steps,
-                    gripper=config.env.gripper,
-                    seed=noise_seed(config.seed, at),
+        for number, make in enumerate(sources.values()):
+            source = make() if counts[number] else None
+            able = order[np.isin(suite.locate(order)[0], source.tasks)] if source else order
+            if not len(able):
+                raise ConfigError(
+                    f"config.env.train_starts: {list(sources)[number]} can do no task of the "
+                    f"starts {low}..{high - 1}; choose others"
                 )
-                tasks = suite.locate(mine)[0]
-                for episode, task, start in zip(episodes, tasks, mine, strict=True):
-                    writer.add(**episode, task=int(task), source=source, start=int(start))
+            for at in range(edges[number], edges[number + 1], batch):
+                mine = able[np.arange(at, min(at + batch, edges[number + 1])) % len(able)]
+                decide = source.begin(mine, noise_seed(config.seed, at))
+                episodes = play_batch(pool, decide, mine, steps=config.libero.episode_steps)
+                tasks, held_out = suite.locate(mine)[0].tolist(), suite.is_held_out(mine).tolist()
+                for episode, task, start, held in zip(episodes, tasks, mine, held_out, strict=True):
+                    facts = {"task": task, "start": int(start), "held_out": held}
+                    writer.add(**episode, **facts, source=number)
                 if not pool.one_camera:
                     raise DataError(
                         f"{suite.name}: its tasks have cameras in several places, a recording has "
@@ -187,10 +247,7 @@ def _facts(config: "TrainConfig") -> dict:
         pose="xyz in metres, quaternion xyzw, gripper opening 0..1",
         action="delta_ee_7 in [-1, 1]; gripper -1 opens, +1 closes",
         camera=f"{libero.camera}; frames are turned by 180 degrees, hence mirrored",
-        libero={
-            name: getattr(libero, name)
-            for name in ("suite", "image_size", "episode_steps", "wait_steps", "seed")
-        },
+        libero=libero.facts(),
         seed=config.seed,
     )
 
@@ -199,15 +256,23 @@ def run(config: "TrainConfig", mix: Mapping[str, tuple[str, float]], counts: Seq
     """Record what `config.collect` asks for.
 
     Args:
-        mix: shown name -> (policy folder, temperature), or ("random", 0).
+        mix: shown name -> (policy folder, temperature), or (one of `PLAYERS`, 0).
         counts: episodes of each.
     """
-    pool = LiberoPool(config.libero, config.eval.ground_truth_envs)
+    pool, gripper = LiberoPool(config.libero, config.eval.ground_truth_envs), config.env.gripper
+    asked = partial(
+        AskPolicy, suite=pool.suite, batch=config.eval.ground_truth_envs, gripper=gripper
+    )
     try:
-        players: dict[str, Callable[[], Player]] = {}
+        scripts = [name for name in mix if name in KINDS]
+        known = scripted_tasks(pool.bddl_files, pool.suite) if scripts else {}
+        sources: dict[str, Callable[[], Source]] = {}
         for name, (folder, temperature) in mix.items():
+            if name in scripts:
+                sources[name] = partial(AskScripts, name, pool, known, config.libero.action_repeat)
+                continue
             if folder == RANDOM:
-                players[name] = lambda: play_random
+                sources[name] = partial(asked, play_random)
                 continue
             own = folder == config.policy.checkpoint
             policy = dataclasses.replace(
@@ -216,8 +281,9 @@ def run(config: "TrainConfig", mix: Mapping[str, tuple[str, float]], counts: Seq
                 temperature=temperature,
                 lora_adapter=config.policy.lora_adapter if own else "",
             )
-            players[name] = partial(policy_player, config, policy, pool.suite.instructions)
-        data = record(config, pool, players, counts)
+            player = partial(policy_player, config, policy, pool.suite.instructions)
+            sources[name] = lambda player=player: asked(player())
+        data = record(config, pool, sources, counts)
     finally:
         pool.close()
     logging.info("success by source: %s", data.card["success_once"])

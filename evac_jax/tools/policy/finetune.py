@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from algos.types import path_name
 from evac_jax.errors import DataError
-from evac_jax.files import cards, recordings
+from evac_jax.files import cards, libero_facts, recordings
 from evac_jax.files.atomic import replacing, whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.policy_import import told_as_checkpoint_error
@@ -92,6 +92,7 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
             save_adapter(model, folder / "adapter", base=args.start)
         facts = cards.card(
             data=digests,
+            libero=libero_facts.told(training.card),
             start=cards.read(Path(args.start)),
             history=history,
             scores=history[-1],

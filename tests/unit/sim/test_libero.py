@@ -202,6 +202,65 @@ def test_camera_sees_points_where_the_frames_show_them(tmp_path, monkeypatch):
     np.testing.assert_allclose(pixel, [SIZE * 0.75, SIZE * 0.375, 1], atol=1e-5)
 
 
+@pytest.fixture
+def pool(tmp_path, monkeypatch):
+    for name, value in libero_fakes.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    pool = LiberoPool(libero_fakes.write(tmp_path), 2)
+    yield pool
+    pool.close()
+
+
+def test_places_have_the_names_of_the_task_and_quaternions_with_w_last(pool):
+    pool.start([0, 1], np.array([0, 1]))
+    places = pool.look([1, 0])[0]
+    np.testing.assert_array_equal(
+        places["akita_black_bowl_1"], [*libero_fakes.BOWL, 0.0, 0.0, 0.8, 0.6]
+    )
+    np.testing.assert_array_equal(places["cabinet_1_top_region"], [0, 0, 0.9, 0, 0, 0.8, 0.6])
+
+
+def test_nothing_is_rendered_when_it_is_played_blind(pool, tmp_path):
+    pool.start([0], np.array([0]))
+    (played,) = pool.play([0], [np.zeros((3, 7))], [False], blind=True)
+    assert len(played.frames) == 0
+    assert len(played.poses) == 3
+    assert [shown for _, _, shown in libero_fakes.asked(tmp_path, "step")[-3:]] == [False] * 3
+
+
+def test_repeated_actions_count_once_and_only_their_end_is_rendered(tmp_path, monkeypatch):
+    for name, value in libero_fakes.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    config = dataclasses.replace(libero_fakes.write(tmp_path), action_repeat=2)
+    pool = LiberoPool(config, 1)
+    try:
+        pool.start([0], np.array([0]))
+        moves = np.tile([0.5, 0, 0, 0, 0, 0, 1], (3, 1))  # 0.05 m a step, a success beyond 0.25
+        (blind,) = pool.play([0], [moves], [True], blind=True)
+        pool.start([0], np.array([0]))
+        (filmed,) = pool.play([0], [moves], [True])
+    finally:
+        pool.close()
+    np.testing.assert_allclose(filmed.poses[:, 0], [0.1, 0.2, 0.3], atol=1e-6)
+    np.testing.assert_array_equal(blind.poses, filmed.poses)
+    assert filmed.success.tolist() == blind.success.tolist() == [False, False, True]
+    assert filmed.frames[:, 0, -2, -3, 0].tolist() == [10, 20, 30]
+    assert len(blind.frames) == 0
+    steps = [shown for _, action, shown in libero_fakes.asked(tmp_path, "step") if action[0]]
+    assert steps == [False] * 6 + [False, True] * 3
+
+
+def test_states_are_shown_as_they_are_with_fixtures_where_they_were(pool, tmp_path):
+    states = np.array([[0, 0.1, 0.2, 0.3, 1], [0, 0.3, 0.2, 0.3, -1]])
+    fixtures = {libero_fakes.FIXTURE: [0.5, 0.6, 0.7, 1, 0, 0, 0]}
+    shown = pool.show(TASKS[0], states, fixtures)
+    np.testing.assert_allclose(shown.poses[:, :3], states[:, 1:4], atol=1e-6)
+    assert shown.success.tolist() == [False, True]
+    assert shown.frames[:, 0, -2, -3].tolist() == [[10, 20, 30], [30, 20, 30]]
+    assert shown.frames[:, 0, -3, -3].tolist() == [[50, 60, 70]] * 2
+    assert len(libero_fakes.asked(tmp_path, "step")) == 10  # the wait at the start
+
+
 def test_unknown_setting_is_refused(setup):
     with pytest.raises(ConfigError, match="num_env"):
         libero.make({"num_env": 1})

@@ -36,6 +36,7 @@ def test_summary_is_printed_and_saved_when_a_run_ends(tmp_path, capsys):
         seconds={"step": 100.0, "env": 60.0, "env/denoise": 45.0, "rollout": 10.0, "actor": 25.0},
         wall_seconds=130.0,
         places={"logs": tmp_path, "videos": None, "checkpoints": tmp_path / "checkpoints"},
+        notes=["not the official protocol"],
     )
     out = capsys.readouterr().out
     for text in ("imagined", "ground truth", "25.0% [16.0%,  36.8%] n=64", "50.0%", "n=256"):
@@ -46,10 +47,12 @@ def test_summary_is_printed_and_saved_when_a_run_ends(tmp_path, capsys):
     assert lines["rest"] == ["5.0", "5.0%"]
     assert lines["checkpoints:"] == [str(tmp_path / "checkpoints")]
     assert "videos" not in out
+    assert out.index("n=256") < out.index("not the official protocol") < out.index("Time")
     saved = json.loads((tmp_path / report.SUMMARY_FILE).read_text())
     assert saved["success"]["after"]["imagined"]["rate"] == 0.625
     assert saved["success"]["before"]["ground_truth"]["episodes"] == 256
     assert saved["seconds"]["env/denoise"] == 45.0
+    assert saved["notes"] == ["not the official protocol"]
 
 
 def test_success_is_told_by_task_when_an_evaluation_ends(tmp_path, capsys):

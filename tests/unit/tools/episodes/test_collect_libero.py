@@ -1,0 +1,83 @@
+"""Recording LIBERO with scripts; a stand-in for the simulator (`libero_fakes`)."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from evac_jax.config.build import default_config
+from evac_jax.errors import ConfigError
+from evac_jax.files import recordings
+from evac_jax.sim.libero_players import LiberoPlayer, scripted_tasks
+from evac_jax.sim.libero_pool import LiberoPool
+from evac_jax.tools.episodes import collect
+from tests.unit.sim import libero_fakes
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Two tasks x 20 states, of which the first task is a pick-and-place."""
+    for name, value in libero_fakes.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    libero = libero_fakes.write(tmp_path)
+    states = [np.array([[0, 0.01 * n, y, 0.5, 7] for n in range(20)]) for y in (0.3, 0.6)]
+    libero_fakes.write_states(libero, states)
+    plain = default_config("grpo")
+    return dataclasses.replace(
+        plain,
+        libero=libero,
+        env=dataclasses.replace(plain.env, train_starts=(0, -1)),
+        eval=dataclasses.replace(plain.eval, ground_truth="libero", ground_truth_envs=2),
+    )
+
+
+def run(config, out, **collect_fields):
+    wanted = dataclasses.replace(config.collect, out=str(out), **collect_fields)
+    collect.run(dataclasses.replace(config, collect=wanted))
+    return recordings.load(out)
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_scripts_decide_before_every_action_from_where_things_are(config, tmp_path, repeat):
+    libero = dataclasses.replace(config.libero, action_repeat=repeat)
+    config = dataclasses.replace(config, libero=libero)
+    data = run(config, tmp_path / "out", episodes=4, mix="expert=0.5,random=0.5")
+    assert data.sources == ("expert", "random")
+    assert data.task.tolist()[:2] == [0, 0]  # scripts close no drawer
+    assert set(data.task.tolist()[2:]) == {0, 1}
+    pool = LiberoPool(config.libero, 1)
+    try:
+        task = scripted_tasks(pool.bddl_files, pool.suite)[0]
+        player = LiberoPlayer("expert", task, np.random.default_rng(0), repeat=repeat)
+        pose = pool.start([0], data.start[:1])[1][0]
+        for t in range(data.length[0]):
+            action = player.act(pose, pool.look([0])[0])
+            np.testing.assert_array_equal(data.actions[t], action)
+            pose = pool.play([0], [action[None]], [False])[0].poses[-1]
+            np.testing.assert_array_equal(data.poses[t + 1], pose)
+    finally:
+        pool.close()
+
+
+def test_split_is_by_initial_state_for_every_player(config, tmp_path):
+    data = run(config, tmp_path / "out", episodes=60, mix="midway=0.5,random=0.5")
+    np.testing.assert_array_equal(data.held_out, data.start // 2 >= 18)
+    for source in range(2):
+        assert data.held_out[data.source == source].any()
+
+
+def test_same_seed_gives_the_same_recording(config, tmp_path):
+    mix = "noisy=0.4,near_miss=0.2,sloppy=0.2,midway=0.2"
+    one, two = (run(config, tmp_path / name, episodes=6, mix=mix) for name in "ab")
+    assert one.card["sha256"] == two.card["sha256"]
+
+
+def test_player_that_does_not_exist_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"expert, noisy, sloppy, near_miss, midway, random"):
+        run(config, tmp_path / "out", mix="perfect=1")
+
+
+def test_starts_without_a_task_for_scripts_are_refused(config, tmp_path):
+    env = dataclasses.replace(config.env, train_starts=(1, 2))
+    with pytest.raises(ConfigError, match=r"train_starts: expert can do no task"):
+        run(dataclasses.replace(config, env=env), tmp_path / "out", mix="expert=1", episodes=2)
