@@ -15,10 +15,11 @@ ALIKE = ("image_size", "crop", "oversample", "action_repeat")
 
 def told(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a card tells of LIBERO, or the card of what it started from; {} = nothing."""
-    while isinstance(card, Mapping):
-        if card.get("libero"):
-            return dict(card["libero"])
-        card = card.get("start")
+    one: Any = card
+    while isinstance(one, Mapping):
+        if one.get("libero"):
+            return dict(one["libero"])
+        one = one.get("start")
     return {}
 
 

@@ -25,7 +25,9 @@ _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 
 def pack(message: dict[str, Any]) -> bytes:
     """Return a message of plain values, NumPy arrays and nested maps as bytes."""
-    return msgpack.packb(message, default=_packed)
+    packed = msgpack.packb(message, default=_packed)
+    assert packed is not None  # as its types allow
+    return packed
 
 
 def unpack(data: bytes) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def compose(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             # RLinf's files are of this kind; version_base says how they are meant.
             warnings.filterwarnings("ignore", ".*Defaults list is missing `_self_`")
             config = hydra.compose(file.stem, overrides=list(overrides))
-            values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{file} cannot be composed: {_message(error)}") from error
     return {str(key): value for key, value in dict(values).items()}

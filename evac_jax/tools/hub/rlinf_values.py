@@ -106,7 +106,7 @@ def algorithm(value: str, values: Values) -> Fields:
 
 def loss(value: str, values: Values) -> Fields:
     """Nothing: it follows from the algorithm."""
-    expected = {"grpo": "actor", "gae": "actor_critic"}.get(values.get("algorithm.adv_type"))
+    expected = {"grpo": "actor", "gae": "actor_critic"}.get(str(values.get("algorithm.adv_type")))
     if value != expected:
         raise ValueError(f"with this algorithm.adv_type expected {expected}")
     return {}
