@@ -1,9 +1,9 @@
-"""Imports diffusers and open_clip with any build of torch, and in a third of the time.
+"""Imports diffusers and open_clip with any build of torch, and in less time.
 
 Both import torchvision, whose PyPI wheels are CUDA builds. With a CPU build of torch their compiled
 part does not load, and `import torchvision` fails because two operators are missing, which nothing
-here calls. Both libraries also import optional packages for features that are not used here. That
-took 3.6 of the 5.3 s that a simulator spent on imports.
+here calls. Both libraries also import optional packages for features that are not used here:
+`python -m benchmarks.startup --imports` times what that costs (docs/performance.md).
 """
 
 import contextlib
