@@ -10,7 +10,7 @@ killed and printed nothing, the same command with `checkpoint.restore=auto`. It 
 metrics and parameters of a run without a fault, bit for bit.
 
 Results are kept in --work, so an interrupted matrix goes on where it was. What this machine cannot
-do (mount a disk) is skipped and named. The last line is
+do (mount a disk, or a limit that nothing runs into) is skipped and named. The last line is
 
     cases= survived= bit_equal= lost_iterations= worst_detect_s= orphans= skipped=
 
@@ -242,6 +242,8 @@ def _broken(
             "command": None,
             "bit_equal": equal,
         }
+    if not any(statuses):
+        raise PermissionError("the fault had no effect here: the run ended with status 0")
     if case.disk:  # the user makes room
         (runs / "filler").unlink(missing_ok=True)
         subprocess.run(["mount", "-o", "remount,rw", str(runs)], check=True)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 from absl import logging
 
-from evac_jax.checkpoint import Checkpoints
+from evac_jax.checkpoint import CONFIG_FILE, Checkpoints
 from evac_jax.errors import (
     BridgeTimeoutError,
     EvacJaxError,
     SimulatorError,
     StoppedError,
+    StorageError,
     TrainingError,
 )
 from evac_jax.evaluate import Evaluation, counts
@@ -99,8 +100,15 @@ class Run:
 
         Raises:
             TrainingError: the policy diverged; it is not saved.
-            StorageError: it cannot be written.
+            StorageError: it cannot be written, or the run's folder was deleted or moved.
         """
+        folder = self._folder.path
+        # A checkpoint would make the folder anew, and nothing could go on from it.
+        if not (folder / CONFIG_FILE).exists():
+            raise StorageError(
+                f"{str(folder)!r} was deleted or moved while the run was at work: it has no "
+                f"{CONFIG_FILE}, so iteration {done} was not saved"
+            )
         if not self._learner.is_sound():
             raise self._diverged(
                 f"the policy of iteration {done} diverged (its parameters or what it decides are "

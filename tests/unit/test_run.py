@@ -1,12 +1,14 @@
 """What a run saves and restores beside its arrays."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evac_jax.errors import StorageError
 from evac_jax.evaluate import Evaluation
 from evac_jax.run import Run
 from evac_jax.run_folder import RunFolder
@@ -51,3 +53,11 @@ def test_resumed_run_owes_nothing_when_no_evaluation_was_due(tmp_path):
     run.save(3)
     run.close()
     assert not _run(tmp_path, tmp_path / "one").owes_evaluation
+
+
+def test_nothing_is_saved_when_the_folder_of_a_run_was_deleted(tmp_path):
+    run = _run(tmp_path)
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(StorageError, match="was deleted or moved .* iteration 3 was not saved"):
+        run.save(3)
+    assert not (tmp_path / "one").exists()
