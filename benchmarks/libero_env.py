@@ -37,7 +37,8 @@ from evac_jax.sim.libero_pool import LiberoPool
 
 ROOT = Path(__file__).parents[1]
 CHUNK, ACTIONS = 8, 220
-FAST = {"image_size": 64, "crop": (0.03, 0.99, 0.06, 0.86), "oversample": 3}
+TABLE = (0.03, 0.99, 0.06, 0.86)
+FAST = {"image_size": 64, "crop": TABLE, "oversample": 3, "reflections": False}
 # As many different values as a picture of nothing never has.
 COLOURS = 500
 

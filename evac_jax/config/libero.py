@@ -19,7 +19,8 @@ MAX_STEPS: dict[Suite, int] = {
 }
 # Fields whose other values depart from the official protocol.
 PROTOCOL = (
-    *("image_size", "crop", "oversample", "action_repeat", "max_steps", "wait_steps", "seed"),
+    *("image_size", "crop", "oversample", "reflections"),
+    *("action_repeat", "max_steps", "wait_steps", "seed"),
 )
 
 
@@ -40,6 +41,8 @@ class LiberoConfig:
             shares of it; squeezed into a square.
         oversample: draw frames this many times as large, without multisampling, and average: half
             the time without a GPU; 0 = as LIBERO itself draws.
+        reflections: draw what shiny things mirror. Without it drawing takes half the time, as
+            MuJoCo draws all of a scene a second time for one mirror.
         action_repeat: how often each action of the policy is played; 2 = the policy acts at 10 Hz.
         max_steps: actions of an episode; 0 = the usual number of the suite, divided by
             `action_repeat`.
@@ -57,6 +60,7 @@ class LiberoConfig:
     image_size: Annotated[int, Range(8)] = 256
     crop: tuple[Share, Share, Share, Share] = (0.0, 1.0, 0.0, 1.0)
     oversample: Annotated[int, Range(0, 8)] = 0
+    reflections: bool = True
     action_repeat: Count = 1
     max_steps: CountOrZero = 0
     wait_steps: CountOrZero = 10

@@ -10,7 +10,7 @@ from typing import Any
 from evac_jax.errors import DataError
 
 # Frames and actions mean something else where one of these differs.
-ALIKE = ("image_size", "crop", "oversample", "action_repeat")
+ALIKE = ("image_size", "crop", "oversample", "reflections", "action_repeat")
 
 
 def told(card: Mapping[str, Any]) -> dict[str, Any]:

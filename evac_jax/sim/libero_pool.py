@@ -60,7 +60,8 @@ class MujocoProcess:
             )
         self.connection = Connection(ours.detach())
         self.exit_fd = os.pidfd_open(self._process.pid)
-        settings = ("image_size", "crop", "oversample", "action_repeat", "wait_steps")
+        drawing = ("image_size", "crop", "oversample", "reflections")
+        settings = (*drawing, "action_repeat", "wait_steps")
         self.send(assets=str(assets), **{name: getattr(config, name) for name in settings})
 
     def send(self, **message: Any) -> None:

@@ -19,7 +19,7 @@ import functools
 import json
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -58,7 +58,7 @@ class Scene:
 
     Args:
         assets: folder of LIBERO's meshes and textures.
-        image_size, crop, oversample: of the frames, see `LiberoConfig`.
+        image_size, crop, oversample, reflections: of the frames, see `LiberoConfig`.
         action_repeat: how often each action is played.
         wait_steps: motionless actions after every reset.
     """
@@ -69,6 +69,7 @@ class Scene:
         image_size: int,
         crop: Sequence[float],
         oversample: int,
+        reflections: bool,
         action_repeat: int,
         wait_steps: int,
     ):
@@ -81,6 +82,7 @@ class Scene:
 
         self._make = OffScreenRenderEnv
         self._image_size, self._crop, self._oversample = image_size, crop, oversample
+        self._reflections = reflections
         self._repeat, self._wait_steps = action_repeat, wait_steps
         self._task, self._env, self._bodies = "", None, []
         self._looked_at = False
@@ -198,29 +200,40 @@ class Scene:
             part[:] = first
 
     def _compute_once(self) -> None:
-        """Leave out the second of two equal computations in every substep: a sixth of the time.
+        """Compute positions, velocities and forces once in every substep, not two or three times.
 
-        robosuite computes positions and velocities before it asks its controllers for torques, and
-        they compute them again.
+        robosuite computes all of a state, asks its controllers for torques, and lets MuJoCo step;
+        the controllers and the step compute the same again. Controllers need positions and
+        velocities only, so MuJoCo's step is done in its two halves, with them in between.
         """
-        inner = self._env.env
-        act = inner._pre_action
+        import mujoco
+
+        inner, sim = self._env.env, self._env.sim
+        state = sim.model._model, sim.data._data
+        halves = {"forward": mujoco.mj_step1, "step": mujoco.mj_step2}
+        halves = {name: functools.partial(half, *state) for name, half in halves.items()}
+        play, act = inner.step, inner._pre_action
 
         def pre_action(action: np.ndarray, policy_step: bool = False) -> None:
-            inner.sim.forward = lambda: None
-            try:
+            with _replaced(sim, forward=lambda: None):
                 act(action, policy_step)
-            finally:
-                del inner.sim.forward
 
-        inner._pre_action = pre_action
+        def step(action: np.ndarray) -> tuple:
+            with _replaced(sim, **halves):
+                return play(action)
+
+        inner.step, inner._pre_action = step, pre_action
 
     def _render_on_demand(self) -> None:
         """Let the camera render only while `_looked_at`: it takes nine tenths of a step's time.
 
         robosuite can also switch a camera off, but that shifts the moments at which it samples.
         """
+        import mujoco
+
         inner, size = self._env.env, self._image_size
+        mirrors = mujoco.mjtRndFlag.mjRND_REFLECTION.value
+        inner.sim._render_context_offscreen.scn.flags[mirrors] = self._reflections
         render = official = inner._observables[IMAGE]._sensor
         if self._oversample or tuple(self._crop) != WHOLE:
             from evac_jax.sim.libero_picture import Picture
@@ -255,6 +268,19 @@ class Scene:
             "position": np.asarray(data.cam_xpos[index]).tolist(),
             "rotation": np.asarray(data.cam_xmat[index]).reshape(-1).tolist(),
         }
+
+
+@contextlib.contextmanager
+def _replaced(thing: Any, **methods: Callable) -> Iterator[None]:
+    """Let an object have other methods for a while."""
+    before = {name: vars(thing)[name] for name in methods if name in vars(thing)}
+    vars(thing).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(thing)[name]
+        vars(thing).update(before)
 
 
 def _release_memory() -> None:

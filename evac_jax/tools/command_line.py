@@ -15,7 +15,7 @@ from evac_jax.errors import ConfigError, EvacJaxError
 
 DEVICES = ("cpu", "cuda")
 LIBERO_PYTHON = ".venv-libero/bin/python"  # where `make libero` installs it
-_LIBERO = ("suite", "root", "states", "python", "renderer", "crop", "oversample")
+_LIBERO = ("suite", "root", "states", "python", "renderer", "crop", "oversample", "reflections")
 
 
 def run_tool(main: Callable[[], None]) -> None:
@@ -56,13 +56,13 @@ def add_libero(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which LIBERO is played and how it is drawn; see `libero_of`."""
     official, kinds = LiberoConfig(), {"crop": _shares, "oversample": int}
     for name in _LIBERO:
-        parser.add_argument(
-            f"--{name}",
-            default=LIBERO_PYTHON if name == "python" else getattr(official, name),
-            type=kinds.get(name, str),
-            choices=MAX_STEPS if name == "suite" else None,
-            help=f"as config.libero.{name}" + ("; with commas" if name == "crop" else ""),
-        )
+        text = f"as config.libero.{name}" + ("; with commas" if name == "crop" else "")
+        if name == "reflections":
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": kinds.get(name, str), "choices": MAX_STEPS if name == "suite" else None}
+        default = LIBERO_PYTHON if name == "python" else getattr(official, name)
+        parser.add_argument(f"--{name}", default=default, help=text, **kind)
 
 
 def _shares(text: str) -> tuple[float, ...]:

@@ -70,6 +70,16 @@ def test_crop_shows_the_same_part_of_the_picture(pool):
     assert np.abs(cut.mean((1, 3))[:, ::-1] - part[0]).mean() > 10
 
 
+def test_without_reflections_only_the_mirror_looks_different(pool):
+    two = (pool(dataclasses.replace(FAST, reflections=shown)) for shown in (True, False))
+    first, second = (each.start([0], np.array([0]))[0][0, 0].astype(int) for each in two)
+    changed = np.abs(first - second).max(-1) > 8
+    assert 0.005 < changed.mean() < 0.03
+    rows, columns = np.nonzero(changed)  # the stove's plate, in one place
+    assert np.ptp(rows) < 12
+    assert np.ptp(columns) < 16
+
+
 def test_camera_of_a_crop_shows_the_hand_where_maps_are_drawn(pool):
     one = pool(FAST)
     (before,), poses = one.start([0], np.array([0]))

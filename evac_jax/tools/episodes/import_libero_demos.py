@@ -110,9 +110,12 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"--source={args.source}: expected files named <task>{SUFFIX}, found none")
     stored = next(read_demos(files[0])).frames.shape[1:3]
     if not args.render:
-        drawing = LiberoConfig()
-        if (args.crop, args.oversample) != (drawing.crop, drawing.oversample):
-            raise ConfigError("--crop, --oversample: only with --render, which draws the pictures")
+        drawing, names = LiberoConfig(), ("crop", "oversample", "reflections")
+        if any(getattr(args, name) != getattr(drawing, name) for name in names):
+            raise ConfigError(
+                "--crop, --oversample, --no-reflections: only with --render, which draws the "
+                "pictures"
+            )
         if not args.camera:
             raise ConfigError("--camera: needed, unless --render asks LIBERO where its camera is")
         size = args.image_size or stored[0]

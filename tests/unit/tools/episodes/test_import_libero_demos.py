@@ -202,7 +202,9 @@ def test_wrong_names_and_missing_camera_are_refused(tmp_path):
         imported(tmp_path, camera=())
     with pytest.raises(ConfigError, match="--camera: not with --render"):
         imported(tmp_path, "--render")
-    with pytest.raises(ConfigError, match="--crop, --oversample: only with --render"):
+    with pytest.raises(ConfigError, match="--crop, --oversample, --no-reflections: only with"):
         imported(tmp_path, "--crop", "0,1,0,0.9")
+    with pytest.raises(ConfigError, match="--no-reflections: only with"):
+        imported(tmp_path, "--no-reflections")
     with pytest.raises(ConfigError, match=r"--oversample: .*9"):
         imported(tmp_path, "--render", "--oversample", "9", camera=())
