@@ -4,7 +4,8 @@
 
 The interpreter is LIBERO's. `libero_env` and the tests of the simulator compare with what this
 writes: `frames` as the environment gives them, `position`, `quaternion` and `fingers` of the hand,
-and `success`, at the start and after every action; and `language`, the instruction.
+`joints` of the arm, MuJoCo's `states`, and `success`, at the start and after every action;
+`language`, the instruction; and `model`, the scene as LIBERO's demonstrations store it.
 
 Source: the README of LIBERO and moojink/openvla-oft's run_libero_eval.py.
 """
@@ -40,18 +41,21 @@ def main(argv: Sequence[str]) -> None:
     seen = env.set_init_state(suite.get_task_init_states(int(task_id))[int(state_id)])
     for _ in range(WAIT_STEPS):
         seen, _, done, _ = env.step(NO_MOTION)
-    told = [(seen, done)]
+    told, states = [(seen, done)], [env.get_sim_state()]
     for action in np.load(actions):
         seen, _, done, _ = env.step(action)
         told.append((seen, done))
+        states.append(env.get_sim_state())
     names = {
         "frames": "agentview_image",
         "position": "robot0_eef_pos",
         "quaternion": "robot0_eef_quat",
         "fingers": "robot0_gripper_qpos",
+        "joints": "robot0_joint_pos",
     }
     values = {name: np.stack([seen[key] for seen, _ in told]) for name, key in names.items()}
-    np.savez(out, **values, success=[done for _, done in told], language=task.language)
+    values |= {"states": np.stack(states), "success": [done for _, done in told]}
+    np.savez(out, **values, language=task.language, model=env.sim.model.get_xml())
     env.close()
 
 
