@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Four devices, so that sharding is real.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("XLA_FLAGS", xla_flags(devices=4))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tiny programs that run a few times: optimising them would take longest.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import xla_flags
+
 TWO_SIMULATORS = ("--config.simulator.processes=2",)  # one is the default here, as it starts sooner
 
 
@@ -48,11 +50,10 @@ class Launcher:
         return self.again(command, devices)
 
     def again(self, command: list[str], devices: int = 2):
-        count = f"--xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
             command,
             cwd=self._repository,
-            env=self._environment | {"XLA_FLAGS": count},
+            env=self._environment | {"XLA_FLAGS": xla_flags(devices)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from evac_jax import checkpoint
+from tests import xla_flags
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def launch(repository, weights, tmp_path_factory):
     }
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags(devices=1),
     }
 
     def run(mode="train", **changes):

@@ -21,6 +21,7 @@ from evac_jax.tools.policy.train import NORM_STATS
 from evac_jax.tools.world_model.data import WindowSampler
 from policies.openvla_oft.export_hf import create_policy_folder
 from policies.openvla_oft.model import OpenVLAOFT
+from tests import xla_flags
 from tests.integration.tiny_weights import SMALL_POLICY
 from tests.unit.sim import libero_fakes
 
@@ -55,7 +56,7 @@ def launch(repository, tmp_path_factory):
         **{f"libero.{name}": value for name, value in dataclasses.asdict(libero).items()},
     }
     environment = os.environ | libero_fakes.environment(folder)
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=1)}
 
     def run(mode, *, status=0, **changes):
         changes = {name.replace("__", "."): value for name, value in changes.items()}

@@ -14,7 +14,7 @@ def test_torchvision_imports_when_asked_for_twice():
     assert callable(first.transforms.Compose)
 
 
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("eager", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_companions_are_left_out_only_when_nobody_imported_the_libraries_before(eager):
     code = "import sys; from evac_jax.evac import lean_imports; lean_imports.ensure_torchvision(); "
     code += "import diffusers, open_clip; " if eager else ""
