@@ -10,6 +10,7 @@ import numpy as np
 from evac_jax.bridge.types import IDLE
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
+from evac_jax.devices.malloc import give_back
 from evac_jax.learner import Learner
 from evac_jax.rollout import env_metrics, episode_figures, padded, play, whole
 from evac_jax.simulators import Simulators
@@ -140,6 +141,7 @@ class Evaluators:
         if self._real is not None:
             films = self._real.spec.clip_envs
             outcome["ground_truth"] = self._evaluate(self._real, self._true, films)
+        give_back()
         return outcome
 
     def _evaluate(self, simulators: Simulators, starts: np.ndarray, films: int) -> Evaluation:

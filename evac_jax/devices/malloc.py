@@ -35,3 +35,15 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not all(mallopt(number, value) for number, value in _SETTINGS.values()):
         logging.info("freed memory goes back to the system: this is not glibc's malloc")
+
+
+def give_back() -> None:
+    """Return the heap's free pages to the system, for once; they are cleared when used again.
+
+    After work of other sizes, such as an evaluation, the pieces that training asks for no longer
+    fit into those that it freed. The heap then grows, time after time, and what is free between
+    would stay resident. Does nothing where malloc is not glibc's.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -78,3 +78,32 @@ def test_a_process_without_jax_keeps_what_it_frees_when_its_environment_says_so(
     environment, low, high
 ):
     assert low <= pages_cleared(program=OTHERS, **environment) <= high
+
+
+BETWEEN = """
+from pathlib import Path
+import numpy as np
+from evac_jax.devices import malloc
+
+def resident():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0])
+
+free, used = np.ones(({side}, {side}), np.float32), np.ones(100)
+del free
+before = resident()
+malloc.give_back()
+print(before - resident())
+"""
+
+
+def test_free_memory_between_used_pieces_goes_back_when_asked_for():
+    done = subprocess.run(
+        [sys.executable, "-c", BETWEEN.format(side=int((MEGABYTES * 2**20 / 4) ** 0.5))],
+        cwd=ROOT,
+        env=os.environ | malloc.KEEP_FREED_MEMORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) > 0.9 * MEGABYTES * 1024  # kilobytes
