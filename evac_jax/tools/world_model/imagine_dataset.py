@@ -17,7 +17,7 @@ from absl import logging
 from evac_jax.evac import model_folders
 from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import EvacModel
-from evac_jax.files import cards, recordings
+from evac_jax.files import cards, libero_facts, recordings
 from evac_jax.files.recordings import Episodes, EpisodeWriter
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.world_model.imagine import imagine_episodes
@@ -88,8 +88,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = model_folders.load_model(Path(args.world_model), kind="EvacModel", device=args.device)
     weights = Path(args.world_model) / model_folders.WEIGHTS_FILE
-    facts = cards.card(world_model=cards.sha256(weights))
     source = recordings.load(*args.data)
+    facts = cards.card(
+        world_model=cards.sha256(weights),
+        sampling={"steps": args.steps, "eta": args.eta},
+        libero=libero_facts.told(source.card),
+    )
     if args.episodes:
         order = np.random.default_rng(args.seed).permutation(source.num_episodes)
         source = source.select(np.sort(order[: args.episodes]))
