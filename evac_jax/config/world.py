@@ -320,7 +320,11 @@ class World:
         for part, files in self.card.sha256.items():
             there = [path for path in (root / part).rglob("*") if not path.is_dir()]
             names = {path.relative_to(root / part).as_posix(): path for path in there}
-            found += [f"{part}/{name}: missing" for name in sorted(set(files) - set(names))]
+            found += [
+                f"{part}/{name}: missing"
+                for name in sorted(files)
+                if not (root / part / name).is_file()
+            ]
             found += [f"{part}/{name}: not in the card" for name in sorted(set(names) - set(files))]
             found += [
                 f"{part}/{name}: a link out of the folder, to {path.resolve()}"

@@ -41,6 +41,8 @@ def write(
         DataError: the folder exists, or the pictures do not fit the model.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
+    # Whoever joins real and imagined episodes, or judges such ones, must know that they are alike.
+    facts |= {"sampling": {"steps": steps, "eta": eta}, "libero": libero_facts.told(data.card)}
     with EpisodeWriter(
         out,
         image_shape=data.frames.shape[1:],
@@ -88,12 +90,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = model_folders.load_model(Path(args.world_model), kind="EvacModel", device=args.device)
     weights = Path(args.world_model) / model_folders.WEIGHTS_FILE
+    facts = cards.card(world_model=cards.sha256(weights))
     source = recordings.load(*args.data)
-    facts = cards.card(
-        world_model=cards.sha256(weights),
-        sampling={"steps": args.steps, "eta": args.eta},
-        libero=libero_facts.told(source.card),
-    )
     if args.episodes:
         order = np.random.default_rng(args.seed).permutation(source.num_episodes)
         source = source.select(np.sort(order[: args.episodes]))
