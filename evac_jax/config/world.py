@@ -35,7 +35,7 @@ PATHS = (
 )
 SHOWN = 5  # names in a message
 Size = Annotated[int, Range(8)]
-Low, High = CountOrZero, Annotated[int, Range(-1)]
+High = Annotated[int, Range(-1)]
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Starts:
     """
 
     source: Literal["npy", "miniature"]
-    train: tuple[Low, High]
-    eval: tuple[Low, High]
+    train: tuple[CountOrZero, High]
+    eval: tuple[CountOrZero, High]
 
 
 @dataclass(frozen=True)

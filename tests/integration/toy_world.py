@@ -26,7 +26,9 @@ def _draw(dot: np.ndarray, squares: np.ndarray) -> np.ndarray:
 
 
 def write(folder: Path) -> None:
-    """Write episodes; in every third one nobody knows where to go."""
+    """Write episodes. Hardly anybody finds the blue square, so even a classifier of pictures from
+    a world model that learned next to nothing tells success by the instruction.
+    """
     rng = np.random.default_rng(0)
     focal = SIZE * 1.0
     intrinsic = [[[focal, 0, SIZE / 2], [0, focal, SIZE / 2], [0, 0, 1]]]
@@ -42,7 +44,8 @@ def write(folder: Path) -> None:
         facts={"command": "a toy"},
     ) as writer:
         for number in range(EPISODES):
-            task, lost = number % 2, number % 3 == 0
+            task = number % 2
+            lost = task == 1 and number % 8 != 1
             dot, squares = np.array([32.0, 32.0]), np.array([[14.0, 0.0], [50.0, 0.0]])
             squares[:, 1] = rng.uniform(12, 52, 2)
             frames, actions, poses, success = [], [], [], []

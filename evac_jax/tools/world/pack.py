@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 from absl import logging
@@ -51,7 +51,7 @@ from evac_jax.tools.world import parts
 from evac_jax.tools.world.options import HELP, parse
 from policies.openvla_oft.prompt import PromptTokenizer
 
-MINIATURE = "miniature"
+MINIATURE: Final = "miniature"
 ANY_LENGTH = 10**6
 TO_COME = {"to come": "0" * 64}
 # Facts that somebody must tell; --<name> does where no file does. Those of LIBERO's frames are
@@ -81,7 +81,7 @@ class Origin:
         train, eval: ranges of start ids, as far as they are known.
     """
 
-    kind: str
+    kind: Literal["npy", "miniature"]
     source: InitialStates
     folder: Path | None
     card: dict[str, Any]
