@@ -69,6 +69,7 @@ def write(
                         task=int(part.task[n]),
                         source=int(part.source[n]),
                         start=int(part.start[n]),
+                        held_out=bool(part.held_out[n]),  # as its recorder said
                     )
     return recordings.load(out)
 
