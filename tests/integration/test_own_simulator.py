@@ -19,11 +19,11 @@ NAMES = (
 SMALL_NETS = "--config={folder}/sizes.json"
 # What makes each command small; of options that come twice, the last one holds.
 SMALL = {
-    "train_autoencoder": f"{SMALL_NETS} --steps 40 --batch 4",
+    "train_autoencoder": f"{SMALL_NETS} --steps 15 --batch 4",
     "world_model.train": f"{SMALL_NETS} --steps 10 --batch 2 --warmup 5 --validation_windows 2 "
     "--rollouts 1 --rollout_chunks 1 --save_every 10",
     "train_pose_model": "--steps 100 --hidden 16",
-    "imagine_dataset": "",
+    "imagine_dataset": "--episodes 24",
     "reward.train": "--steps 80 --width 4 --false_success 0.9",
     "trust": "--episodes 4",
     "policy.train": "--steps 4 --batch 4",
