@@ -20,8 +20,8 @@ from ml_collections import config_flags
 
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.checks import validate, validate_serving
-from evac_jax.config.flags import DEFAULT_PRESET, check_flags
-from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, with_absolute
+from evac_jax.config.flags import DEFAULT_PRESET, check_flags, resolved
+from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, WORLD, with_absolute
 from evac_jax.config.reference import help_text
 from evac_jax.errors import ConfigError, EvacJaxError, StoppedError
 
@@ -40,9 +40,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     preset = flags.FLAGS["config"]
     check = validate_serving if _MODE.value == "serve" else validate
-    config = from_config_dict(preset.value.to_dict(), check)
+    config = from_config_dict(resolved(preset).to_dict(), check)
     elsewhere = config.cluster.engine == "ray"  # its trainers begin in folders of their own
-    config = with_absolute(config, RUN_PATHS + INPUT_PATHS * elsewhere)
+    config = with_absolute(config, RUN_PATHS + (*INPUT_PATHS, WORLD) * elsewhere)
     logging.info("%s %s with the preset %s", _MODE.value, config.algorithm, preset.config_filename)
     if (_MODE.value == "export") != bool(_EXPORT_DIR.value):
         raise ConfigError("--export_dir: --mode=export needs a new folder, other modes take none")

@@ -24,12 +24,13 @@ from pathlib import Path
 
 from benchmarks.learning import ARMS, ROOT, Bench
 from evac_jax.config.build import from_config_dict
-from evac_jax.config.flags import load_preset
+from evac_jax.config.flags import read_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
 from evac_jax.errors import ConfigError
 from evac_jax.telemetry import report
 
-BAD = {"reward.threshold": 0.1, "reward.success_frames": 1}
+# Not the frames for which the world's classifier was calibrated.
+BAD = {"world": "", "reward.threshold": 0.1, "reward.success_frames": 1}
 RECORDING = "{work}/demonstrations"
 ENSEMBLE = f"{MINIATURE_WEIGHTS}/reward,{MINIATURE_WEIGHTS}/reward_second"
 GUARDS = {
@@ -151,11 +152,8 @@ def config_of(settings: Mapping[str, object]) -> TrainConfig:
     Raises:
         ConfigError: weights or recordings are missing, or fields do not fit together.
     """
-    config = load_preset(str(ROOT / ARMS["grpo"][0]))
-    for name, value in settings.items():
-        section, field = name.split(".")
-        config[section][field] = value
-    return from_config_dict(config.to_dict())
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    return from_config_dict(read_preset(str(ROOT / ARMS["grpo"][0]), flags).to_dict())
 
 
 def evaluation_settings(settings: Mapping[str, object]) -> dict[str, object]:

@@ -1,8 +1,18 @@
-"""The built-in tabletop, for every algorithm."""
+"""The built-in tabletop, and worlds of one's own, for every algorithm."""
 
 from ml_collections import config_dict
 
 from evac_jax.config.schema import MINIATURE_WEIGHTS
+
+
+def small(config: config_dict.ConfigDict) -> None:
+    """What suits networks as small as the miniature's, on two CPU cores or one GPU."""
+    config.env.num_envs = 128
+    config.simulator.processes = 2
+    config.eval.interval = 4
+    config.eval.episodes = 64
+    config.train.iterations = 8
+    config.checkpoint.interval = 1
 
 
 def miniature(config: config_dict.ConfigDict) -> None:
@@ -10,28 +20,16 @@ def miniature(config: config_dict.ConfigDict) -> None:
 
     Scene ids are seeds: 0 .. 10^6 for training, the next 10^6 for choices, the next for reports.
     """
-    weights = MINIATURE_WEIGHTS
-    config.policy.checkpoint = f"{weights}/policy"
-    config.policy.unnorm_key = "miniature"
-    config.policy.max_prompt_length = 28
+    small(config)
+    config.world = MINIATURE_WEIGHTS
     config.policy.scan_layers = False
-    config.policy.temperature = 0.5  # the start policy was taught with wide targets
-    config.world_model.checkpoint = f"{weights}/world_model"
-    config.world_model.steps = 2
-    config.world_model.eta = 0.0
-    config.reward.checkpoint = f"{weights}/reward"
-    config.reward.success_frames = 2
-    config.reward.judged_frames = 2
-    config.env.pose_model = f"{weights}/pose_model"
-    config.env.initial_states = "miniature"
-    config.env.train_starts = (0, 1_000_000)
-    config.env.num_envs = 128
-    config.env.max_episode_steps = 32
-    config.simulator.processes = 2
-    config.eval.interval = 4
-    config.eval.starts = (1_000_000, 2_000_000)
-    config.eval.episodes = 64
-    config.eval.ground_truth = "miniature"
     config.eval.ground_truth_episodes = 256
-    config.train.iterations = 8
-    config.checkpoint.interval = 1
+
+
+def own(config: config_dict.ConfigDict) -> None:
+    """A world of one's own, `--config.world=DIR`; without one, all its paths are missing."""
+    small(config)
+    config.env.initial_states = "npy"
+    # Where the world's ground truth is LIBERO: a process for each task, ten episodes of each.
+    config.eval.ground_truth_envs = 10
+    config.eval.ground_truth_episodes = 100

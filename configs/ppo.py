@@ -1,6 +1,7 @@
 """PPO with a value head, in imagination.
 
     python launch.py --config=configs/ppo.py                  # the miniature, on two CPU cores
+    python launch.py --config=configs/ppo.py:own --config.world=DIR   # a world of your own
     python launch.py --config=configs/ppo.py:libero_spatial   # published sizes, your own weights
     python launch.py --config=configs/ppo.py:lora             # the same with LoRA
     python launch.py --config=configs/ppo.py:one_gpu_80gb     # LoRA, one GPU
@@ -14,8 +15,7 @@ from configs import libero, miniature
 from evac_jax.config.presets import base
 
 
-def _miniature(config) -> None:
-    miniature.miniature(config)
+def _small(config) -> None:
     libero.chunk_level(config)
     config.algo.global_batch = 256
     config.algo.micro_batch = 32
@@ -25,7 +25,17 @@ def _miniature(config) -> None:
     config.optim.weight_decay = 0.0
 
 
-PRESETS = {"miniature": _miniature} | libero.presets(libero.full_size_ppo)
+def _miniature(config) -> None:
+    miniature.miniature(config)
+    _small(config)
+
+
+def _own(config) -> None:
+    miniature.own(config)
+    _small(config)
+
+
+PRESETS = {"miniature": _miniature, "own": _own} | libero.presets(libero.full_size_ppo)
 
 
 def get_config(preset: str = "miniature"):

@@ -16,6 +16,7 @@ from evac_jax import checkpoint, stopping
 from evac_jax.config import hub
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
+from evac_jax.config.world import CARD_FILE, Card, World
 from evac_jax.devices import hosts, together
 from evac_jax.errors import (
     CheckpointError,
@@ -69,14 +70,15 @@ class RunFolder:
         """Return the folder of the run to continue, or a new one.
 
         Raises:
-            CheckpointError: there is nothing to restore, the run has arrays of other shapes, or a
-                new run's folder, or its checkpoint.dir, holds a run already.
+            CheckpointError: there is nothing to restore, the run has arrays of other shapes or
+                another world, or a new run's folder, or its checkpoint.dir, holds a run already.
             StorageError: nothing can be written there.
         """
         run = checkpoint.resumable_run(config) if config.checkpoint.restore else None
         if run is not None:
             folder = cls.at(config, run, resumed=True)
             checkpoint.existing(folder.checkpoints, config.checkpoint.step)
+            folder._refuse_another_world()
         else:
             name = config.log.run or time.strftime(f"{config.algorithm}-%Y%m%d-%H%M%S")
             folder = cls.at(config, Path(config.log.dir, name), unnamed=not config.log.run)
@@ -101,6 +103,23 @@ class RunFolder:
             f"{what}, so {str(self.path)!r} already holds a run; continue it with "
             f"--config.checkpoint.restore={self.path}, or choose another --config.log.run"
         )
+
+    def _refuse_another_world(self) -> None:
+        """Refuse to go on where the world says anything else than when the run began."""
+        path, named = self.path / CARD_FILE, self.config.world
+        if not path.is_file():
+            return
+        how = "name the world that it began in, or start a new run from its exported policy"
+        if not named:
+            raise CheckpointError(
+                f"config.world: {str(self.path)!r} trains in a world, now there is none; {how}"
+            )
+        before, now = Card.from_json(path.read_text(), str(path)), World.read(named).card
+        if changed := [name for name in vars(now) if getattr(now, name) != getattr(before, name)]:
+            raise CheckpointError(
+                f"config.world: {named!r} is not the world that {str(self.path)!r} began in (its "
+                f"{CARD_FILE}); they differ in {', '.join(changed)}; {how}"
+            )
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator["RunFolder"]:
@@ -128,6 +147,10 @@ class RunFolder:
             if not (self.path / RUN_ID_FILE).exists():
                 with replacing(self.path / RUN_ID_FILE) as temporary:
                     temporary.write_text(secrets.token_hex(8))
+            (self.path / CARD_FILE).unlink(missing_ok=True)
+            if self.config.world:
+                with replacing(self.path / CARD_FILE) as temporary:
+                    temporary.write_text(World.read(self.config.world).card.to_json())
             if not self.resumed:
                 keep(self.path / writers.METRICS_FILE)
         together.wait_for_all("run folder")

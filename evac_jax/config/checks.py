@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 
 from algos import ALGORITHMS, optim
-from evac_jax.config import addresses, hub, libero
+from evac_jax.config import addresses, hub, libero, world
 from evac_jax.config.cluster import parse_devices
 from evac_jax.config.fields import value_problems
 from evac_jax.config.schema import ServeConfig, TrainConfig
@@ -40,7 +40,7 @@ def validate(config: TrainConfig) -> list[str]:
         problems += _reward_problems(c) + _cluster_problems(c)
     if not problems:
         problems += _combinations(c)
-    return problems
+    return problems + world.problems(c)
 
 
 def validate_serving(config: TrainConfig) -> list[str]:
@@ -164,7 +164,10 @@ def _missing(needed: dict[str, tuple[str, str]]) -> list[str]:
     problems = []
     for name, (path, meaning) in needed.items():
         if not path:
-            problems.append(f"config.{name}: needed, the {meaning}; set --config.{name}=PATH")
+            problems.append(
+                f"config.{name}: needed, the {meaning}; set --config.{name}=PATH"
+                + ", or --config.world=DIR for all parts" * (name in world.PATHS)
+            )
         elif not (hub.is_address(path) or Path(path).exists()):
             problems.append(f"config.{name}: {path!r} does not exist (the {meaning})")
     return problems

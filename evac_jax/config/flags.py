@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from evac_jax.config import world
 from evac_jax.errors import ConfigError, nearest
 
 DEFAULT_PRESET = "configs/grpo.py"
@@ -45,6 +46,18 @@ def _module(path: str) -> ModuleType:
     return module
 
 
+def resolved(flag: Any) -> config_dict.ConfigDict:
+    """Return a parsed flag's configuration; a world that a flag names fills what no flag gave.
+
+    Raises:
+        ConfigError: the world cannot be read.
+    """
+    config, given = flag.value, config_flags.get_override_values(flag)
+    if given.get("world"):
+        world.fill(config, given)
+    return config
+
+
 def preset_names(path: str) -> list[str]:
     """Return the presets of a file in the order of the file, [] if it does not list them.
 
@@ -69,7 +82,7 @@ def read_preset(file: str, overrides: Sequence[str] = ()) -> config_dict.ConfigD
     """Return a preset changed by `--config.a.b=value` flags, read as launch.py reads them.
 
     Raises:
-        ConfigError: no such preset, unknown fields, or values that cannot be read.
+        ConfigError: no such preset, unknown fields, values that cannot be read, or no such world.
     """
     check_flags([f"--config={file}", *overrides])
     known, argv = flags.FlagValues(), ["", *overrides]
@@ -83,8 +96,7 @@ def read_preset(file: str, overrides: Sequence[str] = ()) -> config_dict.ConfigD
         raise ConfigError(f"these overrides cannot be used: {error}") from error
     if rest:
         raise ConfigError(f"these overrides cannot be used: unexpected {rest}")
-    values: Any = known["config"].value
-    return values
+    return resolved(known["config"])
 
 
 def _problem(flag: str, value: str | None, valid: dict[str, type | None]) -> str | None:

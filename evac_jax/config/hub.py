@@ -101,6 +101,18 @@ def address_of(path: str) -> str:
     return str(Address(match["kind"], repo, match["commit"], (match["path"] or "").strip("/")))
 
 
+def home_of(path: Path) -> Path:
+    """Return the folder that links within `path` may lead to: resolved `path` itself.
+
+    In the library's cache it is the repository's, which keeps the content beside the snapshots.
+    """
+    folder = path.resolve()
+    match = _IN_CACHE.fullmatch(str(folder))
+    if match and is_address(address_of(str(folder))):
+        return Path(str(folder)[: match.start("commit")]).parent
+    return folder
+
+
 def local(text: str) -> str:
     """Return the path of what an address names, downloaded if needed; any other text as it is.
 

@@ -14,6 +14,7 @@ INPUT_PATHS = (
     *("env.initial_states_path", "env.keyframe_data", "env.pose_model", "collect.out"),
     *("libero.root", "libero.states", "libero.python", "cluster.compilation_cache"),
 )
+WORLD = "world"  # never downloaded as a whole: its parts are, under the names above
 # What these fields say that is no path.
 WORDS = ("", "auto", "latest")
 
@@ -24,14 +25,14 @@ def with_home(config: TrainConfig) -> TrainConfig:
     def at_home(_: str, text: str) -> str:
         return text if hub.is_address(text) else str(Path(text).expanduser())
 
-    return changed(config, RUN_PATHS + INPUT_PATHS, at_home)
+    return changed(config, (*RUN_PATHS, *INPUT_PATHS, WORLD), at_home)
 
 
 def with_absolute(config: TrainConfig, names: tuple[str, ...]) -> TrainConfig:
     """Return a configuration whose paths `names` mean the same in every folder and on every host.
 
     Args:
-        names: of `RUN_PATHS` and `INPUT_PATHS`.
+        names: of `RUN_PATHS` and `INPUT_PATHS`, or `WORLD`.
     """
     return changed(config, names, lambda _, text: hub.absolute(text))
 
@@ -42,11 +43,14 @@ def changed(
     """Return a configuration whose paths `names` are what `change` makes of (name, path)."""
     sections: dict[str, Any] = {}
     for name in names:
-        section, field = name.split(".")
-        part = sections.get(section, getattr(config, section))
+        section, _, field = name.rpartition(".")
+        part = sections.get(section, getattr(config, section) if section else config)
         value = getattr(part, field)
         # Several classifiers are joined by commas.
         paths = value.split(",") if name == "reward.checkpoint" else [value]
         value = ",".join(path if path in WORDS else change(name, path) for path in paths)
-        sections[section] = dataclasses.replace(part, **{field: value})
+        if section:
+            sections[section] = dataclasses.replace(part, **{field: value})
+        else:
+            sections[field] = value
     return dataclasses.replace(config, **sections)

@@ -7,6 +7,7 @@ import dataclasses
 
 from ml_collections import config_dict
 
+from evac_jax.config import world
 from evac_jax.config.build import default_config
 from evac_jax.config.fields import Kind, hints
 from evac_jax.errors import ConfigError, nearest
@@ -29,10 +30,10 @@ def render(value) -> config_dict.ConfigDict:
 
 
 def base(algorithm: str, preset: str, presets: dict) -> config_dict.ConfigDict:
-    """Return the defaults of `algorithm` changed by the named preset.
+    """Return the defaults of `algorithm` changed by the named preset, and by the world it names.
 
     Raises:
-        ConfigError: no such preset.
+        ConfigError: no such preset, or its world cannot be read.
     """
     if preset not in presets:
         raise ConfigError(
@@ -41,4 +42,6 @@ def base(algorithm: str, preset: str, presets: dict) -> config_dict.ConfigDict:
         )
     config = render(default_config(algorithm))
     presets[preset](config)
+    if config.world:
+        world.fill(config)
     return config

@@ -31,6 +31,9 @@ dataclasses; presets (`configs/`, [presets.md](presets.md)) override some. The c
 Values that are not allowed are refused before anything starts, with all problems in one message.
 Every float must be finite.
 
+A value is that of the last of these that names it: default, preset, the folder of `world`, flag. A
+world fills every field that it knows: [own_simulator.md](own_simulator.md#what-a-world-is).
+
 A path that is read may be an address on the Hugging Face Hub, `hf://OWNER/NAME[@REVISION][/PATH]`:
 [from_rlinf.md](from_rlinf.md#addresses-in-the-place-of-paths).
 

@@ -386,11 +386,16 @@ class TrainConfig:
         algorithm: "grpo" or "ppo"; set by the preset file.
         algo: the configuration of that algorithm.
         seed: seed of all random numbers: starts, actions, noise, order of samples.
+        world: folder of a world, or its address on the Hugging Face Hub; "" = none. It fills the
+            fields that it knows: paths, cameras, horizon and the like (docs/own_simulator.md). A
+            preset's values give way to it; flags override both. A flag that contradicts what the
+            world's parts were trained for is refused.
     """
 
     algorithm: str
     algo: Any
     seed: CountOrZero = 0
+    world: str = ""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)

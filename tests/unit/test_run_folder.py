@@ -8,6 +8,7 @@ from evac_jax.config.build import default_config
 from evac_jax.errors import CheckpointError, StorageError
 from evac_jax.run_folder import RunFolder
 from evac_jax.telemetry import writers
+from tests.unit import world_folder
 
 
 def _config(folder, **log):
@@ -166,3 +167,28 @@ def test_parts_lie_where_the_configuration_says(tmp_path):
     assert folder.videos == tmp_path / "films"
     assert folder.checkpoints == tmp_path / "one" / "checkpoints"
     assert not folder.resumed
+
+
+def test_run_goes_on_only_in_the_world_that_it_began_in(tmp_path):
+    def config(world):
+        return dataclasses.replace(_config(tmp_path, run="one"), world=str(world))
+
+    first = world_folder.write(tmp_path / "world")
+    run = RunFolder.choose(config(first))
+    run.make()
+    (run.checkpoints / "1").mkdir(parents=True)
+    moved = world_folder.write(tmp_path / "moved")  # the same one elsewhere
+    assert RunFolder.choose(restoring(config(moved), run.path)).resumed
+    other = world_folder.write(tmp_path / "other", horizon=32)
+    with pytest.raises(CheckpointError, match=r"is not the world that .* they differ in horizon;"):
+        RunFolder.choose(restoring(config(other), run.path))
+    with pytest.raises(CheckpointError, match="trains in a world, now there is none"):
+        RunFolder.choose(restoring(config(""), run.path))
+
+
+def test_run_without_a_world_takes_one_later(tmp_path):
+    run = make_run(tmp_path, iterations=[1])
+    world = world_folder.write(tmp_path / "world")
+    config = dataclasses.replace(_config(tmp_path, run="one"), world=str(world))
+    RunFolder.choose(restoring(config, run.path)).make()
+    assert (run.path / "world.json").read_text() == (world / "world.json").read_text()

@@ -36,7 +36,7 @@ PATHS = (
     *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
 )
 EXISTING = "."
-BUILT_IN = "miniature"  # has its own weights; not for a 7B policy
+SMALL = ("miniature", "own")  # for small networks, not for a 7B policy
 
 
 def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:
@@ -176,7 +176,7 @@ def run(argv: Sequence[str]) -> None:
         _say(_verdict(setup, found, args.devices, limit))
     file = args.config.partition(":")[0]
     if args.devices and not args.no_presets:
-        names = [name for name in preset_names(file) if name != BUILT_IN]
+        names = [name for name in preset_names(file) if name not in SMALL]
 
         def setup_of(name: str) -> Setup:
             config = read_config(f"{file}:{name}")

@@ -46,7 +46,7 @@ class Run:
         checkpoints: folder of the run's checkpoints.
         step: iteration; -1 = the newest, 0 = the start policy.
         saved: its whole configuration, as its config.json says.
-        facts: algorithm, seed and simulator, for the data card.
+        facts: how it was trained and how it is read, for the data card.
     """
 
     policy: PolicyConfig
@@ -94,6 +94,9 @@ def find_run(source: Path, step: int = -1) -> Run | None:
             "algorithm": values["algorithm"],
             "seed": values["seed"],
             "simulator": values["env"]["simulator"],
+            "gripper": values["env"].get("gripper"),
+            "unnorm_key": policy.get("unnorm_key"),
+            "keep_stop_token": policy.get("keep_stop_token"),
         },
     )
 

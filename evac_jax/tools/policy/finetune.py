@@ -42,6 +42,8 @@ SETUP = (
     *("steps", "batch", "lr", "sd_bins", "seed", "chunk", "gripper", "unnorm_key"),
     *("start", "successful", "lora_rank", "lora_alpha", "compute_dtype", "keep_stop_token"),
 )
+# Those that tell others how to read the policy.
+TOLD = ("gripper", "unnorm_key", "chunk", "keep_stop_token")
 
 
 def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
@@ -93,6 +95,7 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
         facts = cards.card(
             data=digests,
             libero=libero_facts.told(training.card),
+            **{name: getattr(args, name) for name in TOLD},
             start=cards.read(Path(args.start)),
             history=history,
             scores=history[-1],

@@ -372,7 +372,9 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
     )
     if args.lora_rank:
         save_adapter(policy, out / "adapter", base=args.start)
-    facts = cards.card(history=history, seconds=time.perf_counter() - began)
+    told = {"gripper": "libero", "unnorm_key": UNNORM_KEY, "chunk": POLICY.chunk}
+    told["keep_stop_token"] = POLICY.keep_stop_token
+    facts = cards.card(history=history, seconds=time.perf_counter() - began, **told)
     cards.write_json(out / "card.json", facts)
 
 

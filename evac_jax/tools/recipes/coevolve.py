@@ -11,6 +11,7 @@ when real success stops rising.
 Rounds are compared on some scenes; the last line is measured on others. With a robot instead of
 the miniature, record the episodes yourself: train a round, record episodes with the policy in
 round_1/policy, run the command again with --real_data FOLDER, and so on. Finished stages are kept.
+The last one packs the best policy and the newest simulator as a world, DIR2/world.
 The share of successful episodes in a folder is then the real success of that round.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from absl import logging
 
+from evac_jax.config import hub
 from evac_jax.errors import DataError
 from evac_jax.files import cards
 from evac_jax.telemetry import report
@@ -264,6 +266,7 @@ def coevolve(workshop: Workshop, start: Models, options: Options) -> dict:
         workshop.run(stages)
         facts[-1]["trust"] = commands.trust_figures(workshop.work / f"round_{number}" / "trust")
     best = max(range(len(success)), key=lambda n: (success[n], -n))
+    _pack(workshop, stages, models, policies[best], options)
     told = _report(workshop, stages, policies, best, options) if options.ground_truth else {}
     return {
         "success": [None if math.isinf(rate) else rate for rate in success],
@@ -271,6 +274,19 @@ def coevolve(workshop: Workshop, start: Models, options: Options) -> dict:
         "report": told,
         "rounds": facts,
     }
+
+
+def _pack(
+    workshop: Workshop, stages: Sequence[Stage], models: Models, policy: str, options: Options
+) -> None:
+    """Pack the best policy and the newest simulator as {work}/world."""
+    if "," in models.reward:
+        logging.warning("no world is packed: it has one classifier, these are %s", models.reward)
+        return
+    settings = dict(options.settings) | models.settings() | {"policy.checkpoint": policy}
+    command = commands.pack(options.config, settings, f"{WORK}/world")
+    made = tuple(stage.name for stage in stages)
+    workshop.run([*stages, Stage("world", command, made, "world")])
 
 
 def _report(workshop, stages, policies, best, options) -> dict[int, float]:
@@ -372,6 +388,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def options_of(args: argparse.Namespace) -> tuple[Models, Options]:
     """Return the models of the first round and the settings of every round."""
     settings = dict(entry.split("=", 1) for entry in args.set)
+    if settings.get("world"):  # stages run elsewhere
+        settings["world"] = hub.absolute(settings["world"])
 
     def value(name: str) -> str:
         return str(commands.value_of(args.config, settings, name))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 
-from evac_jax.config.flags import load_preset
+from evac_jax.config.flags import read_preset
 from evac_jax.tools.recipes.stages import ROOT
 
 SELECTION = (1_000_000, 2_000_000)  # scenes of the miniature on which choices are made
@@ -21,6 +21,23 @@ IMAGINATION = {
     "judged_frames": "reward.judged_frames",
     "steps": "world_model.steps",
     "eta": "world_model.eta",
+}
+# Option of world.pack -> field of the configuration.
+PACKED = IMAGINATION | {
+    "policy": "policy.checkpoint",
+    "solver": "world_model.solver",
+    "unnorm_key": "policy.unnorm_key",
+    "prompt_length": "policy.max_prompt_length",
+    "temperature": "policy.temperature",
+    "keep_stop_token": "policy.keep_stop_token",
+    "gripper": "env.gripper",
+    "horizon": "env.max_episode_steps",
+    "train_starts": "env.train_starts",
+    "eval_starts": "eval.starts",
+    "ground_truth": "eval.ground_truth",
+}
+PACKED_OF_LIBERO = {
+    option: f"libero.{option}" for option in ("suite", "crop", "oversample", "action_repeat")
 }
 
 
@@ -134,9 +151,27 @@ def validate(
     return tool("trust", data=data, out=out, **values)
 
 
+def pack(config: str, settings: Mapping[str, object], out: str) -> tuple[str, ...]:
+    """The world of runs with `settings`: their parts, and the values that they were run with."""
+
+    def text(field: str) -> str:
+        value = value_of(config, settings, field)
+        entries = value if isinstance(value, list | tuple) else [value]
+        return ",".join(map(str, entries)).strip("()[]").replace(" ", "")
+
+    fields = PACKED | (PACKED_OF_LIBERO if text("eval.ground_truth") == "libero" else {})
+    told = {option: text(field) for option, field in fields.items()}
+    told["keep_stop_token"] = {"True": "yes", "False": "no"}[told["keep_stop_token"]]
+    starts = text("env.initial_states_path") or text("env.initial_states")
+    return tool("world.pack", out=out, starts=starts, **told)
+
+
 def value_of(config: str, settings: Mapping[str, object], name: str) -> object:
-    """Return the value of "section.field" in `settings`, or else in a preset file."""
-    return settings.get(name, attrgetter(name)(load_preset(str(ROOT / config))))
+    """Return the value of "section.field" in `settings`, or else of a preset in their world."""
+    if name in settings:
+        return settings[name]
+    world = [f"--config.world={settings['world']}"] if "world" in settings else []
+    return attrgetter(name)(read_preset(str(ROOT / config), world))
 
 
 def trust_figures(folder: Path) -> dict:

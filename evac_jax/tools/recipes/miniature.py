@@ -21,6 +21,7 @@ from pathlib import Path
 from absl import logging
 
 from evac_jax.config.schema import MINIATURE_WEIGHTS
+from evac_jax.config.world import CARD_FILE, PARTS
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.files import cards
 from evac_jax.files.atomic import whole_folder
@@ -60,6 +61,17 @@ WORLD_MODEL = {
     "ddim_steps": 2,
     "save_every": 1000,
     "cache": f"{WORK}/latents",
+}
+
+# What no part of the world tells. The policy was taught with wide targets, hence the temperature.
+WORLD = {
+    "starts": "miniature",
+    "train_starts": "0,1000000",
+    "eval_starts": "1000000,2000000",
+    "ground_truth": "miniature",
+    "horizon": 32,
+    "temperature": 0.5,
+    "prompt_length": 28,
 }
 
 # Folder of the shipped weights -> folder under `{work}` that it is a copy of.
@@ -145,6 +157,8 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
     add_trained_policy(add, n)
     command = commands.validate(CONFIG, SIMULATOR, recordings, at("trust"))
     add("trust", command, "world_model", "reward", "pose_model", *RECORDINGS)
+    folders = {part: at(part) for part in PARTS}
+    add("world", commands.tool("world.pack", **folders, **WORLD, out=at("world")), *PARTS)
     return stages
 
 
@@ -234,6 +248,7 @@ def assemble(workshop: Workshop, stages: list[Stage], out: Path) -> dict:
     """
     with whole_folder(out, replace=True) as partial:
         sizes = _copy_shipped(workshop.work, partial)
+        shutil.copy2(workshop.work / "world" / CARD_FILE, partial)  # parts lie beside it alike
         facts = cards.card(
             machine=machine(),
             hours=round(workshop.clock() / 3600, 3),

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from absl import logging
 from torch import Tensor, nn
 
+from evac_jax.errors import DataError
 from evac_jax.evac import model_folders
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
@@ -241,12 +242,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def sampling_of(imagined: Sequence[str]) -> dict | None:
+    """Return the steps and eta with which recordings were imagined; None where no card tells.
+
+    Raises:
+        DataError: they differ.
+    """
+    told = [cards.read(Path(folder)).get("sampling") for folder in imagined]
+    if any(one != told[0] for one in told):
+        raise DataError(
+            f"--imagined: expected all to be imagined alike, as in reinforcement learning; their "
+            f"cards say {told}"
+        )
+    return told[0] if told else None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
     data = recordings.load(*args.data, *args.imagined)
+    sampling = sampling_of(args.imagined)
     known = data.asked  # a card may list tasks that nobody played
     train_part, held_out = data.numbered_as(known).both_parts()
     if args.imagined:  # what it will judge; these folders may number the tasks otherwise
@@ -284,6 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         held_out_episodes=held_out.num_episodes,
         cpu_seconds=round(time.process_time() - began),
         instructions=instructions,
+        judged_frames=args.judged_frames,
+        chunk=args.chunk,
+        sampling=sampling,
         data=train_part.card,
         sha256=cards.sha256(out / model_folders.WEIGHTS_FILE),
     )

@@ -17,7 +17,7 @@ from absl import logging
 from evac_jax.evac import model_folders
 from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import EvacModel
-from evac_jax.files import cards, recordings
+from evac_jax.files import cards, libero_facts, recordings
 from evac_jax.files.recordings import Episodes, EpisodeWriter
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.world_model.imagine import imagine_episodes
@@ -41,6 +41,8 @@ def write(
         DataError: the folder exists, or the pictures do not fit the model.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
+    # Whoever joins real and imagined episodes, or judges such ones, must know that they are alike.
+    facts |= {"sampling": {"steps": steps, "eta": eta}, "libero": libero_facts.told(data.card)}
     with EpisodeWriter(
         out,
         image_shape=data.frames.shape[1:],
@@ -67,6 +69,7 @@ def write(
                         task=int(part.task[n]),
                         source=int(part.source[n]),
                         start=int(part.start[n]),
+                        held_out=bool(part.held_out[n]),  # as its recorder said
                     )
     return recordings.load(out)
 

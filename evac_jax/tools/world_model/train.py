@@ -27,7 +27,7 @@ from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.diffusion_loss import LossOptions, training_loss
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.schedule import Schedule, ddim_table
-from evac_jax.files import cards, recordings
+from evac_jax.files import cards, libero_facts, recordings
 from evac_jax.telemetry.tensorboard import TensorBoardWriter
 from evac_jax.tools import torch_training
 from evac_jax.tools.command_line import run_tool
@@ -264,7 +264,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         mean_weight=mean_weight,
         timesteps=few_timesteps(model.config, args),
     )
-    facts = {
+    facts: dict[str, Any] = {
         "data": [cards.sha256(folder / "card.json") for folder in folders],
         "autoencoder": autoencoder_digest(model.first_stage_model),
         "batch": args.batch * args.accumulate * ranks.world,
@@ -275,7 +275,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     trainer = Trainer(model, train_part, validation, mean_weight, args, ranks, setup)
     trainer.run()
     if ranks.first:
-        _write_card(out, trainer, train_part, facts, ranks)
+        told = {"libero": libero_facts.told(data.card)}
+        if args.few_steps:  # good for nothing else
+            told["sampling"] = {"steps": args.ddim_steps, "eta": args.eta}
+        _write_card(out, trainer, train_part, facts | told, ranks)
 
 
 def few_timesteps(config: EvacConfig, args: argparse.Namespace) -> np.ndarray | None:

@@ -109,7 +109,7 @@ def test_values_and_missing_files_come_in_one_message():
         "config.train.iterations: expected at least 1, got 0",
         "config.train.max_staleness: expected one of (0, 1), got 2",
         "config.world_model.checkpoint: needed, the folder of the EVAC weights; set "
-        "--config.world_model.checkpoint=PATH",
+        "--config.world_model.checkpoint=PATH, or --config.world=DIR for all parts",
     ]
 
 

@@ -100,6 +100,13 @@ def test_first_line_says_what_is_trained_when_no_preset_is_named(repository):
     assert done.stderr.splitlines()[0].endswith("train grpo with the preset configs/grpo.py")
 
 
+def test_folder_that_is_no_world_is_refused_with_one_message(repository, tmp_path):
+    done = launch(repository, f"--config.world={tmp_path}")
+    assert done.returncode == 2
+    assert f"config.world: '{tmp_path}' is no world's folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_help_lists_the_fields_with_the_values_of_the_preset(repository):
     told = launch(repository, "--help", "--config=configs/ppo.py:lora").stdout
     assert "with the values of configs/ppo.py:lora" in told

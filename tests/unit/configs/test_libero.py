@@ -14,7 +14,8 @@ PATHS = {
     "reward": ("checkpoint",),
     "env": ("pose_model", "initial_states_path"),
 }
-CASES = [(f, name) for f in (grpo, ppo) for name in f.PRESETS if name != "miniature"]
+SMALL = ("miniature", "own")
+CASES = [(f, name) for f in (grpo, ppo) for name in f.PRESETS if name not in SMALL]
 
 
 @pytest.mark.parametrize(("file", "name"), CASES)

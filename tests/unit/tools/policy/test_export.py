@@ -84,6 +84,7 @@ def test_exported_folder_holds_the_parameters_of_the_asked_iteration(run, monkey
     _same(_params(_load(out)), jax.tree.map(lambda leaf: 2 * leaf, _params(_load(run / "start"))))
     card = json.loads((out / "card.json").read_text())
     assert (card["iteration"], card["algorithm"]) == (1, "grpo")
+    assert (card["gripper"], card["unnorm_key"]) == ("libero", UNNORM_KEY)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,9 @@ def test_statistics_stand_beside_those_of_the_start_and_the_card_tells_the_score
     stats = read_norm_stats(tuned)
     assert set(stats) == {"other", "robot"}
     assert stats["robot"]["action"]["mask"] == [True] * 6 + [False]
-    scores = json.loads((tuned / "card.json").read_text())["scores"]
+    card = json.loads((tuned / "card.json").read_text())
+    assert (card["gripper"], card["unnorm_key"], card["chunk"]) == ("libero", "robot", 2)
+    scores = card["scores"]
     assert scores["step"] == 8
     assert 0 <= scores["token_accuracy"] <= 1
     assert 0 < scores["loss"] < 10

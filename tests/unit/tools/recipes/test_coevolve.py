@@ -11,6 +11,8 @@ from evac_jax.telemetry import report
 from evac_jax.tools.recipes import coevolve, commands
 from evac_jax.tools.recipes.coevolve import Models, Options, rounds_to_go
 from evac_jax.tools.recipes.stages import check
+from evac_jax.tools.world.options import parser
+from tests.unit import world_folder
 
 START = Models("start_policy", "start_wm", "start_reward", "pose", ("old",))
 
@@ -64,6 +66,7 @@ def test_loop_ends_when_success_stops_rising_and_tells_the_best_on_fresh_scenes(
     assert "train_4" not in workshop.ran
     assert "world_model_3" not in workshop.ran  # nobody would use it
     assert workshop.ran.count("train_3") == 1
+    assert "world" in workshop.ran
     lines = coevolve.table(outcome, 512).splitlines()
     assert lines[3].split()[:2] == ["2", "60.0%"]
     assert "90.0%" in lines[3]
@@ -133,3 +136,36 @@ def test_command_line_takes_the_start_from_the_preset_unless_told(tmp_path):
     assert start.policy.endswith("weights/policy")
     assert options.ground_truth
     assert options.settings == {"reward.checkpoint": "mine", "optim.lr": "1e-4"}
+
+
+def _option(command, name):
+    return command[command.index(f"--{name}") + 1]
+
+
+def test_world_of_the_last_stage_has_the_values_that_the_rounds_were_run_with(repository):
+    settings = {"world_model.steps": "3", "env.train_starts": "(0, 800)", "policy.checkpoint": "P"}
+    command = commands.pack("configs/grpo.py", settings, "{work}/world")
+    assert command[:2] == ("-m", "evac_jax.tools.world.pack")
+    assert (_option(command, "policy"), _option(command, "starts")) == ("P", "miniature")
+    assert (_option(command, "steps"), _option(command, "train_starts")) == ("3", "0,800")
+    assert (_option(command, "horizon"), _option(command, "keep_stop_token")) == ("32", "no")
+    assert "--suite" not in command
+    known = {f"--{action.dest}" for action in parser()._actions}
+    assert {word for word in command if word.startswith("--")} <= known
+
+
+def test_rounds_in_a_world_take_its_values(tmp_path, repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    world = world_folder.write(tmp_path / "w", **world_folder.LIBERO)
+    argv = ["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--config"]
+    args = coevolve.parse([*argv, "configs/grpo.py:own", "--set", f"world={world}"])
+    start, options = coevolve.options_of(args)
+    assert start.reward == f"{world}/reward"
+    train = coevolve.training_stages(1, start, options)[0].command
+    assert f"--config.world={world}" in train
+    command = commands.pack(options.config, dict(options.settings), "out")
+    assert _option(command, "starts") == f"{world}/starts"
+    assert (_option(command, "suite"), _option(command, "crop")) == (
+        "libero_goal",
+        "0.1,0.9,0.2,1.0",
+    )

@@ -46,7 +46,7 @@ def test_every_flag_of_the_recipe_exists():
 def test_recipe_makes_what_is_shipped():
     stages = build.make_stages()
     assert set(build.SHIPPED.values()) <= {stage.output for stage in stages}
-    assert stages[-1].name == "trust"
+    assert stages[-1].name == "world"
 
 
 def test_scale_divides_every_count_but_keeps_floors():
@@ -64,7 +64,7 @@ def test_changed_count_runs_only_what_rests_on_it(monkeypatch):
     monkeypatch.setitem(build.COUNTS, "sloppy", 601)
     after = stamps(build.make_stages())
     changed = {name for name in before if before[name] != after[name]}
-    late = {"rollouts_start", "pose_model", "world_model_full", "reward", "rl", "trust"}
+    late = {"rollouts_start", "pose_model", "world_model_full", "reward", "rl", "trust", "world"}
     assert {"policy", *late} <= changed
     assert not changed & {"base", "autoencoder", "policy_expert", "rollouts_expert"}
 
@@ -81,6 +81,9 @@ def _made(tmp_path, monkeypatch, size=10):
         Stage(source, ("-c", script, f"{{work}}/{source}", str(size)), output=source)
         for source in build.SHIPPED.values()
     ]
+    packed = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(); "
+    packed += "pathlib.Path(sys.argv[1], 'world.json').write_text('{}')"
+    stages.append(Stage("world", ("-c", packed, "{work}/world"), output="world"))
     monkeypatch.setattr(build, "make_stages", lambda scale: stages)
     monkeypatch.setattr(build.commands, "trust_figures", lambda folder: {"agreement": 0.9})
     return stages
@@ -106,6 +109,7 @@ def test_build_ships_weights_with_a_card_that_verifies(tmp_path, monkeypatch, ca
     assert card["trust"] == {"agreement": 0.9}
     assert card["machine"]["cores"] >= 1
     assert str(tmp_path) not in json.dumps(card)  # of no use to anybody else
+    assert card["files"].keys() >= {"world.json"}
     assert sorted(p.name for p in (target / "reward").iterdir()) == [
         "card.json",
         "model.safetensors",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from evac_jax.errors import DataError
 from evac_jax.evac import model_folders
 from evac_jax.files import recordings
 from evac_jax.sim.reward import RewardConfig, RewardNet
@@ -75,6 +76,19 @@ def test_command_writes_a_calibrated_classifier_and_its_card(folders, tmp_path, 
     assert card["scores"]["threshold"] == 0.5
     assert 0 < card["calibration"]["threshold"] < 1
     assert len(card["scores"]["false_success_95"]) == 2
+    assert (card["judged_frames"], card["chunk"], card["scores"]["success_frames"]) == (2, 8, 2)
+
+
+def test_differently_imagined_recordings_are_refused(tmp_path):
+    for name, steps in (("one", 2), ("alike", 2), ("other", 3)):
+        (tmp_path / name).mkdir()
+        card = {"sampling": {"steps": steps, "eta": 0.0}}
+        (tmp_path / name / "card.json").write_text(json.dumps(card))
+    one, alike, other = (str(tmp_path / name) for name in ("one", "alike", "other"))
+    assert train_reward.sampling_of([one, alike]) == {"steps": 2, "eta": 0.0}
+    assert train_reward.sampling_of([]) is None
+    with pytest.raises(DataError, match="expected all to be imagined alike"):
+        train_reward.sampling_of([one, other])
 
 
 def test_classifier_is_the_same_when_imagined_episodes_list_their_tasks_otherwise(
