@@ -6,6 +6,7 @@ takes a picture of a page. Debian's package is `chromium`.
 """
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -37,8 +38,9 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self._connected = contextlib.ExitStack()
         try:
-            self._socket = connect(self._tab(), max_size=None)
+            self._socket = self._connected.enter_context(connect(self._tab(), max_size=None))
         except BaseException:
             self.__exit__()
             raise
@@ -48,8 +50,7 @@ class Browser:
         return self
 
     def __exit__(self, *error) -> None:
-        if hasattr(self, "_socket"):
-            self._socket.close()
+        self._connected.close()
         self._process.terminate()
         self._process.wait()
         self._folder.cleanup()

@@ -15,6 +15,7 @@ CONFIG_FILE = "config.json"
 # Sections and fields that do not change what a run learns, but for chance.
 APART = ("seed", "log", "checkpoint", "video", "collect", "serve", "train.iterations")
 MOST_NAMED = 3  # settings that name a group of runs
+LONGEST = 40  # letters of such a setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +195,12 @@ def grouped(records: Sequence[Record]) -> list[Group]:
 
 def _name(records: Sequence[Record], differing: Mapping[str, Any], groups: int) -> str:
     if groups > 1 and len(differing) <= MOST_NAMED:
-        fields = [f"{field}={records[0].setting(field)}" for field in differing]
-        return ", ".join(fields)
+        values = {field: str(records[0].setting(field)) for field in differing}
+        return ", ".join(
+            # The end of a path tells more than its beginning.
+            f"{field}={value if len(value) <= LONGEST else '..' + value[-LONGEST:]}"
+            for field, value in values.items()
+        )
     return ", ".join(record.name for record in records)
 
 
