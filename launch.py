@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.checks import validate, validate_serving
 from evac_jax.config.flags import DEFAULT_PRESET, check_flags
-from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, with_absolute
+from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, WORDS, with_absolute
 from evac_jax.config.reference import help_text
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, EvacJaxError, StoppedError
@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
     if (_MODE.value == "export") != bool(_EXPORT_DIR.value):
         raise ConfigError("--export_dir: --mode=export needs a new folder, other modes take none")
     if _MODE.value in ("train", "eval"):
-        _announce(config)
+        resumed = _MODE.value == "train" and config.checkpoint.restore not in WORDS
+        _announce(config, config.checkpoint.restore if resumed else config.log.dir)
     if config.cluster.engine == "ray" and _MODE.value in ("train", "eval"):
         importlib.import_module("evac_jax.ray_cluster").run(config, _MODE.value)
         return
@@ -65,11 +66,11 @@ def main(argv: list[str]) -> None:
     getattr(importlib.import_module(module), function)(config, **more)
 
 
-def _announce(config: TrainConfig) -> None:
+def _announce(config: TrainConfig, place: str) -> None:
     """Tell at once where the run will write and how to watch it; all else waits for JAX."""
-    logging.info("it writes to a folder below %s", config.log.dir)
+    logging.info("it writes below %s", place)
     if config.log.tensorboard:
-        watch = [sys.executable, "-m", "tensorboard.main", f"--logdir={config.log.dir}"]
+        watch = [sys.executable, "-m", "tensorboard.main", f"--logdir={place}"]
         logging.info("curves while it runs: %s", shlex.join(watch))
     logging.info("loading JAX, which takes seconds")
 

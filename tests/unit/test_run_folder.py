@@ -188,7 +188,7 @@ def test_training_goes_on_when_the_report_fails(tmp_path, caplog):
     folder.make_writer(finished=0).close()
     (tmp_path / "one" / "metrics.jsonl").write_text("[1]\n")
     folder.write_report()
-    assert "report.html was not written: TypeError" in caplog.text
+    assert "report.html was not written: DataError" in caplog.text
 
 
 def test_signal_ends_the_run_when_it_comes_while_the_report_is_written(tmp_path, monkeypatch):

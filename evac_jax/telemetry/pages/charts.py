@@ -58,7 +58,10 @@ class Mark:
 
 @dataclasses.dataclass
 class Chart:
-    """What `charts.html` draws. Ticks are (place, text); paths are (SVG path, colour)."""
+    """What `charts.html` draws.
+
+    Ticks are (place, text), bands (SVG path, colour), lines the same with the lengths of dashes.
+    """
 
     title: str
     x_label: str = ""
@@ -66,7 +69,7 @@ class Chart:
     x_ticks: list[tuple[float, str]] = dataclasses.field(default_factory=list)
     y_ticks: list[tuple[float, str]] = dataclasses.field(default_factory=list)
     bands: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    lines: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    lines: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     dots: list[Mark] = dataclasses.field(default_factory=list)
     bars: list[Mark] = dataclasses.field(default_factory=list)
     labels: list[tuple[float, str]] = dataclasses.field(default_factory=list)
@@ -145,9 +148,11 @@ def lines(
         color = COLORS[index % len(COLORS)]
         if not own:
             continue
-        chart.legend.append((curve.name, color))
+        again = index // len(COLORS) % 2  # colours are used twice
+        chart.legend.append((curve.name + " (dashed)" * again, color))
         for part in _unbroken(curve, own):
-            chart.lines.append((_path([(across(x), down(y)) for x, y, _, _ in part]), color))
+            path = _path([(across(x), down(y)) for x, y, _, _ in part])
+            chart.lines.append((path, color, "6 3" if again else "none"))
             around = [(x, spread) for x, _, spread, _ in part if spread]
             if around and not curve.dots:
                 upper = [(across(x), down(top)) for x, (_, top) in around]

@@ -150,7 +150,7 @@ def read(folder: Path) -> Record:
     """Read a run's folder.
 
     Raises:
-        DataError: it is no run, or its configuration is damaged.
+        DataError: it is no run, or its configuration or metrics are damaged.
     """
     path = folder / CONFIG_FILE
     if not (path.is_file() and (folder / writers.METRICS_FILE).is_file()):
@@ -162,10 +162,13 @@ def read(folder: Path) -> Record:
         config = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: expected a JSON object ({error}); restore the file") from error
+    metrics = writers.read_lines(folder / writers.METRICS_FILE)
+    if not all(isinstance(line, dict) and "iteration" in line for line in metrics):
+        raise DataError(f"{folder / writers.METRICS_FILE}: expected objects with an iteration each")
     record = Record(
         path=folder,
         config=config,
-        lines=sorted(_lines(folder / writers.METRICS_FILE), key=lambda line: line["iteration"]),
+        lines=sorted(metrics, key=lambda line: line["iteration"]),
         launches=_lines(folder / launches.LAUNCHES_FILE),
         warnings=_lines(folder / warning_log.WARNINGS_FILE),
         films=(),

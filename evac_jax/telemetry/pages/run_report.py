@@ -45,7 +45,7 @@ def write(folders: Sequence[Path], path: Path) -> list[str]:
         path,
         Path(__file__).with_suffix(".html"),
         title=records[0].name if len(records) == 1 else f"{len(records)} runs",
-        headlines=headlines,
+        headlines=[_state(records[0])] if len(records) == 1 else headlines,
         table=_table(records),
         success=_success(groups),
         signals=_signals(groups),
@@ -79,6 +79,13 @@ def headline(group: Group) -> str:
     return f"{group.name}: {count}, {success}"
 
 
+def _state(record: Record) -> str:
+    """Return how far a run is."""
+    state = "" if record.finished else ", not finished"
+    seed = record.setting("seed", "not known")
+    return f"{record.done} of {record.iterations} iterations{state}; seed {seed}"
+
+
 def _mean(rates: Sequence[Rate]) -> str:
     """Return one rate with its interval, or the mean of several with their range."""
     if len(rates) == 1:
@@ -89,8 +96,11 @@ def _mean(rates: Sequence[Rate]) -> str:
 
 
 def _table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows: every run with its success before and after."""
+    """Return head and rows: success before and after, of one run by place, of several by run."""
     measures = [m for m in EVALUATIONS if any(record.rates(m) for record in records)]
+    if len(records) == 1:
+        ends = [(m.title, rates[0], rates[-1]) for m in measures if (rates := records[0].rates(m))]
+        return ["", "before", "after"], [[place, str(a), str(b)] for place, a, b in ends]
     head = ["run", "seed", "iterations"]
     head += [f"{m.title}, {when}" for m in measures for when in ("before", "after")]
     rows = []

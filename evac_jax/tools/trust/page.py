@@ -169,7 +169,8 @@ def _shares(title: str, report: Mapping, names: Mapping[str, str]) -> Chart | No
     def one(share: Mapping) -> Share | None:
         if share["rate"] is None:
             return None
-        return Share(share["rate"], tuple(share["interval_95"]), percent(share))
+        low, high = share["interval_95"]
+        return Share(share["rate"], (low, high), percent(share))
 
     return bars(
         title,

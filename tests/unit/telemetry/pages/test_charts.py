@@ -65,6 +65,14 @@ def test_single_point_is_a_dot_and_a_flat_line_has_an_axis():
     assert len(flat.y_ticks) > 1
 
 
+def test_curves_beyond_the_colours_are_dashed():
+    count = len(charts.COLORS) + 1
+    chart = charts.lines("", [Curve(f"{n}", [0, 1], [n, n]) for n in range(count)])
+    assert [name for name, _ in chart.legend][-1] == f"{count - 1} (dashed)"
+    assert [dashes for *_, dashes in chart.lines] == ["none"] * (count - 1) + ["6 3"]
+    assert chart.lines[0][1] == chart.lines[-1][1]
+
+
 def test_nothing_is_drawn_when_there_is_no_value():
     assert charts.lines("", [Curve("a", [1, 2], [None, math.nan])]) is None
     assert charts.lines("", []) is None

@@ -38,7 +38,7 @@ def test_report_shows_every_part_of_a_run(tmp_path):
     add_films(run, 0, {"imagined": [7], "ground_truth": [7]}, shared=True)
     text = _written(tmp_path, run)
     for part in (
-        "one: 4 of 4 iterations, success: imagined 10.0 % [1.8, 40.4] n=10 to 50.0 %",
+        "one 4 of 4 iterations; seed 0 before after imagined 10.0 % [1.8, 40.4] n=10 50.0 %",
         "Falls slowly while the policy learns.",
         "lift 7 (start 7) imagined: success real: no success",
         "imagine 6.00 s, 60.0 %",
@@ -62,7 +62,7 @@ def test_report_is_given_when_the_run_is_older_than_its_parts(tmp_path):
     run = make_run(tmp_path / "old", iterations=2, of=8)
     (run / "config.json").write_text('{"algorithm": "grpo", "train": {"iterations": 8}}')
     text = _written(tmp_path, run)
-    assert "old: 2 of 8 iterations" in text
+    assert "old 2 of 8 iterations, not finished; seed not known" in text
     assert "Not known of old" in text
     assert f"The command of {run} was not kept" in text
     assert "There are none: the run has no films" in text
@@ -70,7 +70,7 @@ def test_report_is_given_when_the_run_is_older_than_its_parts(tmp_path):
 
 def test_report_is_given_when_nothing_but_the_first_evaluation_is_there(tmp_path):
     text = _written(tmp_path, make_run(tmp_path / "new", iterations=0, of=8))
-    assert "new: 0 of 8 iterations, success: imagined 10.0 % [1.8, 40.4] n=10" in text
+    assert "new 0 of 8 iterations, not finished; seed 0" in text
     assert text.count("No iteration is done yet.") == 2
 
 
