@@ -9,6 +9,7 @@ python launch.py --mode=serve --config.policy.checkpoint=RUN
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 
@@ -21,8 +22,9 @@ from ml_collections import config_flags
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.checks import validate, validate_serving
 from evac_jax.config.flags import DEFAULT_PRESET, check_flags, resolved
-from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, WORLD, with_absolute
+from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, WORDS, WORLD, with_absolute
 from evac_jax.config.reference import help_text
+from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, EvacJaxError, StoppedError
 
 _MODE = flags.DEFINE_enum(
@@ -46,6 +48,9 @@ def main(argv: list[str]) -> None:
     logging.info("%s %s with the preset %s", _MODE.value, config.algorithm, preset.config_filename)
     if (_MODE.value == "export") != bool(_EXPORT_DIR.value):
         raise ConfigError("--export_dir: --mode=export needs a new folder, other modes take none")
+    if _MODE.value in ("train", "eval"):
+        resumed = _MODE.value == "train" and config.checkpoint.restore not in WORDS
+        _announce(config, config.checkpoint.restore if resumed else config.log.dir)
     if config.cluster.engine == "ray" and _MODE.value in ("train", "eval"):
         importlib.import_module("evac_jax.ray_cluster").run(config, _MODE.value)
         return
@@ -59,6 +64,15 @@ def main(argv: list[str]) -> None:
     }[_MODE.value]
     more = {"export_dir": _EXPORT_DIR.value} if _EXPORT_DIR.value else {}
     getattr(importlib.import_module(module), function)(config, **more)
+
+
+def _announce(config: TrainConfig, place: str) -> None:
+    """Tell at once where the run will write and how to watch it; all else waits for JAX."""
+    logging.info("it writes below %s", place)
+    if config.log.tensorboard:
+        watch = [sys.executable, "-m", "tensorboard.main", f"--logdir={place}"]
+        logging.info("curves while it runs: %s", shlex.join(watch))
+    logging.info("loading JAX, which takes seconds")
 
 
 def cli() -> None:

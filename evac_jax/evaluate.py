@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from evac_jax.rollout import env_metrics, episode_figures, padded, play, whole
 from evac_jax.simulators import Simulators
 from evac_jax.starts import Range, ground_truth_range, noise_seed, range_of, source_of
 from evac_jax.telemetry import video
+from evac_jax.telemetry.progress import told
 from evac_jax.telemetry.stopwatch import Stopwatch
 
 
@@ -24,9 +26,24 @@ class Film:
     """One filmed episode: frames uint8 [T V H W 3], per-frame rewards [T], success reached [T]."""
 
     instruction: str
+    start: int
     frames: np.ndarray
     rewards: np.ndarray
     success: np.ndarray
+
+    @property
+    def side_by_side(self) -> np.ndarray:
+        """The frames of all cameras next to each other, uint8 [T H V*W 3]."""
+        return np.concatenate(list(np.moveaxis(self.frames, 1, 0)), axis=2)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the film shows, plain values."""
+        return {
+            "start": self.start,
+            "instruction": self.instruction,
+            "success": bool(self.success[-1]),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +103,7 @@ def evaluate(
                 first = np.asarray(chunk.obs.images) if first is None else first
                 clips.append(np.array(chunk.step.clips))
         if clips:
-            filmed = _films(simulators, parts[0], first, clips, films)
+            filmed = _films(simulators, row[simulators.rows[0]], parts[0], first, clips, films)
         played = sharding.gather(whole([_figures(r) for r in parts], simulators.rows))
         figures.append({name: values[whole_row != IDLE] for name, values in played.items()})
     merged = {name: np.concatenate([f[name] for f in figures]) for name in figures[0]}
@@ -137,10 +154,12 @@ class Evaluators:
         outcome = {}
         if options.episodes:
             films = video_options.episodes if video_options.save else 0
-            outcome["imagined"] = self._evaluate(self._imagined, self._dreamt, films)
+            with told(f"evaluating in imagination: {len(self._dreamt)} episodes"):
+                outcome["imagined"] = self._evaluate(self._imagined, self._dreamt, films)
         if self._real is not None:
             films = self._real.spec.clip_envs
-            outcome["ground_truth"] = self._evaluate(self._real, self._true, films)
+            with told(f"evaluating in the ground truth: {len(self._true)} episodes"):
+                outcome["ground_truth"] = self._evaluate(self._real, self._true, films)
         give_back()
         return outcome
 
@@ -184,10 +203,12 @@ def _figures(results: list) -> dict[str, np.ndarray]:
     return episode_figures(results) | {"task": results[-1].task}
 
 
-def _films(simulators, results, first, clips, count: int) -> list[Film]:
-    """Join the chunks of the first `count` environments, the start frame in front."""
+def _films(simulators, starts, results, first, clips, count: int) -> list[Film]:
+    """Join the chunks of the first `count` environments that play, the start frame in front."""
     films = []
     for env in range(min(count, clips[0].shape[0])):
+        if starts[env] == IDLE:
+            continue
         frames = np.concatenate([first[env][None], *(clip[env] for clip in clips)])
         rewards = np.concatenate([[0.0], *(result.rewards[env] for result in results)])
         chunk = results[0].rewards.shape[1]
@@ -197,6 +218,7 @@ def _films(simulators, results, first, clips, count: int) -> list[Film]:
         films.append(
             Film(
                 instruction=simulators.spec.instructions[int(results[0].task[env])],
+                start=int(starts[env]),
                 frames=frames,
                 rewards=rewards,
                 success=reached,
@@ -209,12 +231,11 @@ def save_films(films: list[Film], directory: Path, name: str, *, fps: int, overl
     """Write one mp4 per film, all cameras side by side; return the paths."""
     paths = []
     for index, film in enumerate(films):
-        frames = np.concatenate(list(np.moveaxis(film.frames, 1, 0)), axis=2)  # [T H V*W 3]
         caption = None
         if overlay:
             caption = video.Overlay(film.instruction, np.cumsum(film.rewards), film.success)
         path = directory / f"{name}_{index}.mp4"
-        video.write_mp4(path, frames, fps=fps, overlay=caption)
+        video.write_mp4(path, film.side_by_side, fps=fps, overlay=caption)
         paths.append(path)
     return paths
 

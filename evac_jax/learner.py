@@ -31,6 +31,7 @@ from evac_jax.errors import ConfigError
 from evac_jax.policy_import import import_policy
 from evac_jax.shapes import EpisodeShapes, batch_shapes
 from evac_jax.simulators import BatchStep
+from evac_jax.telemetry.progress import told
 from policies.activations import activations_at
 from policies.types import ObsBatch, PolicyOutput
 
@@ -276,6 +277,9 @@ class Learner:
         if "sampler" in offload:
             self._deciding = None
         if self._compiling:
+            if not self._compiling.done():
+                with told("waiting until the update is compiled"):
+                    self._compiling.result()
             self._compiling.result()
             self._compiling = None
         self.state, metrics = self._update(self.state, self._rest, batch, key)

@@ -21,6 +21,7 @@ from evac_jax.rollout import Collector
 from evac_jax.run_folder import RunFolder
 from evac_jax.stopping import Stopping
 from evac_jax.telemetry import report
+from evac_jax.telemetry.pages.run_report import REPORT_FILE
 from evac_jax.telemetry.progress import Progress
 from evac_jax.twin import Twin
 
@@ -55,9 +56,10 @@ class Run:
         self.finished, self._seconds = 0, {}
         self._before: dict[str, list[int]] | None = None
         self._evaluated, self._after = 0, {}
+        self._episodes: tuple[float, float] | None = None
         if folder.resumed:
             self._restore()
-        folder.make()
+        folder.make(self.finished)
         self._writer = folder.make_writer(finished=self.finished)
         self._done, self._skipped_in_a_row = self.finished, 0
 
@@ -171,6 +173,7 @@ class Run:
             for phase in {**self._seconds, **seconds}
         }
         self._done = done
+        self._episodes = figures["env/success_rate"], figures["env/num_trajectories"]
         self._writer.write(done, {**figures, **{f"time/{k}": v for k, v in seconds.items()}})
         skipped = figures["actor/skipped_updates"] > 0
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -190,6 +193,7 @@ class Run:
         self._evaluated, self._after = done, counts(outcome)
         if self._before is None:
             self._before = self._after
+        self._folder.write_report()
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -199,8 +203,13 @@ class Run:
             yield bar
 
     def show(self, bar: Progress) -> None:
-        """Show how far the run is, and the last evaluation with its iteration."""
-        bar.update(self._done, success=report.rates(self._after), evaluated=self._evaluated)
+        """Show how far the run is, its newest episodes, and the last evaluation."""
+        bar.update(
+            self._done,
+            episodes=self._episodes,
+            success=report.rates(self._after),
+            evaluated=self._evaluated,
+        )
 
     def stop(self) -> None:
         """Say why the run ends, if it ends early; it is saved already.
@@ -243,9 +252,12 @@ class Run:
             seconds=self._seconds,
             wall_seconds=wall_seconds,
             places={
+                "report": self._folder.path / REPORT_FILE,
                 "logs": self._folder.path,
                 "videos": self._folder.videos if self._config.video.save else None,
                 "checkpoints": self._folder.checkpoints,
             },
             notes=self._config.libero.notes if self._config.eval.ground_truth == "libero" else (),
+            commands=self._folder.next_commands(self._done),
         )
+        self._folder.write_report()  # the run is finished now, and warnings may have come

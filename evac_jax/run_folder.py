@@ -8,25 +8,31 @@ import contextlib
 import dataclasses
 import json
 import secrets
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from absl import logging
+
 from evac_jax import checkpoint, stopping
-from evac_jax.config import hub
+from evac_jax.config import commands, hub
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
 from evac_jax.config.world import CARD_FILE, Card, World
 from evac_jax.devices import hosts, together
 from evac_jax.errors import (
     CheckpointError,
+    StoppedError,
     StorageError,
 )
 from evac_jax.evaluate import Evaluation, counts, save_films
 from evac_jax.files import claim
 from evac_jax.files.atomic import keep, replacing
-from evac_jax.starts import ground_truth_range
-from evac_jax.telemetry import report, writers
+from evac_jax.files.cards import write_json
+from evac_jax.starts import ground_truth_range, share_starts
+from evac_jax.telemetry import launches, report, video, warning_log, writers
+from evac_jax.telemetry.pages import run_report
 
 RUN_ID_FILE = "run_id"
 
@@ -134,16 +140,25 @@ class RunFolder:
         with claim.claimed(self.path, numbered=self.unnamed) as path:
             folder = RunFolder.at(self.config, path, resumed=self.resumed)
             try:
-                with claim.told_as_storage_error(path):
+                with (
+                    claim.told_as_storage_error(path),
+                    warning_log.kept_in(path, checkpoint.CONFIG_FILE),
+                ):
                     yield folder
             except StorageError as error:
                 raise StorageError(f"{error}\n{folder.how_to_go_on()}") from error
 
-    def make(self) -> None:
-        """Write the configuration: from now on this is a run that can be continued."""
+    def make(self, finished: int = 0) -> None:
+        """Write configuration and command: from now on this is a run that can be continued.
+
+        Args:
+            finished: iterations that it goes on from.
+        """
         if self.writes:
+            values = to_dict(self.config)
             with replacing(self.path / checkpoint.CONFIG_FILE) as temporary:
-                temporary.write_text(json.dumps(to_dict(self.config), indent=2))
+                temporary.write_text(json.dumps(values, indent=2))
+            launches.record(self.path, values, finished, resumed=self.resumed)
             if not (self.path / RUN_ID_FILE).exists():
                 with replacing(self.path / RUN_ID_FILE) as temporary:
                     temporary.write_text(secrets.token_hex(8))
@@ -153,6 +168,7 @@ class RunFolder:
                     temporary.write_text(World.read(self.config.world).card.to_json())
             if not self.resumed:
                 keep(self.path / writers.METRICS_FILE)
+                keep(self.path / warning_log.WARNINGS_FILE)
         together.wait_for_all("run folder")
 
     @property
@@ -173,6 +189,23 @@ class RunFolder:
         """Return a sentence that names the last checkpoint, and the command that goes on."""
         return stopping.how_to_go_on(self.path, self.checkpoints)
 
+    def announce(self) -> None:
+        """Tell where the run writes."""
+        if self.writes:
+            logging.info(
+                "the run writes to %s; its %s comes with the first evaluation",
+                self.path.absolute(),
+                run_report.REPORT_FILE,
+            )
+
+    def next_commands(self, done: int) -> dict[str, str]:
+        """Return {what to do next: command} after `done` iterations."""
+        wanted = self.config.train.iterations
+        following = commands.following(
+            commands.given(), self.path, iterations=wanted, finished=done >= wanted
+        )
+        return {what: shlex.join(command) for what, command in following.items()}
+
     def make_writer(self, *, finished: int) -> writers.MetricWriter:
         """Return where metrics go; what was logged after iteration `finished` is dropped."""
         if not self.writes:
@@ -182,17 +215,41 @@ class RunFolder:
     def write_films(
         self, iteration: int, outcome: Mapping[str, Evaluation]
     ) -> list[tuple[str, Path]]:
-        """Write the evaluations' films as mp4; return ("<place>/<number>", path) of each."""
-        video, written = self.config.video, []
+        """Write the evaluations' films as mp4; return ("<place>/<number>", path) of each.
+
+        Beside each lies its film strip as PNG, and what they show is in iteration_<number>.json.
+        """
+        options, written, facts = self.config.video, [], []
         for place, result in outcome.items() if self.writes else ():
             # The files of imagined episodes carry no place: most videos are of those.
             mark = "" if place == "imagined" else f"{place}_"
             name = f"{mark}iteration_{iteration:05d}"
             paths = save_films(
-                result.films, self.videos, name, fps=video.fps, overlay=video.overlay
+                result.films, self.videos, name, fps=options.fps, overlay=options.overlay
             )
             written += [(f"{place}/{index}", path) for index, path in enumerate(paths)]
+            for film, path in zip(result.films, paths, strict=True):
+                strip = path.with_suffix(".png")
+                video.write_strip(strip, film.side_by_side)
+                fact = {"place": place, "video": path.name, "strip": strip.name}
+                facts.append(fact | film.facts)
+        if facts:
+            same = {"shared_starts": share_starts(self.config)}
+            list_of = self.videos / f"iteration_{iteration:05d}.json"
+            write_json(list_of, {"iteration": iteration, **same, "films": facts})
         return written
+
+    def write_report(self) -> None:
+        """Write report.html anew; one that fails is told, and training goes on."""
+        if not self.writes:
+            return
+        warning_log.flush()
+        try:
+            run_report.write([self.path], self.path / run_report.REPORT_FILE)
+        except StoppedError:
+            raise
+        except Exception as error:  # whatever it is, it is no reason to lose a run
+            logging.warning("%s was not written: %r", run_report.REPORT_FILE, error)
 
     @classmethod
     def for_evaluation(cls, config: TrainConfig, restored: "RunFolder | None") -> "RunFolder":

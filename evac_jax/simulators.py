@@ -246,21 +246,22 @@ def training_specs(config: TrainConfig) -> list[dict]:
         return world_model_specs(config)
     processes, share, algo = config.simulator.processes, config.envs_per_process, config.algo
     ends = {"auto_reset": algo.auto_reset, "ignore_terminations": algo.ignore_terminations}
-    spec = _ground_truth_spec(config, share, **ends)
-    return [spec | {"parts": config.rollout.pipeline_stages} for _ in range(processes)]
+    stages = config.rollout.pipeline_stages
+    spec = _ground_truth_spec(config, share, stages, **ends)
+    return [spec | {"parts": stages} for _ in range(processes)]
 
 
-def _ground_truth_spec(config: TrainConfig, num_envs: int, **settings) -> dict:
+def _ground_truth_spec(config: TrainConfig, num_envs: int, stages: int = 1, **settings) -> dict:
     name = config.eval.ground_truth
     settings |= {
         "num_envs": num_envs,
         "coefficient": config.reward.coefficient,
         "relative": config.reward.relative,
         "gripper": config.env.gripper,
+        "clip_envs": min(config.video.episodes, num_envs // stages) if config.video.save else 0,
     }
     if name == "libero":  # the benchmark says how long its episodes are
         settings["libero"] = dataclasses.asdict(config.libero)
-        settings["clip_envs"] = min(config.video.episodes, num_envs) if config.video.save else 0
     else:
         settings["keyframe_data"] = config.env.keyframe_data if config.env.keyframes else ""
         settings["max_episode_steps"] = config.env.max_episode_steps

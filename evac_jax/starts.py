@@ -93,10 +93,15 @@ def ground_truth_range(config: TrainConfig) -> tuple[str, Range]:
     if own:
         low, high = own
         return "eval.ground_truth_starts", (low, high)
-    shared = config.env.simulator == "ground_truth" or (
-        config.env.initial_states == config.eval.ground_truth
-    )
-    return ("eval.starts", config.eval.starts) if shared else ("eval.ground_truth_starts", (0, -1))
+    if share_starts(config):
+        return "eval.starts", config.eval.starts
+    return "eval.ground_truth_starts", (0, -1)
+
+
+def share_starts(config: TrainConfig) -> bool:
+    """Whether a start id means the same in training as in evaluations in the ground truth."""
+    same = config.env.initial_states == config.eval.ground_truth
+    return config.env.simulator == "ground_truth" or same
 
 
 class StartSampler:

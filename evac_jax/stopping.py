@@ -24,6 +24,7 @@ from types import FrameType
 import jax
 
 from evac_jax.checkpoint import iterations_in
+from evac_jax.config import commands
 from evac_jax.devices import together
 from evac_jax.errors import HostError, StoppedError
 
@@ -182,28 +183,12 @@ def how_to_go_on(run: Path, checkpoints: Path) -> str:
     """Return a sentence that names a run's last checkpoint, and the command that goes on."""
     if not (iterations := iterations_in(checkpoints)):
         return f"It had saved no checkpoint yet (config.checkpoint.interval). {begin_again()}"
-    command = _without([sys.executable, *sys.argv], ("restore", "step"))
-    command.append(f"--config.checkpoint.restore={run}")
     return (
         f"Its last checkpoint is that of iteration {iterations[-1]}; go on from there with\n"
-        f"{shlex.join(command)}"
+        f"{shlex.join(commands.going_on(commands.given(), run))}"
     )
 
 
 def begin_again() -> str:
     """Return a sentence with the command that was given."""
-    return f"Begin again with\n{shlex.join([sys.executable, *sys.argv])}"
-
-
-def _without(command: list[str], fields: tuple[str, ...]) -> list[str]:
-    """Return a command line without the flags of fields of `checkpoint`, in either spelling."""
-    kept, skip = [], False
-    for argument in command:
-        flag, has_value, _ = argument.partition("=")
-        if skip:
-            skip = False
-        elif flag.lstrip("-") in [f"config.checkpoint.{field}" for field in fields]:
-            skip = not has_value  # its value is the next argument
-        else:
-            kept.append(argument)
-    return kept
+    return f"Begin again with\n{shlex.join(commands.given())}"

@@ -8,6 +8,7 @@ from absl import logging
 
 from evac_jax import checkpoint
 from evac_jax.checkpoint import Checkpoints
+from evac_jax.config import hub
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts, together
 from evac_jax.evaluate import Evaluators
@@ -20,6 +21,7 @@ from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 from evac_jax.simulators import Simulators, started
 from evac_jax.starts import check_ranges
 from evac_jax.stopping import Stopping, begin_again
+from evac_jax.telemetry.progress import told
 from evac_jax.telemetry.stopwatch import Stopwatch
 from evac_jax.twin import Twin
 
@@ -46,6 +48,7 @@ def run(config: TrainConfig) -> None:
         return
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(chosen.claimed())
+        folder.announce()
         stopping = Stopping(config.train.stop_grace_s, folder.how_to_go_on)
         stack.enter_context(stopping)
         learner, imagined, real = stack.enter_context(_ready(config, folder))
@@ -55,6 +58,7 @@ def run(config: TrainConfig) -> None:
         evaluators = Evaluators(config, learner, imagined, real)
         record = Run(folder, learner, collector, twin, stopping)
         if record.owes_evaluation:
+            logging.info("first the evaluation of iteration %d", record.finished)
             record.log_evaluation(record.finished, evaluators.run())
         if "optimizer" in config.cluster.offload:
             learner.park_optimizer()
@@ -75,6 +79,10 @@ def iterate(
 ) -> None:
     """Go through the iterations that are left; each one is logged, some are saved and evaluated."""
     compiled = hosts.Compilations()
+    logging.info(
+        "training: %d episodes an iteration; the first iteration also compiles",
+        config.episodes_per_iteration,
+    )
     with run.progress() as bar:
         for iteration in range(run.finished, config.train.iterations):
             done = iteration + 1
@@ -153,6 +161,7 @@ def _ready(
     if episode and folder:
         check_sizes(config, *meshes, episode)
     with contextlib.ExitStack() as stack:
+        logging.info("starting the simulators; each loads its weights")
         pools = started(config, meshes[1], learning=folder is not None)
         imagined, real = stack.enter_context(pools)
         if folder:
@@ -161,11 +170,14 @@ def _ready(
             episode = EpisodeShapes.of(imagined.wait_until_ready().spec)
             if folder:
                 check_sizes(config, *meshes, episode)
-        learner = Learner(config, meshes[0], episode, meshes[1])
+        with told(f"loading the policy {hub.address_of(config.policy.checkpoint)}"):
+            learner = Learner(config, meshes[0], episode, meshes[1])
         if folder:
+            logging.info("compiling the update meanwhile")
             learner.begin_to_compile()  # the simulators read their weights meanwhile
-        for pool in filter(None, (real, imagined)):
-            pool.wait_until_ready()
+        with told("waiting for the simulators to load"):
+            for pool in filter(None, (real, imagined)):
+                pool.wait_until_ready()
         specs = [pool.spec for pool in (imagined, real) if pool]
         offered = [(spec.instructions, spec.num_starts, spec.num_keyframes) for spec in specs]
         together.compare("the simulators' instructions, starts and keyframes", offered)

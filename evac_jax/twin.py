@@ -123,6 +123,7 @@ class Twin:
             "eval/imagined_success": float(imagined.mean()),
             "eval/real_success": float(real.mean()),
             "eval/success_agreement": float((imagined == real).mean()),
+            "eval/twin_episodes": float(len(real)),
             "eval/twin_alarm": float(self.alarm),
         }
         if imagined.any():

@@ -70,7 +70,10 @@ LAYERS = (
     Layer(
         5,
         "evac_jax/telemetry/*",
-        ("jax", "numpy", "jaxtyping", "absl", "rich", "av", "PIL", "tensorboard", "wandb"),
+        (
+            *("jax", "numpy", "jaxtyping", "absl", "rich", "av", "PIL", "tensorboard", "wandb"),
+            "jinja2",
+        ),
         ("evac_jax.errors", "evac_jax.config", "evac_jax.files"),
     ),
     Layer(
@@ -122,7 +125,7 @@ LAYERS = (
     Layer(
         12,
         "evac_jax/tools/*",
-        (*TORCH, *JAX, "PIL", "matplotlib", "pyarrow", "h5py"),
+        (*TORCH, *JAX, "PIL", "pyarrow", "h5py"),
         ("evac_jax", "algos", "policies"),
     ),
     # Robots reach the policy through it; nothing that trains may need it.

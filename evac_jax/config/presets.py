@@ -4,12 +4,17 @@ A preset only overrides values; fields, meanings and ranges are in `evac_jax/con
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from ml_collections import config_dict
 
-from evac_jax.config import world
+from evac_jax.config import hub, world
 from evac_jax.config.build import default_config
 from evac_jax.config.fields import Kind, hints
+from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, WORDS
 from evac_jax.errors import ConfigError, nearest
 
 
@@ -45,3 +50,36 @@ def base(algorithm: str, preset: str, presets: dict) -> config_dict.ConfigDict:
     if config.world:
         world.fill(config)
     return config
+
+
+def differences(
+    preset: Mapping[str, Any], config: Mapping[str, Any], prefix: str = ""
+) -> dict[str, list[Any]]:
+    """Return {"section.field": [the preset's value, the configuration's]} where they differ.
+
+    Tuples and lists are the same, and so are two spellings of one path. A field that only one of
+    them has is None in the other.
+
+    Args:
+        preset, config: nested plain values, `to_dict()` of either.
+    """
+    found: dict[str, list[Any]] = {}
+    for key in dict.fromkeys((*preset, *config)):
+        name, one, other = f"{prefix}{key}", preset.get(key), config.get(key)
+        if isinstance(one, Mapping) or isinstance(other, Mapping):
+            found |= differences(one or {}, other or {}, f"{name}.")
+        elif _plain(name, one) != _plain(name, other):
+            found[name] = [one, other]
+    return found
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a value in the one form in which it is compared."""
+    if isinstance(value, str) and name in RUN_PATHS + INPUT_PATHS:
+        parts = value.split(",")  # several classifiers
+        return [p if p in WORDS or hub.is_address(p) else _place(p) for p in parts]
+    return json.loads(json.dumps(value))
+
+
+def _place(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

@@ -1,8 +1,10 @@
 """Shows the progress of a run: a live bar in a terminal, one log line per iteration elsewhere."""
 
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from absl import logging
 from rich.console import Console
@@ -23,6 +25,36 @@ def format_duration(seconds: float | None) -> str:
 def format_success(success: Mapping[str, float]) -> str:
     """Return "imagined 41.0%  ground truth 37.5%"."""
     return "  ".join(f"{place.replace('_', ' ')} {rate:.1%}" for place, rate in success.items())
+
+
+@contextlib.contextmanager
+def told(what: str, every_s: float = 20.0) -> Iterator[None]:
+    """Log that something long begins, that it goes on, and how long it took.
+
+    Args:
+        what: such as "evaluating in imagination: 64 episodes".
+        every_s: seconds between lines in between.
+    """
+    began, over = time.monotonic(), threading.Event()
+
+    def go_on() -> None:
+        while not over.wait(every_s):
+            logging.info("%s: going on for %.0f s", what, time.monotonic() - began)
+
+    logging.info("%s", what)
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    logging.info("%s: done in %.0f s", what, time.monotonic() - began)
+
+
+def format_episodes(rate: float, count: float) -> str:
+    """Return "37.5% of 128 succeeded"."""
+    return f"{rate:.1%} of {count:.0f} succeeded"
 
 
 class Estimate:
@@ -82,10 +114,10 @@ class Progress:
                 TextColumn("iteration {task.completed}/{task.total}"),
                 BarColumn(bar_width=24),
                 _EtaColumn(self._estimate),
-                TextColumn("success: {task.fields[success]}"),
+                TextColumn("{task.fields[told]}"),
                 console=console,
             )
-            self._task = self._bar.add_task("train", total=total, completed=finished, success="-")
+            self._task = self._bar.add_task("train", total=total, completed=finished, told="")
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -101,21 +133,32 @@ class Progress:
                 self._absl.setStream(self._stream)
             self._bar.stop()
 
-    def update(self, done: int, *, success: Mapping[str, float], evaluated: int) -> None:
-        """Show that `done` iterations are finished, and the latest success rates.
+    def update(
+        self,
+        done: int,
+        *,
+        episodes: tuple[float, float] | None,
+        success: Mapping[str, float],
+        evaluated: int,
+    ) -> None:
+        """Show that `done` iterations are finished, what they played, and the last evaluation.
 
         Args:
             done: finished iterations of the whole run.
+            episodes: success rate 0..1 and number of the last iteration's own episodes; None =
+                this process has played none yet.
             success: {"imagined": 0..1, "ground_truth": 0..1}, as far as they are evaluated.
             evaluated: iteration whose policy had that success.
         """
         self._estimate.update(done)
-        text = "not evaluated"
+        parts = [f"its episodes: {format_episodes(*episodes)}"] if episodes else []
         if success:
-            text = format_success(success)
-            text += f" (at iteration {evaluated})" if evaluated != done else ""
+            parts.append(f"last evaluation (iteration {evaluated}): {format_success(success)}")
+        else:
+            parts.append("not evaluated")
+        text = "  |  ".join(parts)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, success=text)
+            self._bar.update(self._task, completed=done, told=text)
         else:
             eta = format_duration(self._estimate.remaining_s())
-            logging.info("iteration %d/%d  ETA %s  success: %s", done, self._total, eta, text)
+            logging.info("iteration %d/%d  ETA %s  |  %s", done, self._total, eta, text)

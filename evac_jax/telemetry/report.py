@@ -112,6 +112,7 @@ def summary(
     wall_seconds: float,
     places: Mapping[str, Path | None],
     notes: Sequence[str] = (),
+    commands: Mapping[str, str] | None = None,
 ) -> str:
     """Return the summary of a run as plain text.
 
@@ -123,6 +124,7 @@ def summary(
         wall_seconds: duration of this process.
         places: {what: path} of files; None is left out.
         notes: what the success rates depend on, in lines.
+        commands: {what to do next: command}.
     """
     lies = [[f"{what}:", str(where)] for what, where in places.items() if where is not None]
     width = max((len(what) for what, _ in lies), default=0)
@@ -136,6 +138,7 @@ def summary(
             _phase_table(seconds, wall_seconds),
             "",
             *(f"{what.ljust(width)}  {where}" for what, where in lies),
+            *(f"\n{what}:\n  {command}" for what, command in (commands or {}).items()),
         ]
     )
 
@@ -162,6 +165,7 @@ def finish(
     wall_seconds: float,
     places: Mapping[str, Path | None],
     notes: Sequence[str] = (),
+    commands: Mapping[str, str] | None = None,
 ) -> None:
     """Write summary.json into the run's folder and show the summary; arguments as `summary`.
 
@@ -188,6 +192,7 @@ def finish(
             wall_seconds=wall_seconds,
             places=places,
             notes=notes,
+            commands=commands,
         )
     )
 

@@ -15,6 +15,7 @@ from evac_jax.errors import DataError
 from evac_jax.files.atomic import replacing
 
 MIN_SIZE = 256  # pixels; smaller frames are too small for a browser and have no room for text
+STRIP_HEIGHT = 128  # pixels; enough to see on a page what happens
 TEXT_SIZE = 15
 MARGIN = 6
 BORDER = 5
@@ -147,6 +148,15 @@ def write_mp4(path: Path, frames: Frames, *, fps: int, overlay: Overlay | None =
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode(None))
+
+
+def write_strip(path: Path, frames: Frames, *, height: int = STRIP_HEIGHT) -> None:
+    """Write a film strip as PNG, atomically; larger frames are made `height` pixels high."""
+    strip = filmstrip(frames)
+    if strip.height > height:
+        strip = strip.resize((round(strip.width * height / strip.height), height), Image.LANCZOS)
+    with replacing(Path(path)) as temporary:
+        strip.save(temporary)
 
 
 def read_mp4(path: Path) -> tuple[Frames, float]:

@@ -8,7 +8,6 @@ listed; elsewhere they are left out. `log/non_finite` counts them.
 import json
 import math
 import secrets
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -75,7 +74,8 @@ class JsonlWriter:
 
     def __init__(self, path: Path, resume_step: int = 0):
         self._path = path
-        lines = _lines_until(path, resume_step) if path.exists() else []
+        done = read_lines(path) if path.exists() else []
+        lines = [line for line in done if line["iteration"] <= resume_step]
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         self._line: dict[str, Any] = lines[-1] if lines else {}
@@ -115,25 +115,22 @@ class JsonlWriter:
         self._file.close()
 
 
-def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Return the lines of iterations <= `step`; warn about damaged lines."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines; warn about damaged lines."""
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), start=1):
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except json.JSONDecodeError:
             # A killed process may leave half a line. The run can continue without it.
             logging.warning("%s: line %d is damaged and was dropped", path, number)
-            continue
-        if line["iteration"] <= step:
-            lines.append(line)
     return lines
 
 
 def last_iteration(folder: Path) -> int:
     """Return the last iteration that a run's metrics tell of; 0 where none trained."""
     path = folder / METRICS_FILE
-    lines = _lines_until(path, sys.maxsize) if path.exists() else []
+    lines = read_lines(path) if path.exists() else []
     return max((line["iteration"] for line in lines), default=0)
 
 

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -47,6 +48,34 @@ def test_killed_run_goes_on_where_it_was_and_ends_like_an_unbroken_one(launcher,
 
     assert sorted(launcher.metrics("broken")) == sorted(launcher.metrics("plain")) == [0, 1, 2, 3]
     launcher.assert_same("plain", "broken", (1, 2, 3), rel=1e-5, abs=1e-7)
+
+
+def test_console_tells_where_a_run_writes_what_it_does_and_what_comes_next(launcher, plain):
+    folder = launcher.runs / "plain"
+    told = (
+        f"it writes below {launcher.runs}",
+        "-m tensorboard.main --logdir=",
+        f"the run writes to {folder}",
+        "loading the policy",
+        "compiling the update",
+        "waiting for the simulators",
+        "evaluating in imagination: 4 episodes",
+        "iteration 1/3  ETA ",
+        "its episodes: ",
+        "last evaluation (iteration 0): imagined ",
+        "Success rate [95 % Wilson interval]",
+        "evaluate:\n",
+        "go on:\n",
+        "export:\n",
+        "serve:\n",
+        f"report:\n  {shlex.quote(sys.executable)} -m evac_jax.tools.runs.report {folder}",
+    )
+    places = [plain.find(text) for text in told]
+    assert -1 not in places, told[places.index(-1)]
+    assert places == sorted(places)
+    report = (folder / "report.html").read_text()
+    assert "3 of 3 iterations" in report
+    assert "Twins: the same actions in both" in report
 
 
 def test_ppo_run_leaves_every_promised_metric_and_a_video_that_plays(launcher):

@@ -74,7 +74,10 @@ TRAINER_STEPS = [
     ("evac_jax.devices.found", ("torch", "ray")),
     (
         "evac_jax.train",
-        ("torch", "ray", "transformers", "evac_jax.sim", "evac_jax.evac.model", "evac_jax.serve"),
+        (
+            *("torch", "ray", "transformers", "jinja2"),
+            *("evac_jax.sim", "evac_jax.evac.model", "evac_jax.serve"),
+        ),
     ),
     ("evac_jax.serve.run", ("torch", "ray", "transformers", "evac_jax.sim")),
 ]

@@ -61,3 +61,31 @@ def test_nothing_is_saved_when_the_folder_of_a_run_was_deleted(tmp_path):
     with pytest.raises(StorageError, match="was deleted or moved .* iteration 3 was not saved"):
         run.save(3)
     assert not (tmp_path / "one").exists()
+
+
+def test_run_shows_its_episodes_and_ends_with_report_and_commands(tmp_path, caplog, capsys):
+    run = _run(tmp_path)
+    run.log_evaluation(0, _outcome(2))
+    page = tmp_path / "one" / "report.html"
+    assert "0 of 10 iterations" in page.read_text()
+    figures = {
+        "actor/skipped_updates": 0.0,
+        "env/success_rate": 0.375,
+        "env/num_trajectories": 128.0,
+    }
+    run.log(1, figures, {"step": 2.0, "env": 1.0})
+    with caplog.at_level("INFO", logger="absl"), run.progress():
+        pass
+    assert caplog.messages[-1].split("  |  ")[1:] == [
+        "its episodes: 37.5% of 128 succeeded",
+        "last evaluation (iteration 0): imagined 25.0%",
+    ]
+    run.log_evaluation(1, _outcome(4))
+    run.close()
+    run.summarise(3.0)
+    told = capsys.readouterr().out
+    assert f"--config.checkpoint.restore={tmp_path / 'one'} --mode=eval" in told
+    assert f"evac_jax.tools.runs.report {tmp_path / 'one'}" in told
+    text = page.read_text()
+    assert "1 of 10 iterations, not finished" in text
+    assert "50.0 %" in text

@@ -2,12 +2,15 @@ import dataclasses
 import errno
 import json
 
+import numpy as np
 import pytest
 
 from evac_jax.config.build import default_config
-from evac_jax.errors import CheckpointError, StorageError
+from evac_jax.errors import CheckpointError, StoppedError, StorageError
+from evac_jax.evaluate import Evaluation, Film
 from evac_jax.run_folder import RunFolder
 from evac_jax.telemetry import writers
+from evac_jax.telemetry.pages import run_report
 from tests.unit import world_folder
 
 
@@ -192,3 +195,61 @@ def test_run_without_a_world_takes_one_later(tmp_path):
     config = dataclasses.replace(_config(tmp_path, run="one"), world=str(world))
     RunFolder.choose(restoring(config, run.path)).make()
     assert (run.path / "world.json").read_text() == (world / "world.json").read_text()
+
+
+def test_report_is_written_and_only_by_the_first_host(tmp_path, monkeypatch):
+    folder = RunFolder.choose(_config(tmp_path, run="one"))
+    folder.make()
+    folder.make_writer(finished=0).close()
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    RunFolder.choose(_config(tmp_path, run="one")).write_report()
+    assert not (tmp_path / "one" / "report.html").exists()
+    folder.write_report()
+    assert "0 of 100 iterations" in (tmp_path / "one" / "report.html").read_text()
+
+
+def test_training_goes_on_when_the_report_fails(tmp_path, caplog):
+    folder = RunFolder.choose(_config(tmp_path, run="one"))
+    folder.make()
+    folder.make_writer(finished=0).close()
+    (tmp_path / "one" / "metrics.jsonl").write_text("[1]\n")
+    folder.write_report()
+    assert "report.html was not written: DataError" in caplog.text
+
+
+def test_signal_ends_the_run_when_it_comes_while_the_report_is_written(tmp_path, monkeypatch):
+    folder = make_run(tmp_path)
+    stopped = StoppedError("stopped", 15)
+    monkeypatch.setattr(run_report, "write", raiser(stopped))
+    with pytest.raises(StoppedError):
+        folder.write_report()
+
+
+def raiser(error: Exception):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_films_are_listed_with_what_they_show(tmp_path):
+    folder = make_run(tmp_path)
+    frames = np.zeros((3, 2, 8, 8, 3), np.uint8)
+    film = Film("lift it", 7, frames, np.zeros(3), np.array([False, False, True]))
+    outcome = Evaluation(success=np.ones(1, bool), by_task={}, metrics={}, films=[film])
+    written = folder.write_films(4, {"imagined": outcome, "ground_truth": outcome})
+    assert [name for name, _ in written] == ["imagined/0", "ground_truth/0"]
+    listed = json.loads((folder.videos / "iteration_00004.json").read_text())
+    assert (listed["iteration"], listed["shared_starts"]) == (4, False)
+    facts = {"start": 7, "instruction": "lift it", "success": True}
+    assert [film["place"] for film in listed["films"]] == ["imagined", "ground_truth"]
+    for film in listed["films"]:
+        assert {name: film[name] for name in facts} == facts
+        assert (folder.videos / film["video"]).is_file()
+        assert (folder.videos / film["strip"]).is_file()
+
+
+def test_what_comes_next_is_told_as_commands(tmp_path):
+    follow = make_run(tmp_path).next_commands(100)
+    assert list(follow) == ["evaluate", "go on", "export", "serve", "report"]
+    assert follow["go on"].endswith("--config.train.iterations=200")

@@ -7,8 +7,8 @@ r"""The trust report: how well episodes in a world model agree with what would r
 The actions of recorded episodes are played in imagination, from the first frame on, as in
 training. The recording shows what really happened. --data is your recording; with a preset and
 without --data, episodes are recorded in the preset's ground truth, on scenes that nothing else
-uses. The tool writes report.json, report.png, films.png and report.html (self-contained). The last
-line is for programs.
+uses. The tool writes report.json and report.html, which is self-contained. The last line is for
+programs.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from evac_jax.simulators import world_model_specs
 from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.episodes import collect
-from evac_jax.tools.trust import charts, page
+from evac_jax.tools.trust import page
 from evac_jax.tools.trust.replay import Film, make_environment, replay
 from evac_jax.tools.trust.scores import summarise
 
@@ -242,8 +242,7 @@ def run(args: argparse.Namespace) -> dict:
     result |= cards.card(cpu_seconds=round(time.process_time() - began), data=_provenance(data))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = charts.draw(out, result, films)
-    page.write(out / "report.html", result, pictures)
+    page.write(out / "report.html", result, films)
     cards.write_json(out / "report.json", result)
     return result
 

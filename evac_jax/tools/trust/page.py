@@ -1,25 +1,31 @@
-"""The trust report in words: what its figures mean for training in the world model."""
+"""The trust report in words, charts and film strips: what its figures mean for training in it."""
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evac_jax.files.atomic import replacing
+from PIL import Image
+
+from evac_jax.telemetry.pages import page
+from evac_jax.telemetry.pages.charts import Chart, Curve, Share, bars, lines
+from evac_jax.tools.trust.replay import FALSE, MISSED, NOTHING, RIGHT, Film
+from evac_jax.tools.world_model.filmstrip import compare
 
 # Limits for a world model that is good enough for training; also used for the miniature's own.
 LEAST_AGREEMENT, MOST_FALSE = 0.85, 0.15
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1e1e22 }
-table { border-collapse: collapse; margin: 1rem 0 }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100% } .small { color: #666; font-size: .85rem }
-.verdict { font-size: 1.15rem; padding: .7rem 1rem; border-left: .4rem solid #888 }
-.good { border-color: #389454 } .unsure { border-color: #de8426 } .bad { border-color: #b23440 }
-"""
+STRIP_SCALE = 64  # pixels; the shorter side of a frame is enlarged to at least this
+FILMS_PER_VERDICT = 2
+TITLES = {
+    RIGHT: "right: success in both",
+    NOTHING: "right: success in neither",
+    FALSE: "false: success in imagination only",
+    MISSED: "missed: success in truth only",
+}
+SUCCESS = {"imagined_success": "imagined", "real_success": "real"}
+VERDICTS = {
+    "agreement": "agree",
+    "false_success": "false, of imagined",
+    "missed_success": "missed, of real",
+}
 
 
 def percent(share: Mapping) -> str:
@@ -117,18 +123,11 @@ def _images(report: Mapping) -> list[str]:
     return said
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
-
-
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _success_table(report: Mapping) -> str:
+def _success_table(report: Mapping) -> tuple[list[str], list[list[str]]]:
     names = {
         "imagined_success": "imagined success",
         "real_success": "real success",
@@ -141,10 +140,10 @@ def _success_table(report: Mapping) -> str:
         [kind, str(group["episodes"]), *(percent(group[name]) for name in names)]
         for kind, group in groups.items()
     ]
-    return _table(["episodes of", "n", *names.values()], rows)
+    return ["episodes of", "n", *names.values()], rows
 
 
-def _chunk_table(report: Mapping) -> str:
+def _chunk_table(report: Mapping) -> tuple[list[str], list[list[str]]]:
     digits = {
         "psnr": ("PSNR, dB", 1),
         "ssim": ("SSIM", 3),
@@ -160,32 +159,79 @@ def _chunk_table(report: Mapping) -> str:
                 values = (_number(value, places) for value in group["per_chunk"][name])
                 rows.append([f"{kind}: {title}", *values])
     chunks = len(report["overall"]["per_chunk"]["psnr"])
-    return _table(["", *(f"chunk {n + 1}" for n in range(chunks))], rows)
+    return ["", *(f"chunk {n + 1}" for n in range(chunks))], rows
 
 
-def write(path: Path, report: Mapping, pictures: Sequence[Path]) -> None:
+def _shares(title: str, report: Mapping, names: Mapping[str, str]) -> Chart | None:
+    """Return bars of the shares `names` {figure: label} of every kind of episode."""
+    kinds = report["kinds"] | {"all": report["overall"]}
+
+    def one(share: Mapping) -> Share | None:
+        if share["rate"] is None:
+            return None
+        low, high = share["interval_95"]
+        return Share(share["rate"], (low, high), percent(share))
+
+    return bars(
+        title,
+        {
+            kind: {label: one(figures[figure]) for figure, label in names.items()}
+            for kind, figures in kinds.items()
+        },
+    )
+
+
+def _drift(drift: Mapping) -> list[Chart | None]:
+    """Return the errors over the steps 1, 2 .. of an episode."""
+    panels = {
+        "PSNR, dB": {"psnr": ""},
+        "End effector off by, mm": {"end_effector_mm": ""},
+        "Seen off by, pixels": {"block_px": "blocks", "gripper_px": "gripper"},
+        "Blocks lost, share": {"blocks_lost": ""},
+    }
+    return [
+        lines(
+            title,
+            [
+                Curve(label, range(1, len(drift[name]) + 1), drift[name])
+                for name, label in curves.items()
+                if name in drift
+            ],
+            x_label="step",
+            from_zero="psnr" not in curves,
+        )
+        for title, curves in panels.items()
+    ]
+
+
+def strips(films: Sequence[Film]) -> list[tuple[str, Image.Image]]:
+    """Return film strips with their captions, imagined above, real below, verdict by verdict."""
+    chosen = []
+    for verdict in (RIGHT, FALSE, MISSED):
+        found = [film for film in films if film.verdict == verdict]
+        if verdict == RIGHT and not found:
+            found = [film for film in films if film.verdict == NOTHING]
+        chosen += found[:FILMS_PER_VERDICT]
+    pictures = []
+    for film in chosen:
+        scale = max(1, round(STRIP_SCALE / min(film.real.shape[2:4])))
+        picture = compare(film.real[None], film.imagined[None, 1:], len(film.real), scale)
+        pictures.append((f"{TITLES[film.verdict]} ({film.source})", picture))
+    return pictures
+
+
+def write(path: Path, report: Mapping, films: Sequence[Film]) -> None:
     """Write the report as one self-contained HTML file."""
-    color, sentence = judge(report["overall"])
-    encoded = [base64.b64encode(picture.read_bytes()).decode() for picture in pictures]
-    shown = "".join(f'<img alt="" src="data:image/png;base64,{data}">' for data in encoded)
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in report["notes"])
-    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    body = f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<title>Trust report</title><style>{STYLE}</style>
-<h1>How far to trust this simulator</h1>
-<p class="verdict {color}">{html.escape(sentence)}</p>
-<ul>{"".join(f"<li>{html.escape(text)}</li>" for text in findings(report))}</ul>
-{notes}
-<p>Every episode was imagined from its first frame by its actions alone, the way training does it,
-and compared with what the same actions really led to. In brackets: 95 % Wilson intervals.</p>
-<h2>Success</h2>{_success_table(report)}
-<h2>Pictures and poses</h2>{_chunk_table(report)}
-<p class="small">Pictures of {report["overall"]["pictures"]} of
-{report["overall"]["episodes"]} episodes, verdicts of all. PSNR of all pixels of a chunk together;
-SSIM of the first view's luminance. Blocks and gripper are found in both frames by
-their colour and darkness.</p>
-{shown}
-<p class="small">{html.escape(report["command"])}<br>{html.escape(settings)}</p></html>
-"""
-    with replacing(path) as temporary:
-        temporary.write_text(body)
+    page.write(
+        path,
+        Path(__file__).with_suffix(".html"),
+        title="Trust report",
+        report=report,
+        verdict=judge(report["overall"]),
+        findings=findings(report),
+        success=[_shares("Success", report, SUCCESS), _shares("Verdicts", report, VERDICTS)],
+        success_table=_success_table(report),
+        drift=_drift(report["drift"]),
+        chunk_table=_chunk_table(report),
+        strips=[(caption, page.embedded(picture)) for caption, picture in strips(films)],
+    )

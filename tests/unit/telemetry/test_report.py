@@ -37,8 +37,10 @@ def test_summary_is_printed_and_saved_when_a_run_ends(tmp_path, capsys):
         wall_seconds=130.0,
         places={"logs": tmp_path, "videos": None, "checkpoints": tmp_path / "checkpoints"},
         notes=["not the official protocol"],
+        commands={"evaluate": "python launch.py --mode=eval"},
     )
     out = capsys.readouterr().out
+    assert out.endswith("\n\nevaluate:\n  python launch.py --mode=eval\n")
     for text in ("imagined", "ground truth", "25.0% [16.0%,  36.8%] n=64", "50.0%", "n=256"):
         assert text in out
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}

@@ -1,6 +1,7 @@
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from evac_jax.telemetry import video
 
@@ -102,3 +103,11 @@ def test_gif_moves_when_encoded():
     with Image.open(BytesIO(video.encode_gif(_episode(), fps=8))) as image:
         assert image.n_frames == 6
         assert image.info["duration"] in (120, 125, 130)  # GIF counts in hundredths of a second
+
+
+def test_strip_is_made_smaller_only_when_frames_are_larger(tmp_path):
+    for size, height in ((64, 64), (256, video.STRIP_HEIGHT)):
+        video.write_strip(tmp_path / "strip.png", _episode(height=size, width=size))
+        with Image.open(tmp_path / "strip.png") as strip:
+            assert strip.height == height
+            assert strip.width == pytest.approx(6 * height, rel=0.05)

@@ -1,9 +1,10 @@
 import base64
 import dataclasses
-import html
+import io
 import json
 import re
 
+import markupsafe
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,12 +81,13 @@ def test_report_is_written_when_a_recording_is_given(weights, recording, tmp_pat
     assert len(report["overall"]["per_chunk"]["block_px"]) == 4
     text = (tmp_path / "report" / "report.html").read_text()
     encoded = re.findall(r"data:image/png;base64,([^\"]+)", text)
-    pictures = [tmp_path / "report" / name for name in ("report.png", "films.png")]
-    assert [base64.b64decode(data) for data in encoded] == [p.read_bytes() for p in pictures]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in encoded]
+    assert pictures
+    assert all(picture.width >= 9 * 64 for picture in pictures)
+    assert text.count("<svg") == 6  # success, verdicts, four errors over time
     assert 'src="http' not in text
     assert MARKUP not in text
-    assert html.escape(MARKUP) in text
-    assert all(Image.open(picture).width >= 1000 for picture in pictures)
+    assert markupsafe.escape(MARKUP) in text
 
 
 def _saved(data, folder):

@@ -1,0 +1,59 @@
+"""How a run was started, and started again: `launches.jsonl` in its folder, one line per process.
+
+A line holds "began" (time with its zone), "iteration" (finished ones that it went on from),
+"command" (arguments), "folder" (where it was given), "preset" ("" = not known) and "changed":
+settings that differ from the preset, each with both values.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from evac_jax.config import commands
+from evac_jax.config.flags import load_preset, preset_file
+from evac_jax.config.presets import differences
+from evac_jax.errors import ConfigError
+
+LAUNCHES_FILE = "launches.jsonl"
+ROOT = Path(__file__).parents[2]  # a host that Ray chose has no presets in its own folder
+
+
+def record(folder: Path, config: Mapping[str, Any], finished: int, *, resumed: bool) -> None:
+    """Add this process to a run's launches; one that begins the run anew replaces them.
+
+    Args:
+        folder: the run's own.
+        config: its whole configuration, nested plain values.
+        finished: iterations that it goes on from.
+        resumed: whether it goes on with the run.
+    """
+    command = commands.given()
+    preset, changed = _origin(preset_file(command), config)
+    line = {
+        "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "iteration": finished,
+        "command": command,
+        "folder": str(Path.cwd()),
+        "preset": preset,
+        "changed": changed,
+    }
+    with (folder / LAUNCHES_FILE).open("a" if resumed else "w") as file:
+        file.write(f"{json.dumps(line)}\n")
+
+
+def _origin(file: str, config: Mapping[str, Any]) -> tuple[str, dict[str, list[Any]]]:
+    """Return the preset of `--config`, and the settings that differ from it."""
+    path, colon, name = file.partition(":")
+    for place in (Path(path), ROOT / path):
+        if place.is_file():
+            try:
+                values = load_preset(f"{place}{colon}{name}").to_dict()
+            except ConfigError as error:
+                logging.warning("%s: settings are not compared with the preset: %s", file, error)
+                break
+            return file, differences(values, config)
+    return "", {}
