@@ -33,6 +33,8 @@ PATHS = (
     *("world_model.checkpoint", "reward.checkpoint", "env.pose_model", "policy.checkpoint"),
     "env.initial_states_path",
 )
+# Fields of `libero` on which the meaning of frames and actions depends, as `libero_facts.ALIKE`.
+ALIKE = ("image_size", "crop", "oversample", "reflections", "action_repeat")
 SHOWN = 5  # names in a message
 Size = Annotated[int, Range(8)]
 High = Annotated[int, Range(-1)]
@@ -57,13 +59,14 @@ class GroundTruth:
 
     Attributes:
         name: as of `eval.ground_truth`; "none" where no program can play it, as with a robot.
-        suite, oversample: of LIBERO, as of `libero.suite` and `libero.oversample`. The rest of its
-            settings is the camera's and `action_repeat`.
+        suite, oversample, reflections: of LIBERO, as of the same fields of `libero`. The rest of
+            its settings is the camera's and `action_repeat`.
     """
 
     name: Literal["miniature", "libero", "none"]
     suite: Suite = "libero_spatial"
     oversample: Annotated[int, Range(0, 8)] = 0
+    reflections: bool = True
 
 
 @dataclass(frozen=True)
@@ -264,8 +267,7 @@ BOUND = (
     Bound("env.gripper", ("policy.checkpoint",)),
     Bound("reward.success_frames", ("reward.checkpoint",)),
     Bound("reward.judged_frames", ("reward.checkpoint",)),
-    *(Bound(f"libero.{name}", _SEEN) for name in ("image_size", "crop", "oversample")),
-    Bound("libero.action_repeat", _SEEN),
+    *(Bound(f"libero.{name}", _SEEN) for name in ALIKE),
 )
 
 
@@ -342,9 +344,10 @@ class World:
                 image_size=card.cameras[0].size[0],
                 crop=card.cameras[0].crop,
                 oversample=card.ground_truth.oversample,
+                reflections=card.ground_truth.reflections,
                 action_repeat=card.action_repeat,
             )
-        known = ("suite", "image_size", "crop", "oversample", "action_repeat")
+        known = ("suite", *ALIKE)
         return {
             "policy.checkpoint": self.part("policy"),
             "policy.unnorm_key": card.policy.unnorm_key,

@@ -37,7 +37,8 @@ PACKED = IMAGINATION | {
     "ground_truth": "eval.ground_truth",
 }
 PACKED_OF_LIBERO = {
-    option: f"libero.{option}" for option in ("suite", "crop", "oversample", "action_repeat")
+    option: f"libero.{option}"
+    for option in ("suite", "crop", "oversample", "reflections", "action_repeat")
 }
 
 
@@ -161,7 +162,8 @@ def pack(config: str, settings: Mapping[str, object], out: str) -> tuple[str, ..
 
     fields = PACKED | (PACKED_OF_LIBERO if text("eval.ground_truth") == "libero" else {})
     told = {option: text(field) for option, field in fields.items()}
-    told["keep_stop_token"] = {"True": "yes", "False": "no"}[told["keep_stop_token"]]
+    switches = {"True": "yes", "False": "no"}
+    told = {option: switches.get(value, value) for option, value in told.items()}
     starts = text("env.initial_states_path") or text("env.initial_states")
     return tool("world.pack", out=out, starts=starts, **told)
 

@@ -26,6 +26,7 @@ HELP = {
     "suite": "of LIBERO",
     "crop": "left, right, top and bottom end of what frames show, with commas",
     "oversample": "as libero.oversample",
+    "reflections": "yes or no, as libero.reflections",
     "action_repeat": "how often each action is played",
     "train_starts": "LOW,HIGH: start ids for training",
     "eval_starts": "LOW,HIGH: start ids for evaluation, apart from those",
@@ -76,6 +77,7 @@ def parser(doc: str | None = None) -> Parser:
     told("--suite", choices=MAX_STEPS)
     told("--crop", type=_numbers(float, 4))
     told("--oversample", type=int)
+    told("--reflections", choices=("yes", "no"))
     told("--action_repeat", type=int)
     return made
 
@@ -92,6 +94,7 @@ def parse(argv: Sequence[str] | None, doc: str | None) -> argparse.Namespace:
     missing = [f"--{part}" for part in (*PARTS, STARTS) if not getattr(args, part)]
     if missing and not args.base:
         command_line.error(f"{', '.join(missing)}: needed, or --base, a world that has them")
-    if args.keep_stop_token:
-        args.keep_stop_token = args.keep_stop_token == "yes"
+    for switch in ("keep_stop_token", "reflections"):
+        if text := getattr(args, switch):
+            setattr(args, switch, text == "yes")
     return args

@@ -60,7 +60,7 @@ NEEDED = (
     *("gripper", "unnorm_key", "keep_stop_token", "success_frames", "judged_frames", "threshold"),
     *("steps", "eta"),
 )
-OF_LIBERO = {"crop": [0.0, 1.0, 0.0, 1.0], "action_repeat": 1, "oversample": 0}
+OF_LIBERO = {"crop": [0.0, 1.0, 0.0, 1.0], "action_repeat": 1, "oversample": 0, "reflections": True}
 # Part -> facts that hold only as long as it is the same.
 BELONGS_TO = {
     "policy": ("gripper", "unnorm_key", "keep_stop_token", "prompt_length"),
@@ -251,7 +251,7 @@ def _card(facts: parts.Facts, origin: Origin, policy: Path) -> Card:
     camera = Camera((height, width), tuple(value("crop", OF_LIBERO["crop"])))
     truth = GroundTruth(value("ground_truth"))
     if is_libero:
-        truth = GroundTruth("libero", value("suite"), value("oversample"))
+        truth = GroundTruth("libero", *map(value, ("suite", "oversample", "reflections")))
     instructions = tuple(origin.source.instructions)
     card = Card(
         format=FORMAT,

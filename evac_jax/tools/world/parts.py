@@ -25,6 +25,7 @@ from evac_jax.sim.pose_model import PoseModel
 
 MODELS = {"world_model": "EvacModel", "reward": "RewardNet", "pose_model": "PoseModel"}
 STATISTICS_FILE = "dataset_statistics.json"
+DRAWN = ("oversample", "reflections")  # of LIBERO, in the card's ground truth
 # Facts in the card of a policy, or in that of the policy it was trained from.
 OF_POLICY = ("gripper", "unnorm_key", "chunk", "keep_stop_token")
 POSES_COMPARED = 16
@@ -150,7 +151,8 @@ def of_starts(source: InitialStates, who: str, card: Mapping[str, Any]) -> Facts
 
 def of_card(card: Card) -> Facts:
     """Return what a world's card says."""
-    facts, camera = Facts(), card.cameras[0]
+    facts, camera, truth = Facts(), card.cameras[0], card.ground_truth
+    is_libero = truth.name == "libero"
     facts.add(
         "world.json",
         instructions=card.instructions,
@@ -162,7 +164,7 @@ def of_card(card: Card) -> Facts:
         gripper=card.gripper,
         unnorm_key=card.policy.unnorm_key,
         keep_stop_token=card.policy.keep_stop_token,
-        oversample=card.ground_truth.oversample if card.ground_truth.name == "libero" else None,
+        **{name: getattr(truth, name) if is_libero else None for name in DRAWN},
         **dataclasses.asdict(card.judging),
         **{name: getattr(card.imagining, name) for name in ("steps", "eta")},
     )

@@ -13,6 +13,7 @@ from evac_jax.config.flags import load_preset, read_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS
 from evac_jax.config.world import GroundTruth, World
 from evac_jax.errors import ConfigError
+from evac_jax.files import libero_facts
 from tests.unit import world_folder
 from tests.unit.hub_server import COMMIT, HubServer, Repository, point_client_to
 
@@ -57,6 +58,10 @@ def test_world_fills_every_field_that_it_knows(folder):
     assert config.world == str(folder)
 
 
+def test_fields_of_libero_are_those_that_cards_compare():
+    assert worlds.ALIKE == libero_facts.ALIKE
+
+
 def test_world_of_libero_says_what_its_frames_and_actions_are(tmp_path):
     world = World.read(str(world_folder.write(tmp_path / "w", **world_folder.LIBERO)))
     libero = {n.split(".")[1]: v for n, v in world.settings().items() if n.startswith("libero.")}
@@ -65,6 +70,7 @@ def test_world_of_libero_says_what_its_frames_and_actions_are(tmp_path):
         "image_size": 64,
         "crop": (0.1, 0.9, 0.2, 1.0),
         "oversample": 2,
+        "reflections": False,
         "action_repeat": 2,
     }
     assert world.settings()["eval.ground_truth"] == "libero"

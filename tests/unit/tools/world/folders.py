@@ -20,6 +20,7 @@ LIBERO = {
     "image_size": 64,
     "crop": [0.1, 0.9, 0.0, 1.0],
     "oversample": 2,
+    "reflections": False,
     "action_repeat": 2,
 }
 

@@ -115,7 +115,7 @@ def test_world_of_libero_is_told_by_the_recordings_card(weights, tmp_path):
     out = tmp_path / "w"
     pack.main([*argv, "--ground_truth", "libero", "--out", str(out)])
     card = World.read(str(out)).card
-    assert card.ground_truth == GroundTruth("libero", "libero_goal", 2)
+    assert card.ground_truth == GroundTruth("libero", "libero_goal", 2, reflections=False)
     assert card.cameras[0].crop == (0.1, 0.9, 0.0, 1.0)
     assert card.action_repeat == 2
     assert check.problems(World.read(str(out))) == []
@@ -124,7 +124,7 @@ def test_world_of_libero_is_told_by_the_recordings_card(weights, tmp_path):
 def test_settings_of_libero_are_asked_for_when_no_card_tells(weights, recording, tmp_path):
     argv = [*folders.of(weights), "--starts", recording, *folders.TOLD, "--out", tmp_path / "w"]
     message = told(*argv, "--ground_truth", "libero")
-    for option in ("--suite", "--crop", "--oversample", "--action_repeat"):
+    for option in ("--suite", "--crop", "--oversample", "--reflections", "--action_repeat"):
         assert f"{option}: " in message
 
 
