@@ -144,7 +144,9 @@ def of_starts(source: InitialStates, who: str, card: Mapping[str, Any]) -> Facts
     """Return what start frames say: their pictures, and the card of where they come from."""
     facts = Facts()
     views, height, width = source.load(np.zeros(1, np.int64)).images.shape[1:4]
-    facts.add(who, image_size=[height, width], views=views, instructions=source.instructions)
+    # Tasks are known by their texts: sources list them in orders of their own.
+    asked = sorted(source.instructions)
+    facts.add(who, image_size=[height, width], views=views, instructions=asked)
     add_libero(facts, who, card)
     return facts
 
@@ -155,7 +157,7 @@ def of_card(card: Card) -> Facts:
     is_libero = truth.name == "libero"
     facts.add(
         "world.json",
-        instructions=card.instructions,
+        instructions=sorted(card.instructions),
         image_size=camera.size,
         views=len(card.cameras),
         crop=camera.crop,
