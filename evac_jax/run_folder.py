@@ -78,7 +78,8 @@ class RunFolder:
             folder = cls.at(config, run, resumed=True)
             checkpoint.existing(folder.checkpoints, config.checkpoint.step)
         else:
-            name = config.log.run or time.strftime(f"{config.algorithm}-%Y%m%d-%H%M%S")
+            algorithm = config.algorithm.rpartition(":")[2]  # a module's name is no folder's
+            name = config.log.run or time.strftime(f"{algorithm}-%Y%m%d-%H%M%S")
             folder = cls.at(config, Path(config.log.dir, name), unnamed=not config.log.run)
             folder._refuse_what_is_there()
         claim.check_writable(folder.path)
