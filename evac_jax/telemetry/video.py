@@ -124,15 +124,22 @@ def tile(episodes: Sequence[Frames], columns: int | None = None) -> Frames:
     return grid
 
 
-def write_mp4(path: Path, frames: Frames, *, fps: int, overlay: Overlay | None = None) -> None:
+def write_mp4(
+    path: Path,
+    frames: Frames,
+    *,
+    fps: int,
+    overlay: Overlay | None = None,
+    min_size: int = MIN_SIZE,
+) -> None:
     """Write an episode as H.264 (MPEG-4 part 2 if PyAV was built without x264), atomically.
 
-    Frames are enlarged to `MIN_SIZE`. Colour is 4:2:0, because many players support nothing else.
+    Frames are enlarged to `min_size`. Colour is 4:2:0, because many players support nothing else.
 
     Raises:
         ValueError: frames are not uint8 [T H W 3] with T >= 1.
     """
-    frames = upscale(_checked(frames))
+    frames = upscale(_checked(frames), min_size)
     if overlay is not None:
         frames = annotate(frames, overlay)
     # 4:2:0 halves both sides, so for odd sizes the last row or column is repeated.
