@@ -123,7 +123,7 @@ LAYERS = (
     Layer(
         12,
         "evac_jax/tools/*",
-        (*TORCH, *JAX, "PIL", "matplotlib", "pyarrow", "h5py"),
+        (*TORCH, *JAX, "PIL", "matplotlib", "pyarrow", "h5py", "huggingface_hub"),
         ("evac_jax", "algos", "policies"),
     ),
     # Robots reach the policy through it; nothing that trains may need it.
