@@ -86,7 +86,7 @@ def test_exported_folder_holds_the_parameters_of_the_asked_iteration(run, monkey
     card = json.loads((out / "card.json").read_text())
     assert (card["iteration"], card["algorithm"]) == (1, "grpo")
     readme = (out / "README.md").read_text()
-    assert readme.startswith("---\nlicense: mit\n")
+    assert "\nlicense: mit\n" in readme
     assert "1 iterations of `grpo`" in readme
     assert "This policy was not evaluated." in readme
     assert str(run) not in readme
