@@ -27,6 +27,12 @@ class Film:
     rewards: np.ndarray
     success: np.ndarray
 
+    @property
+    def about(self) -> video.About:
+        """What tells one film from another: instruction, success and return."""
+        done, total = bool(self.success[-1]), float(self.rewards.sum())
+        return {"instruction": self.instruction, "success": done, "return": total}
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:

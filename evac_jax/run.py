@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 from absl import logging
 
-from evac_jax.checkpoint import CONFIG_FILE, Checkpoints
+from evac_jax.checkpoint import CONFIG_FILE, Checkpoints, iterations_in
 from evac_jax.errors import (
     BridgeTimeoutError,
     EvacJaxError,
@@ -177,6 +177,8 @@ class Run:
 
     def log_evaluation(self, done: int, outcome: Mapping[str, Evaluation]) -> None:
         """Write an evaluation's metrics and films; the first one is the success before training."""
+        for name, path, about in self._folder.write_films(done, outcome):
+            self._writer.video(name, path, done, about)
         self._writer.write(
             done,
             {
@@ -185,8 +187,6 @@ class Run:
                 for name, value in result.metrics.items()
             },
         )
-        for name, path in self._folder.write_films(done, outcome):
-            self._writer.video(name, path, done)
         self._evaluated, self._after = done, counts(outcome)
         if self._before is None:
             self._before = self._after
@@ -222,12 +222,11 @@ class Run:
             )
 
     def close(self) -> None:
-        """Wait for writes under way."""
+        """Wait for checkpoints under way."""
         self._checkpoints.close()
-        self._writer.close()
 
     def summarise(self, wall_seconds: float) -> None:
-        """Write summary.json and print the summary.
+        """Write summary.json, print the summary, and finish the logs.
 
         Args:
             wall_seconds: duration of this process.
@@ -235,7 +234,7 @@ class Run:
         if not self._folder.writes:
             return
         assert self._before is not None, "a run begins with an evaluation"
-        report.finish(
+        text = report.finish(
             self._folder.path,
             iteration=self._done,
             before=self._before,
@@ -249,3 +248,7 @@ class Run:
             },
             notes=self._config.libero.notes if self._config.eval.ground_truth == "libero" else (),
         )
+        self._writer.text("summary", text)
+        for newest in iterations_in(self._folder.checkpoints)[-1:]:
+            self._writer.checkpoint(self._folder.checkpoints / str(newest), newest)
+        self._writer.close()

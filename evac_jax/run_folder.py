@@ -26,6 +26,7 @@ from evac_jax.files import claim
 from evac_jax.files.atomic import keep, replacing
 from evac_jax.starts import ground_truth_range
 from evac_jax.telemetry import report, writers
+from evac_jax.telemetry.video import About
 
 RUN_ID_FILE = "run_id"
 
@@ -159,8 +160,8 @@ class RunFolder:
 
     def write_films(
         self, iteration: int, outcome: Mapping[str, Evaluation]
-    ) -> list[tuple[str, Path]]:
-        """Write the evaluations' films as mp4; return ("<place>/<number>", path) of each."""
+    ) -> list[tuple[str, Path, About]]:
+        """Write the evaluations' films as mp4; return ("<place>/<number>", path, facts) of each."""
         video, written = self.config.video, []
         for place, result in outcome.items() if self.writes else ():
             # The files of imagined episodes carry no place: most videos are of those.
@@ -169,7 +170,9 @@ class RunFolder:
             paths = save_films(
                 result.films, self.videos, name, fps=video.fps, overlay=video.overlay
             )
-            written += [(f"{place}/{index}", path) for index, path in enumerate(paths)]
+            about = [{"place": place, **film.about} for film in result.films]
+            names = [f"{place}/{index}" for index in range(len(paths))]
+            written += zip(names, paths, about, strict=True)
         return written
 
     @classmethod

@@ -310,6 +310,10 @@ class LogConfig:
         tensorboard: write TensorBoard event files.
         wandb: whether metrics are also sent to Weights & Biases.
         wandb_project: project name for Weights & Biases.
+        wandb_more: what Weights & Biases gets beside metrics and films: "report" (the summary as a
+            page), "videos" (the films as a table, to be filtered by place, task and success, in the
+            place of single ones), "checkpoint" (the last one as an artifact; of a 7B policy that
+            is tens of GB).
     """
 
     dir: str = "runs"
@@ -317,6 +321,7 @@ class LogConfig:
     tensorboard: bool = True
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "evac_jax"
+    wandb_more: tuple[Literal["report", "videos", "checkpoint"], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,9 @@ WHITE = (240, 240, 240)
 GREY = (170, 170, 175)
 
 Frames = UInt8[np.ndarray, "T H W 3"]
+# What is known of a film, by which it can be found: place, instruction, success, return.
+About = Mapping[str, str | float | bool]
+NOTHING: About = {}
 
 
 @dataclass(frozen=True)
