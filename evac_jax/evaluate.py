@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -37,12 +36,13 @@ class Film:
         return np.concatenate(list(np.moveaxis(self.frames, 1, 0)), axis=2)
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What the film shows, plain values."""
+    def facts(self) -> video.Facts:
+        """What tells one film from another: start, instruction, success and return."""
         return {
             "start": self.start,
             "instruction": self.instruction,
             "success": bool(self.success[-1]),
+            "return": float(self.rewards.sum()),
         }
 
 

@@ -9,7 +9,6 @@ other devices decide than learn, or if sampling continues during an update, `sam
 copy of the parameters, made by `sync`. Inputs and outputs are this host's rows.
 """
 
-import importlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,11 +19,11 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from algos import ALGORITHMS
 from algos.optim import global_norm, make_optimizer
 from algos.types import RolloutBatch, TrainState, WeightedMetric
 from algos.update import init_state
 from evac_jax.bridge.types import EnvSpec
+from evac_jax.config.algorithms import load_algorithm
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
@@ -166,7 +165,7 @@ class Learner:
         def on_batch(tree):
             return jax.lax.with_sharding_constraint(tree, self._batch_sharding)
 
-        module = importlib.import_module(ALGORITHMS[self._config.algorithm])
+        module = load_algorithm(self._config.algorithm)
 
         def update(state, rest, batch, key):
             step = module.make_update(

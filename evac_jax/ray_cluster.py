@@ -20,7 +20,10 @@ from evac_jax.errors import ConfigError, EvacJaxError, HostError, StoppedError
 
 PLACEMENT_TIMEOUT_S = 120
 POLL_S = 1.0
-PASSED_ON = ("JAX_", "XLA_", "NCCL_", "TF_CPP_", "WANDB_", "HF_", "OMP_", "LD_LIBRARY_PATH")
+PASSED_ON = (
+    *("JAX_", "XLA_", "NCCL_", "TF_CPP_", "WANDB_", "HF_", "OMP_", "LD_LIBRARY_PATH"),
+    "PYTHONPATH",  # the user's own modules: trainers begin in folders of their own
+)
 
 
 def run(config: TrainConfig, mode: str) -> None:

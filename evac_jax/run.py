@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 from absl import logging
 
-from evac_jax.checkpoint import CONFIG_FILE, Checkpoints
+from evac_jax.checkpoint import CONFIG_FILE, Checkpoints, iterations_in
 from evac_jax.errors import (
     BridgeTimeoutError,
     EvacJaxError,
@@ -180,6 +180,8 @@ class Run:
 
     def log_evaluation(self, done: int, outcome: Mapping[str, Evaluation]) -> None:
         """Write an evaluation's metrics and films; the first one is the success before training."""
+        for name, path, facts in self._folder.write_films(done, outcome):
+            self._writer.video(name, path, done, facts)
         self._writer.write(
             done,
             {
@@ -188,8 +190,6 @@ class Run:
                 for name, value in result.metrics.items()
             },
         )
-        for name, path in self._folder.write_films(done, outcome):
-            self._writer.video(name, path, done)
         self._evaluated, self._after = done, counts(outcome)
         if self._before is None:
             self._before = self._after
@@ -231,12 +231,11 @@ class Run:
             )
 
     def close(self) -> None:
-        """Wait for writes under way."""
+        """Wait for checkpoints under way."""
         self._checkpoints.close()
-        self._writer.close()
 
     def summarise(self, wall_seconds: float) -> None:
-        """Write summary.json and print the summary.
+        """Write summary.json, print the summary, and finish the logs.
 
         Args:
             wall_seconds: duration of this process.
@@ -244,7 +243,7 @@ class Run:
         if not self._folder.writes:
             return
         assert self._before is not None, "a run begins with an evaluation"
-        report.finish(
+        text = report.finish(
             self._folder.path,
             iteration=self._done,
             before=self._before,
@@ -261,3 +260,10 @@ class Run:
             commands=self._folder.next_commands(self._done),
         )
         self._folder.write_report()  # the run is finished now, and warnings may have come
+        self._writer.text("summary", text)
+        page = self._folder.path / REPORT_FILE
+        if page.exists():
+            self._writer.page("report", page)
+        for newest in iterations_in(self._folder.checkpoints)[-1:]:
+            self._writer.checkpoint(self._folder.checkpoints / str(newest), newest)
+        self._writer.close()

@@ -86,7 +86,8 @@ class RunFolder:
             checkpoint.existing(folder.checkpoints, config.checkpoint.step)
             folder._refuse_another_world()
         else:
-            name = config.log.run or time.strftime(f"{config.algorithm}-%Y%m%d-%H%M%S")
+            algorithm = config.algorithm.rpartition(":")[2]  # a module's name is no folder's
+            name = config.log.run or time.strftime(f"{algorithm}-%Y%m%d-%H%M%S")
             folder = cls.at(config, Path(config.log.dir, name), unnamed=not config.log.run)
             folder._refuse_what_is_there()
         claim.check_writable(folder.path)
@@ -214,12 +215,12 @@ class RunFolder:
 
     def write_films(
         self, iteration: int, outcome: Mapping[str, Evaluation]
-    ) -> list[tuple[str, Path]]:
-        """Write the evaluations' films as mp4; return ("<place>/<number>", path) of each.
+    ) -> list[tuple[str, Path, video.Facts]]:
+        """Write the evaluations' films as mp4; return ("<place>/<number>", path, facts) of each.
 
         Beside each lies its film strip as PNG, and what they show is in iteration_<number>.json.
         """
-        options, written, facts = self.config.video, [], []
+        options, written, listed = self.config.video, [], []
         for place, result in outcome.items() if self.writes else ():
             # The files of imagined episodes carry no place: most videos are of those.
             mark = "" if place == "imagined" else f"{place}_"
@@ -227,16 +228,16 @@ class RunFolder:
             paths = save_films(
                 result.films, self.videos, name, fps=options.fps, overlay=options.overlay
             )
-            written += [(f"{place}/{index}", path) for index, path in enumerate(paths)]
-            for film, path in zip(result.films, paths, strict=True):
+            for index, (film, path) in enumerate(zip(result.films, paths, strict=True)):
                 strip = path.with_suffix(".png")
                 video.write_strip(strip, film.side_by_side)
-                fact = {"place": place, "video": path.name, "strip": strip.name}
-                facts.append(fact | film.facts)
-        if facts:
+                facts = {"place": place, **film.facts}
+                written.append((f"{place}/{index}", path, facts))
+                listed.append({"video": path.name, "strip": strip.name, **facts})
+        if listed:
             same = {"shared_starts": share_starts(self.config)}
             list_of = self.videos / f"iteration_{iteration:05d}.json"
-            write_json(list_of, {"iteration": iteration, **same, "films": facts})
+            write_json(list_of, {"iteration": iteration, **same, "films": listed})
         return written
 
     def write_report(self) -> None:

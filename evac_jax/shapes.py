@@ -1,6 +1,5 @@
 """Shapes of a run's frames, actions and batches, known before anything is imagined."""
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from algos import ALGORITHMS
 from algos.types import RolloutBatch
 from evac_jax.bridge.types import EnvSpec
+from evac_jax.config.algorithms import load_algorithm
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
@@ -107,7 +106,7 @@ def check_sizes(
             f"{episode.chunk} actions, got {episode.max_steps}"
         )
     samples = config.episodes_per_iteration * episode.chunks
-    algorithm = importlib.import_module(ALGORITHMS[config.algorithm])
+    algorithm = load_algorithm(config.algorithm)
     problems += algorithm.problems(
         config.algo, num_samples=samples, reward_coefficient=config.reward.coefficient
     )

@@ -191,6 +191,7 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
     share, stages = config.envs_per_process, config.rollout.pipeline_stages
     settings = {
         "world_model": config.world_model.checkpoint,
+        "judge": config.reward.judge,
         "reward": config.reward.checkpoint,
         "veto": config.reward.veto,
         "pose_model": env.pose_model,
@@ -265,7 +266,7 @@ def _ground_truth_spec(config: TrainConfig, num_envs: int, stages: int = 1, **se
     else:
         settings["keyframe_data"] = config.env.keyframe_data if config.env.keyframes else ""
         settings["max_episode_steps"] = config.env.max_episode_steps
-    environment = GROUND_TRUTHS[name]
+    environment = GROUND_TRUTHS.get(name, name)  # the user's own is an import string already
     return {"environment": environment, "config": settings, "device": "cpu", "threads": 1}
 
 

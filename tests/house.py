@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("policies", "algos", "evac_jax", "configs")
-SOURCES = (*SHIPPED, "benchmarks", "tests")
+SOURCES = (*SHIPPED, "benchmarks", "examples", "tests")
 MAX_LINES, MAX_FUNCTION_LINES = 450, 80
 # File -> why it is longer.
 LONG_FILES = {
@@ -26,7 +26,7 @@ LONG_FILES = {
 
 TORCH = ("torch", "torchvision", "diffusers", "open_clip", "numpy", "safetensors", "absl")
 JAX = ("jax", "flax", "optax", "numpy", "absl")
-PLAIN = ("evac_jax.errors", "policies.spec")
+PLAIN = ("evac_jax.errors", "policies.spec", "evac_jax.config.import_string")
 LIBERO = ("evac_jax.config.libero", "evac_jax.config.libero_files")
 SIMULATOR = (*PLAIN, *LIBERO, "evac_jax.files", "evac_jax.bridge")
 
@@ -61,6 +61,7 @@ LAYERS = (
     ),
     # Plain settings that the simulators' side reads as well, without JAX behind them.
     Layer(3, "evac_jax/config/libero*.py", (), ("evac_jax.errors", "policies.ranges")),
+    Layer(3, "evac_jax/config/import_string.py", (), ("evac_jax.errors",)),
     Layer(3, "evac_jax/config/hub.py", ("absl", "huggingface_hub"), ("evac_jax.errors",)),
     Layer(
         *(3, "evac_jax/config/*", ("absl", "ml_collections")),
@@ -125,7 +126,7 @@ LAYERS = (
     Layer(
         12,
         "evac_jax/tools/*",
-        (*TORCH, *JAX, "PIL", "pyarrow", "h5py"),
+        (*TORCH, *JAX, "PIL", "pyarrow", "h5py", "huggingface_hub"),
         ("evac_jax", "algos", "policies"),
     ),
     # Robots reach the policy through it; nothing that trains may need it.

@@ -8,7 +8,6 @@ children, when the trainer does.
 import contextlib
 import faulthandler
 import gc
-import importlib
 import logging
 import os
 import select
@@ -25,6 +24,7 @@ from evac_jax.bridge import protocol
 from evac_jax.bridge.environment import Environment
 from evac_jax.bridge.slots import CudaSlots, SharedSlots, SlotLayout
 from evac_jax.bridge.types import EnvSpec, StepResult
+from evac_jax.config import import_string
 from evac_jax.errors import ConfigError, EvacJaxError, SimulatorError
 
 # A busy simulator gets this long to notice that the trainer is gone before it is killed.
@@ -75,19 +75,16 @@ def build_environments(spec: dict) -> list[Environment]:
     known = {"environment", "config", "device", "parts", "threads", "slots"}
     if unknown := sorted(spec.keys() - known):
         raise ConfigError(f"worker spec: expected keys {sorted(known)}, got also {unknown}")
-    module, _, name = str(spec.get("environment", "")).partition(":")
-    if not (module and name):
-        raise ConfigError(
-            f'worker spec: environment must be "module:factory", got {spec.get("environment")!r}'
-        )
+    named = str(spec.get("environment", ""))
     try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"worker spec: cannot import {module}:{name}: {error}") from error
+        factory = import_string.load(named, makes=import_string.ENVIRONMENT)
+    except ConfigError as error:
+        raise ConfigError(f"worker spec: environment: {error}") from error
     config = dict(spec.get("config", {}))
     if "device" in spec:
         config["device"] = spec["device"]
     environment, parts = factory(config), int(spec.get("parts", 1))
+    import_string.require(environment, ("spec", *import_string.ENVIRONMENT), named)
     return [environment] if parts == 1 else environment.parts(parts)
 
 

@@ -4,12 +4,11 @@ All problems are collected first, so one error message lists all of them.
 """
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any
 
-from algos import ALGORITHMS
 from evac_jax.config import addresses
+from evac_jax.config.algorithms import load_algorithm
 from evac_jax.config.checks import validate
 from evac_jax.config.fields import Kind, hints
 from evac_jax.config.paths import with_home
@@ -17,23 +16,13 @@ from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, nearest
 
 
-def algorithm_config(name: str) -> type:
-    """Return the configuration class of an algorithm.
+def default_config(algorithm: str) -> TrainConfig:
+    """Return the configuration with every field at its default.
 
     Raises:
         ConfigError: no such algorithm.
     """
-    if name not in ALGORITHMS:
-        raise ConfigError(
-            f"config.algorithm: expected one of {tuple(ALGORITHMS)}, got {name!r}."
-            f"{nearest(str(name), ALGORITHMS)}"
-        )
-    return importlib.import_module(ALGORITHMS[name]).Config
-
-
-def default_config(algorithm: str) -> TrainConfig:
-    """Return the configuration with every field at its default."""
-    return TrainConfig(algorithm=algorithm, algo=algorithm_config(algorithm)())
+    return TrainConfig(algorithm=algorithm, algo=load_algorithm(algorithm).Config())
 
 
 def _arguments(cls: type, values: Any, prefix: str, problems: list[str]) -> dict[str, Any]:
@@ -70,8 +59,8 @@ def from_config_dict(
     """
     values = dict(values)
     problems: list[str] = []
-    algorithm = values.pop("algorithm", "grpo")
-    cls = algorithm_config(algorithm)
+    algorithm = str(values.pop("algorithm", "grpo"))
+    cls = load_algorithm(algorithm).Config
     algo = cls(**_arguments(cls, values.pop("algo", {}), "algo.", problems))
     sections = _arguments(TrainConfig, values, "", problems)
     if not problems:

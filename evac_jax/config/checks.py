@@ -3,14 +3,15 @@
 Nothing is loaded. Choices and bounds of single fields are in their types (`schema`).
 """
 
-import importlib
 from pathlib import Path
 
-from algos import ALGORITHMS, optim
-from evac_jax.config import addresses, hub, libero, world
+from algos import optim
+from evac_jax.config import addresses, hub, import_string, libero, world
+from evac_jax.config.algorithms import load_algorithm
 from evac_jax.config.cluster import parse_devices
 from evac_jax.config.fields import value_problems
 from evac_jax.config.schema import ServeConfig, TrainConfig
+from evac_jax.errors import ConfigError
 
 # Solver of the world model -> its values of eta; () = all. `evac.sampler.check_solver` has the same
 # rules for the simulator processes.
@@ -30,13 +31,12 @@ def validate(config: TrainConfig) -> list[str]:
             "config.log.run: checkpoint.restore=auto goes on with the run of this name; needed"
         )
     sound = not problems
-    problems += _missing_paths(c)
+    problems += _missing_paths(c) + _own_code_problems(c)
     waiting = {"libero.root", "libero.states"} & set(addresses.fields(c))
     if c.eval.ground_truth == "libero" and not waiting:
         problems += libero.problems(c.libero)
     if sound:
-        algorithm = importlib.import_module(ALGORITHMS[c.algorithm])
-        problems += algorithm.problems(c.algo) + optim.problems(c.optim)
+        problems += load_algorithm(c.algorithm).problems(c.algo) + optim.problems(c.optim)
         problems += _reward_problems(c) + _cluster_problems(c)
     if not problems:
         problems += _combinations(c)
@@ -83,11 +83,31 @@ def _reward_problems(c: TrainConfig) -> list[str]:
             f"config.world_model.eta: solver {c.world_model.solver!r} has {etas}, got "
             f"{c.world_model.eta}"
         )
-    if c.reward.veto and "," not in c.reward.checkpoint:
+    if c.reward.veto and import_string.is_one(c.reward.judge):
+        problems.append(
+            "config.reward.veto: compares classifiers, and config.reward.judge is "
+            f"{c.reward.judge!r}; set it to 0"
+        )
+    elif c.reward.veto and "," not in c.reward.checkpoint:
         problems.append(
             "config.reward.veto: needs two classifiers at least; join their folders by commas in "
             "config.reward.checkpoint, or set it to 0"
         )
+    return problems
+
+
+def _own_code_problems(c: TrainConfig) -> list[str]:
+    """Import the user's own ground truth and judge, if they are named; return what is wrong."""
+    problems = []
+    for name, text, makes in (
+        ("eval.ground_truth", c.eval.ground_truth, import_string.ENVIRONMENT),
+        ("reward.judge", c.reward.judge, import_string.JUDGE),
+    ):
+        if import_string.is_one(text):
+            try:
+                import_string.load(text, makes=makes)
+            except ConfigError as error:
+                problems.append(f"config.{name}: {error}")
     return problems
 
 
@@ -142,9 +162,11 @@ def _missing_paths(c: TrainConfig) -> list[str]:
             "world_model.checkpoint": (c.world_model.checkpoint, "folder of the EVAC weights"),
             "env.pose_model": (c.env.pose_model, "folder of the action-to-pose network"),
         }
-        for number, folder in enumerate(c.reward.checkpoint.split(",")):
-            name = "reward.checkpoint" + f"[{number}]" * (number > 0)
-            needed[name] = (folder, "folder of the success classifier")
+        # A judge of the user's own may need no files.
+        if c.reward.checkpoint or not import_string.is_one(c.reward.judge):
+            for number, folder in enumerate(c.reward.checkpoint.split(",")):
+                name = "reward.checkpoint" + f"[{number}]" * (number > 0)
+                needed[name] = (folder, "folder of the success classifier")
     if imagined and c.env.initial_states in ("npy", "recording"):
         needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
     if c.env.keyframes:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from evac_jax.config import import_string
 from evac_jax.errors import nearest
 from policies.ranges import Range
 
@@ -36,6 +37,7 @@ class Kind:
         choices: the values to choose from; () = any.
         range: bounds of a number; None = none.
         optional: None is allowed as well.
+        own: so is an import string, which names the user's own code.
         entries: kinds of a tuple's entries; one kind if `many`.
         many: a tuple may be of any length.
     """
@@ -44,6 +46,7 @@ class Kind:
     choices: tuple = ()
     range: Range | None = None
     optional: bool = False
+    own: bool = False
     entries: "tuple[Kind, ...]" = ()
     many: bool = False
 
@@ -56,9 +59,10 @@ class Kind:
         """
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
-            inner = [arg for arg in args if arg is not type(None)]
+            more = {"optional": type(None) in args, "own": import_string.ImportString in args}
+            inner = set(args) - {type(None), import_string.ImportString}
             if len(inner) == 1:
-                return dataclasses.replace(cls.of(inner[0]), optional=True)
+                return dataclasses.replace(cls.of(inner.pop()), **more)
         if origin is typing.Annotated:
             (bounds,) = (extra for extra in args[1:] if isinstance(extra, Range))
             return dataclasses.replace(cls.of(args[0]), range=bounds)
@@ -86,7 +90,7 @@ class Kind:
         if self.entries:
             return self.entries[0].allowed
         if self.choices:
-            return f"one of {self.choices}"
+            return f"one of {self.choices}" + f" or '{import_string.FORM}'" * self.own
         return "" if self.range is None else str(self.range)
 
     def convert(self, value: Any, path: str, problems: list[str]) -> Any:
@@ -126,6 +130,8 @@ class Kind:
         expected, hint = self.allowed, ""
         if isinstance(value, float) and not math.isfinite(value):
             expected = "a finite number"
+        elif self.own and import_string.is_one(value):
+            return []
         elif self.choices and value not in self.choices:
             hint = f".{nearest(value, self.choices)}" if isinstance(value, str) else ""
         elif self.range is None or value in self.range:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from algos import ALGORITHMS
+from evac_jax.config import import_string
 from evac_jax.config.build import default_config
 from evac_jax.config.fields import Field, Kind, walk
 from evac_jax.config.flags import load_preset, preset_file
@@ -63,6 +64,7 @@ def _choices(kind: Kind) -> tuple:
 def _row(field: Field) -> str:
     """A row of a Markdown table."""
     choices = _choices(field.kind)
+    choices += (import_string.FORM,) * field.kind.own
     allowed = ", ".join(f"`{_text(choice)}`" for choice in choices) or field.kind.allowed
     meaning = field.meaning
     for character in "|<*":
@@ -131,6 +133,7 @@ def _help_lines(field: Field, preset: Any) -> list[str]:
     for key in field.name.split("."):
         value = value[key]
     kind, choices = field.kind, _choices(field.kind)
+    choices += (import_string.FORM,) * kind.own
     allowed = "|".join(map(str, choices)) or kind.allowed
     shape = ", ".join(filter(None, (kind.name, allowed)))
     if choices and kind.type is str:

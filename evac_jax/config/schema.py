@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from algos.optim import OptimizerConfig
 from evac_jax.config.cluster import ClusterConfig, MeshConfig
+from evac_jax.config.import_string import ImportString
 from evac_jax.config.libero import LiberoConfig
 from policies.ranges import Count, CountOrZero, NotNegative, Positive, Range, Share
 
@@ -94,8 +95,9 @@ class RewardConfig:
     """The success classifier and the reward for success.
 
     Attributes:
+        judge: what judges imagined frames: "classifier", or code of your own (docs/plug_in.md).
         checkpoint: folder of the classifier; or several folders, separated by commas, whose mean
-            probability is used.
+            probability is used. A judge of your own gets this text.
         veto: with several classifiers, a frame is not a success if their probabilities differ by
             more than this; 0 = no veto.
         threshold: a frame counts as success if its probability is at least this.
@@ -107,6 +109,7 @@ class RewardConfig:
             score.
     """
 
+    judge: Literal["classifier"] | ImportString = "classifier"
     checkpoint: str = ""
     veto: Share = 0.0
     threshold: Annotated[float, Range(0, 1, open="low")] = 0.5
@@ -211,7 +214,7 @@ class EvalConfig:
         starts: [low, high) range of start ids for evaluation, apart from the training ones; high
             -1 = all there are. An id that does not exist is refused.
         ground_truth: environment to evaluate in for real: "miniature", "libero" (set up in the
-            section of this name) or "none".
+            section of this name), code of your own (docs/plug_in.md) or "none".
         ground_truth_starts: range of its own start ids; () = eval.starts where env.initial_states
             is the ground truth as well, so that the ids mean the same, else all there are.
         ground_truth_episodes: episodes per evaluation in the ground truth.
@@ -227,7 +230,7 @@ class EvalConfig:
     interval: CountOrZero = 4
     episodes: CountOrZero = 64
     starts: tuple[int, int] = (0, -1)
-    ground_truth: Literal["miniature", "libero", "none"] = "none"
+    ground_truth: Literal["miniature", "libero", "none"] | ImportString = "none"
     ground_truth_starts: tuple[int, ...] = ()
     ground_truth_episodes: Count = 256
     ground_truth_envs: Count = 64
@@ -307,6 +310,10 @@ class LogConfig:
         tensorboard: write TensorBoard event files.
         wandb: whether metrics are also sent to Weights & Biases.
         wandb_project: project name for Weights & Biases.
+        wandb_more: what Weights & Biases gets beside metrics and films: "report" (report.html),
+            "videos" (the films as a table, to be filtered by place, task and success, in the place
+            of single ones), "checkpoint" (the last one as an artifact; of a 7B policy that is tens
+            of GB).
     """
 
     dir: str = "runs"
@@ -314,6 +321,7 @@ class LogConfig:
     tensorboard: bool = True
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "evac_jax"
+    wandb_more: tuple[Literal["report", "videos", "checkpoint"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -383,7 +391,8 @@ class TrainConfig:
     """Everything that defines a run.
 
     Attributes:
-        algorithm: "grpo" or "ppo"; set by the preset file.
+        algorithm: "grpo" or "ppo", set by the preset file; or code of your own, as
+            "module:attribute" (docs/plug_in.md).
         algo: the configuration of that algorithm.
         seed: seed of all random numbers: starts, actions, noise, order of samples.
         world: folder of a world, or its address on the Hugging Face Hub; "" = none. It fills the

@@ -41,7 +41,7 @@ from evac_jax.sim.initial_states import InitialStates, StartCycle, make_initial_
 from evac_jax.sim.noise import ChunkNoise
 from evac_jax.sim.pose_model import PoseModel
 from evac_jax.sim.recorded_starts import WithKeyframes, open_keyframes
-from evac_jax.sim.reward import RewardEnsemble
+from evac_jax.sim.reward import Judge, make_judge
 from policies.spec import ActionSpec
 
 CLASSIFIER_BATCH = 256  # frames per call; bounds its activations to about 1.5 GB at 256 pixels
@@ -76,8 +76,7 @@ class WorldModelEnv:
 
     Args:
         world_model: an `EvacModel` on its device, in eval mode.
-        reward_model: frames [N 3 H W] in [-1, 1] and the source's task numbers [N] -> success
-            probability [N].
+        reward_model: judges frames; task numbers are the source's.
         pose_model: the action predictor.
         source: initial states; their instructions are the environment's.
         config: settings; the weight folders in it are not read here.
@@ -92,7 +91,7 @@ class WorldModelEnv:
     def __init__(
         self,
         world_model: EvacModel,
-        reward_model: RewardEnsemble,
+        reward_model: Judge,
         pose_model: PoseModel,
         source: InitialStates,
         config: WorldModelEnvConfig,
@@ -122,7 +121,7 @@ class WorldModelEnv:
             max_episode_steps=config.max_episode_steps,
             clip_envs=config.clip_envs,
             num_keyframes=getattr(source, "num_keyframes", 0),
-            notes=reward_model.notes,
+            notes=getattr(reward_model, "notes", ()),
         )
         known, size = source.camera, source.camera_size
         if config.camera is None and size is not None and tuple(size) != tuple(self._size):
@@ -227,8 +226,9 @@ class WorldModelEnv:
         self.noise.next_chunk()
         if not bool(torch.isfinite(probabilities).all()):
             raise SimulatorError(
-                "the world model imagined frames that are not finite; if dtype is not float32, "
-                f"try that (it is {self._config.dtype}), else look at the actions and the weights"
+                f"{self._config.judge!r} gave probabilities of success that are not finite, so the "
+                "world model's frames probably are not either; if dtype is not float32, try that "
+                f"(it is {self._config.dtype}), else look at the actions and the weights"
             )
         outcome, figures = self.episodes.advance(probabilities), self.episodes.figures()
         if self._config.auto_reset:
@@ -403,7 +403,7 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     world_model = load_model(settings.world_model, kind="EvacModel", device=device, dtype=dtype)
     return WorldModelEnv(
         accelerate(world_model, settings.compile),
-        RewardEnsemble.load(settings.reward, source.instructions, settings.veto, device),
+        make_judge(settings.judge, settings.reward, source.instructions, settings.veto, device),
         pose_model,
         source,
         settings,

@@ -5,6 +5,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from evac_jax.config import import_string
 from evac_jax.errors import ConfigError
 from evac_jax.evac.sampler import check_solver
 from evac_jax.sim.actions import GRIPPER_RULES
@@ -22,6 +23,7 @@ class WorldModelEnvConfig:
 
     Attributes:
         world_model: folder of an EVAC world model (weights and config.json).
+        judge: "classifier" or an import string, see `RewardConfig` in evac_jax/config/schema.py.
         reward: folder of a success classifier, or of several, joined by commas.
         veto: see `RewardEnsemble`; 0 = none.
         pose_model: folder of an action predictor.
@@ -60,6 +62,7 @@ class WorldModelEnvConfig:
     """
 
     world_model: str = ""
+    judge: str = "classifier"
     reward: str = ""
     veto: float = 0.0
     pose_model: str = ""
@@ -154,7 +157,9 @@ class WorldModelEnvConfig:
             )
         config = cls(**values)
         needed = {name: getattr(config, name) for name in ("world_model", "pose_model")}
-        needed |= {"reward" + f"[{i}]" * (i > 0): f for i, f in enumerate(config.reward.split(","))}
+        if config.reward or not import_string.is_one(config.judge):
+            folders = enumerate(config.reward.split(","))
+            needed |= {"reward" + f"[{i}]" * (i > 0): folder for i, folder in folders}
         for name in ("initial_states_path", "keyframe_data"):
             needed |= {name: path} if (path := getattr(config, name)) else {}
         missing = [

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evac_jax.config import import_string
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.evac.config import JsonConfig
 from evac_jax.evac.model_folders import load_model
@@ -198,6 +200,48 @@ class RewardEnsemble(nn.Module):
         if task is None or not self.members[member].config.num_instructions:
             return None
         return task if self.numbers is None else self.numbers[member, task]
+
+
+class Judge(Protocol):
+    """What judges imagined frames; it may have `notes`, texts that a user should know."""
+
+    def probability(self, frames: Tensor, task: Tensor | None = None) -> Tensor:
+        """Probability of success in [0, 1], [N].
+
+        Args:
+            frames: [N 3 H W] in [-1, 1].
+            task: numbers of the instructions, int64 [N].
+        """
+        ...
+
+    def to(self, device: str) -> object:
+        """Move what it holds to a torch device."""
+        ...
+
+
+def make_judge(
+    name: str, folders: str, instructions: Sequence[str], veto: float, device: str
+) -> Judge:
+    """Load classifiers, or make a judge of the user's own.
+
+    Args:
+        name: "classifier", or an import string; what it names is called with folders, instructions
+            and device.
+        folders, instructions, veto, device: see `RewardEnsemble.load`; a judge of the user's own
+            knows no veto.
+
+    Raises:
+        ConfigError: the user's own cannot be imported or lacks something; or see
+            `RewardEnsemble.load`.
+        CheckpointError: see there.
+    """
+    if not import_string.is_one(name):
+        return RewardEnsemble.load(folders, instructions, veto, device)
+    judge = import_string.load(name, makes=import_string.JUDGE)(
+        folders, tuple(instructions), device
+    )
+    import_string.require(judge, import_string.JUDGE, name)
+    return judge
 
 
 def _own_numbers(folder: str, known: int, instructions: Sequence[str]) -> tuple[np.ndarray, str]:

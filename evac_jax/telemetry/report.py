@@ -14,9 +14,10 @@ from evac_jax.files.cards import write_json
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
 METRICS_FILE = "metrics.jsonl"
+PLACES = ("imagined", "ground_truth")  # where policies are evaluated
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
-# {place: (successes, episodes)}; places are "imagined" and "ground_truth".
+# {place: (successes, episodes)}
 Outcome = Mapping[str, tuple[int, int] | list[int]]
 
 
@@ -166,8 +167,10 @@ def finish(
     places: Mapping[str, Path | None],
     notes: Sequence[str] = (),
     commands: Mapping[str, str] | None = None,
-) -> None:
-    """Write summary.json into the run's folder and show the summary; arguments as `summary`.
+) -> str:
+    """Write summary.json into the run's folder; show and return the summary.
+
+    Arguments are those of `summary`.
 
     An earlier summary of the run is kept beside it, as summary_1.json and so on.
 
@@ -184,17 +187,17 @@ def finish(
     }
     keep(folder / SUMMARY_FILE)
     write_json(folder / SUMMARY_FILE, values)
-    show(
-        summary(
-            before=before,
-            after=after,
-            seconds=seconds,
-            wall_seconds=wall_seconds,
-            places=places,
-            notes=notes,
-            commands=commands,
-        )
+    text = summary(
+        before=before,
+        after=after,
+        seconds=seconds,
+        wall_seconds=wall_seconds,
+        places=places,
+        notes=notes,
+        commands=commands,
     )
+    show(text)
+    return text
 
 
 def finish_evaluation(
@@ -236,6 +239,18 @@ def success_curve(folder: Path) -> dict[int, float]:
     found = {line["iteration"]: line[name] for line in lines if line.get(name) is not None}
     if not found:
         raise DataError(f"{folder / METRICS_FILE} has no {name!r}; set --config.eval.ground_truth")
+    return found
+
+
+def evaluated(folder: Path, iteration: int) -> dict[str, tuple[int, int]]:
+    """Return {place: (successes, episodes)} of an iteration of a run; {} if none was logged."""
+    path, found = folder / METRICS_FILE, {}
+    lines = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+    for line in lines:
+        for place in PLACES if line["iteration"] == iteration else ():
+            rate, n = (line.get(f"eval/{place}/{k}") for k in ("success_rate", "num_trajectories"))
+            if rate is not None and n:
+                found[place] = round(rate * n), round(n)
     return found
 
 

@@ -53,10 +53,16 @@ class TensorBoardWriter:
         tensor = self._tensor.TensorProto(dtype="DT_STRING", string_val=[indented.encode()])
         self._add(0, [self._summary.Summary.Value(tag=name, metadata=metadata, tensor=tensor)])
 
-    def video(self, name: str, path: Path, step: int) -> None:
+    def page(self, name: str, path: Path) -> None:
+        """Do nothing: TensorBoard shows no pages."""
+
+    def video(self, name: str, path: Path, step: int, facts: video.Facts = video.NOTHING) -> None:
         """Add the video as an animated GIF, because TensorBoard cannot play mp4."""
         frames, fps = video.read_mp4(path)
         self._add_image(name, frames.shape[1:3], video.encode_gif(frames, fps=fps), step)
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """Do nothing: TensorBoard shows no folders."""
 
     def image(self, name: str, picture: Image.Image, step: int) -> None:
         """Add a picture."""

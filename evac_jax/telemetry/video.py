@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,9 @@ WHITE = (240, 240, 240)
 GREY = (170, 170, 175)
 
 Frames = UInt8[np.ndarray, "T H W 3"]
+# What is known of a film, by which it can be found: place, instruction, success, return.
+Facts = Mapping[str, str | float | bool]
+NOTHING: Facts = {}
 
 
 @dataclass(frozen=True)
@@ -125,15 +128,22 @@ def tile(episodes: Sequence[Frames], columns: int | None = None) -> Frames:
     return grid
 
 
-def write_mp4(path: Path, frames: Frames, *, fps: int, overlay: Overlay | None = None) -> None:
+def write_mp4(
+    path: Path,
+    frames: Frames,
+    *,
+    fps: int,
+    overlay: Overlay | None = None,
+    min_size: int = MIN_SIZE,
+) -> None:
     """Write an episode as H.264 (MPEG-4 part 2 if PyAV was built without x264), atomically.
 
-    Frames are enlarged to `MIN_SIZE`. Colour is 4:2:0, because many players support nothing else.
+    Frames are enlarged to `min_size`. Colour is 4:2:0, because many players support nothing else.
 
     Raises:
         ValueError: frames are not uint8 [T H W 3] with T >= 1.
     """
-    frames = upscale(_checked(frames))
+    frames = upscale(_checked(frames), min_size)
     if overlay is not None:
         frames = annotate(frames, overlay)
     # 4:2:0 halves both sides, so for odd sizes the last row or column is repeated.

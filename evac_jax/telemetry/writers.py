@@ -7,6 +7,8 @@ listed; elsewhere they are left out. `log/non_finite` counts them.
 
 import json
 import math
+import os
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
 from evac_jax.files.atomic import replacing
 from evac_jax.telemetry.tensorboard import TensorBoardWriter, finite
+from evac_jax.telemetry.video import NOTHING, Facts
 
 METRICS_FILE = "metrics.jsonl"
 NON_FINITE = "log/non_finite"
@@ -35,8 +38,16 @@ class MetricWriter(Protocol):
         """Record a text that belongs to the whole run."""
         ...
 
-    def video(self, name: str, path: Path, step: int) -> None:
-        """Record the mp4 file at `path`."""
+    def page(self, name: str, path: Path) -> None:
+        """Record an HTML file that belongs to the whole run."""
+        ...
+
+    def video(self, name: str, path: Path, step: int, facts: Facts = NOTHING) -> None:
+        """Record the mp4 file at `path`, before the figures of the same step."""
+        ...
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """Record the folder of a checkpoint."""
         ...
 
     def close(self) -> None:
@@ -53,7 +64,13 @@ class NullWriter:
     def text(self, name: str, text: str) -> None:
         """Do nothing."""
 
-    def video(self, name: str, path: Path, step: int) -> None:
+    def page(self, name: str, path: Path) -> None:
+        """Do nothing."""
+
+    def video(self, name: str, path: Path, step: int, facts: Facts = NOTHING) -> None:
+        """Do nothing."""
+
+    def checkpoint(self, path: Path, step: int) -> None:
         """Do nothing."""
 
     def close(self) -> None:
@@ -107,8 +124,14 @@ class JsonlWriter:
         with replacing(self._path.parent / f"{name}.txt") as temporary:
             temporary.write_text(text)
 
-    def video(self, name: str, path: Path, step: int) -> None:
+    def page(self, name: str, path: Path) -> None:
+        """Do nothing: the page is a file already."""
+
+    def video(self, name: str, path: Path, step: int, facts: Facts = NOTHING) -> None:
         """Do nothing: the video is a file already."""
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """Do nothing: the checkpoint is a folder already."""
 
     def close(self) -> None:
         """Close the file."""
@@ -140,6 +163,10 @@ class WandbWriter:
     The run's id is stored in `wandb_id`, so that a resumed run continues its own page. The x axis
     is the figure "iteration", because W&B's own step can never go back.
 
+    Args:
+        more: of "report", "videos" and "checkpoint": pages, the films as a table that can be
+            filtered, the last checkpoint as an artifact.
+
     Raises:
         ConfigError: W&B is not installed or does not start (no account, no network).
     """
@@ -150,7 +177,10 @@ class WandbWriter:
         project: str,
         mode: Literal["offline", "online"],
         config: Mapping[str, Any],
+        more: Sequence[str] = (),
     ):
+        # Artifacts wait there until they are sent; by default in the user's home.
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
         try:
             import wandb
         except ImportError as error:
@@ -158,7 +188,9 @@ class WandbWriter:
                 f"config.log.wandb={mode!r} needs the package wandb: {error}. Install "
                 "requirements.txt, or set --config.log.wandb=disabled"
             ) from error
-        self._wandb = wandb
+        self._wandb, self._more, self._name = wandb, more, folder.name
+        self._films: Any = None  # the table of all films of this process, from the first one on
+        self._unsent = False
         file = folder / "wandb_id"
         if not file.exists():
             file.write_text(secrets.token_hex(4))
@@ -183,16 +215,40 @@ class WandbWriter:
         self._run.define_metric("*", step_metric="iteration")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log the finite figures."""
-        self._run.log({"iteration": step, **finite(scalars)})
+        """Log the finite figures, and the films that came since."""
+        figures: dict[str, Any] = {"iteration": step, **finite(scalars)}
+        if self._unsent:
+            figures["videos"], self._unsent = self._films, False
+        self._run.log(figures)
 
     def text(self, name: str, text: str) -> None:
         """Keep the text in the run's summary."""
         self._run.summary[name] = text
 
-    def video(self, name: str, path: Path, step: int) -> None:
-        """Upload the mp4 file as it is."""
-        self._run.log({"iteration": step, name: self._wandb.Video(str(path), format="mp4")})
+    def page(self, name: str, path: Path) -> None:
+        """Send the file, if that was asked for."""
+        if "report" in self._more:
+            self._run.log({name: self._wandb.Html(path.read_text(), inject=False)})
+
+    def video(self, name: str, path: Path, step: int, facts: Facts = NOTHING) -> None:
+        """Send the mp4 file as it is, or as a row of the table of films."""
+        film = self._wandb.Video(str(path), format="mp4")
+        if "videos" not in self._more:
+            self._run.log({"iteration": step, name: film})
+            return
+        row = {"iteration": step, "name": name, **facts, "video": film}
+        if self._films is None:
+            self._films = self._wandb.Table(columns=list(row), log_mode="MUTABLE")
+        self._films.add_data(*(row[column] for column in self._films.columns))
+        self._unsent = True
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """Send the folder as an artifact, if that was asked for."""
+        if "checkpoint" in self._more:
+            name = re.sub(r"[^\w.-]", "-", f"{self._name}-checkpoint")  # what W&B allows
+            artifact = self._wandb.Artifact(name, type="model", metadata={"iteration": step})
+            artifact.add_dir(str(path), policy="immutable")  # not copied first
+            self._run.log_artifact(artifact)
 
     def close(self) -> None:
         """Wait until everything is sent or, offline, written."""
@@ -220,10 +276,20 @@ class FanOut:
         for writer in self._writers:
             writer.text(name, text)
 
-    def video(self, name: str, path: Path, step: int) -> None:
+    def page(self, name: str, path: Path) -> None:
+        """Record a page."""
+        for writer in self._writers:
+            writer.page(name, path)
+
+    def video(self, name: str, path: Path, step: int, facts: Facts = NOTHING) -> None:
         """Record a video."""
         for writer in self._writers:
-            writer.video(name, path, step)
+            writer.video(name, path, step, facts)
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """Record a checkpoint."""
+        for writer in self._writers:
+            writer.checkpoint(path, step)
 
     def close(self) -> None:
         """Close all writers."""
@@ -248,7 +314,8 @@ def make_writer(folder: Path, config: TrainConfig, *, resume_step: int = 0) -> M
         tensorboard.text("config", json.dumps(to_dict(config), indent=2))
         writers.append(tensorboard)
     if config.log.wandb != "disabled":
+        log = config.log
         writers.append(
-            WandbWriter(folder, config.log.wandb_project, config.log.wandb, to_dict(config))
+            WandbWriter(folder, log.wandb_project, log.wandb, to_dict(config), log.wandb_more)
         )
     return FanOut(writers)

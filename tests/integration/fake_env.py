@@ -91,6 +91,12 @@ class FakeEnv:
             seconds={"imagine": 0.0},
         )
 
+    def parts(self, count):
+        return [FakeEnv(self._config) for _ in range(count)]
+
+    def park(self):
+        pass
+
     def close(self):
         sys.stderr.write("fake environment closed\n")
 

@@ -45,14 +45,22 @@ class Launcher:
         }
         self._flags = [f"--config.{name}={value}" for name, value in settings.items()]
 
-    def start(self, *flags: str, config: str = "configs/grpo.py", devices: int = 2):
-        command = [sys.executable, "launch.py", f"--config={config}", *self._flags, *flags]
-        return self.again(command, devices)
+    def start(
+        self,
+        *flags: str,
+        config: str = "configs/grpo.py",
+        devices: int = 2,
+        cwd: Path | None = None,
+    ):
+        """Start a run, from another folder than the repository if `cwd` says so."""
+        root = self._repository if cwd else Path()
+        command = [sys.executable, str(root / "launch.py"), f"--config={root / config}"]
+        return self.again([*command, *self._flags, *flags], devices, cwd)
 
-    def again(self, command: list[str], devices: int = 2):
+    def again(self, command: list[str], devices: int = 2, cwd: Path | None = None):
         return subprocess.Popen(
             command,
-            cwd=self._repository,
+            cwd=cwd or self._repository,
             env=self._environment | {"XLA_FLAGS": xla_flags(devices)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

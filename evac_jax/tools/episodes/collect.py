@@ -203,6 +203,12 @@ def run(config: "TrainConfig") -> None:
     if config.eval.ground_truth == "libero":
         _run_libero(config, mix)
         return
+    if config.eval.ground_truth != "miniature":
+        raise ConfigError(
+            "config.eval.ground_truth: episodes are recorded in 'miniature' and 'libero', which "
+            f"have players; got {config.eval.ground_truth!r}. Record your own by a script of your "
+            "own: docs/episodes.md has a writer"
+        )
     steps = config.env.max_episode_steps
     data = collect(wanted.out, wanted.episodes, mix, seed=config.seed, steps=steps)
     logging.info("success by source: %s", data.card["success_once"])

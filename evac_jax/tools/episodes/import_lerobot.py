@@ -5,7 +5,8 @@ r"""Makes a recording out of a LeRobot dataset (v2.0, v2.1 or v3.0), without the
 
 Pictures come from mp4 files or from PNGs inside the parquet files. A dataset has as many actions as
 frames; the last action of an episode leads to no frame and is left out. Success comes from the
-field `next.success` where the dataset has it.
+field `next.success` where the dataset has it. Episodes outside of its split "train" are held out;
+where that is the only one, a hash decides (docs/episodes.md).
 """
 
 import argparse
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             meaning.check_frame(frames[0], f"episode {episode.index}")
             read = _episode(episode, args)
+            read["held_out"] = data.is_held_out(episode)
             writer.add(frames=importing.resize(frames, args.image_size), source=0, **read)
             count += 1
     return count

@@ -100,6 +100,7 @@ class LeRobotDataset:
         self._last: tuple[str, pa.Table] | None = None  # files of version 3 hold many episodes
         self._elsewhere: dict[int, list[str]] | None = None
         self.tasks = self._tasks()
+        self._training = self._training_part()
 
     def _kinds_of_features(self) -> dict[str, str]:
         features, kinds = self._info["features"], {}
@@ -163,6 +164,24 @@ class LeRobotDataset:
         if unnamed := [n for n, text in found.items() if not isinstance(text, str) or not text]:
             raise DataError(f"{self._folder / name}: no text for task_index {unnamed}")
         return [found[n] for n in range(len(found))]
+
+    def _training_part(self) -> range | None:
+        """Return the episodes of the split "train"; None where it is the only split."""
+        splits = self._info.get("splits")
+        if not isinstance(splits, dict) or not set(splits) - {"train"}:
+            return None
+        try:
+            low, high = map(int, splits.get("train", "0:0").split(":"))
+        except (ValueError, AttributeError) as error:
+            raise DataError(
+                f'{self._folder}/meta/info.json: splits: expected "FIRST:END" for train, got '
+                f"{splits.get('train')!r}"
+            ) from error
+        return range(low, high)
+
+    def is_held_out(self, episode: LeRobotEpisode) -> bool | None:
+        """Whether an episode is outside of the split "train"; None where there is no other."""
+        return None if self._training is None else episode.index not in self._training
 
     def episodes(self) -> Iterator[LeRobotEpisode]:
         """Yield all episodes."""

@@ -165,6 +165,8 @@ def run(argv: Sequence[str]) -> None:
 
     trained, frozen = count(setup.sizes)
     _say(f"policy: {trained:,} parameters that train, {frozen:,} that do not")
+    if setup.own_judge:
+        _say(f"left out: reward.judge = {setup.config.reward.judge}, whose memory is not known")
     limit, possible = args.device_gb * GB, layouts(setup, args.devices)
     for found in possible:
         _say(f"\n{found.name}" + (f" on {args.devices} devices" if args.devices else ""))

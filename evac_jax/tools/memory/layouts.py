@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evac_jax.config import import_string
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
@@ -47,6 +48,11 @@ class Setup:
     def episode(self) -> EpisodeShapes:
         """Shapes of the policy's inputs and actions."""
         return EpisodeShapes.imagined_by(self.world_model, self.config.env.max_episode_steps)
+
+    @property
+    def own_judge(self) -> bool:
+        """Whether code of the user's own judges frames, whose memory is not known."""
+        return import_string.is_one(self.config.reward.judge)
 
     @property
     def imagines(self) -> bool:
@@ -188,7 +194,7 @@ def _simulator(setup: Setup) -> tuple[Part, ...]:
             capacity=setup.episode.chunks,
             dtype=config.simulator.dtype,
             decoded=config.reward.judged_frames or model.chunk,
-            classifiers=config.reward.checkpoint.count(",") + 1,
+            classifiers=0 if setup.own_judge else config.reward.checkpoint.count(",") + 1,
         )
     )
 

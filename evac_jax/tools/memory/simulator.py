@@ -41,7 +41,7 @@ def simulator_parts(
         capacity: chunks of an episode.
         dtype: of the world model's networks.
         decoded: frames of a chunk that are decoded.
-        classifiers: success classifiers.
+        classifiers: success classifiers; 0 = something else judges, which is left out.
     """
     size = getattr(torch, dtype).itemsize
     height, width = model.latent_size
@@ -61,7 +61,7 @@ def simulator_parts(
         Part("denoiser", denoise * envs, (DENOISE,)),
         Part("decoder", decode * min(at_once, frames), (DECODE,)),
         Part("decoded frames", pixels * frames, (DECODE, CLASSIFY)),
-        Part("classifier", _classifier()[1] * judged, (CLASSIFY,)),
+        Part("classifier", _classifier()[1] * judged * bool(classifiers), (CLASSIFY,)),
     ]
 
 

@@ -7,7 +7,6 @@ builds. What the backward pass keeps is counted from a trace of the policy: the 
 
 import dataclasses
 import functools
-import importlib
 import math
 from typing import Any
 
@@ -18,10 +17,10 @@ from flax import nnx
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from algos import ALGORITHMS
 from algos.optim import make_optimizer
 from algos.types import TrainState, path_name
 from algos.update import init_state
+from evac_jax.config.algorithms import load_algorithm
 from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
@@ -148,7 +147,7 @@ def compiled_bytes(
             policy = nnx.merge(graphdef, params, rest)
             return policy.evaluate(obs, tokens, temperature=config.policy.temperature)
 
-        step = importlib.import_module(ALGORITHMS[config.algorithm]).make_update(
+        step = load_algorithm(config.algorithm).make_update(
             evaluate,
             make_optimizer(config.optim),
             config.algo,

@@ -7,7 +7,9 @@ r"""Writes a policy as a Hugging Face folder that any run, and the public tools,
 SOURCE is a run, one of its checkpoints (RUN/checkpoints/40) or a Hugging Face folder. No simulator
 is started, and only the parameters of a checkpoint are read. Keys, files and dtypes are those of
 the folder from which the policy started. LoRA adapters are merged; --adapter writes only the
-adapters, in PEFT's layout.
+adapters, in PEFT's layout. README.md is the model card, so the folder can be shared as it is:
+
+    hf upload OWNER/NAME OUT
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from evac_jax.files import cards
 from evac_jax.policy_import import import_policy, told_as_checkpoint_error
 from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.policy import model_card
 from policies.base import Tokenizer
 from policies.openvla_oft.checkpoint_files import CheckpointFiles, read_json
 from policies.openvla_oft.export_hf import export_policy
@@ -34,6 +37,7 @@ from policies.openvla_oft.model import OpenVLAOFT
 from policies.openvla_oft.peft import save_adapter
 
 FOLDERS = ("checkpoint", "lora_adapter")  # of the policy; those may lie on the Hugging Face Hub
+NOTHING_TOLD = model_card.Told()
 VALUE_OUTPUTS = "params/value_head/fc3/kernel"
 
 
@@ -43,6 +47,7 @@ class Run:
 
     Attributes:
         policy: the start policy and how it was imported.
+        folder: of the run.
         checkpoints: folder of the run's checkpoints.
         step: iteration; -1 = the newest, 0 = the start policy.
         saved: its whole configuration, as its config.json says.
@@ -50,6 +55,7 @@ class Run:
     """
 
     policy: PolicyConfig
+    folder: Path
     checkpoints: Path
     step: int
     seed: int
@@ -86,6 +92,7 @@ def find_run(source: Path, step: int = -1) -> Run | None:
     policy |= {name: hub.local(policy[name]) for name in FOLDERS if policy.get(name)}
     return Run(
         policy=PolicyConfig(**policy),
+        folder=folder,
         checkpoints=Path(values["checkpoint"].get("dir") or folder / "checkpoints"),
         step=step,
         seed=values["seed"],
@@ -157,6 +164,8 @@ def export(
     adapter: bool = False,
     dtype: str | None = None,
     lora_adapter: str = "",
+    chosen: bool = False,
+    told: model_card.Told = NOTHING_TOLD,
 ) -> None:
     """Write the policy of `source` to the new folder `out`, complete or not at all.
 
@@ -165,6 +174,8 @@ def export(
         adapter: write only the adapters of a LoRA run.
         dtype: "float32" or "bfloat16"; None = as the start policy's folder has each tensor.
         lora_adapter: adapter to merge into a Hugging Face folder.
+        chosen: `step` was chosen by its success in the ground truth.
+        told: what the model card says besides what is known here.
 
     Raises:
         CheckpointError: there is nothing to export, `out` exists, or it cannot be written.
@@ -182,12 +193,25 @@ def export(
     else:
         model = stored_model(source, lora_adapter)
     card = cards.card(**facts)
+    story = model_card.Story(start, card, adapter)
+    if run:
+        story = dataclasses.replace(
+            story,
+            saved=run.saved,
+            iteration=facts["iteration"],
+            before=report.evaluated(run.folder, 0),
+            after=report.evaluated(run.folder, facts["iteration"]),
+            chosen=chosen,
+        )
+    readme = model_card.text(out.name, story, told)
     with told_as_checkpoint_error(f"cannot export {source}"):
         if adapter:
             save_adapter(model, out, base=start)
             cards.write_json(out / "card.json", card)
+            (out / "README.md").write_text(readme)
         else:
             extra = {"card.json": (json.dumps(card, indent=2) + "\n").encode()}
+            extra["README.md"] = readme.encode()
             export_policy(model, out, source=start, like_source=True, dtype=dtype, extra=extra)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     logging.info("%s, %d parameters -> %s", source, parameters, out)
@@ -213,10 +237,28 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: as the start policy's folder"
     )
+    parser.add_argument(
+        "--license", default="", help='for the model card; "" = as the start policy\'s card says'
+    )
+    parser.add_argument(
+        "--base", default="", help='OWNER/NAME on the Hub of the start policy; "" = as it is known'
+    )
+    parser.add_argument(
+        "--datasets", nargs="*", default=(), help="OWNER/NAME on the Hub of the data"
+    )
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
+    told = model_card.Told(args.license, args.base, tuple(args.datasets))
     step = report.best_iteration(args.run) if args.best else args.step
-    export(args.run, args.out, step=step, adapter=args.adapter, dtype=args.dtype)
+    export(
+        args.run,
+        args.out,
+        step=step,
+        adapter=args.adapter,
+        dtype=args.dtype,
+        chosen=args.best,
+        told=told,
+    )
 
 
 if __name__ == "__main__":

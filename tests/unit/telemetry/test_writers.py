@@ -156,6 +156,73 @@ def test_wandb_files_stay_in_the_run_folder_when_offline(tmp_path, repository):
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
+WANDB_MORE = """
+import sys, pathlib
+import numpy as np
+from evac_jax.telemetry import video
+from evac_jax.telemetry.writers import WandbWriter
+folder, more = pathlib.Path(sys.argv[1]), sys.argv[2:]
+(folder / "checkpoints" / "1").mkdir(parents=True)
+(folder / "checkpoints" / "1" / "weights").write_bytes(b"0" * 1000)
+path = folder / "film.mp4"
+video.write_mp4(path, np.full((3, 64, 64, 3), 100, np.uint8), fps=8)
+writer = WandbWriter(folder, "test", "offline", {}, more)
+for step in (0, 1):
+    facts = {"place": "imagined", "instruction": "open the drawer", "success": step == 1}
+    writer.video("imagined/0", path, step, facts)
+    writer.write(step, {"eval/imagined/success_rate": float(step)})
+writer.text("summary", "Success <90 %>")
+(folder / "report.html").write_text("<p>Success &lt;90 %&gt;</p>")
+writer.page("report", folder / "report.html")
+writer.checkpoint(folder / "checkpoints" / "1", 1)
+writer.close()
+"""
+
+
+def wandb_offline(tmp_path, repository, *more):
+    """Return the record of an offline run, and the JSON of its tables."""
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    # The user's home must stay as it is.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path / "home"), "WANDB_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", WANDB_MORE, str(folder), *more],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "home").glob("**/*.mp4"))
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    tables = [json.loads(path.read_text()) for path in sorted(run.rglob("*.table.json"))]
+    return next(run.glob("*.wandb")).read_bytes(), tables, run
+
+
+def test_wandb_gets_report_table_and_checkpoint_when_they_are_asked_for(tmp_path, repository):
+    record, tables, run = wandb_offline(tmp_path, repository, "report", "videos", "checkpoint")
+    assert tables[-1]["columns"][:4] == ["iteration", "name", "place", "instruction"]
+    assert [row[:5] for row in tables[-1]["data"]] == [
+        [0, "imagined/0", "imagined", "open the drawer", False],
+        [1, "imagined/0", "imagined", "open the drawer", True],
+    ]
+    assert b"media/videos/" in record  # the films lie beside the table
+    assert b"a-run-checkpoint" in record
+    (page,) = run.rglob("*.html")
+    assert "Success &lt;90 %&gt;" in page.read_text()
+
+
+def test_wandb_gets_single_films_and_nothing_more_by_default(tmp_path, repository):
+    record, tables, run = wandb_offline(tmp_path, repository)
+    assert not tables
+    assert not list(run.rglob("*.html"))
+    assert b"checkpoint" not in record
+    assert len(list(run.rglob("*.mp4"))) == 2
+
+
 def test_picture_reaches_tensorboard_as_it_was_drawn(tmp_path):
     picture = Image.new("RGB", (5, 3), (10, 200, 30))
     writer = writers.TensorBoardWriter(tmp_path / "tensorboard")

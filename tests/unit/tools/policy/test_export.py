@@ -79,12 +79,18 @@ def test_start_policy_is_found_where_its_address_leads(run, monkeypatch, tmp_pat
 def test_exported_folder_holds_the_parameters_of_the_asked_iteration(run, monkeypatch, tmp_path):
     out = tmp_path / "out"
     argv = ["export_policy", "--run", str(run), "--out", str(out), "--step", "1"]
+    argv += ["--license", "mit"]
     monkeypatch.setattr(sys, "argv", argv)
     export_policy.main()
     _same(_params(_load(out)), jax.tree.map(lambda leaf: 2 * leaf, _params(_load(run / "start"))))
     card = json.loads((out / "card.json").read_text())
     assert (card["iteration"], card["algorithm"]) == (1, "grpo")
     assert (card["gripper"], card["unnorm_key"]) == ("libero", UNNORM_KEY)
+    readme = (out / "README.md").read_text()
+    assert "\nlicense: mit\n" in readme
+    assert "1 iterations of `grpo`" in readme
+    assert "This policy was not evaluated." in readme
+    assert str(run) not in readme
 
 
 @pytest.mark.parametrize(
@@ -142,6 +148,7 @@ def test_lora_run_is_exported_merged_or_as_its_adapter(tmp_path):
     export_policy.export(tmp_path, tmp_path / "merged", step=1)
     export_policy.export(tmp_path, tmp_path / "adapter", step=1, adapter=True)
     assert (tmp_path / "start" / SINGLE).read_bytes() == before
+    assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
     from_adapter = _load(tmp_path / "start", lora_adapter=tmp_path / "adapter")
     merged = _load(tmp_path / "merged")
     jax.tree.map(

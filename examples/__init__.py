@@ -1,0 +1,1 @@
+"""Worked examples of code that a user brings: docs/plug_in.md."""
