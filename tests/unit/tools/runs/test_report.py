@@ -1,0 +1,25 @@
+import subprocess
+import sys
+
+from evac_jax.tools.runs import report
+from tests.unit.telemetry.pages.run_folders import make_run
+
+
+def test_report_lies_in_the_run_or_above_all_of_them(tmp_path, capsys):
+    one, two = make_run(tmp_path / "a" / "one"), make_run(tmp_path / "b" / "two", seed=1)
+    report.main([str(one)])
+    assert (one / "report.html").is_file()
+    report.main([str(one), str(two), str(one)])
+    assert "2 runs" in (tmp_path / "report.html").read_text()
+    report.main([str(one), "--out", str(tmp_path / "own" / "page.html")])
+    assert (tmp_path / "own" / "page.html").is_file()
+    assert "one: 4 of 4 iterations, success: imagined 10.0 %" in capsys.readouterr().out
+
+
+def test_mistake_ends_with_one_message_and_status_2(tmp_path):
+    command = [sys.executable, "-m", "evac_jax.tools.runs.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "DataError" in done.stderr
+    assert "expected the folder of a run" in done.stderr
+    assert "Traceback" not in done.stderr
