@@ -238,7 +238,7 @@ def test_films_are_listed_with_what_they_show(tmp_path):
     film = Film("lift it", 7, frames, np.zeros(3), np.array([False, False, True]))
     outcome = Evaluation(success=np.ones(1, bool), by_task={}, metrics={}, films=[film])
     written = folder.write_films(4, {"imagined": outcome, "ground_truth": outcome})
-    assert [name for name, _ in written] == ["imagined/0", "ground_truth/0"]
+    assert [name for name, _, _ in written] == ["imagined/0", "ground_truth/0"]
     listed = json.loads((folder.videos / "iteration_00004.json").read_text())
     assert (listed["iteration"], listed["shared_starts"]) == (4, False)
     facts = {"start": 7, "instruction": "lift it", "success": True}
