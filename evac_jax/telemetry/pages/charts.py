@@ -5,7 +5,7 @@ Lengths are in units of the drawing, which the page scales to the width that the
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 WIDTH, HEIGHT = 440.0, 200.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 8.0, 34.0
@@ -86,14 +86,23 @@ class Chart:
         return self.height - BOTTOM
 
 
-def percent(value: float) -> str:
+def percent(value: float, digits: int = 3) -> str:
     """Return "37.5 %" of 0.375."""
-    return f"{100 * value:.3g} %"
+    return f"{100 * value:.{digits}g} %"
 
 
-def number(value: float) -> str:
-    """Return a value with three or four digits."""
-    return f"{value:.4g}"
+def number(value: float, digits: int = 4) -> str:
+    """Return a value with so many digits."""
+    return f"{value:.{digits}g}"
+
+
+def _apart(values: Sequence[float], show: Callable[[float, int], str]) -> list[str]:
+    """Return the values as texts of as few digits as tell them apart."""
+    digits, texts = 2, [""]
+    while len(set(texts)) < len(values) and digits < 12:
+        digits += 1
+        texts = [show(value, digits) for value in values]
+    return texts
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -143,7 +152,9 @@ def lines(
     show = percent if shares else number
     whole = [x for x in ticks(first, last) if x == int(x)]
     chart.x_ticks = [(across(x), f"{int(x)}") for x in whole]
-    chart.y_ticks = [(down(y), show(y)) for y in ticks(low, high)]
+    levels = ticks(low, high)
+    texts = _apart(levels, show)
+    chart.y_ticks = [(down(y), text) for y, text in zip(levels, texts, strict=True)]
     for index, (curve, own) in enumerate(zip(curves, points, strict=True)):
         color = COLORS[index % len(COLORS)]
         if not own:

@@ -73,6 +73,13 @@ def test_curves_beyond_the_colours_are_dashed():
     assert chart.lines[0][1] == chart.lines[-1][1]
 
 
+def test_ticks_have_the_digits_that_tell_them_apart():
+    chart = charts.lines("", [Curve("a", [0, 1], [5.517, 5.5192])])
+    assert [text for _, text in chart.y_ticks] == ["5.517", "5.5175", "5.518", "5.5185", "5.519"]
+    chart = charts.lines("", [Curve("a", [0, 1], [0.0, 1.0])], shares=True)
+    assert [text for _, text in chart.y_ticks][:2] == ["0 %", "20 %"]
+
+
 def test_nothing_is_drawn_when_there_is_no_value():
     assert charts.lines("", [Curve("a", [1, 2], [None, math.nan])]) is None
     assert charts.lines("", []) is None
