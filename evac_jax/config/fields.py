@@ -130,7 +130,7 @@ class Kind:
         expected, hint = self.allowed, ""
         if isinstance(value, float) and not math.isfinite(value):
             expected = "a finite number"
-        elif self.own and import_string.is_one(value):
+        elif self.own and import_string.is_one(str(value)):
             return []
         elif self.choices and value not in self.choices:
             hint = f".{nearest(value, self.choices)}" if isinstance(value, str) else ""

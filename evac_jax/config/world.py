@@ -169,10 +169,10 @@ class Card:
                 "evac_jax, or pack the world again with this version"
             )
         problems: list[str] = []
-        card = _read(cls, values, "", problems)
+        card: Card | None = _read(cls, values, "", problems)
         if card is not None:
             problems += card.problems()
-        if problems:
+        if card is None or problems:
             told = "\n".join(f"  {problem.removeprefix('config.')}" for problem in problems)
             raise ConfigError(f"{where} is not a world's card:\n{told}")
         return card

@@ -313,8 +313,8 @@ def make_writer(folder: Path, config: TrainConfig, *, resume_step: int = 0) -> M
         tensorboard = TensorBoardWriter(folder / "tensorboard", resume_step)
         tensorboard.text("config", json.dumps(to_dict(config), indent=2))
         writers.append(tensorboard)
-    if config.log.wandb != "disabled":
-        log = config.log
+    log = config.log
+    if log.wandb != "disabled":
         writers.append(
             WandbWriter(folder, log.wandb_project, log.wandb, to_dict(config), log.wandb_more)
         )

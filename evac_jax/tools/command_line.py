@@ -57,6 +57,7 @@ def add_libero(parser: argparse.ArgumentParser) -> None:
     official, kinds = LiberoConfig(), {"crop": _shares, "oversample": int}
     for name in _LIBERO:
         text = f"as config.libero.{name}" + ("; with commas" if name == "crop" else "")
+        kind: dict[str, Any]
         if name == "reflections":
             kind = {"action": argparse.BooleanOptionalAction}
         else:

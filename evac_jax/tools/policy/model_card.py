@@ -72,7 +72,7 @@ def _metadata(story: Story, told: Told) -> hf.ModelCardData:
     address = hub.address_of(str(story.start))
     at_hub = hub.parse(address).repo if hub.is_address(address) else ""
     base = told.base or at_hub or own.get("base_model") or None
-    terms = {"license": told.license} if told.license else {}
+    terms: dict[str, Any] = {"license": told.license} if told.license else {}
     terms = terms or {k: own[k] for k in LICENSE_FIELDS if own.get(k)} or {"license": UNKNOWN}
     if terms["license"] == UNKNOWN:
         logging.warning(

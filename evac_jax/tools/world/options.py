@@ -43,9 +43,8 @@ def _numbers(kind: type, count: int) -> Callable[[str], tuple]:
     return numbers
 
 
-def parser(doc: str | None = None) -> Parser:
-    """Return the command line's parser; `doc` is the tool's docstring."""
-    made = Parser("world.pack", doc)
+def add_options(made: Parser) -> None:
+    """Add all options."""
     add = made.add_argument
     for part in ("--world_model", "--reward", "--pose_model", "--policy"):
         add(part, metavar="DIR", help="folder of this part")
@@ -79,17 +78,16 @@ def parser(doc: str | None = None) -> Parser:
     told("--oversample", type=int)
     told("--reflections", choices=("yes", "no"))
     told("--action_repeat", type=int)
-    return made
 
 
-def parse(argv: Sequence[str] | None, doc: str | None) -> argparse.Namespace:
+def parse(command_line: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the checked arguments; exits with a message if parts are missing.
 
     Args:
+        command_line: gets the options.
         argv: the command line; None = this process's.
-        doc: the tool's docstring, for --help.
     """
-    command_line = parser(doc)
+    add_options(command_line)
     args = command_line.parse_args(argv)
     missing = [f"--{part}" for part in (*PARTS, STARTS) if not getattr(args, part)]
     if missing and not args.base:

@@ -46,7 +46,7 @@ from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.sim.initial_states import InitialStates, make_initial_states, pack_starts
 from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.telemetry import report
-from evac_jax.tools.command_line import run_tool
+from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.world import parts
 from evac_jax.tools.world.options import HELP, parse
 from policies.openvla_oft.prompt import PromptTokenizer
@@ -123,7 +123,7 @@ class Ordered(RecordedStarts):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = parse(argv, __doc__)
+    args = parse(Parser("world.pack", __doc__), argv)
     logging.set_verbosity(logging.INFO)
     out = Path(args.out)
     if out.exists():
@@ -308,8 +308,8 @@ def _copy(source: Path, names: Sequence[str], out: Path, *, link: bool) -> None:
 
 def _write_starts(origin: Origin, card: Card, out: Path) -> None:
     """Store first frames; the card says which are for what, and what LIBERO they are from."""
-    facts = {"train_starts": card.starts.train, "eval_starts": card.starts.eval}
-    facts["libero"] = libero_facts.told(origin.card)
+    starts = {"train_starts": card.starts.train, "eval_starts": card.starts.eval}
+    facts = starts | {"libero": libero_facts.told(origin.card)}
     ids = np.arange(origin.source.num_starts, dtype=np.int64)
     pack_starts(origin.source, ids, out, **cards.card(**facts))
 

@@ -38,9 +38,22 @@ _ASSETS = {
 }
 
 _MUJOCO = """
+from types import SimpleNamespace
+
+mjtRndFlag = SimpleNamespace(mjRND_REFLECTION=SimpleNamespace(value=1))
+
+
 class MjModel:
     def from_xml_string(text):
         assert text == "<mujoco/>"
+
+
+def mj_step1(model, data):
+    data.append("first half")
+
+
+def mj_step2(model, data):
+    data.append("second half")
 """
 
 _PACKAGE = """
@@ -71,7 +84,9 @@ class OffScreenRenderEnv:
         self.robots = [SimpleNamespace(gripper=SimpleNamespace(current_action=np.ones(2)))]
         turn = [0, 0, 1, 1, 0, 0, 0, 1, 0]  # looks along -x of the world
         self.sim = SimpleNamespace(
+            _render_context_offscreen=SimpleNamespace(scn=SimpleNamespace(flags=[1, 1])),
             model=SimpleNamespace(
+                _model="model",
                 cam_fovy=[0.0, 90.0],
                 camera_name2id=lambda name: 1,
                 body_name2id=["world", "cabinet_1_main"].index,
@@ -79,6 +94,7 @@ class OffScreenRenderEnv:
                 body_quat=np.zeros((2, 4)),
             ),
             data=SimpleNamespace(
+                _data=[],
                 cam_xpos=np.array([[9.0, 9, 9], [1, 0, 0]]), cam_xmat=np.array([[0.0] * 9, turn])
             ),
         )
@@ -98,6 +114,7 @@ class OffScreenRenderEnv:
         assert self.object_property_initializers == ["drawer"] * 2
         assert not self.robots[0].gripper.current_action.any()
         assert not self.sim.model.body_pos.any()
+        assert not {"forward", "step"} & set(vars(self.sim))  # only within a step
         self.sim.model.body_pos[1] = 0.5
         self._position, self._closed, self._clocks = np.zeros(3), False, set()
 
@@ -123,7 +140,11 @@ class OffScreenRenderEnv:
         if self._kind == "deadly" and action[6] > 0:
             print("about to die")
             os.kill(os.getpid(), signal.SIGKILL)
+        self.sim.forward()
         self._pre_action(action)
+        self.sim.step()
+        assert self.sim.data._data == ["first half", "second half"]
+        self.sim.data._data.clear()
         self._closed = bool(action[6] > 0)
         self._turns = -self._turns  # the same rotation, named by the opposite quaternion
         success = self.check_success()

@@ -17,7 +17,9 @@ def write_card(folder, **facts):
 
 def test_flags_are_those_of_the_card(tmp_path, capsys):
     crop = (0.03, 0.99, 0.06, 0.86)
-    config = LiberoConfig(image_size=64, crop=crop, oversample=3, action_repeat=2, max_steps=56)
+    config = LiberoConfig(
+        image_size=64, crop=crop, oversample=3, reflections=False, action_repeat=2, max_steps=56
+    )
     write_card(tmp_path, start={"libero": config.facts()})
     libero_flags.main([str(tmp_path)])
     told = dict(flag.split("=") for flag in capsys.readouterr().out.split())
@@ -25,6 +27,7 @@ def test_flags_are_those_of_the_card(tmp_path, capsys):
     assert told == {
         "--config.libero.image_size": "64",
         "--config.libero.oversample": "3",
+        "--config.libero.reflections": "False",
         "--config.libero.action_repeat": "2",
         "--config.libero.max_steps": "56",
     }
