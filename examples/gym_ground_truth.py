@@ -18,16 +18,15 @@ from evac_jax.sim.ground_truth import nothing_yet, step_result
 from examples.reach import Reach
 from policies.spec import ActionSpec
 
-CHUNK = 8
-RULES = ("max_episode_steps", "coefficient", "relative")
+CHUNK, RULES = 8, ("max_episode_steps", "coefficient", "relative")
+REFUSED = ("auto_reset", "ignore_terminations", "keyframe_data")
 
 
 class GymGroundTruth:
     """A batch of environments; a start id is the seed of a reset."""
 
     def __init__(self, settings: dict):
-        refused = ("auto_reset", "ignore_terminations", "keyframe_data")
-        if asked := [name for name in refused if settings.get(name)]:
+        if asked := [name for name in REFUSED if settings.get(name)]:
             raise ConfigError(f"examples.gym_ground_truth cannot do {', '.join(asked)}")
         self._settings, count = settings, settings["num_envs"]
         self._envs = [Reach() for _ in range(count)]
@@ -61,16 +60,16 @@ class GymGroundTruth:
         success = np.zeros(actions.shape[:2], np.float32)
         for row in np.flatnonzero(self._episodes.running.numpy()):
             for k in range(CHUNK):
-                frame, _, success[row, k], _, _ = self._envs[row].step(actions[row, k])
-                self._frames[row, 0] = frame
+                played = self._envs[row].step(actions[row, k])
+                self._frames[row, 0], success[row, k] = played[0], played[2]
                 if success[row, k]:
                     break
         return self._result(self._episodes.advance(torch.from_numpy(success)), frames)
 
     def _result(self, outcome, frames: torch.Tensor) -> StepResult:
         frames.copy_(torch.from_numpy(self._frames))  # no films: clip_envs is 0
-        task = np.zeros(len(self._envs), np.int32)
-        hands = np.array([env.hand for env in self._envs], np.float32)
+        hands = np.stack([env.hand for env in self._envs]).astype(np.float32)
+        task = np.zeros(len(hands), np.int32)
         return step_result(task, hands, outcome, self._episodes.figures(), {})
 
     def park(self) -> None:

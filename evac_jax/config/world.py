@@ -234,7 +234,8 @@ def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     inner = typing.get_args(hint)[:1]
     if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(inner[0]):
         entries = value if isinstance(value, list) else [value]
-        return tuple(_read(inner[0], entry, f"{path}.", problems) for entry in entries)
+        kind = typing.cast(type, inner[0])
+        return tuple(_read(kind, entry, f"{path}.", problems) for entry in entries)
     if typing.get_origin(hint) is dict:
         sound = isinstance(value, dict) and all(
             isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values())
