@@ -82,7 +82,9 @@ def test_timeout_names_the_request_when_stuck(client, monkeypatch):
         os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_process_that_is_started_again_gives_the_answers_of_the_one_that_failed(number, caplog):
     def answers(restarts, fault):
         found = []

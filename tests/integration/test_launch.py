@@ -81,6 +81,7 @@ def test_console_tells_where_a_run_writes_what_it_does_and_what_comes_next(launc
 
 def test_ppo_run_leaves_every_promised_metric_and_a_video_that_plays(launcher):
     flags = ("--config.train.iterations=1", "--config.log.run=ppo", "--config.video.save=True")
+    flags += ("--config.eval.ground_truth=none", "--config.eval.twin_fraction=0")
     launcher.run(*flags, config="configs/ppo.py")
     events = EventAccumulator(str(launcher.runs / "ppo" / "tensorboard")).Reload()
     for name in PROMISED:

@@ -3,7 +3,10 @@
 import json
 import shutil
 
+import pytest
 
+
+@pytest.mark.slow  # tests/unit/examples covers each part
 def test_run_with_own_algorithm_judge_and_ground_truth(launcher, repository, tmp_path):
     """The folder `mine` is only in the working directory, where the simulators must find it too."""
     shutil.copytree(repository / "examples", tmp_path / "mine")

@@ -11,7 +11,8 @@ from evac_jax.telemetry import report
 from evac_jax.tools.recipes import coevolve, commands
 from evac_jax.tools.recipes.coevolve import Models, Options, rounds_to_go
 from evac_jax.tools.recipes.stages import check
-from evac_jax.tools.world.options import parser
+from evac_jax.tools.command_line import Parser
+from evac_jax.tools.world.options import add_options
 from tests.unit import world_folder
 
 START = Models("start_policy", "start_wm", "start_reward", "pose", ("old",))
@@ -150,7 +151,9 @@ def test_world_of_the_last_stage_has_the_values_that_the_rounds_were_run_with(re
     assert (_option(command, "steps"), _option(command, "train_starts")) == ("3", "0,800")
     assert (_option(command, "horizon"), _option(command, "keep_stop_token")) == ("32", "no")
     assert "--suite" not in command
-    known = {f"--{action.dest}" for action in parser()._actions}
+    parser = Parser("world.pack", "")
+    add_options(parser)
+    known = {f"--{action.dest}" for action in parser._actions}
     assert {word for word in command if word.startswith("--")} <= known
 
 
