@@ -8,10 +8,10 @@ import pytest
 from evac_jax.errors import DataError
 from evac_jax.files import recordings
 from evac_jax.telemetry import report
+from evac_jax.tools.command_line import Parser
 from evac_jax.tools.recipes import coevolve, commands
 from evac_jax.tools.recipes.coevolve import Models, Options, rounds_to_go
 from evac_jax.tools.recipes.stages import check
-from evac_jax.tools.command_line import Parser
 from evac_jax.tools.world.options import add_options
 from tests.unit import world_folder
 
