@@ -307,7 +307,9 @@ def existing(checkpoints: Path, iteration: int) -> int:
         CheckpointError: there is no such checkpoint; names the existing ones.
     """
     found = iterations_in(checkpoints)
-    if not found or (iteration != -1 and iteration not in found):
+    if not found:
+        raise CheckpointError(f"{checkpoints} has no checkpoint yet")
+    if iteration != -1 and iteration not in found:
         raise CheckpointError(
             f"config.checkpoint.step: {checkpoints} has no checkpoint of iteration "
             f"{iteration}; there are {found}. config.checkpoint.keep says how many a run keeps"

@@ -24,6 +24,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """Return the object that a JSON text holds.
+
+    Raises:
+        ValueError: it is no JSON, or no object; a list is not taken for its pairs.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__}")
+    return values
+
+
 def read(folder: Path) -> dict[str, Any]:
     """Return the data card of a folder, {} if it has none.
 
@@ -32,8 +44,8 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / "card.json"
     try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+        return json_object(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
         raise DataError(f"{path}: expected a JSON object ({error}); restore the file") from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from evac_jax.config.presets import differences
 from evac_jax.errors import DataError
+from evac_jax.files import cards
 from evac_jax.telemetry import launches, report, warning_log, writers
 from evac_jax.telemetry.report import wilson_interval
 
@@ -159,8 +160,8 @@ def read(folder: Path) -> Record:
             f"{writers.METRICS_FILE}"
         )
     try:
-        config = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        config = cards.json_object(path.read_text())
+    except ValueError as error:
         raise DataError(f"{path}: expected a JSON object ({error}); restore the file") from error
     metrics = writers.read_lines(folder / writers.METRICS_FILE)
     if not all(isinstance(line, dict) and "iteration" in line for line in metrics):

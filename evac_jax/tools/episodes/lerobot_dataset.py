@@ -5,7 +5,6 @@ Source: the layouts that huggingface/lerobot writes (`meta/info.json` names the 
 
 import io
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from absl import logging
 from PIL import Image
 
 from evac_jax.errors import DataError
+from evac_jax.files import cards
 from evac_jax.telemetry.video import decode_mp4
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -118,8 +118,8 @@ class LeRobotDataset:
 
     def _json(self, name: str, text: str) -> dict:
         try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError) as error:
+            return cards.json_object(text)
+        except ValueError as error:
             raise DataError(f"{self._folder / name}: not a JSON object ({error})") from error
 
     def _table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from evac_jax.errors import ConfigError
 from evac_jax.telemetry import report
 from evac_jax.telemetry.pages import run_report
 from evac_jax.tools.command_line import Parser, run_tool
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="HTML file; default: report.html in or above them")
     args = parser.parse_args(argv)
     folders = list(dict.fromkeys(args.runs))
+    if args.out and args.out.is_dir():
+        raise ConfigError(f"--out: expected a file such as report.html, got the folder {args.out}")
     out = args.out or destination(folders)
     said = run_report.write(folders, out)
     report.show("\n".join([*said, "", str(out)]))

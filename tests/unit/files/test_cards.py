@@ -1,5 +1,8 @@
 import sys
 
+import pytest
+
+from evac_jax.errors import DataError
 from evac_jax.files import cards
 
 
@@ -12,3 +15,10 @@ def test_card_tells_the_command_without_the_folders_of_this_machine(monkeypatch)
         "python launch.py --config.policy.checkpoint=weights --out new --lr=0.1"
     )
     assert told["steps"] == 3
+
+
+@pytest.mark.parametrize("text", ["[]", '[["a", 1]]', "1", "{"])
+def test_card_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(DataError, match=r"card\.json: expected a JSON object"):
+        cards.read(tmp_path)

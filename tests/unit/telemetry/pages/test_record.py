@@ -47,8 +47,9 @@ def test_folder_is_refused_when_it_is_no_run(tmp_path, missing):
         record.read(tmp_path / "one")
 
 
-def test_damaged_configuration_is_told(tmp_path):
-    (make_run(tmp_path / "one") / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", '[["seed", 0]]'])
+def test_damaged_configuration_is_told(tmp_path, text):
+    (make_run(tmp_path / "one") / "config.json").write_text(text)
     with pytest.raises(DataError, match=r"config\.json: expected a JSON object"):
         record.read(tmp_path / "one")
 

@@ -1,6 +1,9 @@
 import subprocess
 import sys
 
+import pytest
+
+from evac_jax.errors import ConfigError
 from evac_jax.tools.runs import report
 from tests.unit.telemetry.pages.run_folders import make_run
 
@@ -23,3 +26,9 @@ def test_mistake_ends_with_one_message_and_status_2(tmp_path):
     assert "DataError" in done.stderr
     assert "expected the folder of a run" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_folder_is_refused_as_the_file_to_write(tmp_path):
+    run = make_run(tmp_path / "one")
+    with pytest.raises(ConfigError, match="--out: expected a file such as report.html"):
+        report.main([str(run), "--out", str(tmp_path)])
