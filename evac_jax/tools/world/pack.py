@@ -99,6 +99,11 @@ class Origin:
         if list(names) == [MINIATURE]:
             return cls(MINIATURE, make_initial_states(MINIATURE), None, {})
         folders = [Path(hub.local(name)) for name in names]
+        if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+            raise ConfigError(
+                f"--starts: {', '.join(missing)}: no folder; expected recordings, a folder of "
+                f"start frames, or {MINIATURE!r}"
+            )
         if all((folder / "frames.npy").is_file() for folder in folders):
             data = recordings.load(*folders)
             count = int((~data.held_out).sum())
@@ -154,7 +159,6 @@ def pack(args: argparse.Namespace, out: Path) -> World:
     else:
         assert base is not None  # the parser says so
         origin = Origin.of([base.part(STARTS) or MINIATURE])
-    who = " ".join(args.starts or [f"{args.base}/{STARTS}"])
     facts = parts.joined(
         (
             parts.of_networks(folders),
@@ -167,7 +171,6 @@ def pack(args: argparse.Namespace, out: Path) -> World:
         _add_base(facts, base, args)
     card = _card(facts, origin, folders["policy"])
     parts.refuse(parts.misfits(card, folders, origin.source), "these parts make no world")
-    logging.info("starts: %d of %s", origin.source.num_starts, who)
     with whole_folder(out) as partial:
         partial.mkdir()
         for part, folder in folders.items():
@@ -188,6 +191,11 @@ def _folder(args: argparse.Namespace, base: World | None, part: str) -> Path:
     folder = Path(hub.local(given)) if given else Path(base.part(part) if base else "")
     if not folder.is_dir():
         raise ConfigError(f"--{part}: {str(folder)!r} is no folder")
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"--{part}: {str(folder)!r} is a LoRA adapter; pack its base policy and train with "
+            "--config.policy.lora_adapter, or export the run without --adapter"
+        )
     return folder
 
 
@@ -240,7 +248,7 @@ def _card(facts: parts.Facts, origin: Origin, policy: Path) -> Card:
     needed += [*OF_LIBERO, "suite"] if is_libero else []
     parts.refuse(
         [f"--{name}: {HELP[name]}" for name in needed if facts.value(name) is None],
-        "no file tells what these say; give them",
+        "no file tells what these say, and --base does not for a part that is replaced; give them",
     )
 
     def value(name: str, default: Any = None) -> Any:

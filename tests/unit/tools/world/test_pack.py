@@ -163,6 +163,21 @@ def test_what_a_replaced_part_does_not_tell_is_asked_for_again(world, weights, t
     assert "--horizon" not in message
 
 
+def test_starts_that_are_nowhere_are_told(weights, tmp_path):
+    argv = [*folders.of(weights), *folders.TOLD, "--out", tmp_path / "w"]
+    message = told(*argv, "--starts", tmp_path / "nope")
+    assert "--starts: " in message
+    assert "nope: no folder; expected recordings" in message
+
+
+def test_adapter_is_refused_in_the_place_of_the_policy(world, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    message = told("--base", world, "--policy", adapter, "--out", tmp_path / "w")
+    assert "is a LoRA adapter; pack its base policy" in message
+
+
 def test_folder_that_exists_is_left_alone(weights, recording, tmp_path):
     argv = [*folders.of(weights), "--starts", recording, *folders.TOLD, "--out", tmp_path]
     assert "exists; choose another folder" in told(*argv, kind=DataError)
