@@ -255,6 +255,11 @@ class EvacConfig(JsonConfig):
         n_view: cameras.
         base_scale: final value of the input scale, in (0, 1].
         turning_step: diffusion steps over which the scale falls from 1 to `base_scale`.
+        consistent_scale: sampling treats the scale as training does: the history is multiplied by
+            the scale of every step, and what is imagined is divided by the last one. False is the
+            public model's convention: history is taken as it is, and latents are decoded and
+            remembered with the scale (and the noise) of the smallest timestep. Of 50 steps that is
+            .986; of two it is `base_scale`, which makes pictures visibly worse.
         num_timesteps: diffusion steps of training.
         fps: frame-rate conditioning value, truncated to an integer.
         domain_id: row of the embodiment table; 11 is AgiBot World.
@@ -271,6 +276,7 @@ class EvacConfig(JsonConfig):
     n_view: int = 1
     base_scale: float = 0.7
     turning_step: int = 400
+    consistent_scale: bool = False
     num_timesteps: int = 1000
     fps: float = 2
     domain_id: int = 11
