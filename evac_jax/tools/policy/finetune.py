@@ -1,11 +1,13 @@
-"""Supervised fine-tuning of a policy folder on recorded episodes; `train_policy --data` runs it.
+"""Supervised training of a policy on recorded episodes; `policy.train --data` runs it.
 
-It uses one device. The step is the seed of all random numbers, so a resumed run repeats an
-uninterrupted one.
+It begins with a policy folder, or with random weights of given sizes. It uses one device. The step
+is the seed of all random numbers, so a resumed run repeats an uninterrupted one.
 """
 
 import argparse
+import dataclasses
 import json
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -26,11 +28,13 @@ from evac_jax.files import cards, libero_facts, recordings
 from evac_jax.files.atomic import replacing, whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.policy_import import told_as_checkpoint_error
+from evac_jax.tools import sizes
 from evac_jax.tools.policy.data import Batch, Chunks, action_statistics
 from evac_jax.tools.resume import check_same_run
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
-from policies.openvla_oft.export_hf import export_policy
+from policies.openvla_oft.export_hf import create_policy_folder, export_policy
 from policies.openvla_oft.import_hf import LoadedPolicy, load_policy
+from policies.openvla_oft.model import OpenVLAOFT
 from policies.openvla_oft.peft import save_adapter
 from policies.openvla_oft.prompt import PromptTokenizer
 from policies.types import ObsBatch
@@ -40,7 +44,8 @@ ANY_LENGTH = 10**6  # limit of a prompt's length while the longest one is determ
 # Arguments that must be the same when a run is resumed.
 SETUP = (
     *("steps", "batch", "lr", "sd_bins", "seed", "chunk", "gripper", "unnorm_key"),
-    *("start", "successful", "lora_rank", "lora_alpha", "compute_dtype", "keep_stop_token"),
+    *("start", "sizes", "successful", "keep_stop_token"),
+    *("lora_rank", "lora_alpha", "compute_dtype"),
 )
 # Those that tell others how to read the policy.
 TOLD = ("gripper", "unnorm_key", "chunk", "keep_stop_token")
@@ -78,7 +83,14 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
         raise DataError(f"--out: {out} exists; choose another folder or remove it")
     training, held_out = _episodes(args)
     stats = action_statistics(training, args.gripper)
-    loaded = _load(args, training)
+    with tempfile.TemporaryDirectory() as scratch:
+        start = args.start or str(_new_policy(args, training, Path(scratch, "policy")))
+        return _finetune(args, start, training, held_out, stats, out)
+
+
+def _finetune(args, start: str, training: Episodes, held_out: Episodes, stats, out: Path):
+    """Train the policy of the folder `start`."""
+    loaded = _load(args, start, training)
     prompts = tuple(jnp.asarray(x) for x in loaded.tokenizer.encode(list(training.instructions)))
     parts = [Chunks(part, args.chunk, stats, args.gripper) for part in (training, held_out)]
     logging.info("%d chunks for training, %d held out", *map(len, parts))
@@ -89,14 +101,14 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
     model, history = _train(args, loaded.model, prompts, *parts, setup, progress)
 
     with whole_folder(out) as folder:
-        export_policy(model, folder, source=args.start, norm_stats={args.unnorm_key: stats})
+        export_policy(model, folder, source=start, norm_stats={args.unnorm_key: stats})
         if args.lora_rank:
-            save_adapter(model, folder / "adapter", base=args.start)
+            save_adapter(model, folder / "adapter", base=start)
         facts = cards.card(
             data=digests,
             libero=libero_facts.told(training.card),
             **{name: getattr(args, name) for name in TOLD},
-            start=cards.read(Path(args.start)),
+            start=cards.read(Path(start)),
             history=history,
             scores=history[-1],
             seconds=time.perf_counter() - began,
@@ -113,13 +125,23 @@ def _episodes(args: argparse.Namespace) -> tuple[Episodes, Episodes]:
     return data.both_parts()
 
 
-def _load(args: argparse.Namespace, data: Episodes) -> LoadedPolicy:
+def _new_policy(args: argparse.Namespace, data: Episodes, folder: Path) -> Path:
+    """Write a policy of random weights, whose tokenizer knows the instructions, to a new folder."""
+    config = dataclasses.replace(
+        sizes.policy(args.sizes), chunk=args.chunk, num_images=data.frames.shape[1]
+    )
+    unchanged = ActionStatistics.identity(recordings.ACTION_DIM)
+    model = OpenVLAOFT(config, unchanged, rngs=nnx.Rngs(args.seed))
+    return create_policy_folder(model, folder, tasks=data.instructions, norm_stats={})
+
+
+def _load(args: argparse.Namespace, start: str, data: Episodes) -> LoadedPolicy:
     """Load the start policy for the recording's cameras; labels are normalised beforehand."""
     # Results do not depend on the padding, so prompts are padded only to the longest one.
-    with told_as_checkpoint_error(f"--start: cannot import {args.start!r}"):
-        tokenizer = PromptTokenizer(args.start, ANY_LENGTH)
+    with told_as_checkpoint_error(f"--start: cannot import {start!r}"):
+        tokenizer = PromptTokenizer(start, ANY_LENGTH)
         loaded = load_policy(
-            args.start,
+            start,
             unnorm_key="",
             action_dim=recordings.ACTION_DIM,
             chunk=args.chunk,

@@ -9,9 +9,10 @@ start of reinforcement learning.
     python -m evac_jax.tools.policy.train --start DIR --out DIR2 --labels sloppy --steps 800
     python -m evac_jax.tools.policy.train --start DIR --out DIR2 --lora_rank 8 --lr 3e-3
     python -m evac_jax.tools.policy.train --start DIR --out DIR2 --data RECORDING --unnorm_key robot
+    python -m evac_jax.tools.policy.train --sizes NAME --out DIR --data RECORDING --unnorm_key robot
 
---data uses recorded episodes of any robot instead (docs/episodes.md, docs/lora.md); --lora_rank
-trains only adapters.
+--data uses recorded episodes of any robot instead (docs/episodes.md, docs/lora.md), with --sizes
+from random weights; --lora_rank trains only adapters.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
 from evac_jax.policy_import import told_as_checkpoint_error
+from evac_jax.tools import sizes
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.policy.data import GRIPPER_RULES
 from evac_jax.tools.policy.finetune import finetune, make_optimizer, soft_targets
@@ -257,6 +259,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_seed("weights, scenes and batches")
     data = parser.add_argument_group("recorded episodes instead of the tabletop")
     data.add_argument("--data", nargs="+", metavar="RECORDING", help="folders of episodes")
+    text = f"{sizes.HELP} a policy"
+    data.add_argument("--sizes", metavar="NAME|FILE", help=text)
     data.add_argument("--unnorm_key", help="name of the recording's action statistics")
     data.add_argument("--chunk", type=int, default=8, help="actions per decision")
     data.add_argument("--successful", action="store_true", help="leave failed episodes out")
@@ -266,8 +270,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--remat", action="store_true", help="recompute activations: less memory")
     data.add_argument("--save_every", type=int, default=500, help="steps between saves")
     args = parser.parse_args(argv)
-    if (args.lora_rank or args.data) and not args.start:
-        parser.error("--lora_rank and --data need --start, the policy folder to begin with")
+    if args.lora_rank and not args.start:
+        parser.error("--lora_rank needs --start, the policy folder that adapters are for")
+    if args.data and bool(args.start) == bool(args.sizes):
+        parser.error("--data needs either --start, a policy folder, or --sizes for random weights")
     if args.lora_rank < 0 or args.lora_alpha < 0 or args.lora_alpha > 0 == args.lora_rank:
         parser.error("--lora_rank must be 0 or more, and above 0 for --lora_alpha (0 or more)")
     if args.data and not args.unnorm_key:

@@ -157,7 +157,10 @@ def test_existing_folder_and_recording_without_success_are_refused(start, record
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lora_rank", "2"], "need --start"),
+        (["--lora_rank", "2"], "needs --start"),
+        (["--data", "y", "--unnorm_key", "z"], "needs either --start"),
+        (["--start", "x", "--sizes", "miniature", "--data", "y"], "needs either --start"),
+        (["--sizes", "miniature"], "sizes: not without --data"),
         (["--start", "x", "--lora_alpha", "2"], "--lora_rank must be"),
         (["--start", "x", "--data", "y"], "needs --unnorm_key"),
         (["--start", "x", "--data", "y", "--unnorm_key", "z", "--labels", "sloppy"], "labels: not"),
@@ -168,3 +171,33 @@ def test_arguments_that_do_not_go_together_are_refused(arguments, message, capsy
     with pytest.raises(SystemExit):
         train_policy.main(["--out", "o", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_new_policy_has_the_named_sizes_and_resumes_from_its_own_random_weights(
+    start, recording, tmp_path, monkeypatch
+):
+    sizes, save = str(start / "config.json"), finetune.save_progress
+
+    def command(out):
+        return [*_command(start, recording, tmp_path / out), "--sizes", sizes][2:]
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_progress", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy.main(command("broken"))
+    train_policy.main(command("broken"))
+    train_policy.main(command("whole"))
+    broken, whole, base = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "broken", tmp_path / "whole", start)
+    )
+    assert {n: v.shape for n, v in whole.items()} == {n: v.shape for n, v in base.items()}
+    assert all(np.array_equal(broken[name], whole[name]) for name in whole)
+    assert set(read_norm_stats(tmp_path / "whole")) == {"robot"}
+    card = json.loads((tmp_path / "whole" / "card.json").read_text())
+    assert card["start"] == {}
+    assert card["chunk"] == 2
