@@ -9,6 +9,7 @@ import pytest
 from evac_jax.config.flags import check_flags
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.tools.recipes import miniature as build
+from evac_jax.tools.recipes import shipping
 from evac_jax.tools.recipes.stages import Stage, Workshop, check, stamps
 
 
@@ -50,13 +51,16 @@ def test_recipe_makes_what_is_shipped():
 
 
 def test_scale_divides_every_count_but_keeps_floors():
-    assert build.scaled(1.0) == build.COUNTS
-    assert build.scaled(0.1)["base"] == round(0.1 * build.COUNTS["base"])
-    assert build.scaled(0.01)["base"] == build.FLOORS["base"]
-    assert build.scaled(0.01)["rl"] == 1
+    def scaled(scale):
+        return shipping.scaled(build.COUNTS, scale, build.FLOORS)
+
+    assert scaled(1.0) == build.COUNTS
+    assert scaled(0.1)["base"] == round(0.1 * build.COUNTS["base"])
+    assert scaled(0.01)["base"] == build.FLOORS["base"]
+    assert scaled(0.01)["rl"] == 1
     for wrong in (0, 1.5):
         with pytest.raises(ConfigError, match="--scale"):
-            build.scaled(wrong)
+            scaled(wrong)
 
 
 def test_changed_count_runs_only_what_rests_on_it(monkeypatch):
@@ -85,7 +89,7 @@ def _made(tmp_path, monkeypatch, size=10):
     packed += "pathlib.Path(sys.argv[1], 'world.json').write_text('{}')"
     stages.append(Stage("world", ("-c", packed, "{work}/world"), output="world"))
     monkeypatch.setattr(build, "make_stages", lambda scale: stages)
-    monkeypatch.setattr(build.commands, "trust_figures", lambda folder: {"agreement": 0.9})
+    monkeypatch.setattr(shipping.commands, "trust_figures", lambda folder: {"agreement": 0.9})
     return stages
 
 
@@ -131,15 +135,16 @@ def test_weights_that_are_too_large_are_not_assembled(tmp_path, monkeypatch):
     workshop = Workshop(tmp_path / "work", cores=1)
     workshop.run(stages)
     with pytest.raises(ConfigError, match="at most 12000000 may be shipped"):
-        build.assemble(workshop, stages, tmp_path / "out")
+        shipping.assemble(build.recipe(), workshop, stages, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_without_a_card_cannot_be_verified(tmp_path):
     with pytest.raises(CheckpointError, match="not a card of recipes.miniature"):
-        build.verify(tmp_path)
+        shipping.verify(tmp_path, build.recipe())
 
 
-def test_scaled_weights_are_never_shipped():
+@pytest.mark.parametrize("arguments", [["--ship", "--scale", "0.5"], ["--ship", "base"]])
+def test_weights_of_a_part_are_never_shipped(arguments):
     with pytest.raises(SystemExit):
-        build.parse(["--ship", "--scale", "0.5"])
+        shipping.parse(build.recipe(), arguments)
