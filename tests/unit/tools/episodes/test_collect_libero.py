@@ -59,6 +59,18 @@ def test_scripts_decide_before_every_action_from_where_things_are(config, tmp_pa
         pool.close()
 
 
+def test_where_things_are_is_recorded_for_every_player(config, tmp_path):
+    data = run(config, tmp_path / "out", episodes=4, mix="expert=0.5,random=0.5")
+    there = data.objects.reshape(data.num_episodes, -1, 3, 3)
+    for task, places in zip(data.task, there, strict=True):
+        if task == 0:
+            np.testing.assert_array_equal(places[:, 0] - np.float32(libero_fakes.BOWL), 0)
+            np.testing.assert_array_equal(places[:, 1] - np.float32(libero_fakes.PLATE), 0)
+        else:  # a drawer to close: nothing is moved
+            assert np.isnan(places).all()
+        assert np.isnan(places[:, 2]).all()  # there is one bowl
+
+
 def test_split_is_by_initial_state_for_every_player(config, tmp_path):
     data = run(config, tmp_path / "out", episodes=60, mix="midway=0.5,random=0.5")
     np.testing.assert_array_equal(data.held_out, data.start // 2 >= 18)
