@@ -241,8 +241,11 @@ def record(
                     f"config.env.train_starts: {list(sources)[number]} can do no task of the "
                     f"starts {low}..{high - 1}; choose others"
                 )
+            chosen = able[np.arange(edges[number], edges[number + 1]) % len(able)]
+            # Task by task: building a scene takes longer than a short episode.
+            chosen = chosen[np.argsort(suite.locate(chosen)[0], kind="stable")]
             for at in range(edges[number], edges[number + 1], batch):
-                mine = able[np.arange(at, min(at + batch, edges[number + 1])) % len(able)]
+                mine = chosen[at - edges[number] :][:batch]
                 decide = source.begin(mine, noise_seed(config.seed, at))
                 episodes = play_batch(pool, decide, mine, steps=config.libero.episode_steps)
                 tasks, held_out = suite.locate(mine)[0].tolist(), suite.is_held_out(mine).tolist()

@@ -71,6 +71,18 @@ def test_where_things_are_is_recorded_for_every_player(config, tmp_path):
         assert np.isnan(places[:, 2]).all()  # there is one bowl
 
 
+def test_each_player_plays_task_by_task_as_a_scene_takes_long_to_build(config, tmp_path):
+    eval_config = dataclasses.replace(config.eval, ground_truth_envs=1)
+    data = run(
+        dataclasses.replace(config, eval=eval_config),
+        tmp_path / "out",
+        episodes=12,
+        mix="random=1",
+    )
+    assert data.task.tolist() == [0] * 6 + [1] * 6
+    assert len(set(data.start.tolist())) == 12
+
+
 def test_split_is_by_initial_state_for_every_player(config, tmp_path):
     data = run(config, tmp_path / "out", episodes=60, mix="midway=0.5,random=0.5")
     np.testing.assert_array_equal(data.held_out, data.start // 2 >= 18)
