@@ -221,6 +221,7 @@ def record(
     ends = config.env.train_starts
     low, high = range_of("env.train_starts", ends, suite.num_starts, suite.name)
     order = suite.spread(np.arange(low, high))
+    order = np.roll(order, -config.seed * sum(counts))  # the next seed goes on with other starts
     size = config.libero.image_size
     pool.start([0], order[:1])  # the simulator knows where its camera is, nobody else
     with recordings.EpisodeWriter(

@@ -83,6 +83,19 @@ def test_each_player_plays_task_by_task_as_a_scene_takes_long_to_build(config, t
     assert len(set(data.start.tolist())) == 12
 
 
+def test_next_seed_goes_on_with_other_starts(config, tmp_path):
+    parts = [
+        run(
+            dataclasses.replace(config, seed=seed),
+            tmp_path / str(seed),
+            episodes=12,
+            mix="random=1",
+        )
+        for seed in range(3)
+    ]
+    assert len({start for part in parts for start in part.start.tolist()}) == 36  # of 40
+
+
 def test_split_is_by_initial_state_for_every_player(config, tmp_path):
     data = run(config, tmp_path / "out", episodes=60, mix="midway=0.5,random=0.5")
     np.testing.assert_array_equal(data.held_out, data.start // 2 >= 18)
