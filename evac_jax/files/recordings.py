@@ -44,6 +44,10 @@ PER_EPISODE = {
     "start": (np.int64, "N"),
     "held_out": (np.bool_, "N"),
 }
+# Few simulators tell it; the file is missing where it would say nothing.
+OPTIONAL = {"objects": (np.float32, "F 3 3")}
+OBJECTS = ("taken", "place", "alike")  # what a task moves, where to, and what looks like it
+STORED = PER_FRAME | OPTIONAL | PER_EPISODE
 SHARED = {"intrinsic": (np.float32, "V 3 3"), "c2w": (np.float32, "V 4 4")}
 
 
@@ -66,6 +70,8 @@ class Episodes:
             frame and instruction; one scene is never on both sides.
         intrinsic: in pixels at the frames' size, float32 [V 3 3].
         c2w: camera to world, +Z forward, float32 [V 4 4]; cameras are at rest.
+        objects: xyz (m) of `OBJECTS`, float32 [F 3 3], NaN where that is not known. It tells where
+            to look in a picture; no policy and no world model sees it.
         card: the data card.
     """
 
@@ -81,6 +87,7 @@ class Episodes:
     held_out: np.ndarray
     intrinsic: np.ndarray
     c2w: np.ndarray
+    objects: np.ndarray
     card: dict = field(default_factory=dict)
 
     @property
@@ -243,7 +250,7 @@ class EpisodeWriter:
         # Frames go to disk as they come; the header, which holds their number, is written last.
         self._frames = (self._partial / "frames.raw").open("wb")
         self._count = 0
-        self._parts: dict[str, list] = {n: [] for n in (*PER_FRAME, *PER_EPISODE) if n != "frames"}
+        self._parts: dict[str, list] = {n: [] for n in STORED if n != "frames"}
 
     def __enter__(self) -> "EpisodeWriter":
         return self
@@ -271,17 +278,21 @@ class EpisodeWriter:
         source: int,
         start: int = -1,
         held_out: bool | None = None,
+        objects: np.ndarray | None = None,
     ) -> None:
         """Append one episode of T actions: frames [T+1 V H W 3], actions [T 7], poses [T+1 8],
-        success [T+1]; see `Episodes`. Without `held_out` a hash decides.
+        success [T+1], objects [T+1 3 3]; see `Episodes`. Without `held_out` a hash decides.
         """  # noqa: D205
         steps, where = len(actions), f"{self._out}: episode {len(self._parts['first'])}"
         frames, poses = np.asarray(frames), np.asarray(poses, np.float32)
+        if objects is None:
+            objects = _unknown(steps + 1)
         shapes = {
             "frames": (frames.shape, (steps + 1, *self._image_shape)),
             "actions": (np.shape(actions), (steps, ACTION_DIM)),
             "poses": (poses.shape, (steps + 1, POSE_DIM)),
             "success": (np.shape(success), (steps + 1,)),
+            "objects": (np.shape(objects), (steps + 1, len(OBJECTS), 3)),
         }
         wrong = [f"{n}: expected {b}, got {a}" for n, (a, b) in shapes.items() if a != b]
         if frames.dtype != np.uint8:
@@ -299,6 +310,7 @@ class EpisodeWriter:
             "actions": np.concatenate((np.asarray(actions), np.zeros((1, ACTION_DIM)))),
             "poses": poses,
             "success": np.asarray(success, np.bool_),
+            "objects": objects,
             "first": self._count,
             "length": steps,
             "task": task,
@@ -327,9 +339,11 @@ class EpisodeWriter:
             raise DataError(f"{self._out}: there is no episode to write")
         arrays = {
             name: np.concatenate(self._parts[name]).astype(dtype)
-            for name, (dtype, _) in PER_FRAME.items()
+            for name, (dtype, _) in (PER_FRAME | OPTIONAL).items()
             if name != "frames"
         }
+        if np.isnan(arrays["objects"]).all():
+            del arrays["objects"]
         arrays |= {n: np.array(self._parts[n], dtype) for n, (dtype, _) in PER_EPISODE.items()}
         for name, array in (arrays | self._shared).items():
             np.save(self._partial / f"{name}.npy", array, allow_pickle=False)
@@ -388,8 +402,10 @@ def _read_card(folder: Path) -> dict:
 def _load_one(folder: Path) -> Episodes:
     card, arrays, problems = _read_card(folder), {}, []
     sizes: dict[str, int] = {"3": 3, "7": 7, "8": 8, "4": 4}
-    for name, (dtype, axes) in (PER_FRAME | PER_EPISODE | SHARED).items():
+    for name, (dtype, axes) in (STORED | SHARED).items():
         path = folder / f"{name}.npy"
+        if name in OPTIONAL and not path.exists():
+            continue
         try:
             # Frames may be larger than memory.
             array = map_array(path) if name == "frames" else load_array(path)
@@ -414,7 +430,11 @@ def _load_one(folder: Path) -> Episodes:
     if problems:
         raise DataError(f"{folder}: not a complete recording: {'; '.join(problems)}")
     check_poses(arrays["poses"], f"{folder}: poses")
-    return Episodes(**arrays, card=card)
+    return Episodes(**{"objects": _unknown(sizes["F"]), **arrays}, card=card)
+
+
+def _unknown(frames: int) -> np.ndarray:
+    return np.full((frames, len(OBJECTS), 3), np.nan, np.float32)
 
 
 def _join(parts: list[Episodes], folders: tuple) -> Episodes:
@@ -426,7 +446,7 @@ def _join(parts: list[Episodes], folders: tuple) -> Episodes:
                 f"{folder}: frames {part.frames.shape[1:]} or cameras differ from those of "
                 f"{folders[0]}, {one.frames.shape[1:]}; record both alike"
             )
-    joined = {n: np.concatenate([getattr(p, n) for p in parts]) for n in (*PER_FRAME, *PER_EPISODE)}
+    joined = {n: np.concatenate([getattr(p, n) for p in parts]) for n in STORED}
     offsets = np.cumsum([0, *(len(p.success) for p in parts[:-1])])
     counts = [p.num_episodes for p in parts]
     joined["first"] = joined["first"] + np.repeat(offsets, counts)

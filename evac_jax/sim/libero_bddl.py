@@ -58,6 +58,17 @@ def read_problem(path: Path) -> Problem:
         ) from error
 
 
+def followed(problem: Problem) -> tuple[str, str, str]:
+    """Return what a goal moves, where it belongs, and another thing that looks alike; "" for none.
+
+    The first goal of the form "a on b" or "a in b" counts.
+    """
+    goals = (goal for goal in problem.goal if goal[0] in ("on", "in") and len(goal) == 3)
+    taken, place = next(((a, b) for _, a, b in goals), ("", ""))
+    others = (body for body in problem.bodies if body != taken and kind_of(body) == kind_of(taken))
+    return taken, place, next(others, "")
+
+
 def _nested(tokens) -> list:
     """Return tokens up to the closing bracket; what is in brackets becomes a list."""
     result = []

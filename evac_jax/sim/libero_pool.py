@@ -134,11 +134,13 @@ class Played:
             if it was played blind.
         poses: float32 [k 8] after each action: xyz (m), quaternion xyzw, gripper opening 0..1.
         success: bool [k] after each action.
+        objects: xyz (m) of the n objects that were followed, after each action; float32 [k n 3].
     """
 
     frames: np.ndarray
     poses: np.ndarray
     success: np.ndarray
+    objects: np.ndarray
 
 
 def _played(message: dict[str, Any], frames: np.ndarray) -> Played:
@@ -146,6 +148,7 @@ def _played(message: dict[str, Any], frames: np.ndarray) -> Played:
         frames=frames[:, None],
         poses=np.array(message["poses"], np.float32),
         success=np.array(message["success"], bool),
+        objects=np.array(message["objects"], np.float32).reshape(len(message["success"]), -1, 3),
     )
 
 
@@ -207,20 +210,23 @@ class LiberoPool:
         film: Sequence[bool],
         *,
         blind: bool = False,
+        follow: Sequence[Sequence[str]] | None = None,
     ) -> list[Played]:
         """Play actions [k 7] in each of `envs`, k >= 1 of each its own; in the sense of LIBERO.
 
         Args:
             film: which environments return a frame for every action.
             blind: none returns any, not even the last one.
+            follow: names of the objects to follow in each of `envs`, as `look` has them.
 
         Raises:
             SimulatorError: a process failed or died.
         """
-        for env, moves, filmed in zip(envs, actions, film, strict=True):
+        names = follow or [()] * len(envs)
+        for env, moves, filmed, mine in zip(envs, actions, film, names, strict=True):
             # As float64: LIBERO computes in it, and the same numbers must come out of a recording.
             self._process(env).send(
-                do="play", actions=moves.tolist(), film=bool(filmed), blind=blind
+                do="play", actions=moves.tolist(), film=bool(filmed), blind=blind, follow=list(mine)
             )
         return [_played(*answer) for answer in self._gather(envs)]
 

@@ -19,7 +19,7 @@ import functools
 import json
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -130,15 +130,20 @@ class Scene:
         self._render_on_demand()
 
     def play(
-        self, actions: Sequence[Sequence[float]], film: bool, blind: bool = False
+        self,
+        actions: Sequence[Sequence[float]],
+        film: bool,
+        blind: bool = False,
+        follow: Sequence[str] = (),
     ) -> tuple[dict, np.ndarray]:
-        """Play actions [k 7]; return poses and success after each, and the frames.
+        """Play actions [k 7]; return poses, success and objects after each, and the frames.
 
         Args:
             film: return the frame after every action [k H W 3], else only the last [1 H W 3].
             blind: return no frame [0 1 1 3]; rendering takes nine tenths of the time.
+            follow: names of the objects whose xyz (m) is returned.
         """
-        poses, success, frames = [], [], []
+        poses, success, objects, frames = [], [], [], []
         for index, action in enumerate(actions):
             wanted = not blind and (film or index == len(actions) - 1)
             reached = False
@@ -148,19 +153,24 @@ class Scene:
                 reached |= bool(done)
             poses.append(self._pose(seen))
             success.append(reached)
+            objects.append([place[:3] for place in self._places(follow).values()])
             if wanted:
                 frames.append(_turned(seen))
-        return {"poses": poses, "success": success}, _stacked(frames)
+        return {"poses": poses, "success": success, "objects": objects}, _stacked(frames)
 
     def look(self) -> tuple[dict]:
         """Return where everything is: name -> xyz (m) and quaternion xyzw, of bodies and sites."""
+        return ({"places": self._places(self._env.env.object_states_dict)},)
+
+    def _places(self, names: Iterable[str]) -> dict[str, list[float]]:
         places = {}
-        for name, state in self._env.env.object_states_dict.items():
+        for name in names:
+            state = self._env.env.object_states_dict[name]
             seen = state.get_geom_state()
             # LIBERO says a body's quaternion as MuJoCo does, w first, and a site's w last.
             turn = seen["quat"] if state.object_state_type == "site" else np.roll(seen["quat"], -1)
             places[name] = [*np.asarray(seen["pos"]).tolist(), *np.asarray(turn).tolist()]
-        return ({"places": places},)
+        return places
 
     def show(
         self, states: Sequence[Sequence[float]], fixtures: dict[str, Sequence[float]]
@@ -182,7 +192,8 @@ class Scene:
             poses.append(self._pose(seen))
             success.append(bool(self._env.check_success()))
             frames.append(_turned(seen))
-        return {"poses": poses, "success": success}, _stacked(frames)
+        nothing = [[]] * len(poses)
+        return {"poses": poses, "success": success, "objects": nothing}, _stacked(frames)
 
     def close(self) -> None:
         """End the environment, if there is one."""

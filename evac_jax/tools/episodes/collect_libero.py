@@ -24,6 +24,7 @@ from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, recordings
 from evac_jax.policy_import import check_libero, import_policy
 from evac_jax.sim.libero import ACTION_DIM, LiberoEnvConfig, to_libero
+from evac_jax.sim.libero_bddl import followed, read_problem
 from evac_jax.sim.libero_players import KINDS, LiberoPlayer, PickAndPlace, scripted_tasks
 from evac_jax.sim.libero_pool import LiberoPool
 from evac_jax.sim.libero_tasks import Suite
@@ -167,22 +168,38 @@ def play_batch(
     """
     running = list(range(len(starts)))
     first, poses = pool.start(running, starts)
-    parts = [
-        {"frames": [f[None]], "poses": [p[None]], "success": [np.zeros(1, bool)], "actions": []}
-        for f, p in zip(first, poses, strict=True)
-    ]
+    named = [_objects(pool, task) for task in pool.suite.locate(starts)[0]]
+    known = [[name for name in names if name] for names in named]
+    parts: list[Parts] = []
+    for n, places in enumerate(pool.look(running)):
+        here = np.array([places[name][:3] for name in known[n]], np.float32).reshape(1, -1, 3)
+        at_first = {"frames": first[n], "poses": poses[n], "success": np.zeros((), bool)}
+        parts.append({name: [value[None]] for name, value in at_first.items()})
+        parts[-1] |= {"objects": [here], "actions": []}
     t = 0
     while running and t < steps:
         moves = [decided[: steps - t] for decided in decide(running, parts, t)]
-        played = pool.play(running, moves, [True] * len(running))
+        follow = [known[n] for n in running]
+        played = pool.play(running, moves, [True] * len(running), follow=follow)
         for env, mine, more in zip(running, moves, played, strict=True):
             parts[env]["actions"].append(mine)
-            for name in ("frames", "poses", "success"):
+            for name in ("frames", "poses", "success", "objects"):
                 parts[env][name].append(getattr(more, name))
         t += len(moves[0])
         if t % CHUNK == 0:
             running = [n for n in running if not np.concatenate(parts[n]["success"]).any()]
-    return [{name: np.concatenate(values) for name, values in part.items()} for part in parts]
+    episodes = [{name: np.concatenate(values) for name, values in p.items()} for p in parts]
+    for names, episode in zip(named, episodes, strict=True):
+        objects = np.full((len(episode["objects"]), len(names), 3), np.nan, np.float32)
+        objects[:, [bool(name) for name in names]] = episode["objects"]
+        episode["objects"] = objects
+    return episodes
+
+
+def _objects(pool: LiberoPool, task: int) -> tuple[str, str, str]:
+    """Return the names of `recordings.OBJECTS` in a task; "" where it has none."""
+    suite = pool.suite
+    return followed(read_problem(pool.bddl_files / suite.name / f"{suite.tasks[task]}.bddl"))
 
 
 def record(
@@ -204,6 +221,7 @@ def record(
     ends = config.env.train_starts
     low, high = range_of("env.train_starts", ends, suite.num_starts, suite.name)
     order = suite.spread(np.arange(low, high))
+    order = np.roll(order, -config.seed * sum(counts))  # the next seed goes on with other starts
     size = config.libero.image_size
     pool.start([0], order[:1])  # the simulator knows where its camera is, nobody else
     with recordings.EpisodeWriter(
@@ -224,8 +242,11 @@ def record(
                     f"config.env.train_starts: {list(sources)[number]} can do no task of the "
                     f"starts {low}..{high - 1}; choose others"
                 )
+            chosen = able[np.arange(edges[number], edges[number + 1]) % len(able)]
+            # Task by task: building a scene takes longer than a short episode.
+            chosen = chosen[np.argsort(suite.locate(chosen)[0], kind="stable")]
             for at in range(edges[number], edges[number + 1], batch):
-                mine = able[np.arange(at, min(at + batch, edges[number + 1])) % len(able)]
+                mine = chosen[at - edges[number] :][:batch]
                 decide = source.begin(mine, noise_seed(config.seed, at))
                 episodes = play_batch(pool, decide, mine, steps=config.libero.episode_steps)
                 tasks, held_out = suite.locate(mine)[0].tolist(), suite.is_held_out(mine).tolist()

@@ -60,6 +60,42 @@ def test_what_was_written_is_read(tmp_path_factory, lengths):
     recordings.verify(folder)
 
 
+def test_objects_are_kept_where_they_are_known_and_nan_elsewhere(tmp_path):
+    places = np.arange(27, dtype=np.float32).reshape(3, 3, 3)
+    places[:, 2] = np.nan
+    with recordings.EpisodeWriter(
+        tmp_path / "told",
+        image_shape=(1, 4, 4, 3),
+        instructions=("a",),
+        sources=("x",),
+        intrinsic=np.eye(3),
+        c2w=np.eye(4),
+        facts={},
+    ) as writer:
+        episode = {
+            "frames": np.zeros((3, 1, 4, 4, 3), np.uint8),
+            "actions": np.zeros((2, 7)),
+            "poses": np.tile(np.float32([0, 0, 0, 0, 0, 0, 1, 0]), (3, 1)),
+            "success": np.zeros(3, bool),
+        }
+        writer.add(**episode, task=0, source=0, objects=places)
+        writer.add(**episode, task=0, source=0)
+        with pytest.raises(DataError, match=r"objects: expected \(3, 3, 3\), got \(3, 2, 3\)"):
+            writer.add(**episode, task=0, source=0, objects=places[:, :2])
+    told = recordings.load(tmp_path / "told")
+    np.testing.assert_array_equal(
+        told.objects, np.concatenate((places, np.full((3, 3, 3), np.nan)))
+    )
+    both = recordings.load(tmp_path / "told", tmp_path / "told")
+    np.testing.assert_array_equal(both.objects, np.tile(told.objects, (2, 1, 1)))
+
+
+def test_a_recording_that_knows_no_objects_has_no_file_of_them(tmp_path):
+    write(tmp_path / "data", [2])
+    assert not (tmp_path / "data" / "objects.npy").exists()
+    assert np.isnan(recordings.load(tmp_path / "data").objects).all()
+
+
 def test_selected_episodes_keep_their_frames(tmp_path):
     added = write(tmp_path / "d", [3, 4, 3])
     chosen = recordings.load(tmp_path / "d").select(np.array([2, 0]))

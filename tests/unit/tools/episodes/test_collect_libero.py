@@ -59,6 +59,43 @@ def test_scripts_decide_before_every_action_from_where_things_are(config, tmp_pa
         pool.close()
 
 
+def test_where_things_are_is_recorded_for_every_player(config, tmp_path):
+    data = run(config, tmp_path / "out", episodes=4, mix="expert=0.5,random=0.5")
+    there = data.objects.reshape(data.num_episodes, -1, 3, 3)
+    for task, places in zip(data.task, there, strict=True):
+        if task == 0:
+            np.testing.assert_array_equal(places[:, 0] - np.float32(libero_fakes.BOWL), 0)
+            np.testing.assert_array_equal(places[:, 1] - np.float32(libero_fakes.PLATE), 0)
+        else:  # a drawer to close: nothing is moved
+            assert np.isnan(places).all()
+        assert np.isnan(places[:, 2]).all()  # there is one bowl
+
+
+def test_each_player_plays_task_by_task_as_a_scene_takes_long_to_build(config, tmp_path):
+    eval_config = dataclasses.replace(config.eval, ground_truth_envs=1)
+    data = run(
+        dataclasses.replace(config, eval=eval_config),
+        tmp_path / "out",
+        episodes=12,
+        mix="random=1",
+    )
+    assert data.task.tolist() == [0] * 6 + [1] * 6
+    assert len(set(data.start.tolist())) == 12
+
+
+def test_next_seed_goes_on_with_other_starts(config, tmp_path):
+    parts = [
+        run(
+            dataclasses.replace(config, seed=seed),
+            tmp_path / str(seed),
+            episodes=12,
+            mix="random=1",
+        )
+        for seed in range(3)
+    ]
+    assert len({start for part in parts for start in part.start.tolist()}) == 36  # of 40
+
+
 def test_split_is_by_initial_state_for_every_player(config, tmp_path):
     data = run(config, tmp_path / "out", episodes=60, mix="midway=0.5,random=0.5")
     np.testing.assert_array_equal(data.held_out, data.start // 2 >= 18)
