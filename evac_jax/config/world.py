@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from evac_jax.config import hub
 from evac_jax.config.fields import Kind, hints
 from evac_jax.config.libero import LiberoConfig, Suite
+from evac_jax.config.schema import LIBERO_SMALL_WEIGHTS
 from evac_jax.errors import ConfigError, DataError, nearest
 from policies.ranges import Count, CountOrZero, Positive, Range, Share
 
@@ -295,13 +296,10 @@ class World:
         """
         if hub.is_address(text):
             return _from_hub(f"{text.rstrip('/')}/{CARD_FILE}")
+        if gone := absent(text):
+            raise ConfigError(gone)
         folder = Path(text).expanduser()
         path = folder / CARD_FILE
-        if not path.is_file():
-            raise ConfigError(
-                f"config.world: {text!r} is no world's folder, as it has no {CARD_FILE}; "
-                "`python -m evac_jax.tools.world.pack` makes one (docs/own_simulator.md)"
-            )
         world = cls(str(folder), Card.from_json(path.read_text(), str(path)))
         if differences := world.misplaced():
             more = len(differences) - SHOWN
@@ -373,6 +371,20 @@ class World:
             "eval.ground_truth": card.ground_truth.name,
             **{f"libero.{name}": getattr(libero, name) for name in known},
         }
+
+
+def absent(text: str) -> str:
+    """Return why a folder is no world, and how one is made; "" if it is, or lies on the Hub."""
+    if hub.is_address(text) or (Path(text).expanduser() / CARD_FILE).is_file():
+        return ""
+    how = "`python -m evac_jax.tools.world.pack` makes one (docs/own_simulator.md)"
+    if text == LIBERO_SMALL_WEIGHTS:
+        how = (
+            "its weights are not part of this version. `python -m "
+            "evac_jax.tools.recipes.libero_small --ship` makes them, in hours "
+            "(docs/libero_small.md); or name a world with --config.world=DIR"
+        )
+    return f"config.world: {text!r} is no world's folder, as it has no {CARD_FILE}; {how}"
 
 
 @functools.cache  # a branch may move on, and a process trains in one world

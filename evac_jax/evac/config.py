@@ -103,7 +103,8 @@ class UNetConfig(JsonConfig):
     """Video UNet.
 
     Attributes:
-        in_channels: noisy latent 4, image condition 4, mask 1, trajectory latent 4, rays 6.
+        in_channels: noisy latent 4, image condition 4, mask 1, trajectory latent 4, rays 6; latents
+            have as many channels as the autoencoder's.
         out_channels: latent channels predicted.
         model_channels: width of level 0; a multiple of `num_head_channels` and `norm_groups`.
         channel_mult: width of each level, in units of `model_channels`.
@@ -311,7 +312,7 @@ class EvacConfig(JsonConfig):
 
     def __post_init__(self):
         """Raise one error that lists all sizes that do not fit together."""
-        unet, tower = self.unet, self.image_tower
+        unet, tower, latent = self.unet, self.image_tower, self.autoencoder.latent_channels
         width = self.action_resampler.output_dim
         checks = {
             f"image_size {self.image_size} must be multiples of the autoencoder's factor "
@@ -319,6 +320,10 @@ class EvacConfig(JsonConfig):
             f"unet.context_dim {unet.context_dim}, action_resampler.output_dim {width} and "
             f"image_resampler.output_dim {self.image_resampler.output_dim} must be equal": (
                 not unet.context_dim == width == self.image_resampler.output_dim
+            ),
+            f"unet.in_channels {unet.in_channels} and out_channels {unet.out_channels} must be "
+            f"{3 * latent + 7} and {latent}, for latents of {latent} channels": (
+                (unet.in_channels, unet.out_channels) != (3 * latent + 7, latent)
             ),
             f"unet.action_tokens {unet.action_tokens} must be action_resampler.num_queries "
             f"{self.action_resampler.num_queries}": (

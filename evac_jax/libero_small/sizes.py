@@ -9,7 +9,7 @@ import dataclasses
 from evac_jax.evac.config import AutoencoderConfig
 from evac_jax.miniature import sizes as miniature
 
-LATENT_CHANNELS = 16  # with 4, a bowl in the gripper or on the plate is 1 to 3 dB more blurred
+LATENT_CHANNELS = 16  # with 4, a bowl in the gripper or on the plate is blurred
 PROMPT_TOKENS = 60  # of the longest instruction in the miniature's vocabulary, <s> among them
 
 WORLD_MODEL = miniature.WORLD_MODEL.replace(

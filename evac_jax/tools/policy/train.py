@@ -253,7 +253,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="decisions per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--sd_bins", type=float, default=8.0, help="width of the soft targets")
-    parser.add_argument("--goal_weight", type=float, default=1.0, help="of the goal read-out")
+    text = "of the goal read-out; default: 1, with --data 0"
+    parser.add_argument("--goal_weight", type=float, help=text)
     parser.add_argument("--score_scenes", type=int, default=512, help="played for a score")
     parser.add_argument("--score_every", type=int, default=1000, help="steps between scores")
     parser.add_seed("weights, scenes and batches")
@@ -263,6 +264,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--sizes", metavar="NAME|FILE", help=text)
     data.add_argument("--unnorm_key", help="name of the recording's action statistics")
     data.add_argument("--chunk", type=int, default=8, help="actions per decision")
+    text = "learn at every step, not only where a policy would decide"
+    data.add_argument("--every_step", action="store_true", help=text)
     data.add_argument("--successful", action="store_true", help="leave failed episodes out")
     data.add_argument("--gripper", choices=GRIPPER_RULES, default="libero", help="as env.gripper")
     data.add_argument("--keep_stop_token", action="store_true", help="as the policy's own field")
@@ -278,10 +281,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--lora_rank must be 0 or more, and above 0 for --lora_alpha (0 or more)")
     if args.data and not args.unnorm_key:
         parser.error("--data needs --unnorm_key, a name for the action statistics")
-    own = ("labels", "pretrain_steps", "goal_weight", "score_scenes")
+    own = ("labels", "pretrain_steps", "score_scenes")
     foreign = own if args.data else [a.dest for a in data._group_actions]
     if changed := [n for n in foreign if getattr(args, n) != parser.get_default(n)]:
         parser.error(f"{', '.join(changed)}: not {'for' if args.data else 'without'} --data")
+    if args.goal_weight is None:
+        args.goal_weight = 0.0 if args.data else 1.0
     return args
 
 

@@ -24,12 +24,9 @@ def project(points: np.ndarray, intrinsic: np.ndarray, c2w: np.ndarray) -> np.nd
 def places(data: Episodes, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
     """Return where hand and things are in frames `rows` [N] of `views` [N], pixels [N 1+K 2].
 
-    The hand comes first, which every recording tells, then the K things of `data.objects`, if any.
+    The hand comes first, which every recording tells, then the K things of `data.objects`.
     """
-    points = data.poses[rows, None, :3]
-    things = getattr(data, "objects", None)
-    if things is not None:
-        points = np.concatenate((points, things[rows]), axis=1)
+    points = np.concatenate((data.poses[rows, None, :3], data.objects[rows]), axis=1)
     return project(points, data.intrinsic[views], data.c2w[views])
 
 

@@ -201,3 +201,22 @@ def test_new_policy_has_the_named_sizes_and_resumes_from_its_own_random_weights(
     card = json.loads((tmp_path / "whole" / "card.json").read_text())
     assert card["start"] == {}
     assert card["chunk"] == 2
+
+
+def test_goals_are_where_things_are_and_every_step_can_be_one_of_decision(recording):
+    data = recordings.load(recording)
+    data.objects[:, 0] = data.poses[:, :3] + [0.1, 0, 0]
+    chunks = policy_data.Chunks(data, 3, {"action": IDENTITY}, "none", every_step=True)
+    assert len(chunks) == data.length.sum()
+    assert chunks.knows_goals
+    batch = chunks.read(np.arange(len(chunks)))
+    assert np.isnan(batch.goals[:, 3:6]).all()
+    np.testing.assert_allclose(batch.goals[:, :3], batch.goals[:, 6:], atol=1e-5)
+    np.testing.assert_allclose(batch.goals[:, 6:].mean(0), 0, atol=1e-4)
+    moved = np.diff(batch.goals[:3, 6:], axis=0)  # an episode of three actions comes first
+    np.testing.assert_allclose(moved, 10 * np.diff(data.poses[:3, :3], axis=0), atol=1e-4)
+
+
+def test_goals_that_nobody_tells_are_refused(start, recording, tmp_path):
+    with pytest.raises(DataError, match="no recording tells where things are"):
+        train_policy.main(_command(start, recording, tmp_path / "out", "--goal_weight", "1"))

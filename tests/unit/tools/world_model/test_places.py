@@ -30,10 +30,14 @@ def test_squares_lie_round_every_known_place_and_nowhere_else():
     assert not squares(np.full((1, 3, 2), np.nan), (64, 64)).any()
 
 
-def test_hand_is_a_place_of_every_recording_and_things_follow_it(tmp_path):
+def test_hand_is_a_place_of_every_recording_and_known_things_follow_it(tmp_path):
     data = recordings.load(tiny_recording.write(tmp_path / "data", views=2))
     rows, views = np.array([0, 5]), np.array([1, 0])
+    data.objects[5, 1] = data.poses[5, :3] + [0.1, 0, 0]
     alone = places(data, rows, views)
-    assert alone.shape == (2, 1, 2)
+    assert alone.shape == (2, 4, 2)
+    assert np.isnan(alone[0, 1:]).all()
+    assert np.isnan(alone[1, [1, 3]]).all()
     x, _, z = data.poses[5, :3]
     np.testing.assert_allclose(alone[1, 0, 0], 16 + 30 * x / (z + 1), rtol=1e-5)
+    np.testing.assert_allclose(alone[1, 2, 0], 16 + 30 * (x + 0.1) / (z + 1), rtol=1e-5)
