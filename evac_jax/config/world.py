@@ -294,9 +294,14 @@ class World:
             DataError: an address cannot be had.
         """
         if hub.is_address(text):
+            hub.parse(text)  # of the world itself: with the card's name behind it, any text fits
             return _from_hub(f"{text.rstrip('/')}/{CARD_FILE}")
         folder = Path(text).expanduser()
         path = folder / CARD_FILE
+        if folder.is_file():
+            raise ConfigError(
+                f"config.world: expected a folder, got the file {text!r}; name the folder with it"
+            )
         if not path.is_file():
             raise ConfigError(
                 f"config.world: {text!r} is no world's folder, as it has no {CARD_FILE}; "
