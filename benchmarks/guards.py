@@ -27,7 +27,7 @@ from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import read_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
 from evac_jax.errors import ConfigError
-from evac_jax.telemetry import report
+from evac_jax.telemetry import json_lines
 
 # Not the frames for which the world's classifier was calibrated.
 BAD = {"world": "", "reward.threshold": 0.1, "reward.success_frames": 1}
@@ -180,7 +180,7 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> Outcome:
 
     settings = settings_of(variant, args.work)
     folder = bench({"eval.twin_fraction": args.twin_fraction} | settings).train("grpo", seed)
-    lines = [json.loads(x) for x in (folder / report.METRICS_FILE).read_text().splitlines()]
+    lines = json_lines.read_metrics(folder)
     evaluation = bench(evaluation_settings(settings))
     return Outcome(
         before=bench({}).success("grpo", None, 0, 0.0),

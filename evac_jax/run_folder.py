@@ -31,7 +31,7 @@ from evac_jax.files import claim
 from evac_jax.files.atomic import keep, replacing
 from evac_jax.files.cards import write_json
 from evac_jax.starts import ground_truth_range, share_starts
-from evac_jax.telemetry import launches, report, video, warning_log, writers
+from evac_jax.telemetry import json_lines, launches, report, video, warning_log, writers
 from evac_jax.telemetry.pages import run_report
 
 RUN_ID_FILE = "run_id"
@@ -168,7 +168,7 @@ class RunFolder:
                 with replacing(self.path / CARD_FILE) as temporary:
                     temporary.write_text(World.read(self.config.world).card.to_json())
             if not self.resumed:
-                keep(self.path / writers.METRICS_FILE)
+                keep(self.path / json_lines.METRICS_FILE)
                 keep(self.path / warning_log.WARNINGS_FILE)
         together.wait_for_all("run folder")
 

@@ -295,6 +295,7 @@ class World:
             DataError: an address cannot be had.
         """
         if hub.is_address(text):
+            hub.parse(text)  # of the world itself: with the card's name behind it, any text fits
             return _from_hub(f"{text.rstrip('/')}/{CARD_FILE}")
         if gone := absent(text):
             raise ConfigError(gone)
@@ -375,16 +376,18 @@ class World:
 
 def absent(text: str) -> str:
     """Return why a folder is no world, and how one is made; "" if it is, or lies on the Hub."""
-    if hub.is_address(text) or (Path(text).expanduser() / CARD_FILE).is_file():
+    folder = Path(text).expanduser()
+    if hub.is_address(text) or (folder / CARD_FILE).is_file():
         return ""
-    how = "`python -m evac_jax.tools.world.pack` makes one (docs/own_simulator.md)"
+    if folder.is_file():
+        return f"config.world: expected a folder, got the file {text!r}; name the folder with it"
+    how = "world.pack` makes one (docs/own_simulator.md)"
     if text == LIBERO_SMALL_WEIGHTS:
-        how = (
-            "its weights are not part of this version. `python -m "
-            "evac_jax.tools.recipes.libero_small --ship` makes them, in hours "
-            "(docs/libero_small.md); or name a world with --config.world=DIR"
-        )
-    return f"config.world: {text!r} is no world's folder, as it has no {CARD_FILE}; {how}"
+        how = "recipes.libero_small --ship` makes it, in hours (docs/libero_small.md)"
+    return (
+        f"config.world: {text!r} is no world's folder, as it has no {CARD_FILE}; "
+        f"`python -m evac_jax.tools.{how}"
+    )
 
 
 @functools.cache  # a branch may move on, and a process trains in one world

@@ -13,13 +13,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from evac_jax.errors import DataError
-from evac_jax.files import libero_facts
+from evac_jax.files import cards, libero_facts
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.instructions import numbers_in
 from evac_jax.files.meaning import check_poses
@@ -255,12 +254,7 @@ class EpisodeWriter:
     def __enter__(self) -> "EpisodeWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self.close()
         else:
@@ -285,8 +279,7 @@ class EpisodeWriter:
         """  # noqa: D205
         steps, where = len(actions), f"{self._out}: episode {len(self._parts['first'])}"
         frames, poses = np.asarray(frames), np.asarray(poses, np.float32)
-        if objects is None:
-            objects = _unknown(steps + 1)
+        objects = _unknown(steps + 1) if objects is None else objects
         shapes = {
             "frames": (frames.shape, (steps + 1, *self._image_shape)),
             "actions": (np.shape(actions), (steps, ACTION_DIM)),
@@ -305,6 +298,8 @@ class EpisodeWriter:
         if wrong:
             raise DataError(f"{where}: {'; '.join(wrong)}")
         check_poses(poses, where)
+        if held_out is None:
+            held_out = is_held_out(frames[0], self._card["instructions"][task])
         self._frames.write(np.ascontiguousarray(frames).data)
         values = {
             "actions": np.concatenate((np.asarray(actions), np.zeros((1, ACTION_DIM)))),
@@ -316,9 +311,7 @@ class EpisodeWriter:
             "task": task,
             "source": source,
             "start": start,
-            "held_out": is_held_out(frames[0], self._card["instructions"][task])
-            if held_out is None
-            else held_out,
+            "held_out": held_out,
         }
         for name, value in values.items():
             self._parts[name].append(value)
@@ -348,11 +341,10 @@ class EpisodeWriter:
         for name, array in (arrays | self._shared).items():
             np.save(self._partial / f"{name}.npy", array, allow_pickle=False)
         self._add_header(self._partial / "frames.raw", self._partial / "frames.npy")
-        once = [arrays["success"][f : f + n + 1].any() for f, n in zip(
-            arrays["first"], arrays["length"], strict=True)]  # fmt: skip
+        once = np.logical_or.reduceat(arrays["success"], arrays["first"])
         card = self._card
         for index, source in enumerate(card["sources"]):
-            mine = np.array(once)[arrays["source"] == index]
+            mine = once[arrays["source"] == index]
             card.setdefault("episodes", {})[source] = len(mine)
             card.setdefault("success_once", {})[source] = float(mine.mean()) if len(mine) else 0.0
         card["sha256"] = digests(self._partial)
@@ -378,11 +370,7 @@ def is_held_out(beginning: np.ndarray, instruction: str) -> bool:
 
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every array file in `folder`, by name."""
-    result = {}
-    for path in sorted(folder.glob("*.npy")):
-        with path.open("rb") as stream:
-            result[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return result
+    return {path.name: cards.sha256(path) for path in sorted(folder.glob("*.npy"))}
 
 
 def _read_card(folder: Path) -> dict:
@@ -417,8 +405,8 @@ def _load_one(folder: Path) -> Episodes:
         if fits:
             fits = all(sizes.setdefault(a, n) == n for a, n in zip(names, array.shape, strict=True))
         if not fits:
-            problems.append(f"{name}: expected {np.dtype(dtype)} [{axes}], got "
-                            f"{array.dtype} {list(array.shape)}")  # fmt: skip
+            found = f"{array.dtype} {list(array.shape)}"
+            problems.append(f"{name}: expected {np.dtype(dtype)} [{axes}], got {found}")
         arrays[name] = array
     if not problems:
         ends = arrays["first"] + arrays["length"] + 1

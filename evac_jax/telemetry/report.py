@@ -1,6 +1,5 @@
 """The summary of a run: what training changed, where the time went, where the files are."""
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,10 +9,10 @@ from typing import Any
 from evac_jax.errors import DataError
 from evac_jax.files.atomic import keep
 from evac_jax.files.cards import write_json
+from evac_jax.telemetry.json_lines import METRICS_FILE, read_metrics
 
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
-METRICS_FILE = "metrics.jsonl"
 PLACES = ("imagined", "ground_truth")  # where policies are evaluated
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
@@ -235,7 +234,7 @@ def success_curve(folder: Path) -> dict[int, float]:
         DataError: the run was never evaluated in the ground truth.
     """
     name = "eval/ground_truth/success_rate"
-    lines = map(json.loads, (folder / METRICS_FILE).read_text().splitlines())
+    lines = read_metrics(folder)
     found = {line["iteration"]: line[name] for line in lines if line.get(name) is not None}
     if not found:
         raise DataError(f"{folder / METRICS_FILE} has no {name!r}; set --config.eval.ground_truth")
@@ -244,9 +243,8 @@ def success_curve(folder: Path) -> dict[int, float]:
 
 def evaluated(folder: Path, iteration: int) -> dict[str, tuple[int, int]]:
     """Return {place: (successes, episodes)} of an iteration of a run; {} if none was logged."""
-    path, found = folder / METRICS_FILE, {}
-    lines = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
-    for line in lines:
+    found = {}
+    for line in read_metrics(folder):
         for place in PLACES if line["iteration"] == iteration else ():
             rate, n = (line.get(f"eval/{place}/{k}") for k in ("success_rate", "num_trajectories"))
             if rate is not None and n:

@@ -14,16 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from absl import logging
-
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
 from evac_jax.files.atomic import replacing
+from evac_jax.telemetry.json_lines import METRICS_FILE, read_metrics
 from evac_jax.telemetry.tensorboard import TensorBoardWriter, finite
 from evac_jax.telemetry.video import NOTHING, Facts
 
-METRICS_FILE = "metrics.jsonl"
 NON_FINITE = "log/non_finite"
 
 
@@ -91,8 +89,7 @@ class JsonlWriter:
 
     def __init__(self, path: Path, resume_step: int = 0):
         self._path = path
-        done = read_lines(path) if path.exists() else []
-        lines = [line for line in done if line["iteration"] <= resume_step]
+        lines = [line for line in read_metrics(path.parent) if line["iteration"] <= resume_step]
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         self._line: dict[str, Any] = lines[-1] if lines else {}
@@ -138,23 +135,9 @@ class JsonlWriter:
         self._file.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines; warn about damaged lines."""
-    lines = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            # A killed process may leave half a line. The run can continue without it.
-            logging.warning("%s: line %d is damaged and was dropped", path, number)
-    return lines
-
-
 def last_iteration(folder: Path) -> int:
     """Return the last iteration that a run's metrics tell of; 0 where none trained."""
-    path = folder / METRICS_FILE
-    lines = read_lines(path) if path.exists() else []
-    return max((line["iteration"] for line in lines), default=0)
+    return max((line["iteration"] for line in read_metrics(folder)), default=0)
 
 
 class WandbWriter:

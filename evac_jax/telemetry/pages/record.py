@@ -9,7 +9,7 @@ from typing import Any
 from evac_jax.config.presets import differences
 from evac_jax.errors import DataError
 from evac_jax.files import cards
-from evac_jax.telemetry import launches, report, warning_log, writers
+from evac_jax.telemetry import json_lines, launches, report, warning_log
 from evac_jax.telemetry.report import wilson_interval
 
 CONFIG_FILE = "config.json"
@@ -154,34 +154,26 @@ def read(folder: Path) -> Record:
         DataError: it is no run, or its configuration or metrics are damaged.
     """
     path = folder / CONFIG_FILE
-    if not (path.is_file() and (folder / writers.METRICS_FILE).is_file()):
+    if not (path.is_file() and (folder / json_lines.METRICS_FILE).is_file()):
         raise DataError(
             f"{str(folder)!r}: expected the folder of a run, with {CONFIG_FILE} and "
-            f"{writers.METRICS_FILE}"
+            f"{json_lines.METRICS_FILE}"
         )
     try:
         config = cards.json_object(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: expected a JSON object ({error}); restore the file") from error
-    metrics = writers.read_lines(folder / writers.METRICS_FILE)
-    if not all(isinstance(line, dict) and "iteration" in line for line in metrics):
-        raise DataError(f"{folder / writers.METRICS_FILE}: expected objects with an iteration each")
     record = Record(
         path=folder,
         config=config,
-        lines=sorted(metrics, key=lambda line: line["iteration"]),
-        launches=_lines(folder / launches.LAUNCHES_FILE),
-        warnings=_lines(folder / warning_log.WARNINGS_FILE),
+        lines=sorted(json_lines.read_metrics(folder), key=lambda line: line["iteration"]),
+        launches=json_lines.read_lines(folder / launches.LAUNCHES_FILE),
+        warnings=json_lines.read_lines(folder / warning_log.WARNINGS_FILE),
         films=(),
         summarised=(folder / report.SUMMARY_FILE).is_file(),
     )
     films = [json.loads(p.read_text()) for p in sorted(record.videos.glob("iteration_*.json"))]
     return dataclasses.replace(record, films=[f for f in films if f["iteration"] <= record.done])
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return a file's JSON lines, [] if it is not there."""
-    return writers.read_lines(path) if path.exists() else []
 
 
 def grouped(records: Sequence[Record]) -> list[Group]:

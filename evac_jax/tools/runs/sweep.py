@@ -26,7 +26,7 @@ from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import DEFAULT_PRESET, read_preset
 from evac_jax.errors import ConfigError, EvacJaxError
 from evac_jax.files import cards, claim
-from evac_jax.telemetry import report
+from evac_jax.telemetry import json_lines, report
 from evac_jax.telemetry.pages import run_report
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.resume import check_same_run
@@ -174,8 +174,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.INFO)
     for flag in common:
         field = flag.partition("=")[0].removeprefix("--config.")
-        if not re.match(r"--config\.[^=]+=", flag) or field in OWN:
-            parser.error(f"expected --config.SECTION.FIELD=VALUE of another field, got {flag!r}")
+        if not re.match(r"--config\.[^=]+=", flag):
+            parser.error(f"expected --config.SECTION.FIELD=VALUE, got {flag!r}")
+        if field in OWN:
+            parser.error(f"{flag}: the sweep sets {field} itself; see --seeds and --out")
     runs = trials(args.seeds, args.set)
     check(args.config, common, runs)
     with claim.claimed(args.out) as out:
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_same_run(out / PLAN_FILE, json.loads((out / PLAN_FILE).read_text()), plan)
         cards.write_json(out / PLAN_FILE, plan)
         failed = train(out.absolute(), args.config, common, runs)
-        begun = [out / t.name for t in runs if (out / t.name / report.METRICS_FILE).is_file()]
+        begun = [out / t.name for t in runs if (out / t.name / json_lines.METRICS_FILE).is_file()]
         if begun:
             said = run_report.write(begun, out / run_report.REPORT_FILE)
             report.show("\n".join([*said, "", str(out / run_report.REPORT_FILE)]))

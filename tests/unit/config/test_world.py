@@ -12,7 +12,7 @@ from evac_jax.config.build import from_config_dict, to_dict
 from evac_jax.config.flags import load_preset, read_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS
 from evac_jax.config.world import GroundTruth, World
-from evac_jax.errors import ConfigError
+from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import libero_facts
 from tests.unit import world_folder
 from tests.unit.hub_server import COMMIT, HubServer, Repository, point_client_to
@@ -146,6 +146,15 @@ def test_configuration_with_a_world_is_written_and_read_again(folder):
 
 def test_folder_without_a_card_is_no_world(tmp_path):
     assert "is no world's folder, as it has no world.json" in told(f"world={tmp_path}")
+
+
+def test_card_of_a_world_is_no_folder(folder):
+    assert "name the folder with it" in told(f"world={folder / 'world.json'}")
+
+
+def test_address_of_no_repository_is_refused_without_the_network():
+    with pytest.raises(DataError, match="expected hf://OWNER/NAME"):
+        config_of("world=hf://x")
 
 
 @pytest.mark.parametrize(

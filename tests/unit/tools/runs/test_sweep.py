@@ -139,7 +139,14 @@ def test_mistake_is_told_before_anything_begins(tmp_path, trainer, mistake):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("flag", ["--config.seed=1", "--confg.optim.lr=1", "--config.optim.lr"])
+@pytest.mark.parametrize("flag", ["--config.seed=1", "--config.log.dir=runs"])
+def test_flag_of_the_sweeps_own_is_refused(tmp_path, trainer, flag, capsys):
+    with pytest.raises(SystemExit):
+        _sweep(tmp_path / "sweep", flag)
+    assert "the sweep sets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--confg.optim.lr=1", "--config.optim.lr"])
 def test_flag_is_refused_when_it_is_none_for_every_run(tmp_path, trainer, flag, capsys):
     with pytest.raises(SystemExit):
         _sweep(tmp_path / "sweep", flag)
