@@ -250,7 +250,7 @@ def _inputs(batch: Batch, prompts) -> tuple[ObsBatch, jax.Array, jax.Array, jax.
         prompt_tokens=prompts[0][batch.task],
         prompt_mask=prompts[1][batch.task],
     )
-    return obs, *map(jnp.asarray, (batch.actions, batch.valid, batch.goals))
+    return obs, jnp.asarray(batch.actions), jnp.asarray(batch.valid), jnp.asarray(batch.goals)
 
 
 def validate(score, chunks: Chunks, prompts, size: int) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Recipe:
     """
 
     name: str
-    doc: str
+    doc: str | None
     make_stages: Callable[[float], list[Stage]]
     work: Path
     weights: Path
