@@ -18,7 +18,8 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-re
 QUICK_FOLDERS := $(addprefix tests/unit/,config configs docs algos files telemetry bridge)
 QUICK_WITHOUT := $(addprefix tests/unit/,config/test_reference.py docs/test_checkpoints.py docs/test_memory.py \
 	docs/test_metrics.py telemetry/test_writers.py)
-QUICK := $(wildcard tests/unit/test_*.py) $(QUICK_FOLDERS) $(QUICK_WITHOUT:%=--ignore=%)
+QUICK := $(wildcard tests/unit/test_*.py) $(QUICK_FOLDERS) $(QUICK_WITHOUT:%=--ignore=%) \
+	--deselect=tests/unit/test_house.py::test_nothing_foreign_is_loaded_when_modules_are_imported
 # Folders of golden vectors for `make parity`, each with a manifest.json.
 GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json))
 
