@@ -14,6 +14,7 @@ from absl import logging
 
 from evac_jax.bridge.client import Exchange, SimulatorClient
 from evac_jax.bridge.types import StepResult
+from evac_jax.config import vlm_card
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.devices.placement import env_devices
@@ -189,10 +190,14 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
     """Return the worker specs of a host's imagining processes, one per process."""
     env, sim = config.env, config.simulator
     share, stages = config.envs_per_process, config.rollout.pipeline_stages
+    reward = config.reward.checkpoint
+    if config.reward.judge == "vlm":
+        reward = vlm_card.model_of(reward)
     settings = {
         "world_model": config.world_model.checkpoint,
         "judge": config.reward.judge,
-        "reward": config.reward.checkpoint,
+        "reward": reward,
+        "vlm": dataclasses.asdict(config.reward.vlm),
         "veto": config.reward.veto,
         "pose_model": env.pose_model,
         "initial_states": env.initial_states,
