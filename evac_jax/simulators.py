@@ -190,13 +190,10 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
     """Return the worker specs of a host's imagining processes, one per process."""
     env, sim = config.env, config.simulator
     share, stages = config.envs_per_process, config.rollout.pipeline_stages
-    reward = config.reward.checkpoint
-    if config.reward.judge == "vlm":
-        reward = vlm_card.model_of(reward)
     settings = {
         "world_model": config.world_model.checkpoint,
         "judge": config.reward.judge,
-        "reward": reward,
+        "reward": config.reward.checkpoint,
         "vlm": dataclasses.asdict(config.reward.vlm),
         "veto": config.reward.veto,
         "pose_model": env.pose_model,
@@ -223,6 +220,8 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
         "clip_envs": min(config.video.episodes, share // stages) if config.video.save else 0,
         "dtype": sim.dtype,
     }
+    if config.reward.judge == "vlm":
+        settings |= vlm_card.simulated(config.reward.checkpoint)
     return [
         {
             "environment": "evac_jax.sim.env:make",

@@ -104,8 +104,11 @@ def read(folder: str) -> VlmCard | None:
     return VlmCard(**values)
 
 
-def model_of(folder: str) -> str:
-    """Return the folder of the model that `reward.checkpoint` stands for, downloaded if needed.
+def simulated(folder: str) -> dict[str, Any]:
+    """Return what simulators need of `reward.checkpoint`; a model's address is downloaded.
+
+    Returns:
+        "reward", the folder of the model; where there is a card also "vlm_chunk".
 
     Raises:
         CheckpointError: the card's model is gone, or is another one by now.
@@ -113,7 +116,7 @@ def model_of(folder: str) -> str:
     """
     card = read(folder)
     if card is None:
-        return folder
+        return {"reward": folder}
     model = hub.local(card.model)
     if not Path(model).is_dir():
         raise CheckpointError(
@@ -128,7 +131,7 @@ def model_of(folder: str) -> str:
             f"{folder}: the threshold was found for other files in {model} than are there now "
             f"({', '.join(differing)}); choose it anew with evac_jax.tools.reward.vlm_threshold"
         )
-    return model
+    return {"reward": model, "vlm_chunk": card.chunk}
 
 
 def _sizes(folder: str) -> dict[str, int]:

@@ -80,6 +80,12 @@ class WorldModelEnv:
                 f"judged_frames: expected at most the chunk of {model.chunk} frames, got "
                 f"{config.judged_frames}"
             )
+        if config.vlm_chunk not in (0, model.chunk):
+            raise ConfigError(
+                f"reward.checkpoint: its threshold was found for chunks of {config.vlm_chunk} "
+                f"frames, the world model imagines {model.chunk}; find one with "
+                f"evac_jax.tools.reward.vlm_threshold --chunk={model.chunk}"
+            )
         self._model, self._reward_model, self._source = world_model, reward_model, source
         self._config, self._device = config, torch.device(config.device)
         self._pose_model, self._parked = pose_model, False

@@ -30,6 +30,7 @@ class WorldModelEnvConfig:
         reward: folder of a success classifier, or of several, joined by commas; or of the
             vision-language model.
         vlm: how that model is asked.
+        vlm_chunk: frames of a chunk for which its threshold was found; 0 = not known.
         veto: see `RewardEnsemble`; 0 = none.
         pose_model: folder of an action predictor.
         initial_states: source of start frames, a key of `INITIAL_STATES`.
@@ -70,6 +71,7 @@ class WorldModelEnvConfig:
     judge: str = "classifier"
     reward: str = ""
     vlm: VlmConfig = dataclasses.field(default_factory=VlmConfig)
+    vlm_chunk: int = 0
     veto: float = 0.0
     pose_model: str = ""
     initial_states: str = ""

@@ -73,6 +73,7 @@ class VlmJudge:
         ensure_torchvision()
         import transformers  # takes seconds, and most runs need none
 
+        transformers.utils.logging.disable_progress_bar()
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         if not (Path(folder) / "config.json").is_file():
             raise CheckpointError(f"{folder}: {ASKED_FOR}; it has no config.json")

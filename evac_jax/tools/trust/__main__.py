@@ -91,7 +91,7 @@ def judged_by(reward: str) -> dict:
     card = vlm_card.read(reward)
     if card is None:
         return {"judge": "classifier", "reward": reward}
-    return card.settings() | {"reward": vlm_card.model_of(reward)}
+    return card.settings() | vlm_card.simulated(reward)
 
 
 def record(config: TrainConfig, trained: Path | None, per_kind: int, seed: int) -> Episodes:

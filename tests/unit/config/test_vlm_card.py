@@ -79,7 +79,8 @@ def test_several_models_are_refused(model):
 
 def test_run_uses_the_model_of_a_measured_threshold(measured, model):
     config = config_of(checkpoint=measured, threshold=-1.5, vlm={"every": 2})
-    assert world_model_specs(config)[0]["config"]["reward"] == model
+    settings = world_model_specs(config)[0]["config"]
+    assert (settings["reward"], settings["vlm_chunk"]) == (model, 8)
     assert to_dict(config)["reward"]["checkpoint"] == measured
 
 
@@ -96,19 +97,19 @@ def test_flags_quote_a_prompt_for_the_shell(measured):
 
 def test_folder_of_a_model_has_no_card(model):
     assert vlm_card.read(model) is None
-    assert vlm_card.model_of(model) == model
+    assert vlm_card.simulated(model) == {"reward": model}
 
 
 def test_another_model_in_the_place_of_the_measured_one_is_refused(measured, tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"other": 1}')
     with pytest.raises(CheckpointError, match=r"found for other files .*\(config\.json\)"):
-        vlm_card.model_of(measured)
+        vlm_card.simulated(measured)
 
 
 def test_lost_model_is_named(measured, model, tmp_path):
     (tmp_path / "model").rename(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=f"names the model '{model}', which does not exist"):
-        vlm_card.model_of(measured)
+        vlm_card.simulated(measured)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"model": "a"}', None])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import vlm_reward
 from evac_jax.config.vlm import PROMPT, VlmConfig
 from evac_jax.errors import CheckpointError, ConfigError, SimulatorError
+from evac_jax.evac.lean_imports import ensure_torchvision
 from evac_jax.sim.env import WorldModelEnv
 from evac_jax.sim.env_config import WorldModelEnvConfig
 from evac_jax.sim.reward import make_judge, watch
@@ -49,6 +50,48 @@ def test_batch_and_padding_change_no_number(folder, judge, asked):
     single = VlmJudge.load(folder, TASKS, VlmConfig(dtype="float32", batch=1))
     together, alone = judge.log_probability(*asked), single.log_probability(*asked)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def write_llava(folder):
+    """Write a tiny LLaVA: other marks of images, another encoder, another language model."""
+    import transformers as hf
+
+    tokenizer = vlm_reward.tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    layers = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(
+            hidden_size=32, image_size=32, patch_size=16, initializer_factor=5.0, **layers
+        ),
+        text_config=hf.LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, initializer_range=0.3, **layers
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    processor = hf.LlavaProcessor(
+        image_processor=hf.CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+        tokenizer=tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=vlm_reward.TEMPLATE.replace(vlm_reward.IMAGE, "<image>"),
+    )
+    torch.manual_seed(0)
+    hf.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_model_of_another_family_is_asked_in_its_own_marks(asked, tmp_path):
+    ensure_torchvision()
+    judge = VlmJudge.load(write_llava(tmp_path), TASKS, FLOAT)
+    pairs = zip(*asked, strict=True)
+    expected = [vlm_reward.direct(judge.model, judge.processor, *pair) for pair in pairs]
+    found = judge.log_probability(*asked)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
+    assert found.std() > 0.01
 
 
 def test_prompt_is_a_turn_that_is_not_closed(judge):
@@ -153,6 +196,11 @@ def test_environment_ends_an_episode_when_the_mean_reaches_the_threshold(monkeyp
     assert judge.texts == ["even", "odd", "even", "odd", "odd", "odd"]
     assert result.episode["success_once"].tolist() == [1, 1]
     assert [len(shown) for shown in judge.shown] == [2, 2, 3, 3, 4, 5]
+
+
+def test_threshold_of_other_chunks_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"for chunks of 8 frames.* imagines 2; .*--chunk=2"):
+        environment(Saying(VlmConfig()), monkeypatch, vlm_chunk=8)
 
 
 def test_settings_name_the_model_and_the_environment_watches_with_it(folder):

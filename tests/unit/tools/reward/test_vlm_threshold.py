@@ -102,7 +102,7 @@ def test_command_writes_what_a_run_takes(recording, tmp_path, capsys):
 
     card = vlm_card.read(str(tmp_path / "out"))
     assert (card.average, card.chunk, card.frames) == (1, CHUNK, 8)
-    assert vlm_card.model_of(str(tmp_path / "out")) == model
+    assert vlm_card.simulated(str(tmp_path / "out")) == {"reward": model, "vlm_chunk": CHUNK}
     facts = json.loads((tmp_path / "out" / "card.json").read_text())
     assert facts["chosen_on"]["kind"] == "imagined"
     assert facts["chosen_on"]["episodes"] == 10
