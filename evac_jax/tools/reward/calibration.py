@@ -51,7 +51,7 @@ def judge(values: np.ndarray, success: np.ndarray, threshold: float, frames: int
     right = (hit & success).sum()
     false = int((claimed & ~true).sum())
     return {
-        "threshold": round(float(threshold), 3),
+        "threshold": round(float(threshold), 6),
         "success_frames": frames,
         "frame_precision": float(right / max(hit.sum(), 1)),
         "frame_recall": float(right / max((success & judged).sum(), 1)),
