@@ -28,7 +28,7 @@ NAVIGATION = {
         *("docs/performance", "docs/policy_speed", "docs/world_model_speed", "docs/scaling"),
         "docs/tried",
     ),
-    "Project": ("docs/comparison", "CONTRIBUTING", "CHANGELOG", "README.zh"),
+    "Project": ("docs/comparison", "CONTRIBUTING", "CHANGELOG", "中文 <README.zh>"),
 }
 
 project = "evac_jax"
@@ -40,7 +40,8 @@ myst_heading_anchors = 6  # links to headings, with the names that GitHub gives 
 highlight_language = "text"  # of blocks that name none
 html_theme = "furo"
 html_title = "evac_jax"
-html_show_copyright = html_copy_source = False
+html_show_copyright = False
+html_copy_source = False
 
 
 def _add_navigation(app, page: str, source: list[str]) -> None:

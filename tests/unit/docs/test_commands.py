@@ -14,7 +14,15 @@ from evac_jax.config.build import default_config
 from evac_jax.config.fields import walk
 from evac_jax.config.flags import DEFAULT_PRESET, read_preset
 from tests import house
-from tests.unit.docs.pages import PAGES, blocks, commands, module_and_arguments, name, spans
+from tests.unit.docs.pages import (
+    PAGES,
+    blocks,
+    commands,
+    module_and_arguments,
+    name,
+    prose,
+    spans,
+)
 
 FIELDS = {field.name for kind in ("grpo", "ppo") for field in walk(default_config(kind))}
 SECTIONS = {field.rpartition(".")[0] for field in FIELDS} - {""}
@@ -145,6 +153,18 @@ def test_settings_exist(page):
     for setting in re.findall(r"--config\.([a-z]\w*(?:\.[a-z]\w*)*)", page.read_text()):
         known = setting in FIELDS | SECTIONS or setting.removeprefix("algo.") in own
         assert known, f"{page.name}: --config.{setting}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
+def test_settings_within_text_exist(page):
+    """`section.field` is a setting, unless it is a tool, a file or a function of that name."""
+    for span in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", prose(page)):
+        section, _, field = span.partition(".")
+        if section in SECTIONS and field != "py" and span not in FIELDS | SECTIONS:
+            tool = house.ROOT / f"evac_jax/tools/{section}/{field}.py"
+            module = house.ROOT / f"evac_jax/{section}.py"
+            function = module.exists() and f"def {field}(" in module.read_text()
+            assert tool.exists() or function, f"{page.name}: {span}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
