@@ -299,9 +299,8 @@ class World:
             return _from_hub(f"{text.rstrip('/')}/{CARD_FILE}")
         if gone := absent(text):
             raise ConfigError(gone)
-        folder = Path(text).expanduser()
-        path = folder / CARD_FILE
-        world = cls(str(folder), Card.from_json(path.read_text(), str(path)))
+        path = Path(text).expanduser() / CARD_FILE
+        world = cls(str(path.parent), Card.from_json(path.read_text(), str(path)))
         if differences := world.misplaced():
             more = len(differences) - SHOWN
             told = differences[:SHOWN] + ([f"... and {more} more"] if more > 0 else [])
@@ -384,10 +383,8 @@ def absent(text: str) -> str:
     how = "world.pack` makes one (docs/own_simulator.md)"
     if text == LIBERO_SMALL_WEIGHTS:
         how = "recipes.libero_small --ship` makes it, in hours (docs/libero_small.md)"
-    return (
-        f"config.world: {text!r} is no world's folder, as it has no {CARD_FILE}; "
-        f"`python -m evac_jax.tools.{how}"
-    )
+    what = f"{text!r} is no world's folder, as it has no {CARD_FILE}"
+    return f"config.world: {what}; `python -m evac_jax.tools.{how}"
 
 
 @functools.cache  # a branch may move on, and a process trains in one world

@@ -138,7 +138,7 @@ def test_rows_that_fill_the_last_batch_up_do_not_count(recording):
     chunks = policy_data.Chunks(data, 3, {"action": IDENTITY}, "none")
     prompts = np.zeros((1, 4), np.int32), np.ones((1, 4), bool)
 
-    def score(obs, actions, valid):
+    def score(obs, actions, valid, goals):
         return np.array([(actions[..., 0] * valid).sum(), 0, valid.sum()])
 
     one, other = (
