@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import math
+import signal
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,7 @@ class Proof:
     ):
         self._runs, self._world = runs, world
         flags = [f"--config.{name}={value}" for name, value in runs.settings.items()]
-        self._preset = read_preset(str(ROOT / PRESET), flags)
+        self._config = read_preset(str(ROOT / PRESET), flags)
         self._episodes, self._recorded, self._envs = episodes, recorded, envs
         self._training = {
             "eval.ground_truth_starts": CHOICE,
@@ -134,7 +135,7 @@ class Proof:
             run, iteration: whose policy is evaluated; iteration 0 = the start policy.
             policy: folder of another start policy; "" = the world's.
         """
-        temperatures = {"greedy": 0.0, "sampled": self._preset.policy.temperature}
+        temperatures = {"greedy": 0.0, "sampled": self._config.policy.temperature}
         found = {}
         for mode, temperature in temperatures.items():
             changes = {
@@ -152,12 +153,12 @@ class Proof:
         """Return what reinforcement learning gained, in imagination or in LIBERO itself."""
         changes: dict[str, object] = {}
         if arm == REAL:
-            group = self._preset.algo.group_size
+            group = self._config.algo.group_size
             changes = GROUND_TRUTH | {
                 "env.train_starts": TRAINING,
                 # A process of up to 1.9 GB for each member of one group.
                 "env.num_envs": group,
-                "rollout.epochs": self._preset.env.num_envs // group,
+                "rollout.epochs": self._config.env.num_envs // group,
                 "simulator.processes": 1,
                 "eval.ground_truth_envs": 1,
             }
@@ -188,9 +189,9 @@ class Proof:
                 commands.record_libero(PRESET, settings, str(episodes), mix, count, seed=0),
             )
         if not (out / commands.TRUST_FILE).is_file():
-            imagined = {f: attrgetter(f)(self._preset) for f in commands.IMAGINATION.values()}
+            imagined = {f: attrgetter(f)(self._config) for f in commands.IMAGINATION.values()}
             command = commands.validate(PRESET, imagined, [str(episodes)], str(out))
-            whole = ("--part=all", "--episodes=0", f"--dtype={self._preset.simulator.dtype}")
+            whole = ("--part=all", "--episodes=0", f"--dtype={self._config.simulator.dtype}")
             call(out.name, (*command, *whole, "--threads=2"))
         told = json.loads((out / commands.TRUST_FILE).read_text())["overall"]
         agreement, false = told["agreement"], told["false_success"]
@@ -347,7 +348,8 @@ def run(args: argparse.Namespace) -> dict[str, dict[int, Result]]:
             f"--world: expected one whose ground truth is LIBERO, got "
             f"{world.card.ground_truth.name!r} in {args.world!r}"
         )
-    for where, states in check(folder, args.data).items():
+    data = [recording.absolute() for recording in args.data]  # commands run elsewhere
+    for where, states in check(folder, data).items():
         print(f"apart from the reported states: {where}, {len(states)} states")
     runs = Runs(args.work, settings | {"world": str(folder)})
     proof = Proof(
@@ -367,7 +369,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[int, Result]]:
     if args.baselines:
         results[REAL] = {args.seeds[0]: proof.learned(REAL, args.seeds[0])}
         minutes = statistics.fmean(run.minutes for run in results[IMAGINED].values())
-        results[TAUGHT] = {0: proof.taught(minutes, args.data)}
+        results[TAUGHT] = {0: proof.taught(minutes, data)}
     return results
 
 
@@ -386,9 +388,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             arm: {seed: dataclasses.asdict(result) for seed, result in seeds.items()}
             for arm, seeds in results.items()
         }
-        cards.write_json(args.json, {"figures": numbers, "runs": told})
+        known = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+        cards.write_json(args.json, {"figures": known, "runs": told})
     print(f"\n{last_line(numbers)}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the command under way as well
     run_tool(main)
