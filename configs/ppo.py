@@ -2,6 +2,7 @@
 
     python launch.py --config=configs/ppo.py                  # the miniature, on two CPU cores
     python launch.py --config=configs/ppo.py:own --config.world=DIR   # a world of your own
+    python launch.py --config=configs/ppo.py:libero_small     # LIBERO at 64 pixels, two CPU cores
     python launch.py --config=configs/ppo.py:libero_spatial   # published sizes, your own weights
     python launch.py --config=configs/ppo.py:lora             # the same with LoRA
     python launch.py --config=configs/ppo.py:one_gpu_80gb     # LoRA, one GPU
@@ -35,7 +36,16 @@ def _own(config) -> None:
     _small(config)
 
 
-PRESETS = {"miniature": _miniature, "own": _own} | libero.presets(libero.full_size_ppo)
+def _libero_small(config) -> None:
+    miniature.libero_small(config)
+    _small(config)
+
+
+PRESETS = {
+    "miniature": _miniature,
+    "own": _own,
+    "libero_small": _libero_small,
+} | libero.presets(libero.full_size_ppo)
 
 
 def get_config(preset: str = "miniature"):

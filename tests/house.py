@@ -103,6 +103,12 @@ LAYERS = (
         (),
         ("evac_jax.evac.config", "policies.openvla_oft.config"),
     ),
+    Layer(
+        10,
+        "evac_jax/libero_small/*",
+        (),
+        ("evac_jax.evac.config", "evac_jax.miniature.sizes", "policies.openvla_oft.config"),
+    ),
     Layer(10, "evac_jax/miniature/*", TORCH, (*SIMULATOR, "evac_jax.evac", "evac_jax.sim")),
     # In Ray's driver; its trainers are processes like any other.
     Layer(

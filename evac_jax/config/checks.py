@@ -25,6 +25,9 @@ def validate(config: TrainConfig) -> list[str]:
     What an address on the Hugging Face Hub names is not looked at: it may not be here yet.
     """
     c = config
+    # Of its paths nothing is known then; a message for each would only hide this one.
+    if c.world and (gone := world.absent(c.world)):
+        return [gone]
     problems = value_problems(c) + addresses.problems(c)
     if c.checkpoint.restore == "auto" and not c.log.run:
         problems.append(

@@ -47,7 +47,8 @@ def base(algorithm: str, preset: str, presets: dict) -> config_dict.ConfigDict:
         )
     config = render(default_config(algorithm))
     presets[preset](config)
-    if config.world:
+    # One whose weights are still to be made is refused when a run is checked.
+    if config.world and not world.absent(config.world):
         world.fill(config)
     return config
 

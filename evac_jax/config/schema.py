@@ -20,6 +20,7 @@ Dtype = Literal["float32", "bfloat16"]
 FromMinusOne = Annotated[int, Range(-1)]
 
 MINIATURE_WEIGHTS = str(Path(__file__).parents[1] / "miniature" / "weights")
+LIBERO_SMALL_WEIGHTS = str(Path(__file__).parents[1] / "libero_small" / "weights")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from evac_jax.config import hub
 from evac_jax.config.fields import Kind, hints
 from evac_jax.config.libero import LiberoConfig, Suite
+from evac_jax.config.schema import LIBERO_SMALL_WEIGHTS
 from evac_jax.errors import ConfigError, DataError, nearest
 from policies.ranges import Count, CountOrZero, Positive, Range, Share
 
@@ -296,18 +297,10 @@ class World:
         if hub.is_address(text):
             hub.parse(text)  # of the world itself: with the card's name behind it, any text fits
             return _from_hub(f"{text.rstrip('/')}/{CARD_FILE}")
-        folder = Path(text).expanduser()
-        path = folder / CARD_FILE
-        if folder.is_file():
-            raise ConfigError(
-                f"config.world: expected a folder, got the file {text!r}; name the folder with it"
-            )
-        if not path.is_file():
-            raise ConfigError(
-                f"config.world: {text!r} is no world's folder, as it has no {CARD_FILE}; "
-                "`python -m evac_jax.tools.world.pack` makes one (docs/own_simulator.md)"
-            )
-        world = cls(str(folder), Card.from_json(path.read_text(), str(path)))
+        if gone := absent(text):
+            raise ConfigError(gone)
+        path = Path(text).expanduser() / CARD_FILE
+        world = cls(str(path.parent), Card.from_json(path.read_text(), str(path)))
         if differences := world.misplaced():
             more = len(differences) - SHOWN
             told = differences[:SHOWN] + ([f"... and {more} more"] if more > 0 else [])
@@ -378,6 +371,20 @@ class World:
             "eval.ground_truth": card.ground_truth.name,
             **{f"libero.{name}": getattr(libero, name) for name in known},
         }
+
+
+def absent(text: str) -> str:
+    """Return why a folder is no world, and how one is made; "" if it is, or lies on the Hub."""
+    folder = Path(text).expanduser()
+    if hub.is_address(text) or (folder / CARD_FILE).is_file():
+        return ""
+    if folder.is_file():
+        return f"config.world: expected a folder, got the file {text!r}; name the folder with it"
+    how = "world.pack` makes one (docs/own_simulator.md)"
+    if text == LIBERO_SMALL_WEIGHTS:
+        how = "recipes.libero_small --ship` makes it, in hours (docs/libero_small.md)"
+    what = f"{text!r} is no world's folder, as it has no {CARD_FILE}"
+    return f"config.world: {what}; `python -m evac_jax.tools.{how}"
 
 
 @functools.cache  # a branch may move on, and a process trains in one world

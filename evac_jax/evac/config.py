@@ -103,7 +103,8 @@ class UNetConfig(JsonConfig):
     """Video UNet.
 
     Attributes:
-        in_channels: noisy latent 4, image condition 4, mask 1, trajectory latent 4, rays 6.
+        in_channels: noisy latent 4, image condition 4, mask 1, trajectory latent 4, rays 6; latents
+            have as many channels as the autoencoder's.
         out_channels: latent channels predicted.
         model_channels: width of level 0; a multiple of `num_head_channels` and `norm_groups`.
         channel_mult: width of each level, in units of `model_channels`.
@@ -255,6 +256,11 @@ class EvacConfig(JsonConfig):
         n_view: cameras.
         base_scale: final value of the input scale, in (0, 1].
         turning_step: diffusion steps over which the scale falls from 1 to `base_scale`.
+        consistent_scale: sampling treats the scale as training does: the history is multiplied by
+            the scale of every step, and what is imagined is divided by the last one. False is the
+            public model's convention: history is taken as it is, and latents are decoded and
+            remembered with the scale (and the noise) of the smallest timestep. Of 50 steps that is
+            .986; of two it is `base_scale`, which makes pictures visibly worse.
         num_timesteps: diffusion steps of training.
         fps: frame-rate conditioning value, truncated to an integer.
         domain_id: row of the embodiment table; 11 is AgiBot World.
@@ -271,6 +277,7 @@ class EvacConfig(JsonConfig):
     n_view: int = 1
     base_scale: float = 0.7
     turning_step: int = 400
+    consistent_scale: bool = False
     num_timesteps: int = 1000
     fps: float = 2
     domain_id: int = 11
@@ -305,7 +312,7 @@ class EvacConfig(JsonConfig):
 
     def __post_init__(self):
         """Raise one error that lists all sizes that do not fit together."""
-        unet, tower = self.unet, self.image_tower
+        unet, tower, latent = self.unet, self.image_tower, self.autoencoder.latent_channels
         width = self.action_resampler.output_dim
         checks = {
             f"image_size {self.image_size} must be multiples of the autoencoder's factor "
@@ -313,6 +320,10 @@ class EvacConfig(JsonConfig):
             f"unet.context_dim {unet.context_dim}, action_resampler.output_dim {width} and "
             f"image_resampler.output_dim {self.image_resampler.output_dim} must be equal": (
                 not unet.context_dim == width == self.image_resampler.output_dim
+            ),
+            f"unet.in_channels {unet.in_channels} and out_channels {unet.out_channels} must be "
+            f"{3 * latent + 7} and {latent}, for latents of {latent} channels": (
+                (unet.in_channels, unet.out_channels) != (3 * latent + 7, latent)
             ),
             f"unet.action_tokens {unet.action_tokens} must be action_resampler.num_queries "
             f"{self.action_resampler.num_queries}": (

@@ -131,8 +131,8 @@ def diffusion_loss(
     """Mean squared error of v on the chunk frames, with given conditioning.
 
     All frames, history included, are multiplied by the input scale of the timestep. (Imagination
-    uses unscaled history. This mismatch is in the public recipe and is kept, because the public
-    weights were trained with it.)
+    uses unscaled history, unless the configuration says `consistent_scale`. This mismatch is in the
+    public recipe and is kept, because the public weights were trained with it.)
 
     Args:
         model: the denoiser and its configuration.

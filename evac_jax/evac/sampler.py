@@ -86,6 +86,7 @@ def sample(
     noise: Tensor,
     table: DdimTable,
     generator: Noise = None,
+    consistent_scale: bool = False,
 ) -> Tensor:
     """Imagine a chunk of latents by DDIM.
 
@@ -97,10 +98,12 @@ def sample(
         generator: source of the fresh noise if eta > 0; None is torch's default one. It may be a
             function from a step's index in the table to noise, of any shape with the same number
             of entries.
+        consistent_scale: as of `EvacConfig`.
 
     Returns:
-        [N, 4, chunk, h, w], still multiplied by the scale of the smallest timestep; the public
-        model decodes and stores its latents in this form.
+        [N, 4, chunk, h, w]. With `consistent_scale` these are the clean latents of the last step.
+        Else they are multiplied by the scale of the smallest timestep, and a little noise is left;
+        the public model decodes and stores its latents in this form.
     """
     past = history.shape[2]
     x = noise
@@ -108,10 +111,13 @@ def sample(
         timesteps = torch.full(
             (x.shape[0],), int(table.timesteps[index]), dtype=torch.long, device=x.device
         )
-        v = denoise(torch.cat((history, x), 2), timesteps)[:, :, past:]
+        scale = float(table.scale[index])
+        seen = history * scale if consistent_scale else history
+        v = denoise(torch.cat((seen, x), 2), timesteps)[:, :, past:]
         fresh = _fresh(generator, index, x) if table.sigmas[index] > 0 else None
-        x, _ = ddim_update(x, v, index, table, fresh)
-    return x
+        x, clean = ddim_update(x, v, index, table, fresh)
+    # `clean` still has the scale of the smallest timestep, which has no step below it.
+    return clean / scale if consistent_scale else x
 
 
 def _fresh(generator: Noise, index: int, x: Tensor) -> Tensor:
@@ -156,7 +162,8 @@ def solve(
         eta: 0 deterministic, 1 ancestral.
 
     Returns:
-        As `sample`. All solvers end at timestep 0, where 3 % of noise is left.
+        As `sample`. Without `config.consistent_scale` all solvers end at timestep 0, where 3 % of
+        noise is left.
 
     Raises:
         ConfigError: see `check_solver`.
@@ -165,7 +172,7 @@ def solve(
     check_solver(solver, eta)
     table = ddim_table(config, steps, eta)
     if solver == "ddim":
-        return sample(denoise, history, noise, table, generator)
+        return sample(denoise, history, noise, table, generator, config.consistent_scale)
     return _multistep(solver, config, denoise, history, noise, table, eta, generator)
 
 
@@ -201,8 +208,9 @@ def _multistep(solver, config, denoise, history, noise, table, eta, generator) -
         time = int(table.timesteps[index])
         y, x = x, x * float(norm[time])
         timesteps = torch.full((x.shape[0],), time, dtype=torch.long, device=x.device)
-        v = denoise(torch.cat((history, x), 2), timesteps)[:, :, past:]
+        seen = history * float(scale[time]) if config.consistent_scale else history
+        v = denoise(torch.cat((seen, x), 2), timesteps)[:, :, past:]
         clean = (math.sqrt(kept[time]) * x - math.sqrt(1 - kept[time]) * v) / float(scale[time])
         fresh = {"variance_noise": _fresh(generator, index, x)} if eta else {}
         x = scheduler.step(clean, scheduler.timesteps[-1 - index], y, **fresh).prev_sample
-    return x * float(table.scale[0])
+    return clean if config.consistent_scale else x * float(table.scale[0])

@@ -25,6 +25,7 @@ WORLD_MODEL = EvacConfig(
     delta_std_factor=1.0,
     gripper_scale=1.0,
     domain_id=0,
+    consistent_scale=True,
     unet=UNetConfig(
         model_channels=32,
         channel_mult=(1, 2),

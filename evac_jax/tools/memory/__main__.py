@@ -36,7 +36,7 @@ PATHS = (
     *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
 )
 EXISTING = "."
-SMALL = ("miniature", "own")  # for small networks, not for a 7B policy
+SMALL = ("miniature", "own", "libero_small")  # for small networks, not for a 7B policy
 
 
 def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:

@@ -8,6 +8,7 @@ import numpy as np
 from evac_jax.errors import DataError
 from evac_jax.files.recordings import ACTION_DIM, Episodes
 
+GOAL_DIM = 6  # of the thing to take and of its place; the hand follows
 # The policy's output for a recorded gripper entry (-1 opens .. +1 closes): the inverses of the
 # rules of env.gripper. "binary" has no inverse: recordings do not contain its 0 and 1.
 GRIPPER_RULES = {"libero": lambda gripper: (1 - gripper) / 2, "none": lambda gripper: gripper}
@@ -22,12 +23,15 @@ class Batch:
         task: index into the recording's instructions, [B].
         actions: in the policy's form, normalised and clipped to [-1, 1], float32 [B K A].
         valid: which actions exist, bool [B K]; an episode may end within a chunk.
+        goals: where the thing to take, its place and the hand are, float32 [B 9] in 10 cm from
+            their means in the episodes; NaN where that is not known.
     """
 
     frames: np.ndarray
     task: np.ndarray
     actions: np.ndarray
     valid: np.ndarray
+    goals: np.ndarray
 
 
 def policy_actions(actions: np.ndarray, gripper: str) -> np.ndarray:
@@ -52,26 +56,45 @@ def action_statistics(data: Episodes, gripper: str) -> dict[str, Any]:
 
 
 class Chunks:
-    """All steps of some episodes at which a policy decides: steps 0, K, 2 K ..
+    """The steps of some episodes at which a policy decides: 0, K, 2 K .., or all of them.
 
     Args:
         data: the episodes.
         chunk: actions per decision, K.
         statistics: the result of `action_statistics` for the training episodes.
         gripper: a key of `GRIPPER_RULES`.
+        every_step: all steps. A new policy learns more from a recording so.
 
     Raises:
         DataError: there is no episode with an action.
     """
 
-    def __init__(self, data: Episodes, chunk: int, statistics: dict[str, Any], gripper: str):
+    def __init__(
+        self,
+        data: Episodes,
+        chunk: int,
+        statistics: dict[str, Any],
+        gripper: str,
+        *,
+        every_step: bool = False,
+    ):
         self._data, self._chunk, self._gripper = data, chunk, gripper
         self._statistics = {name: np.array(x) for name, x in statistics["action"].items()}
-        counts = -(-data.length // chunk)
+        stride = 1 if every_step else chunk
+        counts = -(-data.length // stride)
         self._episode = np.repeat(np.arange(data.num_episodes), counts)
         if not len(self._episode):
             raise DataError("the recording has no episode with an action; record some")
-        self._step = chunk * np.concatenate([np.arange(count) for count in counts])
+        self._step = stride * np.concatenate([np.arange(count) for count in counts])
+        goals = self._places(data.rows(self._episode, self._step))
+        known = np.isfinite(goals)
+        self._middle = np.where(known, goals, 0).sum(0) / np.maximum(known.sum(0), 1)
+        self.knows_goals = bool(known[:, :GOAL_DIM].any())
+
+    def _places(self, rows: np.ndarray) -> np.ndarray:
+        """Return the thing to take, its place and the hand in frames [B], metres [B 9]."""
+        things = self._data.objects[rows, :2].reshape(len(rows), GOAL_DIM)
+        return np.concatenate((things, self._data.poses[rows, :3]), axis=1)
 
     def __len__(self) -> int:
         """Total number of decisions."""
@@ -87,9 +110,11 @@ class Chunks:
         said = policy_actions(data.actions[rows], self._gripper)
         # The inverse of `action_tokens.action_table`, also for a dimension that never changes.
         scaled = 2 * (said - stats["q01"]) / (stats["q99"] - stats["q01"] + 1e-8) - 1
+        goals = 10 * (self._places(data.rows(episode, step)) - self._middle)
         return Batch(
             frames=np.asarray(data.frames[data.rows(episode, step)]),
             task=data.task[episode],
             actions=np.where(stats["mask"], scaled, said).clip(-1, 1).astype(np.float32),
             valid=steps < data.length[episode][:, None],
+            goals=goals.astype(np.float32),
         )

@@ -1,11 +1,13 @@
-"""Supervised fine-tuning of a policy folder on recorded episodes; `train_policy --data` runs it.
+"""Supervised training of a policy on recorded episodes; `policy.train --data` runs it.
 
-It uses one device. The step is the seed of all random numbers, so a resumed run repeats an
-uninterrupted one.
+It begins with a policy folder, or with random weights of given sizes. It uses one device. The step
+is the seed of all random numbers, so a resumed run repeats an uninterrupted one.
 """
 
 import argparse
+import dataclasses
 import json
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -26,11 +28,13 @@ from evac_jax.files import cards, libero_facts, recordings
 from evac_jax.files.atomic import replacing, whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.policy_import import told_as_checkpoint_error
-from evac_jax.tools.policy.data import Batch, Chunks, action_statistics
+from evac_jax.tools import sizes
+from evac_jax.tools.policy.data import GOAL_DIM, Batch, Chunks, action_statistics
 from evac_jax.tools.resume import check_same_run
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
-from policies.openvla_oft.export_hf import export_policy
+from policies.openvla_oft.export_hf import create_policy_folder, export_policy
 from policies.openvla_oft.import_hf import LoadedPolicy, load_policy
+from policies.openvla_oft.model import OpenVLAOFT
 from policies.openvla_oft.peft import save_adapter
 from policies.openvla_oft.prompt import PromptTokenizer
 from policies.types import ObsBatch
@@ -40,7 +44,8 @@ ANY_LENGTH = 10**6  # limit of a prompt's length while the longest one is determ
 # Arguments that must be the same when a run is resumed.
 SETUP = (
     *("steps", "batch", "lr", "sd_bins", "seed", "chunk", "gripper", "unnorm_key"),
-    *("start", "successful", "lora_rank", "lora_alpha", "compute_dtype", "keep_stop_token"),
+    *("start", "sizes", "successful", "every_step", "goal_weight", "keep_stop_token"),
+    *("lora_rank", "lora_alpha", "compute_dtype"),
 )
 # Those that tell others how to read the policy.
 TOLD = ("gripper", "unnorm_key", "chunk", "keep_stop_token")
@@ -78,9 +83,24 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
         raise DataError(f"--out: {out} exists; choose another folder or remove it")
     training, held_out = _episodes(args)
     stats = action_statistics(training, args.gripper)
-    loaded = _load(args, training)
+    with tempfile.TemporaryDirectory() as scratch:
+        start = args.start or str(_new_policy(args, training, Path(scratch, "policy")))
+        return _finetune(args, start, training, held_out, stats, out)
+
+
+def _finetune(args, start: str, training: Episodes, held_out: Episodes, stats, out: Path):
+    """Train the policy of the folder `start`."""
+    loaded = _load(args, start, training)
     prompts = tuple(jnp.asarray(x) for x in loaded.tokenizer.encode(list(training.instructions)))
-    parts = [Chunks(part, args.chunk, stats, args.gripper) for part in (training, held_out)]
+    parts = [
+        Chunks(training, args.chunk, stats, args.gripper, every_step=args.every_step),
+        Chunks(held_out, args.chunk, stats, args.gripper),
+    ]
+    if args.goal_weight and not parts[0].knows_goals:
+        raise DataError(
+            "--goal_weight: no recording tells where things are (objects.npy, docs/episodes.md); "
+            "leave it out, or record anew"
+        )
     logging.info("%d chunks for training, %d held out", *map(len, parts))
     digests = [cards.sha256(Path(folder) / "card.json") for folder in args.data]
     setup = {name: getattr(args, name) for name in SETUP} | {"data": digests}
@@ -89,14 +109,14 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
     model, history = _train(args, loaded.model, prompts, *parts, setup, progress)
 
     with whole_folder(out) as folder:
-        export_policy(model, folder, source=args.start, norm_stats={args.unnorm_key: stats})
+        export_policy(model, folder, source=start, norm_stats={args.unnorm_key: stats})
         if args.lora_rank:
-            save_adapter(model, folder / "adapter", base=args.start)
+            save_adapter(model, folder / "adapter", base=start)
         facts = cards.card(
             data=digests,
             libero=libero_facts.told(training.card),
             **{name: getattr(args, name) for name in TOLD},
-            start=cards.read(Path(args.start)),
+            start=cards.read(Path(start)),
             history=history,
             scores=history[-1],
             seconds=time.perf_counter() - began,
@@ -113,13 +133,23 @@ def _episodes(args: argparse.Namespace) -> tuple[Episodes, Episodes]:
     return data.both_parts()
 
 
-def _load(args: argparse.Namespace, data: Episodes) -> LoadedPolicy:
+def _new_policy(args: argparse.Namespace, data: Episodes, folder: Path) -> Path:
+    """Write a policy of random weights, whose tokenizer knows the instructions, to a new folder."""
+    config = dataclasses.replace(
+        sizes.policy(args.sizes), chunk=args.chunk, num_images=data.frames.shape[1]
+    )
+    unchanged = ActionStatistics.identity(recordings.ACTION_DIM)
+    model = OpenVLAOFT(config, unchanged, rngs=nnx.Rngs(args.seed))
+    return create_policy_folder(model, folder, tasks=data.instructions, norm_stats={})
+
+
+def _load(args: argparse.Namespace, start: str, data: Episodes) -> LoadedPolicy:
     """Load the start policy for the recording's cameras; labels are normalised beforehand."""
     # Results do not depend on the padding, so prompts are padded only to the longest one.
-    with told_as_checkpoint_error(f"--start: cannot import {args.start!r}"):
-        tokenizer = PromptTokenizer(args.start, ANY_LENGTH)
+    with told_as_checkpoint_error(f"--start: cannot import {start!r}"):
+        tokenizer = PromptTokenizer(start, ANY_LENGTH)
         loaded = load_policy(
-            args.start,
+            start,
             unnorm_key="",
             action_dim=recordings.ACTION_DIM,
             chunk=args.chunk,
@@ -143,13 +173,17 @@ def _train(args, model, prompts, training: Chunks, held_out: Chunks, setup, prog
     """Return the trained model and the held-out scores during training."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = make_optimizer(args.lr, args.steps)
-    state, history = (params, jax.jit(optimizer.init)(params)), []
+    rng = np.random.default_rng((args.seed, args.steps))
+    width = model.config.hidden_size
+    readout = jnp.asarray(0.05 * rng.normal(size=(width, GOAL_DIM + 3)), jnp.float32)
+    trained = params, readout
+    state, history = (trained, jax.jit(optimizer.init)(trained)), []
     done = 0
     if progress.exists():
         state, facts = load_progress(progress, setup, state)
         done, history = facts["step"], facts["history"]
         logging.info("resumed at step %d", done)
-    step, score = _compile(graphdef, optimizer, args.sd_bins)
+    step, score = _compile(graphdef, optimizer, args.sd_bins, args.goal_weight)
     losses, began = [], time.perf_counter()
     for i in range(done, args.steps):
         which = np.random.default_rng((args.seed, i)).integers(len(training), size=args.batch)
@@ -165,14 +199,19 @@ def _train(args, model, prompts, training: Chunks, held_out: Chunks, setup, prog
             logging.info("held-out: %s", history[-1])
         if (i + 1) % args.save_every == 0 or last:
             save_progress(progress, setup, state, {"step": i + 1, "history": history})
-    return nnx.merge(graphdef, state[0], rest), history
+    return nnx.merge(graphdef, state[0][0], rest), history
 
 
-def _compile(graphdef, optimizer, sd_bins: float):
-    """Return jitted (state, rest, batch) -> state, loss and (params, rest, batch) -> sums [3]."""
+def _compile(graphdef, optimizer, sd_bins: float, goal_weight: float):
+    """Return jitted (state, rest, batch) -> state, loss and (trained, rest, batch) -> sums [3].
 
-    def sums(params, rest, obs, actions, valid):
-        """Sums of cross-entropy, correct tokens and tokens; the last two for valid actions only."""
+    Besides its token, every action slot must predict the goals through a linear read-out that is
+    discarded afterwards, as on the tabletop (`policy.train`).
+    """
+
+    def outputs(trained, rest, obs, actions, valid, goals):
+        """Sums of cross-entropy, right tokens and tokens of valid actions; error of the goals."""
+        params, readout = trained
         model = nnx.merge(graphdef, params, rest)
         pixels = model.pixel_values(obs.images)
         forward = model.forward(pixels, obs.prompt_tokens, obs.prompt_mask)
@@ -184,45 +223,50 @@ def _compile(graphdef, optimizer, sd_bins: float):
         right = centres[logits.argmax(-1)] == centres[targets.argmax(-1)]
         losses = optax.softmax_cross_entropy(logits, targets)
         counted = jnp.broadcast_to(valid[..., None], actions.shape)
-        return jnp.stack([(x * counted).sum() for x in (losses, right, jnp.ones_like(losses))])
+        summed = [(x * counted).sum() for x in (losses, right, jnp.ones_like(losses))]
+        known = jnp.isfinite(goals)[:, None]
+        off = jnp.abs(forward.slots @ readout - jnp.where(known, goals[:, None], 0)) * known
+        goal_error = off.sum() / jnp.maximum(known.sum() * off.shape[1], 1)
+        return jnp.stack(summed), goal_error
 
-    def loss_fn(params, *batch):
-        loss, _, count = sums(params, *batch)
-        return loss / count
+    def loss_fn(trained, *batch):
+        (loss, _, count), goal_error = outputs(trained, *batch)
+        return loss / count + goal_weight * goal_error
 
     # `rest` is an argument, because arrays that a jitted function closes over are copied into it.
     @partial(jax.jit, donate_argnums=0)
     def step(state, rest, *batch):
-        params, opt_state = state
-        loss, gradient = jax.value_and_grad(loss_fn)(params, rest, *batch)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        trained, opt_state = state
+        loss, gradient = jax.value_and_grad(loss_fn)(trained, rest, *batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, trained)
+        return (optax.apply_updates(trained, updates), opt_state), loss
 
-    return step, jax.jit(sums)
+    return step, jax.jit(lambda *arguments: outputs(*arguments)[0])
 
 
-def _inputs(batch: Batch, prompts) -> tuple[ObsBatch, jax.Array, jax.Array]:
+def _inputs(batch: Batch, prompts) -> tuple[ObsBatch, jax.Array, jax.Array, jax.Array]:
     obs = ObsBatch(
         images=jnp.asarray(batch.frames),
         prompt_tokens=prompts[0][batch.task],
         prompt_mask=prompts[1][batch.task],
     )
-    return obs, jnp.asarray(batch.actions), jnp.asarray(batch.valid)
+    return obs, *map(jnp.asarray, (batch.actions, batch.valid, batch.goals))
 
 
 def validate(score, chunks: Chunks, prompts, size: int) -> dict[str, float]:
     """Return loss per token (nats) and token accuracy (0..1) on at most HELD_OUT_CHUNKS chunks.
 
     Args:
-        score: (obs, actions, valid) -> sums of losses, right tokens, tokens.
+        score: (obs, actions, valid, goals) -> sums of losses, right tokens, tokens.
         size: batch size; the last batch is filled with rows that do not count.
     """
     chosen = np.linspace(0, len(chunks) - 1, min(len(chunks), HELD_OUT_CHUNKS)).round().astype(int)
     total = np.zeros(3)
     for first in range(0, len(chosen), size):
         which = chosen[first : first + size]
-        obs, actions, valid = _inputs(chunks.read(np.resize(which, size)), prompts)
-        total += np.asarray(score(obs, actions, valid & (np.arange(size) < len(which))[:, None]))
+        obs, actions, valid, goals = _inputs(chunks.read(np.resize(which, size)), prompts)
+        counted = valid & (np.arange(size) < len(which))[:, None]
+        total += np.asarray(score(obs, actions, counted, goals))
     return {"loss": float(total[0] / total[2]), "token_accuracy": float(total[1] / total[2])}
 
 

@@ -9,9 +9,10 @@ start of reinforcement learning.
     python -m evac_jax.tools.policy.train --start DIR --out DIR2 --labels sloppy --steps 800
     python -m evac_jax.tools.policy.train --start DIR --out DIR2 --lora_rank 8 --lr 3e-3
     python -m evac_jax.tools.policy.train --start DIR --out DIR2 --data RECORDING --unnorm_key robot
+    python -m evac_jax.tools.policy.train --sizes NAME --out DIR --data RECORDING --unnorm_key robot
 
---data uses recorded episodes of any robot instead (docs/episodes.md, docs/lora.md); --lora_rank
-trains only adapters.
+--data uses recorded episodes of any robot instead (docs/episodes.md, docs/lora.md), with --sizes
+from random weights; --lora_rank trains only adapters.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
 from evac_jax.policy_import import told_as_checkpoint_error
+from evac_jax.tools import sizes
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.policy.data import GRIPPER_RULES
 from evac_jax.tools.policy.finetune import finetune, make_optimizer, soft_targets
@@ -251,14 +253,19 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="decisions per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--sd_bins", type=float, default=8.0, help="width of the soft targets")
-    parser.add_argument("--goal_weight", type=float, default=1.0, help="of the goal read-out")
+    text = "of the goal read-out; default: 1, with --data 0"
+    parser.add_argument("--goal_weight", type=float, help=text)
     parser.add_argument("--score_scenes", type=int, default=512, help="played for a score")
     parser.add_argument("--score_every", type=int, default=1000, help="steps between scores")
     parser.add_seed("weights, scenes and batches")
     data = parser.add_argument_group("recorded episodes instead of the tabletop")
     data.add_argument("--data", nargs="+", metavar="RECORDING", help="folders of episodes")
+    text = f"{sizes.HELP} a policy"
+    data.add_argument("--sizes", metavar="NAME|FILE", help=text)
     data.add_argument("--unnorm_key", help="name of the recording's action statistics")
     data.add_argument("--chunk", type=int, default=8, help="actions per decision")
+    text = "learn at every step, not only where a policy would decide"
+    data.add_argument("--every_step", action="store_true", help=text)
     data.add_argument("--successful", action="store_true", help="leave failed episodes out")
     data.add_argument("--gripper", choices=GRIPPER_RULES, default="libero", help="as env.gripper")
     data.add_argument("--keep_stop_token", action="store_true", help="as the policy's own field")
@@ -266,16 +273,20 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--remat", action="store_true", help="recompute activations: less memory")
     data.add_argument("--save_every", type=int, default=500, help="steps between saves")
     args = parser.parse_args(argv)
-    if (args.lora_rank or args.data) and not args.start:
-        parser.error("--lora_rank and --data need --start, the policy folder to begin with")
+    if args.lora_rank and not args.start:
+        parser.error("--lora_rank needs --start, the policy folder that adapters are for")
+    if args.data and bool(args.start) == bool(args.sizes):
+        parser.error("--data needs either --start, a policy folder, or --sizes for random weights")
     if args.lora_rank < 0 or args.lora_alpha < 0 or args.lora_alpha > 0 == args.lora_rank:
         parser.error("--lora_rank must be 0 or more, and above 0 for --lora_alpha (0 or more)")
     if args.data and not args.unnorm_key:
         parser.error("--data needs --unnorm_key, a name for the action statistics")
-    own = ("labels", "pretrain_steps", "goal_weight", "score_scenes")
+    own = ("labels", "pretrain_steps", "score_scenes")
     foreign = own if args.data else [a.dest for a in data._group_actions]
     if changed := [n for n in foreign if getattr(args, n) != parser.get_default(n)]:
         parser.error(f"{', '.join(changed)}: not {'for' if args.data else 'without'} --data")
+    if args.goal_weight is None:
+        args.goal_weight = 0.0 if args.data else 1.0
     return args
 
 

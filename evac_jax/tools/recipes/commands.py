@@ -113,6 +113,17 @@ def record_policy(
     return record(out, mix, episodes, seed)
 
 
+def record_libero(
+    config: str, settings: Mapping[str, object], out: str, mix: str, episodes: int, seed: int
+) -> tuple[str, ...]:
+    """Episodes of players of LIBERO; `settings` say which, how it is drawn, and the start ids."""
+    alone = {"env.simulator": "ground_truth", "eval.episodes": 0, "eval.ground_truth": "libero"}
+    wanted = {"collect.out": out, "collect.episodes": episodes, "collect.mix": mix, "seed": seed}
+    values = alone | dict(settings) | wanted
+    flags = [f"--config.{name}={value}" for name, value in values.items()]
+    return "launch.py", f"--config={config}", "--mode=collect", *flags
+
+
 def fine_tune_world_model(
     start: str, out: str, data: Sequence[str], steps: int, **settings: object
 ) -> tuple[str, ...]:

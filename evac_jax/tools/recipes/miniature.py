@@ -9,26 +9,14 @@ stages are skipped (see `stages`), so an interrupted build continues. docs/minia
 each stage is needed; the card of a build has the time of each.
 """
 
-import argparse
-import os
-import platform
-import shutil
-import signal
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-from absl import logging
-
 from evac_jax.config.schema import MINIATURE_WEIGHTS
-from evac_jax.config.world import CARD_FILE, PARTS
-from evac_jax.errors import CheckpointError, ConfigError
-from evac_jax.files import cards
-from evac_jax.files.atomic import whole_folder
-from evac_jax.telemetry import report
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.config.world import PARTS
+from evac_jax.tools.command_line import run_tool
 from evac_jax.tools.recipes import commands
-from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
+from evac_jax.tools.recipes.shipping import Recipe, run, scaled
+from evac_jax.tools.recipes.stages import WORK, Stage
 
 # These counts set the time and the quality of a build. `--scale` multiplies all of them.
 COUNTS = {
@@ -83,21 +71,8 @@ SHIPPED = {
     "policy": "policy",
     "policy_trained": "policy_trained",
 }
-KEPT = (".json", ".safetensors")  # files to copy from such a folder; the rest is progress
 MAX_BYTES = 12_000_000
-CARD = "card.json"
 RECORDINGS = ("base", "rollouts_expert", "rollouts_start")
-
-
-def scaled(scale: float) -> dict[str, int]:
-    """Return `COUNTS` times `scale`, each at least its lower bound.
-
-    Raises:
-        ConfigError: the scale is not in (0, 1].
-    """
-    if not 0 < scale <= 1:
-        raise ConfigError(f"--scale: expected above 0 and at most 1, got {scale}")
-    return {name: max(round(n * scale), FLOORS.get(name, 4)) for name, n in COUNTS.items()}
 
 
 def make_stages(scale: float = 1.0) -> list[Stage]:
@@ -106,7 +81,7 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
     A stage has the name of the folder under `{work}` that it makes. It reads the folders of its
     inputs.
     """
-    n = scaled(scale)
+    n = scaled(COUNTS, scale, FLOORS)
     stages: list[Stage] = []
 
     def add(name: str, command: tuple[str, ...], *inputs: str, cores=1, resumes=False) -> None:
@@ -204,142 +179,22 @@ def add_trained_policy(add, n) -> None:
     add("policy_trained", commands.store(at("adapter"), at("policy_trained"), "float16"), "adapter")
 
 
-def machine() -> dict[str, object]:
-    """Return a description of the machine of the build."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-    }
-
-
-def digests(weights: Path) -> dict[str, str]:
-    """Return {path: sha256} of every file of a weight folder, except for its card."""
-    files = sorted(path for path in weights.rglob("*") if path.is_file())
-    names = {str(path.relative_to(weights)): path for path in files}
-    return {name: cards.sha256(path) for name, path in names.items() if name != CARD}
-
-
-def verify(weights: Path) -> list[str]:
-    """Return the differences between the files and their card, [] if there are none.
-
-    Raises:
-        CheckpointError: there is no card.
-    """
-    card = cards.read(weights)
-    if "files" not in card:
-        raise CheckpointError(f"{weights / CARD}: missing, or not a card of recipes.miniature")
-    stated, found = card["files"], digests(weights)
-    problems = [f"{name}: missing" for name in stated if name not in found]
-    problems += [f"{name}: not in the card" for name in found if name not in stated]
-    return problems + [
-        f"{name}: changed" for name in stated if name in found and stated[name] != found[name]
-    ]
-
-
-def assemble(workshop: Workshop, stages: list[Stage], out: Path) -> dict:
-    """Copy the shipped folders into the new folder `out` with their card; return the card.
-
-    Raises:
-        ConfigError: the folders together are too large to be shipped.
-    """
-    with whole_folder(out, replace=True) as partial:
-        sizes = _copy_shipped(workshop.work, partial)
-        shutil.copy2(workshop.work / "world" / CARD_FILE, partial)  # parts lie beside it alike
-        facts = cards.card(
-            machine=machine(),
-            hours=round(workshop.clock() / 3600, 3),
-            stages=[stage_facts(workshop, stage) for stage in stages],
-            bytes=sizes,
-            scores={name: scores(cards.read(partial / name)) for name in SHIPPED},
-            trust=commands.trust_figures(workshop.work / "trust"),
-            files=digests(partial),
-        )
-        cards.write_json(partial / CARD, facts)
-    return facts
-
-
-def _copy_shipped(work: Path, out: Path) -> dict[str, int]:
-    """Copy the shipped files into the new folder `out`; return the bytes of each part."""
-    for name, source in SHIPPED.items():
-        (out / name).mkdir(parents=True)
-        for file in sorted((work / source).iterdir()):
-            if file.is_file() and file.suffix in KEPT:
-                shutil.copy2(file, out / name)
-    sizes = {name: sum(file.stat().st_size for file in (out / name).iterdir()) for name in SHIPPED}
-    if sum(sizes.values()) > MAX_BYTES:
-        raise ConfigError(
-            f"the weights take {sum(sizes.values())} bytes, at most {MAX_BYTES} may be shipped: "
-            f"{sizes}; see SHIPPED here and miniature/sizes.py"
-        )
-    return sizes
-
-
-def stage_facts(workshop: Workshop, stage: Stage) -> dict:
-    """Return a stage's line of the card."""
-    return {
-        "name": stage.name,
-        "seconds": round(workshop.record(stage.name)["seconds"], 1),
-        "command": stage.shown,
-    }
-
-
-def scores(card: Mapping) -> object:
-    """Return the quality figures in a tool's own card: its scores, or the end of its history."""
-    return card.get("scores") or (card.get("history") or [None])[-1]
-
-
-def ship(built: Path, target: Path) -> None:
-    """Replace `target` by `built`; if the copy is interrupted, the old weights remain complete."""
-    with whole_folder(target, replace=True) as new:
-        shutil.copytree(built, new)
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the command line's values."""
-    parser = Parser("recipes.miniature", __doc__)
-    parser.add_argument("--work", type=Path, default=Path("data/miniature"), help="all stages")
-    parser.add_argument("--out", type=Path, help="weights; default: the folder weights in --work")
-    parser.add_argument("--ship", action="store_true", help="replace the shipped weights by them")
-    parser.add_argument("--scale", type=float, default=1.0, help="0.01 for a smoke test")
-    parser.add_argument("--cores", type=int, help="default: up to 2")
-    parser.add_argument("--list", action="store_true", help="show the stages and do nothing")
-    parser.add_argument(
-        "--verify", action="store_true", help="compare the shipped files with their card instead"
+def recipe() -> Recipe:
+    """Return the recipe of the miniature."""
+    return Recipe(
+        name="recipes.miniature",
+        doc=__doc__,
+        make_stages=make_stages,
+        work=Path("data/miniature"),
+        weights=Path(MINIATURE_WEIGHTS),
+        shipped=SHIPPED,
+        max_bytes=MAX_BYTES,
     )
-    parser.add_argument("--weights", type=Path, default=Path(MINIATURE_WEIGHTS), help="of --verify")
-    args = parser.parse_args(argv)
-    if args.ship and args.scale != 1:
-        parser.error("--ship: weights of a scaled-down build are no good; leave --scale out")
-    return args
 
 
 def main() -> None:
     """Command line."""
-    args = parse(sys.argv[1:])
-    logging.set_verbosity(logging.INFO)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running stages as well
-    if args.verify:
-        if problems := verify(args.weights):
-            sys.exit("\n".join([f"{args.weights} differs from its card:", *problems]))
-        report.show(f"{args.weights}: every file is the one in its card")
-        return
-    stages = make_stages(args.scale)
-    if args.list:
-        report.show("\n".join(f"{stage.name}: {stage.shown}" for stage in stages))
-        return
-    workshop = Workshop(args.work, args.cores)
-    workshop.run(stages)
-    out = (args.out or workshop.work / "weights").absolute()
-    facts = assemble(workshop, stages, out)
-    if args.ship:
-        ship(out, Path(MINIATURE_WEIGHTS))
-    slowest = sorted(facts["stages"], key=lambda stage: -stage["seconds"])
-    report.show("\n".join(f"{s['seconds'] / 60:8.1f} min  {s['name']}" for s in slowest))
-    report.show(f"hours={facts['hours']:.2f} bytes={sum(facts['bytes'].values())} weights={out}")
+    run(recipe())
 
 
 if __name__ == "__main__":

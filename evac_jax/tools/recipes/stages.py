@@ -15,13 +15,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from absl import logging
 
 from evac_jax.devices.malloc import KEEP_FREED_MEMORY
-from evac_jax.errors import ConfigError, DataError, EvacJaxError
+from evac_jax.errors import ConfigError, DataError, EvacJaxError, nearest
 from evac_jax.files import cards
 
 WORK = "{work}"
@@ -83,6 +83,25 @@ def stamps(stages: Sequence[Stage]) -> dict[str, str]:
     return result
 
 
+def needed_for(stages: Sequence[Stage], names: Collection[str]) -> set[str]:
+    """Return the named stages and all that make their inputs.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    known = {stage.name: stage for stage in stages}
+    result: set[str] = set()
+    rest = list(names)
+    while rest:
+        name = rest.pop()
+        if name not in known:
+            raise ConfigError(f"no stage {name!r}; there are {list(known)}{nearest(name, known)}")
+        if name not in result:
+            result.add(name)
+            rest += known[name].inputs
+    return result
+
+
 class Workshop:
     """A folder with the outputs of stages, their stamps and their logs.
 
@@ -130,16 +149,27 @@ class Workshop:
     def _set_clock(self, seconds: float) -> None:
         cards.write_json(self.work / "clock.json", {"seconds": seconds})
 
-    def run(self, stages: Sequence[Stage]) -> None:
+    def run(self, stages: Sequence[Stage], only: Collection[str] = ()) -> None:
         """Run the stages that are not done, in the table's order as inputs and cores allow.
 
+        Args:
+            only: names of those to run; () = all.
+
         Raises:
+            ConfigError: there is no such stage, or what it needs is neither done nor among them.
             EvacJaxError: a stage failed; the others are stopped. Another call continues from there.
         """
         marks = stamps(stages)
         waiting = [stage for stage in stages if not self.is_done(stage, marks[stage.name])]
         logging.info("%d of %d stages are done already", len(stages) - len(waiting), len(stages))
         ready = {stage.name for stage in stages} - {stage.name for stage in waiting}
+        if only:
+            if missing := sorted(needed_for(stages, only) - ready - set(only)):
+                raise ConfigError(
+                    f"{', '.join(sorted(only))}: not done yet, or by another command, is what "
+                    f"they need: {', '.join(missing)}; run these first, or use --until"
+                )
+            waiting = [stage for stage in waiting if stage.name in only]
         running: list[_Running] = []
         earlier, began = self.clock(), time.perf_counter()
         try:

@@ -31,7 +31,13 @@ def judged_steps(steps: int, chunk: int, last: int) -> np.ndarray:
     return (np.arange(steps + 1) > 0) & (place >= chunk - (last or chunk))
 
 
-def judge(values: np.ndarray, success: np.ndarray, threshold: float, frames: int) -> dict:
+def judge(
+    values: np.ndarray,
+    success: np.ndarray,
+    threshold: float,
+    frames: int,
+    clear: np.ndarray | None = None,
+) -> dict:
     """Return the quality of the verdicts at one threshold.
 
     "false_success" is the share of claimed successes that are false, "missed_success" the share of
@@ -42,18 +48,20 @@ def judge(values: np.ndarray, success: np.ndarray, threshold: float, frames: int
         success: the truth [N T].
         threshold: a frame counts if its value is at least this.
         frames: number of consecutive frames that make an episode a success.
+        clear: which frames the figures "frame_.." count, [N T]; None = all. Episodes are judged by
+            all of their frames, as in reinforcement learning.
     """
     hit = values >= threshold
     windows = np.lib.stride_tricks.sliding_window_view(hit, frames, axis=1)
     streak = np.all(windows, axis=-1)
     claimed, true = streak.any(1), np.asarray(success).any(1)
-    judged = np.isfinite(values)
-    right = (hit & success).sum()
+    judged = np.isfinite(values) & (True if clear is None else clear)
+    right = (hit & success & judged).sum()
     false = int((claimed & ~true).sum())
     return {
         "threshold": round(float(threshold), 6),
         "success_frames": frames,
-        "frame_precision": float(right / max(hit.sum(), 1)),
+        "frame_precision": float(right / max((hit & judged).sum(), 1)),
         "frame_recall": float(right / max((success & judged).sum(), 1)),
         "frame_accuracy": float((hit == success)[judged].mean()),
         "false_success": false / max(int(claimed.sum()), 1),
@@ -124,7 +132,12 @@ def platt_scale(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def calibrate(
-    model: RewardNet, logits: np.ndarray, success: np.ndarray, frames: int, allowed: float
+    model: RewardNet,
+    logits: np.ndarray,
+    success: np.ndarray,
+    frames: int,
+    allowed: float,
+    clear: np.ndarray | None = None,
 ) -> dict:
     """Change the last layer so that 0.5 is the threshold for a stated share of false claims.
 
@@ -134,12 +147,13 @@ def calibrate(
         success: the truth [N T].
         frames: number of consecutive frames that make an episode a success.
         allowed: largest share of the claimed successes that may be false.
+        clear: which frames Platt's fit takes, [N T]; None = all that are judged.
 
     Returns:
         slope, offset: of Platt's fit; threshold: the calibrated probability that is now mapped to
         0.5. If it is above 0.5, true probabilities are higher than those that the classifier shows.
     """
-    judged = np.isfinite(logits)
+    judged = np.isfinite(logits) & (True if clear is None else clear)
     slope, offset = platt_scale(logits[judged], success[judged])
     threshold = choose_threshold(slope * logits + offset, success, frames, allowed)["threshold"]
     head = model.net[-1]

@@ -32,6 +32,7 @@ from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.tools import torch_training
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.reward import calibration
+from evac_jax.tools.reward.margin import NO_MARGIN, near_change
 
 POSITIVES, OTHER_TASK = 0.35, 0.15  # of a batch; the rest fails
 NEAR_END = 0.7  # of the failing frames come from the second half of their episodes
@@ -47,17 +48,37 @@ class FrameSampler:
     Besides successes and failures, a batch contains successes with another task's instruction,
     which count as failures. Without them the classifier might ignore the instruction. A classifier
     without instructions (`num_instructions` 0) gets none of these.
+
+    Args:
+        margin: frames that are never drawn, see `margin.near_change`.
+
+    Raises:
+        DataError: no frame with or none without success is left.
     """
 
-    def __init__(self, data: Episodes, num_instructions: int, rng: np.random.Generator):
+    def __init__(
+        self,
+        data: Episodes,
+        num_instructions: int,
+        rng: np.random.Generator,
+        margin: Sequence[int] = NO_MARGIN,
+    ):
         self._data, self._rng, self._num_instructions = data, rng, num_instructions
         # Rows of frames, and the episode and the step that each belongs to.
         episode = np.repeat(np.arange(data.num_episodes), data.length + 1)
         step = np.concatenate([np.arange(length + 1) for length in data.length])
+        clear = ~near_change(data, *margin)[data.first[episode] + step]
+        episode, step = episode[clear], step[clear]
         self._row, self._task = data.first[episode] + step, data.task[episode]
         success, late = np.asarray(data.success)[self._row], step > (data.length // 2)[episode]
         self._success = np.flatnonzero(success)
         self._late, self._early = np.flatnonzero(~success & late), np.flatnonzero(~success & ~late)
+        pools = {"success": self._success, "early failure": self._early, "late failure": self._late}
+        if missing := [name for name, pool in pools.items() if not len(pool)]:
+            raise DataError(
+                f"no frame of {', '.join(missing)} to train on, in {data.num_episodes} episodes "
+                f"with a margin of {tuple(margin)} frames; record more, or narrow the margin"
+            )
         imagined = np.array([source.startswith(IMAGINED) for source in data.sources])
         failed = imagined[data.source] & ~data.success_once()
         self._suspects, self._hard = np.flatnonzero(failed[episode] & late), np.array([], int)
@@ -161,10 +182,17 @@ def train(
     seed: int = 0,
     codec: nn.Module | None = None,
     device: str = "cpu",
+    margin: Sequence[int] = NO_MARGIN,
+    disturbed: bool = True,
 ) -> RewardNet:
-    """Return a classifier trained on the frames of `data`, on `device`, where `codec` must be."""
+    """Return a classifier trained on the frames of `data`, on `device`, where `codec` must be.
+
+    Args:
+        margin: frames to leave out, see `margin.near_change`.
+        disturbed: disturb frames, see `disturb`.
+    """
     torch.manual_seed(seed)
-    sampler = FrameSampler(data, config.num_instructions, np.random.default_rng(seed))
+    sampler = FrameSampler(data, config.num_instructions, np.random.default_rng(seed), margin)
     # With fewer channels oneDNN corrupts the heap in the backward pass on CPUs without AVX-512.
     layout = torch.channels_last if config.width >= 8 else torch.contiguous_format
     model = RewardNet(config).to(device, memory_format=layout).train()
@@ -179,7 +207,8 @@ def train(
         images = to_network(frames)
         if codec is not None:
             images[::2] = through_codec(codec, images[::2])
-        images = disturb(images).contiguous(memory_format=layout)
+        images = disturb(images) if disturbed else images
+        images = images.contiguous(memory_format=layout)
         logits = model(images, task if config.num_instructions else None)
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         optimizer.zero_grad(set_to_none=True)
@@ -228,12 +257,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--chunk", type=int, default=8, help="frames that are imagined together")
     add("--judged_frames", type=int, default=0, help="last frames of a chunk judged; 0 = all")
     add("--false_success", type=float, default=0.1, help="largest share of claims to be false")
+    add(
+        "--margin",
+        type=int,
+        nargs=2,
+        default=NO_MARGIN,
+        metavar=("BEFORE", "AFTER"),
+        help="frames on either side of a change of the label that neither train nor score it",
+    )
     parser.add_device()
     parser.add_threads()
     parser.add_seed("weights and batches")
     args = parser.parse_args(argv)
     if not 0 <= args.false_success < 1:
         parser.error(f"--false_success: expected a share in [0, 1), got {args.false_success}")
+    if min(args.margin) < 0:
+        parser.error(f"--margin: expected two numbers >= 0, got {args.margin}")
     if not args.success_frames <= (args.judged_frames or args.chunk) <= args.chunk:
         parser.error(
             "expected --success_frames <= --judged_frames <= --chunk, got "
@@ -275,25 +314,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     instructions = () if args.single_task else known
     config = RewardConfig(width=args.width, num_instructions=len(instructions))
     model = train(
-        train_part, config, steps=args.steps, seed=args.seed, codec=codec, device=args.device
+        train_part,
+        config,
+        steps=args.steps,
+        seed=args.seed,
+        codec=codec,
+        device=args.device,
+        margin=args.margin,
     )
 
     steps = int(held_out.length.max())
     judged = calibration.judged_steps(steps, args.chunk, args.judged_frames)
     success = by_episode(held_out, np.asarray(held_out.success))
+    clear = ~by_episode(held_out, near_change(held_out, *args.margin))
 
     def judged_scores(model: RewardNet) -> np.ndarray:
         return np.where(judged, scores(model, held_out, codec), -np.inf)
 
     fitted = calibration.calibrate(
-        model, judged_scores(model), success, args.success_frames, args.false_success
+        model, judged_scores(model), success, args.success_frames, args.false_success, clear
     )
     out = Path(args.out)
     # Half precision halves the file; the stored weights are those that are scored below.
     model_folders.save_model(out, model, torch.float16)
     stored = model_folders.load_model(out, kind="RewardNet", device=args.device)
     assert isinstance(stored, RewardNet)
-    verdict = calibration.judge(judged_scores(stored), success, 0.0, args.success_frames)
+    verdict = calibration.judge(judged_scores(stored), success, 0.0, args.success_frames, clear)
     facts = cards.card(
         scores=verdict | {"threshold": 0.5},
         calibration=fitted,
@@ -302,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cpu_seconds=round(time.process_time() - began),
         instructions=instructions,
         judged_frames=args.judged_frames,
+        margin=list(args.margin),
         chunk=args.chunk,
         sampling=sampling,
         data=train_part.card,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.evac.conditioning import window_deltas
+from evac_jax.evac.conditioning import delta_actions, window_deltas
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.diffusion_loss import TrainingBatch
 from evac_jax.evac.model import history_places
@@ -26,6 +26,8 @@ from evac_jax.tools.world_model.latent_cache import Latents
 # deviation) shows the effect of the action. It gets a larger weight, because most cells show the
 # unchanged table.
 MOVED = 0.5
+# Least standard deviation of a change of pose, m and radians: what never changes is not scaled up.
+LEAST_MOVED, LEAST_TURNED = 1e-3, 1e-2
 EPISODE_STARTS = 0.5  # share of windows that begin at the start of an episode, as rollouts do
 
 
@@ -146,6 +148,21 @@ class Corpus:
             deltas=window_deltas(both_arms(poses), config).to(device),
             images=to_images(start_frames, device)[:, :, None],
         )
+
+
+def fitted_deltas(config: EvacConfig, data: Episodes) -> EvacConfig:
+    """Return `config` with the mean and the standard deviation of the episodes' pose deltas."""
+    steps = [f + np.arange(n) for f, n in zip(data.first, data.length, strict=True)]
+    rows = np.concatenate(steps)[:, None] + np.arange(2)
+    poses = both_arms(torch.from_numpy(np.array(data.poses[rows])))
+    deltas = delta_actions(poses, config, normalize=False)[:, 0].double()
+    motion = deltas.unflatten(1, (2, 7))[:, :, :6].flatten(1)  # without the grippers
+    least = motion.new_tensor(([LEAST_MOVED] * 3 + [LEAST_TURNED] * 3) * 2)
+    return config.replace(
+        delta_mean=tuple(motion.mean(0).tolist()),
+        delta_std=tuple(motion.std(0).maximum(least).tolist()),
+        delta_std_factor=1.0,
+    )
 
 
 def _to_batch(latents: np.ndarray, device: torch.device) -> Tensor:

@@ -1,19 +1,17 @@
 """The command line of `world_model.train`, and the model that it selects."""
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
 
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.evac import model_folders
 from evac_jax.evac.autoencoder import Autoencoder
-from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import EvacModel
-from evac_jax.miniature.sizes import WORLD_MODEL
-from evac_jax.tools import torch_training
+from evac_jax.files.recordings import Episodes
+from evac_jax.tools import sizes, torch_training
 from evac_jax.tools.command_line import Parser
+from evac_jax.tools.world_model.data import fitted_deltas
 
 # What --train may name -> child of EvacModel. The autoencoder never trains here.
 PARTS = {
@@ -35,7 +33,13 @@ def parse(argv: list[str] | None = None, doc: str | None = None) -> argparse.Nam
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="folders of episodes")
     add("--autoencoder", help="from scratch: folder of train_autoencoder, or of a world model")
-    add("--config", help="from scratch: JSON file of an EvacConfig; default: the miniature's sizes")
+    text = f"{sizes.HELP} an EvacConfig; default: {sizes.DEFAULT}"
+    add("--sizes", "--config", metavar="NAME|FILE", help=text)
+    add(
+        "--fit_deltas",
+        action="store_true",
+        help="from scratch: normalise changes of pose as these episodes have them",
+    )
     add("--start", help="fine-tune: folder of a world model to go on from")
     add("--out", required=True, help="folder for weights, card, progress and events")
     add("--cache", help="folder of latents, may be shared by runs; default <out>/cache")
@@ -73,8 +77,10 @@ def parse(argv: list[str] | None = None, doc: str | None = None) -> argparse.Nam
     args = parser.parse_args(argv)
     if bool(args.autoencoder) == bool(args.start):
         parser.error("give either --autoencoder (from scratch) or --start (fine-tuning)")
-    if args.start and args.config:
-        parser.error("--config goes with --autoencoder; with --start the folder has its own sizes")
+    if args.start and (args.sizes or args.fit_deltas):
+        parser.error(
+            "--sizes and --fit_deltas go with --autoencoder; with --start the folder has its own"
+        )
     counts = "steps batch accumulate save_every log_every rollouts rollout_chunks"
     for name in (*counts.split(), "validation_windows", "encode_processes", "threads"):
         if getattr(args, name) < 1:
@@ -93,12 +99,12 @@ def _weight(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"expected source=factor, got {text!r}") from error
 
 
-def make_model(args: argparse.Namespace, views: int) -> EvacModel:
+def make_model(args: argparse.Namespace, data: Episodes) -> EvacModel:
     """Return the model to train, with random or earlier weights and its other parts frozen.
 
     Args:
         args: result of `parse`.
-        views: cameras of the episodes; a new model is made for this number.
+        data: the episodes; a new model is made for their cameras.
 
     Raises:
         CheckpointError: a folder does not contain the expected model.
@@ -109,8 +115,11 @@ def make_model(args: argparse.Namespace, views: int) -> EvacModel:
     else:
         torch.manual_seed(args.seed)
         autoencoder = _load_autoencoder(args.autoencoder)
-        config = read_config(args.config)
-        model = EvacModel(config.replace(autoencoder=autoencoder.config, n_view=views))
+        config = sizes.world_model(args.sizes)
+        config = config.replace(autoencoder=autoencoder.config, n_view=data.frames.shape[1])
+        if args.fit_deltas:
+            config = fitted_deltas(config, data.split()[0])
+        model = EvacModel(config)
         model.first_stage_model.load_state_dict(autoencoder.state_dict())
     freeze(model, args.train)
     return model
@@ -135,21 +144,3 @@ def _load_autoencoder(folder: str) -> Autoencoder:
             f"{type(model).__name__}"
         )
     return model.float()
-
-
-def read_config(path: str | None) -> EvacConfig:
-    """Return the configuration in a JSON file; None gives the miniature's.
-
-    Raises:
-        ConfigError: there is no such file, or it is not a configuration.
-    """
-    if path is None:
-        return WORLD_MODEL
-    try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config={path}: not a readable JSON file ({error})") from error
-    # The file may hold only the sizes, or it may be the config.json of a model folder.
-    return EvacConfig.from_dict(
-        values.get("config", values) if isinstance(values, dict) else values
-    )

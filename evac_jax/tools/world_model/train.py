@@ -236,7 +236,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     out, folders = Path(args.out), [Path(folder) for folder in args.data]
     out.mkdir(parents=True, exist_ok=True)
     data = recordings.load(*folders)
-    model = make_model(args, views=data.frames.shape[1]).to(ranks.device)
+    model = make_model(args, data).to(ranks.device)
     check_fits(model.config, data)
     latents = cached_latents(
         Path(args.cache or out / "cache"),

@@ -23,21 +23,30 @@ from evac_jax.evac.autoencoder import Autoencoder
 from evac_jax.evac.config import EvacConfig
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
-from evac_jax.tools import torch_training
+from evac_jax.tools import sizes, torch_training
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.world_model.imagine import camera_of, check_fits, to_images
 from evac_jax.tools.world_model.latent_cache import draw_pose_maps
-from evac_jax.tools.world_model.options import read_config
+from evac_jax.tools.world_model.places import places, squares
 
 MAP_SHARE = 0.25  # of a batch; maps are simple pictures, but their discs must be exactly in place
 KL_WEIGHT = 1e-6
-FOREGROUND_WEIGHT = 4.0  # blocks and gripper cover few pixels; without it they become blurred
+DIFFERENT = 0.1  # from the background, in the range of -1 to 1: such pixels are foreground
+# The posterior of a new network has a noise of .97 beside means that spread by .18, and a training
+# would spend its first thousand steps on that. It begins with this log variance instead, which
+# hardly depends on the picture, and with means that spread more.
+START_LOGVAR, START_LOGVAR_SLOPE, START_MEAN_SLOPE = -8.0, 0.1, 4.0
 LATENT_NOISE = 0.3  # of the latents' standard deviation; the denoiser's latents are not exact
 # A linear map of the latents must predict how each cell's colour differs from the background's.
 # Without it, a block's colour makes up 2 to 6 % of the variance of the latents (47 % in pictures).
 # The loss of a world model is measured in latents, so blocks would change their colour.
 COLOR_WEIGHT = 0.5
 PROGRESS = "progress.pt"
+# Arguments that must be the same when a run is resumed.
+SETUP = (
+    *("steps", "batch", "lr", "seed", "dtype"),
+    *("foreground", "object_weight", "square_error"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,14 @@ class Pictures:
     Attributes:
         images: [N, 3, H, W] in [-1, 1].
         views: int64 [N].
+        near: which pixels of the frames are near the hand or a thing whose place the recording
+            tells, bool [num_frames, 1, H, W].
         num_frames: how many of them are frames.
     """
 
     images: Tensor
     views: np.ndarray
+    near: Tensor
     num_frames: int
 
 
@@ -67,14 +79,34 @@ def draw_pictures(
     poses = torch.from_numpy(np.array(data.poses[rows[num_frames:]])).to(device)
     maps = draw_pose_maps(poses, camera_of(data, device), config)
     maps = maps[torch.arange(len(maps)), torch.from_numpy(views[num_frames:])]
-    return Pictures(torch.cat((frames, maps)), views, num_frames)
+    near = squares(places(data, rows[:num_frames], views[:num_frames]), config.image_size)
+    near = torch.from_numpy(near)[:, None].to(device)
+    return Pictures(torch.cat((frames, maps)), views, near, num_frames)
 
 
-def foreground(frames: Tensor, background: Tensor) -> Tensor:
-    """Per-pixel weight [N, 1, H, W], mean 1; larger where a frame differs from its background."""
-    different = ((frames - background).abs().amax(1, keepdim=True) > 0.1).float()
-    weight = 1 + FOREGROUND_WEIGHT * different
+def pixel_weight(
+    frames: Tensor, background: Tensor, near: Tensor, foreground: float, objects: float
+) -> Tensor:
+    """Weight of every pixel, [N, 1, H, W], mean 1.
+
+    Args:
+        frames, background: [N, 3, H, W] in [-1, 1].
+        near: bool [N, 1, H, W], see `Pictures`.
+        foreground: added where a frame differs from its background.
+        objects: added where `near` is true.
+    """
+    different = (frames - background).abs().amax(1, keepdim=True) > DIFFERENT
+    weight = 1 + foreground * different + objects * near
     return weight / weight.mean()
+
+
+@torch.no_grad()
+def start_posterior(model: Autoencoder) -> None:
+    """Let a new model begin with little noise beside means that differ; see `START_LOGVAR`."""
+    last, channels = model.kl.quant_conv, model.config.latent_channels
+    last.bias[channels:] = START_LOGVAR
+    last.weight[channels:] *= START_LOGVAR_SLOPE
+    last.weight[:channels] *= START_MEAN_SLOPE
 
 
 def backgrounds(data: Episodes, config: EvacConfig, seed: int, device) -> Tensor:
@@ -92,7 +124,9 @@ def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: d
     """Return the trained autoencoder and the reconstruction error of its last 100 steps."""
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    model = Autoencoder(config.autoencoder).to(device, memory_format=torch.channels_last)
+    model = Autoencoder(config.autoencoder)
+    start_posterior(model)
+    model = model.to(device, memory_format=torch.channels_last)
     colors = torch.nn.Conv2d(config.autoencoder.latent_channels, 3, 1).to(device)
     both = torch.nn.ModuleList((model, colors))
     optimizer = torch.optim.AdamW(both.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
@@ -117,7 +151,7 @@ def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: d
             optimizer, torch_training.cosine_lr(step, args.steps, args.lr, warmup=100)
         )
         drawn = draw_pictures(data, config, args.batch, rng, device)
-        loss, error = _loss(model, colors, drawn, background)
+        loss, error = _loss(model, colors, drawn, background, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -142,24 +176,37 @@ def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: d
     return model.eval(), float(np.mean(errors))
 
 
-def _loss(model: Autoencoder, colors: torch.nn.Conv2d, drawn: Pictures, background: Tensor):
+def _loss(
+    model: Autoencoder,
+    colors: torch.nn.Conv2d,
+    drawn: Pictures,
+    background: Tensor,
+    args: argparse.Namespace,
+):
     """Loss, and the weighted mean absolute error in it."""
     images, count = drawn.images, drawn.num_frames
-    mean, logvar = model.encode(images.to(memory_format=torch.channels_last))
+    with torch_training.autocast(images.device, args.dtype):
+        mean, logvar = model.encode(images.to(memory_format=torch.channels_last))
+    mean, logvar = mean.float(), logvar.float()
     spread = mean.detach().std()
     noise = LATENT_NOISE * spread + (0.5 * logvar).exp()
     latents = mean + noise * torch.randn_like(mean)
-    decoded = model.decode(latents)
+    with torch_training.autocast(images.device, args.dtype):
+        decoded = model.decode(latents)
     own = background[torch.from_numpy(drawn.views[:count]).to(background.device)]
     weight = torch.ones_like(images[:, :1])
-    weight[:count] = foreground(images[:count], own)
-    error = (weight * (decoded - images).abs()).mean()
+    weight[:count] = pixel_weight(
+        images[:count], own, drawn.near, args.foreground, args.object_weight
+    )
+    off = decoded.float() - images
+    error = (weight * off.abs()).mean()
+    square = (weight * off.square()).mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     different = torch.cat((images[:count] - own, images[count:]))
     per_cell = F.adaptive_avg_pool2d(weight, mean.shape[-2:])
     cells = F.adaptive_avg_pool2d(weight * different, mean.shape[-2:]) / per_cell
     color = (per_cell * (colors(latents / spread) - cells).square()).mean()
-    return error + COLOR_WEIGHT * color + KL_WEIGHT * kl, error
+    return error + args.square_error * square + COLOR_WEIGHT * color + KL_WEIGHT * kl, error
 
 
 @torch.inference_mode()
@@ -186,25 +233,45 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("world_model.train_autoencoder", __doc__)
     parser.add_argument("--data", required=True, nargs="+", help="folders of episodes")
     parser.add_argument("--out", required=True, help="folder for the autoencoder and its card")
-    parser.add_argument("--config", help="JSON file of an EvacConfig; default: the miniature's")
+    parser.add_argument(
+        *("--sizes", "--config"),
+        default=sizes.DEFAULT,
+        metavar="NAME|FILE",
+        help=f"{sizes.HELP} an EvacConfig",
+    )
     parser.add_argument("--steps", type=int, default=2000, help="of the optimizer")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--save_every", type=int, default=500, help="steps between saves")
+    parser.add_argument(
+        "--foreground", type=float, default=4.0, help="more weight of pixels unlike the background"
+    )
+    parser.add_argument(
+        "--object_weight", type=float, default=0.0, help="more weight round the hand and things"
+    )
+    parser.add_argument(
+        "--square_error", type=float, default=0.0, help="of squares beside absolute differences"
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(torch_training.DTYPES), default="float32", help="of the networks"
+    )
     parser.add_device()
     parser.add_threads()
     parser.add_seed("weights and batches")
     args = parser.parse_args(argv)
+    for name in ("foreground", "object_weight", "square_error"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name}: expected 0 or more, got {getattr(args, name)}")
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
     data = recordings.load(*args.data)
-    config = read_config(args.config).replace(n_view=data.frames.shape[1])
+    config = sizes.world_model(args.sizes).replace(n_view=data.frames.shape[1])
     check_fits(config, data)
     train_part, held_out = data.both_parts()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     digests = [cards.sha256(Path(folder) / "card.json") for folder in args.data]
-    setup = {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed")}
+    setup = {name: getattr(args, name) for name in SETUP}
     setup |= {"config": config.to_dict(), "data": digests}
     began = time.perf_counter()
     model, error = train(train_part, config, args, setup)

@@ -14,7 +14,7 @@ PATHS = {
     "reward": ("checkpoint",),
     "env": ("pose_model", "initial_states_path"),
 }
-SMALL = ("miniature", "own")
+SMALL = ("miniature", "own", "libero_small")
 CASES = [(f, name) for f in (grpo, ppo) for name in f.PRESETS if name not in SMALL]
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import (
+    AutoencoderConfig,
     EvacConfig,
     UNetConfig,
 )
@@ -22,6 +23,11 @@ def test_config_names_every_problem_when_parts_do_not_fit():
         EvacConfig(image_size=(250, 256), unet=UNetConfig(context_dim=7, action_tokens=3))
     for word in ("image_size", "context_dim", "action_tokens"):
         assert word in str(error.value)
+
+
+def test_denoiser_of_other_latents_is_refused():
+    with pytest.raises(ConfigError, match="must be 55 and 16, for latents of 16 channels"):
+        EvacConfig(autoencoder=AutoencoderConfig(latent_channels=16))
 
 
 @pytest.mark.parametrize(

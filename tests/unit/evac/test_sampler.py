@@ -5,7 +5,7 @@ import torch
 from evac_jax.config.checks import SOLVER_ETAS
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
-from evac_jax.evac.sampler import check_solver, ddim_update, guide, sample, solve
+from evac_jax.evac.sampler import SOLVERS, check_solver, ddim_update, guide, sample, solve
 from evac_jax.evac.schedule import checkpoint_tables, ddim_table
 
 CONFIG = EvacConfig(base_scale=1.0)  # no input scale: plain DDIM
@@ -110,6 +110,29 @@ def test_solvers_recover_the_clean_chunk_when_the_denoiser_is_perfect(solver, et
     result = solve(solver, config, denoise, history, noise, steps=10, eta=eta)
     torch.testing.assert_close(result, clean * float(table.scale[0]), atol=0.15, rtol=0)
     assert seen == table.timesteps[::-1].tolist()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("consistent", [True, False])
+def test_two_steps_end_with_clean_latents_only_where_the_scale_is_consistent(solver, consistent):
+    config = CONFIG.replace(base_scale=0.7, consistent_scale=consistent)
+    clean, history = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 2, 2, 2)
+    table, pasts = ddim_table(config, 2, 0.0), []
+    assert table.scale.tolist() == pytest.approx([0.7, 0.7])
+
+    def denoise(x, timesteps):
+        pasts.append(x[:, :, :2])
+        return perfect_denoiser(0.7 * clean, config, 2)(x, timesteps)
+
+    result = solve(solver, config, denoise, history, torch.randn_like(clean), steps=2, eta=0.0)
+    if consistent:
+        torch.testing.assert_close(result, clean, atol=1e-5, rtol=0)
+    else:  # and the noise of timestep 0
+        torch.testing.assert_close(result, 0.7 * clean, atol=0.15, rtol=0)
+    expected = 0.7 * history if consistent else history  # `diffusion_loss` shows the former
+    assert len(pasts) == 2
+    for past in pasts:
+        torch.testing.assert_close(past, expected)
 
 
 def gaussian_denoiser(config: EvacConfig, mean: float, spread: float):

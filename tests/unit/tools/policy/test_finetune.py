@@ -138,7 +138,7 @@ def test_rows_that_fill_the_last_batch_up_do_not_count(recording):
     chunks = policy_data.Chunks(data, 3, {"action": IDENTITY}, "none")
     prompts = np.zeros((1, 4), np.int32), np.ones((1, 4), bool)
 
-    def score(obs, actions, valid):
+    def score(obs, actions, valid, goals):
         return np.array([(actions[..., 0] * valid).sum(), 0, valid.sum()])
 
     one, other = (
@@ -157,7 +157,10 @@ def test_existing_folder_and_recording_without_success_are_refused(start, record
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lora_rank", "2"], "need --start"),
+        (["--lora_rank", "2"], "needs --start"),
+        (["--data", "y", "--unnorm_key", "z"], "needs either --start"),
+        (["--start", "x", "--sizes", "miniature", "--data", "y"], "needs either --start"),
+        (["--sizes", "miniature"], "sizes: not without --data"),
         (["--start", "x", "--lora_alpha", "2"], "--lora_rank must be"),
         (["--start", "x", "--data", "y"], "needs --unnorm_key"),
         (["--start", "x", "--data", "y", "--unnorm_key", "z", "--labels", "sloppy"], "labels: not"),
@@ -168,3 +171,52 @@ def test_arguments_that_do_not_go_together_are_refused(arguments, message, capsy
     with pytest.raises(SystemExit):
         train_policy.main(["--out", "o", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_new_policy_has_the_named_sizes_and_resumes_from_its_own_random_weights(
+    start, recording, tmp_path, monkeypatch
+):
+    sizes, save = str(start / "config.json"), finetune.save_progress
+
+    def command(out):
+        return [*_command(start, recording, tmp_path / out), "--sizes", sizes][2:]
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_progress", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy.main(command("broken"))
+    train_policy.main(command("broken"))
+    train_policy.main(command("whole"))
+    broken, whole, base = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "broken", tmp_path / "whole", start)
+    )
+    assert {n: v.shape for n, v in whole.items()} == {n: v.shape for n, v in base.items()}
+    assert all(np.array_equal(broken[name], whole[name]) for name in whole)
+    assert set(read_norm_stats(tmp_path / "whole")) == {"robot"}
+    card = json.loads((tmp_path / "whole" / "card.json").read_text())
+    assert card["start"] == {}
+    assert card["chunk"] == 2
+
+
+def test_goals_are_where_things_are_and_every_step_can_be_one_of_decision(recording):
+    data = recordings.load(recording)
+    data.objects[:, 0] = data.poses[:, :3] + [0.1, 0, 0]
+    chunks = policy_data.Chunks(data, 3, {"action": IDENTITY}, "none", every_step=True)
+    assert len(chunks) == data.length.sum()
+    assert chunks.knows_goals
+    batch = chunks.read(np.arange(len(chunks)))
+    assert np.isnan(batch.goals[:, 3:6]).all()
+    np.testing.assert_allclose(batch.goals[:, :3], batch.goals[:, 6:], atol=1e-5)
+    np.testing.assert_allclose(batch.goals[:, 6:].mean(0), 0, atol=1e-4)
+    moved = np.diff(batch.goals[:3, 6:], axis=0)  # an episode of three actions comes first
+    np.testing.assert_allclose(moved, 10 * np.diff(data.poses[:3, :3], axis=0), atol=1e-4)
+
+
+def test_goals_that_nobody_tells_are_refused(start, recording, tmp_path):
+    with pytest.raises(DataError, match="no recording tells where things are"):
+        train_policy.main(_command(start, recording, tmp_path / "out", "--goal_weight", "1"))

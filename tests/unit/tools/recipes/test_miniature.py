@@ -1,62 +1,26 @@
 import json
-import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
-from evac_jax.config.flags import check_flags
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.tools.recipes import miniature as build
-from evac_jax.tools.recipes.stages import Stage, Workshop, check, stamps
-
-
-def test_recipe_names_every_recording_and_weight_that_a_command_reads():
-    stages = build.make_stages()
-    check(stages)
-    names = {stage.name for stage in stages}
-    for stage in stages:
-        used = set(re.findall(r"\{work\}/(\w+)", " ".join(stage.command))) & names
-        assert used - {stage.name} == set(stage.inputs), stage.name
-
-
-def _options(tool: str) -> set[str]:
-    """Options in the source of a tool and of the `options.py` beside it."""
-    path = Path(build.__file__).parents[3] / tool.replace(".", "/")
-    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    beside = path.with_name("options.py")
-    source = path.read_text() + (beside.read_text() if beside.is_file() else "")
-    shared = re.findall(r"parser\.add_(device|threads|seed|image_size)\(", source)
-    return {*re.findall(r"\"--([\w-]+)\"", source), *shared}
-
-
-def test_every_flag_of_the_recipe_exists():
-    for stage in build.make_stages():
-        command = stage.command
-        if command[1] == "torch.distributed.run":
-            command = command[command.index("-m", 1) :]
-        if command[0] == "launch.py":
-            check_flags(command[1:])
-        else:
-            used = {part.split("=")[0][2:] for part in command if part.startswith("--")}
-            assert used <= _options(command[1]), stage.name
-
-
-def test_recipe_makes_what_is_shipped():
-    stages = build.make_stages()
-    assert set(build.SHIPPED.values()) <= {stage.output for stage in stages}
-    assert stages[-1].name == "world"
+from evac_jax.tools.recipes import shipping
+from evac_jax.tools.recipes.stages import Stage, Workshop, stamps
 
 
 def test_scale_divides_every_count_but_keeps_floors():
-    assert build.scaled(1.0) == build.COUNTS
-    assert build.scaled(0.1)["base"] == round(0.1 * build.COUNTS["base"])
-    assert build.scaled(0.01)["base"] == build.FLOORS["base"]
-    assert build.scaled(0.01)["rl"] == 1
+    def scaled(scale):
+        return shipping.scaled(build.COUNTS, scale, build.FLOORS)
+
+    assert scaled(1.0) == build.COUNTS
+    assert scaled(0.1)["base"] == round(0.1 * build.COUNTS["base"])
+    assert scaled(0.01)["base"] == build.FLOORS["base"]
+    assert scaled(0.01)["rl"] == 1
     for wrong in (0, 1.5):
         with pytest.raises(ConfigError, match="--scale"):
-            build.scaled(wrong)
+            scaled(wrong)
 
 
 def test_changed_count_runs_only_what_rests_on_it(monkeypatch):
@@ -85,7 +49,7 @@ def _made(tmp_path, monkeypatch, size=10):
     packed += "pathlib.Path(sys.argv[1], 'world.json').write_text('{}')"
     stages.append(Stage("world", ("-c", packed, "{work}/world"), output="world"))
     monkeypatch.setattr(build, "make_stages", lambda scale: stages)
-    monkeypatch.setattr(build.commands, "trust_figures", lambda folder: {"agreement": 0.9})
+    monkeypatch.setattr(shipping.commands, "trust_figures", lambda folder: {"agreement": 0.9})
     return stages
 
 
@@ -131,15 +95,16 @@ def test_weights_that_are_too_large_are_not_assembled(tmp_path, monkeypatch):
     workshop = Workshop(tmp_path / "work", cores=1)
     workshop.run(stages)
     with pytest.raises(ConfigError, match="at most 12000000 may be shipped"):
-        build.assemble(workshop, stages, tmp_path / "out")
+        shipping.assemble(build.recipe(), workshop, stages, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_without_a_card_cannot_be_verified(tmp_path):
     with pytest.raises(CheckpointError, match="not a card of recipes.miniature"):
-        build.verify(tmp_path)
+        shipping.verify(tmp_path, build.recipe())
 
 
-def test_scaled_weights_are_never_shipped():
+@pytest.mark.parametrize("arguments", [["--ship", "--scale", "0.5"], ["--ship", "base"]])
+def test_weights_of_a_part_are_never_shipped(arguments):
     with pytest.raises(SystemExit):
-        build.parse(["--ship", "--scale", "0.5"])
+        shipping.parse(build.recipe(), arguments)

@@ -122,6 +122,19 @@ def test_stamps_do_not_depend_on_where_the_work_lies(tmp_path):
     assert "{work}/a" in records[0]["command"]
 
 
+def test_only_the_named_stages_run_and_not_before_what_they_need(tmp_path):
+    workshop = _workshop(tmp_path)
+    with pytest.raises(ConfigError, match="is what they need: a, b; run these"):
+        workshop.run(DIAMOND, ["c", "d"])
+    with pytest.raises(ConfigError, match="no stage 'e'; there are"):
+        workshop.run(DIAMOND, ["e"])
+    assert _journal(workshop) == []
+    workshop.run(DIAMOND, stages.needed_for(DIAMOND, ["c"]))
+    assert _journal(workshop) == ["a", "c"]
+    workshop.run(DIAMOND, ["c", "b"])
+    assert _journal(workshop) == ["a", "c", "b"]
+
+
 def test_second_process_in_the_same_folder_is_refused(tmp_path):
     first = _workshop(tmp_path)
     with pytest.raises(DataError, match="another process is at work"):

@@ -115,3 +115,13 @@ def test_moving_cells_weigh_more(recording, data, tmp_path):
     assert weight.sum() == weight.numel() + 4 * 8 * 2
     plain = world_model_data.mean_moving_weight(corpus, model.config, 1.0, 20)
     assert plain == 1
+
+
+def test_fitted_deltas_are_normal_and_what_never_changes_is_not_scaled_up(data):
+    config = world_model_data.fitted_deltas(tiny.TINY, data)
+    rows = np.concatenate([f + np.arange(n) for f, n in zip(data.first, data.length, strict=True)])
+    moved = data.poses[rows + 1, :3] - data.poses[rows, :3]
+    np.testing.assert_allclose(config.delta_mean[:3], moved.mean(0), atol=1e-6)
+    np.testing.assert_allclose(config.delta_std[6:9], moved.std(0, ddof=1), rtol=1e-5)
+    assert config.delta_std[3:6] == (world_model_data.LEAST_TURNED,) * 3
+    assert config.delta_std_factor == 1.0

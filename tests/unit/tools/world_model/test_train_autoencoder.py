@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from evac_jax.errors import CheckpointError
 from evac_jax.evac import model_folders
+from evac_jax.evac.autoencoder import Autoencoder
 from evac_jax.evac.config import AutoencoderConfig
 from evac_jax.tools import torch_training
 from evac_jax.tools.world_model import train_autoencoder
@@ -58,3 +60,46 @@ def test_resumed_run_is_bit_for_bit_the_unbroken_one(data, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             _train(data, tmp_path / "broken")
     torch.testing.assert_close(_train(data, tmp_path / "broken"), unbroken, rtol=0, atol=0)
+
+
+def test_new_posterior_has_little_noise_beside_means_that_differ():
+    torch.manual_seed(0)
+    model, images = Autoencoder(SIZES.autoencoder), torch.rand(8, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before = model.encode(images)
+        train_autoencoder.start_posterior(model)
+        mean, logvar = model.encode(images)
+    spread = before[0].std(0).mean()  # of one place in different pictures
+    assert (0.5 * before[1]).exp().mean() > 3 * spread
+    assert (0.5 * logvar).exp().mean() < 0.1 * mean.std(0).mean()
+    torch.testing.assert_close(mean.std(0).mean(), 4 * spread)
+
+
+def test_pixels_weigh_more_where_they_differ_or_lie_near_something():
+    background, near = torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.bool)
+    frames = background.clone()
+    frames[0, 1, 0, 0] = 0.5
+    near[..., 0, :] = True
+    weight = train_autoencoder.pixel_weight(frames, background, near, 2.0, 8.0)
+    torch.testing.assert_close(
+        weight[0, 0] * (11 + 9 + 1 + 1) / 4, torch.tensor([[11.0, 9], [1, 1]])
+    )
+
+
+@pytest.mark.parametrize("option", ["foreground", "object_weight", "square_error"])
+def test_every_term_of_the_loss_changes_the_weights(data, tmp_path, option):
+    plain, other = _train(data, tmp_path / "plain", steps=1), {option: 20.0}
+    other = _train(data, tmp_path / "other", steps=1, **other)
+    assert any(not torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_progress_of_another_loss_is_not_continued(data, tmp_path):
+    _train(data, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="square_error was 0.0 and is 5.0"):
+        _train(data, tmp_path / "out", square_error=5.0)
+
+
+def test_negative_weight_is_refused(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        _train(data, tmp_path / "out", object_weight=-1)
+    assert "--object_weight: expected 0 or more" in capsys.readouterr().err

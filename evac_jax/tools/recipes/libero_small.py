@@ -1,0 +1,269 @@
+"""Makes all weights of the small LIBERO from scratch, with public commands only.
+
+    python -m evac_jax.tools.recipes.libero_small --list             # the commands, one per stage
+    python -m evac_jax.tools.recipes.libero_small --until gate       # a part of them
+    python -m evac_jax.tools.recipes.libero_small --ship             # all, then the shipped weights
+
+It needs `make libero`, and hours. Two stages run at a time, on one core each, or one on both.
+Finished stages are skipped, so an interrupted build continues; recordings are made in pieces and
+long trainings go on in their middle. docs/libero_small.md explains the stages.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evac_jax.config.schema import LIBERO_SMALL_WEIGHTS
+from evac_jax.config.world import PARTS
+from evac_jax.tools.command_line import LIBERO_PYTHON, run_tool
+from evac_jax.tools.recipes import commands
+from evac_jax.tools.recipes.shipping import Recipe, run, scaled
+from evac_jax.tools.recipes.stages import WORK, Stage
+
+# These counts set the time and the quality of a build. `--scale` multiplies all of them.
+COUNTS = {
+    # recordings, episodes
+    "base": 2000,
+    "rollouts": 400,  # of the start policy, half of them greedy
+    # offline training, optimiser steps
+    "autoencoder": 12000,
+    "gate": 1500,  # of each of its two networks
+    "policy": 4000,  # of each of ROUNDS
+    "pose_model": 8000,
+    "world_model": 20000,
+    "imagined": 400,  # episodes for the classifiers, for each of two halves of the recordings
+    "reward": 3000,
+    "evaluated": 50,  # episodes of each policy: the held-out states of all ten tasks
+}
+# Lower bounds of scaled counts (4 for all others): 20 episodes begin in two states of every task.
+FLOORS = {"base": 20, "rollouts": 20, "imagined": 20, "evaluated": 2}
+PIECE = 100  # episodes that an interruption may cost
+# Start ids of LIBERO's suites: of every state that of all tasks; where the held-out states begin.
+STARTS, TASKS, HELD_OUT = 500, 10, 450
+MIX = (
+    *(("expert", 0.30), ("noisy", 0.18), ("near_miss", 0.22)),
+    *(("sloppy", 0.12), ("midway", 0.12), ("random", 0.06)),
+)
+CONFIG = "configs/grpo.py"
+SIZES = "libero_small"
+HORIZON = 64  # decisions of an episode
+# How LIBERO is shown and played; it departs from the official protocol (docs/libero.md).
+LIBERO = {
+    "libero.python": LIBERO_PYTHON,
+    "libero.image_size": 64,
+    "libero.crop": "0.03,0.99,0.06,0.86",
+    "libero.oversample": 3,
+    "libero.reflections": False,
+    "libero.action_repeat": 2,
+    "libero.max_steps": HORIZON,
+    "eval.ground_truth": "libero",
+    "eval.ground_truth_envs": 1,  # a process of 1.9 GB for each
+}
+UNNORM_KEY = "libero_small"
+# Policies are taught with wide targets, hence the temperature; see recipes.miniature.
+POLICY = {
+    "policy.unnorm_key": UNNORM_KEY,
+    "policy.max_prompt_length": 60,
+    "policy.temperature": 0.5,
+}
+SUPERVISED = {
+    "unnorm_key": UNNORM_KEY,
+    "batch": 32,
+    "lr": 1e-3,
+    "sd_bins": 6,
+    "goal_weight": 1,
+}
+ROUNDS = 4  # of supervised training; the first policy that succeeds often enough is taken
+ENOUGH, TOO_MUCH = 0.15, 0.5
+DDIM_STEPS = 2  # one was as good with base_scale 1, at half the cost; not yet tried in a whole run
+# How runs imagine and judge, as classifiers are calibrated for.
+IMAGINED = {
+    "world_model.steps": DDIM_STEPS,
+    "world_model.eta": 0.0,
+    "reward.success_frames": 2,
+    "reward.judged_frames": 2,
+    "reward.threshold": 0.5,
+}
+SIMULATOR = IMAGINED | {
+    "world_model.checkpoint": f"{WORK}/world_model",
+    "reward.checkpoint": f"{WORK}/reward",
+    "env.pose_model": f"{WORK}/pose_model",
+}
+MARGIN = ("--margin", "3", "2")  # contact with the plate cannot be seen to the frame
+WORLD_MODEL = {
+    "batch": 4,
+    "lr": 1e-3,
+    "dropout": 0,
+    "ddim_steps": DDIM_STEPS,
+    "rollout_chunks": 6,
+    "save_every": 1000,
+    "cache": f"{WORK}/latents",
+}
+# In float32: without AVX-512 for bfloat16, `--dtype bfloat16` takes seven times as long.
+AUTOENCODER = {
+    "batch": 16,
+    "lr": 1.5e-3,
+    "foreground": 2,
+    "object_weight": 8,
+    "square_error": 5,
+}
+
+# Folder of the shipped weights -> folder under `{work}` that it is a copy of.
+SHIPPED = {
+    **{part: f"world/{part}" for part in (*PARTS, "starts")},
+    "reward_second": "reward_second",
+}
+MAX_BYTES = 40_000_000
+
+Add = Callable[..., None]
+
+
+def make_stages(scale: float = 1.0) -> list[Stage]:
+    """Return the recipe: stages, ordered so that every input is made before its use.
+
+    A stage has the name of the folder under `{work}` that it makes. It reads the folders of its
+    inputs.
+    """
+    n = scaled(COUNTS, scale, FLOORS)
+    stages: list[Stage] = []
+
+    def add(name: str, command: Sequence[str], *inputs: str, cores=1, resumes=False) -> None:
+        stages.append(Stage(name, tuple(command), inputs, name, cores, resumes))
+
+    base = add_recordings(add, "base", n["base"], _scripts)
+    command = commands.tool("world_model.train_autoencoder", data=at(*base), sizes=SIZES)
+    command += commands.options(out=at("autoencoder")[0], steps=n["autoencoder"], **AUTOENCODER)
+    add("autoencoder", command, *base, resumes=True)
+    command = commands.tool("world_model.gate", data=at(*base), autoencoder=at("autoencoder")[0])
+    command += commands.options(out=at("gate")[0], steps=n["gate"])
+    add("gate", command, "autoencoder", *base)
+    # A smoke test's policies succeed never, and its build should go on.
+    add_start_policy(add, n, base, (ENOUGH, TOO_MUCH) if scale == 1 else (0, 1))
+    rollouts = add_recordings(add, "rollouts", n["rollouts"], _policy, "policy")
+    data = [*base, *rollouts]
+    command = commands.tool("world_model.train_pose_model", data=at(*data))
+    command += commands.options(out=at("pose_model")[0], steps=n["pose_model"])
+    add("pose_model", command, *data)
+    command = commands.tool("world_model.train", data=at(*data), autoencoder=at("autoencoder")[0])
+    command += commands.options(
+        sizes=SIZES, out=at("world_model_full")[0], steps=n["world_model"], **WORLD_MODEL
+    )
+    both = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    command = (*both, *command, "--few_steps", "--fit_deltas")
+    add("world_model_full", command, "autoencoder", *data, cores=2, resumes=True)
+    command = commands.store(*at("world_model_full", "world_model"), "float16")
+    add("world_model", command, "world_model_full")
+    add_classifiers(add, n, base, rollouts)
+    command = commands.validate(CONFIG, SIMULATOR, at(*data), at("trust")[0])
+    add("trust", command, "world_model", "reward", "pose_model", *data)
+    # The first pieces begin in every state of every task once.
+    first = base[: STARTS // PIECE]
+    command = commands.tool("world.pack", **dict(zip(PARTS, at(*PARTS), strict=True)))
+    command += commands.options(
+        horizon=HORIZON, ground_truth="libero", temperature=POLICY["policy.temperature"]
+    )
+    add("world", (*command, "--out", *at("world"), "--starts", *at(*first)), *PARTS, *first)
+    return stages
+
+
+def at(*names: str) -> list[str]:
+    """Return the folders of stages' outputs as command lines name them."""
+    return [f"{WORK}/{name}" for name in names]
+
+
+def add_recordings(
+    add: Add, name: str, episodes: int, mix: Callable[[int], str], *inputs: str
+) -> list[str]:
+    """Add a recording in pieces; return their names.
+
+    A piece's seed is its number, so it begins with the starts behind those of the last one: five
+    pieces have every start once.
+    """
+    names = []
+    low, high = starts_of(episodes)
+    settings = LIBERO | {"env.train_starts": f"({low},{high})"} | (POLICY if inputs else {})
+    for piece, begin in enumerate(range(0, episodes, PIECE)):
+        names.append(f"{name}_{piece:02d}")
+        count, turn = min(PIECE, episodes - begin), piece * PIECE // STARTS
+        out = at(names[-1])[0]
+        command = commands.record_libero(CONFIG, settings, out, mix(turn), count, seed=piece)
+        add(names[-1], command, *inputs)
+    return names
+
+
+def starts_of(episodes: int) -> tuple[int, int]:
+    """Return the range of start ids of a recording; of few episodes too a tenth is held out."""
+    states = min(max(episodes // TASKS, 2), STARTS // TASKS)
+    held_out = max(states // 10, 1)
+    return HELD_OUT - TASKS * (states - held_out), HELD_OUT + TASKS * held_out
+
+
+def _scripts(turn: int) -> str:
+    """Return the mixture of scripts, in another order each turn: so starts get other players."""
+    turn %= len(MIX)
+    return ",".join(f"{player}={share}" for player, share in (*MIX[turn:], *MIX[:turn]))
+
+
+def _policy(turn: int) -> str:
+    """Return the mixture of the start policy, sampled as in training and greedy."""
+    both = [f"policy:{at('policy')[0]}@{t}=0.5" for t in (POLICY["policy.temperature"], 0)]
+    return ",".join(both[:: -1 if turn % 2 else 1])
+
+
+def add_start_policy(add: Add, n, base: Sequence[str], between: tuple[float, float]) -> None:
+    """Supervised training in rounds, each evaluated on held-out states; one policy is chosen."""
+    policies = [f"policy_{number}" for number in range(1, ROUNDS + 1)]
+    evaluations = [f"success_{number}" for number in range(1, ROUNDS + 1)]
+    for number, (policy, evaluation) in enumerate(zip(policies, evaluations, strict=True)):
+        before = policies[number - 1 : number]
+        command = commands.tool("policy.train", data=at(*base), out=at(policy)[0])
+        command += commands.options(**({"start": at(*before)[0]} if before else {"sizes": SIZES}))
+        command += commands.options(seed=number, steps=n["policy"], **SUPERVISED)
+        add(policy, (*command, "--successful", "--every_step"), *base, *before, resumes=True)
+        held_out = f"({HELD_OUT},{STARTS})"
+        settings = LIBERO | POLICY | {"policy.checkpoint": at(policy)[0]}
+        settings |= {"env.train_starts": f"(0,{HELD_OUT})", "eval.starts": held_out}
+        settings |= {"eval.ground_truth_starts": held_out}
+        command = commands.evaluate(CONFIG, WORK, evaluation, settings, n["evaluated"])
+        add(evaluation, command, policy)
+    command = commands.tool("policy.choose", out=at("policy_start")[0])
+    command += ("--between", *map(str, between), "--evaluations", *at(*evaluations))
+    add("policy_start", command, *evaluations)
+    command = commands.store(*at("policy_start", "policy"), "bfloat16")
+    add("policy", command, "policy_start")
+
+
+def add_classifiers(add: Add, n, base: Sequence[str], rollouts: Sequence[str]) -> None:
+    """Two classifiers of different seeds, on real and imagined episodes; two stages at a time."""
+    imagined = {"imagined_base": base, "imagined_rollouts": rollouts}
+    for name, data in imagined.items():
+        command = commands.imagine(CONFIG, SIMULATOR, at(*data), at(name)[0], n["imagined"])
+        add(name, command, "world_model", *data)
+    for seed, name in enumerate(("reward", "reward_second")):
+        command = commands.train_reward(
+            CONFIG, SIMULATOR, at(name)[0], at(*base, *rollouts), at(*imagined), n["reward"]
+        )
+        command += (*commands.options(seed=seed, width=16), *MARGIN)
+        add(name, command, *imagined, *base, *rollouts)
+
+
+def recipe() -> Recipe:
+    """Return the recipe of the small LIBERO."""
+    return Recipe(
+        name="recipes.libero_small",
+        doc=__doc__,
+        make_stages=make_stages,
+        work=Path("data/libero_small"),
+        weights=Path(LIBERO_SMALL_WEIGHTS),
+        shipped=SHIPPED,
+        max_bytes=MAX_BYTES,
+        scored=("autoencoder", "gate"),
+    )
+
+
+def main() -> None:
+    """Command line."""
+    run(recipe())
+
+
+if __name__ == "__main__":
+    run_tool(main)

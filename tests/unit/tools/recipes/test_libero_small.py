@@ -1,0 +1,41 @@
+import re
+
+import pytest
+
+from evac_jax.tools.recipes import libero_small as build
+from evac_jax.tools.recipes.stages import stamps
+
+
+def test_interrupted_recording_loses_one_piece_at_most():
+    pieces = [stage for stage in build.make_stages() if stage.name.startswith("base_")]
+    assert len(pieces) == build.COUNTS["base"] / build.PIECE
+    shown = [stage.shown for stage in pieces]
+    assert all(f"collect.episodes={build.PIECE}" in text for text in shown)
+    assert [int(re.search(r"config\.seed=(\d+)", text)[1]) for text in shown] == list(range(20))
+    # The sixth begins with the first one's starts again, so other players get them.
+    mixes = [re.search(r"collect\.mix=(\S+)", text)[1].split(",") for text in shown]
+    assert mixes[0] == mixes[4] != mixes[5]
+    assert sorted(mixes[0]) == sorted(mixes[5])
+
+
+@pytest.mark.parametrize(
+    ("episodes", "expected"), [(20, (440, 460)), (100, (360, 460)), (400, (90, 490))]
+)
+def test_short_recording_also_has_a_tenth_of_held_out_states(episodes, expected):
+    assert build.starts_of(episodes) == expected
+    assert build.starts_of(build.COUNTS["base"]) == (0, build.STARTS)
+
+
+def test_shares_of_the_players_are_whole():
+    assert sum(share for _, share in build.MIX) == pytest.approx(1)
+
+
+def test_longer_training_of_the_world_model_leaves_recordings_and_policies(monkeypatch):
+    before = stamps(build.make_stages())
+    monkeypatch.setitem(build.COUNTS, "world_model", 20001)
+    after = stamps(build.make_stages())
+    changed = {name for name in before if before[name] != after[name]}
+    late = {"world_model_full", "imagined_base", "reward", "trust", "world"}
+    assert late <= changed
+    assert not {name for name in changed if name.startswith(("base", "rollouts", "policy"))}
+    assert "autoencoder" not in changed

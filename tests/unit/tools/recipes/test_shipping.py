@@ -1,0 +1,54 @@
+"""Every recipe: its stages fit together, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from evac_jax.config.flags import check_flags
+from evac_jax.tools.recipes import libero_small, miniature, shipping
+from evac_jax.tools.recipes.stages import check
+
+RECIPES = [pytest.param(recipe, id=recipe.__name__) for recipe in (miniature, libero_small)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_names_every_recording_and_weight_that_a_command_reads(recipe):
+    stages = recipe.make_stages()
+    check(stages)
+    names = {stage.name for stage in stages}
+    for stage in stages:
+        used = set(re.findall(r"\{work\}/(\w+)", " ".join(stage.command))) & names
+        assert used - {stage.name} == set(stage.inputs), stage.name
+
+
+def _options(tool: str) -> set[str]:
+    """Options in the source of a tool and of the `options.py` beside it."""
+    path = Path(shipping.__file__).parents[3] / tool.replace(".", "/")
+    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    beside = path.with_name("options.py")
+    source = path.read_text() + (beside.read_text() if beside.is_file() else "")
+    shared = re.findall(r"parser\.add_(device|threads|seed|image_size)\(", source)
+    return {*re.findall(r"\"--([\w-]+)\"", source), *shared}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_flag_of_the_recipe_exists(recipe):
+    for stage in recipe.make_stages():
+        command = stage.command
+        if command[1] == "torch.distributed.run":
+            command = command[command.index("-m", 1) :]
+        if command[0] == "launch.py":
+            check_flags(command[1:])
+        else:
+            used = {part.split("=")[0][2:] for part in command if part.startswith("--")}
+            assert used <= _options(command[1]), stage.name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_makes_what_is_shipped_and_scored(recipe):
+    stages, told = recipe.make_stages(), recipe.recipe()
+    made = {stage.output for stage in stages}
+    assert {source.split("/")[0] for source in told.shipped.values()} <= made
+    assert set(told.scored) <= made
+    assert stages[-1].name == "world"
