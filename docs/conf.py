@@ -21,6 +21,7 @@ NAVIGATION = {
         *("docs/episodes", "docs/bring_your_policy", "docs/bring_your_world_model"),
         *("docs/from_rlinf", "docs/libero", "docs/lora", "docs/plug_in", "docs/serve"),
         *("docs/cluster", "docs/checkpoints", "docs/miniature"),
+        "docs/libero_small",
     ),
     "Reference": ("docs/config", "docs/metrics", "docs/memory", "docs/architecture"),
     "Reliability": ("docs/reliability",),
