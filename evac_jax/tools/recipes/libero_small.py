@@ -160,7 +160,10 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
     first = base[: -(-(END - FIRST) // PIECE)]
     command = commands.tool("world.pack", **dict(zip(PARTS, at(*PARTS), strict=True)))
     command += commands.options(
-        horizon=HORIZON, ground_truth="libero", temperature=POLICY["policy.temperature"]
+        horizon=HORIZON,
+        ground_truth="libero",
+        temperature=POLICY["policy.temperature"],
+        prompt_length=POLICY["policy.max_prompt_length"],
     )
     add("world", (*command, "--out", *at("world"), "--starts", *at(*first)), *PARTS, *first)
     return stages
