@@ -16,15 +16,16 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-re
 # What most changes break first: layers, settings, algorithms, files, the bridge's messages. Of these
 # folders some files take as long as all the rest.
 QUICK_FOLDERS := $(addprefix tests/unit/,config configs docs algos files telemetry bridge)
-QUICK_WITHOUT := $(addprefix tests/unit/,config/test_reference.py docs/test_checkpoints.py docs/test_memory.py \
-	docs/test_metrics.py telemetry/test_writers.py)
-QUICK := $(wildcard tests/unit/test_*.py) $(QUICK_FOLDERS) $(QUICK_WITHOUT:%=--ignore=%)
+QUICK_WITHOUT := $(addprefix tests/unit/,config/test_reference.py docs/test_checkpoints.py docs/test_docs_commands.py \
+	docs/test_memory.py docs/test_metrics.py telemetry/test_writers.py)
+QUICK := $(wildcard tests/unit/test_*.py) $(QUICK_FOLDERS) $(QUICK_WITHOUT:%=--ignore=%) \
+	--deselect=tests/unit/test_house.py::test_nothing_foreign_is_loaded_when_modules_are_imported
 # Folders of golden vectors for `make parity`, each with a manifest.json.
 GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json))
 
 .DEFAULT_GOAL := help
-.PHONY: help install-cuda install-tpu demo test test-quick test-slow lint format type parity bench miniature libero \
-	libero-check clean
+.PHONY: help install-cuda install-tpu demo test test-quick test-slow lint format type docs parity bench miniature \
+	libero libero-check clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -69,6 +70,18 @@ format: $(STAMP)  ## Mend style and formatting where that can be done by a progr
 type: $(STAMP)  ## Check types.
 	$(BIN)/pyright
 
+# The generator of the site has an environment of its own, so that it never decides on versions here.
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
+
+$(DOCS_STAMP): requirements-docs.txt
+	test -x $(DOCS_VENV)/bin/pip || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install -r requirements-docs.txt
+	@touch $@
+
+docs: $(DOCS_STAMP)  ## Build the pages as a site, site/index.html; any warning is an error.
+	$(DOCS_VENV)/bin/sphinx-build --quiet --fresh-env --nitpicky --fail-on-warning --conf-dir docs . site
+
 parity: $(STAMP)  ## Compare with golden vectors; GOLDENS='DIR ...' names other folders.
 	$(BIN)/python -m tests.parity $(GOLDENS)
 
@@ -112,6 +125,6 @@ libero-check: $(STAMP) $(LIBERO_STAMP)  ## Success of a policy in LIBERO: POLICY
 		--config.libero.python=$(LIBERO_VENV)/bin/python $$told \
 		--config.log.run=libero-check-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-clean:  ## Remove environments and caches, but no runs.
-	rm -rf $(VENV) $(LIBERO_VENV) .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove environments, caches and the site, but no runs.
+	rm -rf $(VENV) $(LIBERO_VENV) $(DOCS_VENV) site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

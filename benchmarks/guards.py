@@ -22,7 +22,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.learning import ARMS, ROOT, Bench
+from benchmarks.learning import ARMS, Bench
+from benchmarks.runs import ROOT
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import read_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig

@@ -13,29 +13,20 @@ continues.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
-import shutil
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from evac_jax.config.flags import load_preset
+from benchmarks.runs import GROUND_TRUTH, Runs
 from evac_jax.files.atomic import replacing
 from evac_jax.telemetry import report
 from evac_jax.tools.recipes.commands import REPORT, SELECTION
 
-ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = ("policy.checkpoint", "world_model.checkpoint", "reward.checkpoint", "env.pose_model")
-GROUND_TRUTH = {"env.simulator": "ground_truth", "eval.episodes": 0, "eval.twin_fraction": 0.0}
-# Arm -> preset and changed settings. There are no videos and no evaluations in imagination, because
-# no figure here needs them.
+# Arm -> preset and changed settings.
 ARMS = {
     "grpo": ("configs/grpo.py", {}),
     "ceiling": ("configs/grpo.py", GROUND_TRUTH),
@@ -162,10 +153,7 @@ class Bench:
         selection_scenes: int,
         interval: int,
     ):
-        self._work = work.absolute()
-        self._work.mkdir(parents=True, exist_ok=True)
-        self._settings = {"eval.episodes": 0, "video.save": False, "log.tensorboard": False}
-        self._settings |= settings
+        self._runs = Runs(work, settings)
         self._training = {
             "eval.starts": SELECTION,
             "eval.ground_truth_episodes": selection_scenes,
@@ -177,69 +165,22 @@ class Bench:
             self._training["train.iterations"] = iterations
         self._scenes = scenes
 
-    def _key(self, preset: str, settings: Mapping[str, object], extra: object = None) -> str:
-        """Return a short hash of everything that the outcome depends on, except the code."""
-        config = load_preset(str(ROOT / preset)).to_dict()
-        folders = {}
-        for name in WEIGHTS:
-            section, field = name.split(".")
-            named = str(settings.get(name, config[section][field])).split(",")
-            folders[name] = [
-                (file.name, hashlib.sha256(file.read_bytes()).hexdigest())
-                for folder in named
-                for file in sorted(Path(folder).glob("*"))
-                if file.is_file() and file.name != "card.json"
-            ]
-        facts = json.dumps([preset, config, dict(settings), folders, extra], default=str)
-        return hashlib.sha256(facts.encode()).hexdigest()[:12]
-
-    def _launch(self, preset: str, settings: Mapping[str, object], name: str, *flags: str) -> float:
-        """Run launch.py; return its seconds."""
-        settings = dict(settings) | {"log.dir": self._work, "log.run": name}
-        command = [sys.executable, "launch.py", f"--config={preset}", *flags]
-        command += [f"--config.{field}={value}" for field, value in settings.items()]
-        log, began = self._work / f"{name}.log", time.perf_counter()
-        with log.open("w") as stream:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, check=False
-            )
-        if done.returncode:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-            sys.exit(f"{' '.join(command)}\nended with status {done.returncode}:\n{tail}")
-        return time.perf_counter() - began
-
     def train(self, arm: str, seed: int) -> Path:
-        """Return the folder of a finished run; an interrupted run starts again.
-
-        Otherwise its minutes would not be comparable.
-        """
+        """Return the folder of a finished run."""
         preset, changes = ARMS[arm]
-        settings = self._settings | self._training | changes | {"seed": seed}
-        name = f"{arm}-seed{seed}-{self._key(preset, settings)}"
-        folder = self._work / name
-        if not (folder / "minutes.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            seconds = self._launch(preset, settings, name)
-            with replacing(folder / "minutes.json") as temporary:
-                temporary.write_text(json.dumps({"minutes": seconds / 60}))
-        return folder
+        return self._runs.train(
+            f"{arm}-seed{seed}", preset, self._training | changes | {"seed": seed}
+        )
 
     def success(self, arm: str, run: Path | None, iteration: int, temperature: float) -> float:
         """Return a policy's success rate on the report's scenes; iteration 0 = the start policy."""
-        preset, _ = ARMS[arm]
-        settings = self._settings | GROUND_TRUTH
-        settings |= {
+        changes = {
             "eval.starts": REPORT,
             "eval.ground_truth_episodes": self._scenes,
             "policy.eval_temperature": temperature,
         }
-        key = self._key(preset, settings, [run.name, iteration] if iteration else None)
-        if iteration:
-            settings |= {"checkpoint.restore": run, "checkpoint.step": iteration}
-        found = self._work / f"eval-{key}" / "evaluation.json"
-        if not found.is_file():
-            self._launch(preset, settings, f"eval-{key}", "--mode=eval")
-        return json.loads(found.read_text())["success"]["ground_truth"]["rate"]
+        told = self._runs.evaluate(ARMS[arm][0], changes, run, iteration)
+        return told["success"]["ground_truth"]["rate"]
 
     def result(self, arm: str, seed: int) -> Result:
         """Train and evaluate, or find the results of earlier calls."""
@@ -253,7 +194,7 @@ class Bench:
             after={m: self.success(arm, run, iteration, t) for m, t in temperatures.items()},
             iteration=iteration,
             training_minutes=summary["seconds"]["step"] / 60,
-            minutes=json.loads((run / "minutes.json").read_text())["minutes"],
+            minutes=self._runs.minutes(run),
         )
 
 

@@ -147,6 +147,9 @@ class Evaluators:
             source = f"eval.ground_truth={options.ground_truth!r}"
             ends = ground_truth_range(config)
             self._true = _starts(ends, options.ground_truth_episodes, real, source)
+            if options.ground_truth == "libero":
+                envs = real.num_envs * jax.process_count()
+                self._true = task_by_task(self._true, len(real.spec.instructions), envs)
 
     def run(self) -> dict[str, Evaluation]:
         """Return {"imagined": ..., "ground_truth": ...}, those that the configuration asks for."""
@@ -158,7 +161,7 @@ class Evaluators:
                 outcome["imagined"] = self._evaluate(self._imagined, self._dreamt, films)
         if self._real is not None:
             films = self._real.spec.clip_envs
-            with told(f"evaluating in the ground truth: {len(self._true)} episodes"):
+            with told(f"evaluating in the ground truth: {options.ground_truth_episodes} episodes"):
                 outcome["ground_truth"] = self._evaluate(self._real, self._true, films)
         give_back()
         return outcome
@@ -180,6 +183,27 @@ def _starts(
     """Return the start ids of `episodes`: those of a field's range, again and again, int64 [n]."""
     low, high = range_of(*field, simulators.spec.num_starts, source)
     return low + np.arange(episodes) % (high - low)
+
+
+def task_by_task(starts: np.ndarray, tasks: int, envs: int) -> np.ndarray:
+    """Return LIBERO's start ids in an order in which each environment changes its task rarely.
+
+    To build a task's scene takes about as long as to play an episode, and the ids alternate between
+    the tasks: id % tasks is the task. With as many environments as tasks nothing changes.
+
+    Args:
+        starts: int64 [n].
+        tasks: of the suite.
+        envs: that play side by side, of all hosts.
+
+    Returns:
+        Rows of `envs` ids, one behind the other, int64 [m envs]; `IDLE` where an environment has
+        one episode less.
+    """
+    rows = -(-len(starts) // envs)
+    dealt = np.full(rows * envs, IDLE, np.int64)
+    dealt[: len(starts)] = starts[np.argsort(starts % tasks, kind="stable")]
+    return dealt.reshape(envs, rows).T.ravel()
 
 
 def by_task(

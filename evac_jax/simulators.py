@@ -14,6 +14,7 @@ from absl import logging
 
 from evac_jax.bridge.client import Exchange, SimulatorClient
 from evac_jax.bridge.types import StepResult
+from evac_jax.config import vlm_card
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.devices.placement import env_devices
@@ -193,6 +194,7 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
         "world_model": config.world_model.checkpoint,
         "judge": config.reward.judge,
         "reward": config.reward.checkpoint,
+        "vlm": dataclasses.asdict(config.reward.vlm),
         "veto": config.reward.veto,
         "pose_model": env.pose_model,
         "initial_states": env.initial_states,
@@ -218,6 +220,8 @@ def world_model_specs(config: TrainConfig) -> list[dict]:
         "clip_envs": min(config.video.episodes, share // stages) if config.video.save else 0,
         "dtype": sim.dtype,
     }
+    if config.reward.judge == "vlm":
+        settings |= vlm_card.simulated(config.reward.checkpoint)
     return [
         {
             "environment": "evac_jax.sim.env:make",

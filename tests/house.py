@@ -28,7 +28,7 @@ TORCH = ("torch", "torchvision", "diffusers", "open_clip", "numpy", "safetensors
 JAX = ("jax", "flax", "optax", "numpy", "absl")
 PLAIN = ("evac_jax.errors", "policies.spec", "evac_jax.config.import_string")
 LIBERO = ("evac_jax.config.libero", "evac_jax.config.libero_files")
-SIMULATOR = (*PLAIN, *LIBERO, "evac_jax.files", "evac_jax.bridge")
+SIMULATOR = (*PLAIN, *LIBERO, "evac_jax.config.vlm", "evac_jax.files", "evac_jax.bridge")
 
 
 class Layer(NamedTuple):
@@ -61,6 +61,7 @@ LAYERS = (
     ),
     # Plain settings that the simulators' side reads as well, without JAX behind them.
     Layer(3, "evac_jax/config/libero*.py", (), ("evac_jax.errors", "policies.ranges")),
+    Layer(3, "evac_jax/config/vlm.py", (), ("policies.ranges",)),
     Layer(3, "evac_jax/config/import_string.py", (), ("evac_jax.errors",)),
     Layer(3, "evac_jax/config/hub.py", ("absl", "huggingface_hub"), ("evac_jax.errors",)),
     Layer(
@@ -92,6 +93,8 @@ LAYERS = (
     # Runs in the interpreter that has LIBERO, which may have no torch.
     Layer(9, "evac_jax/sim/libero_worker.py", ("numpy", "mujoco", "libero")),
     Layer(9, "evac_jax/sim/libero_picture.py", ("numpy", "mujoco")),
+    # The only file that may load a model of transformers.
+    Layer(9, "evac_jax/sim/vlm.py", (*TORCH, "transformers"), (*SIMULATOR, "evac_jax.evac")),
     Layer(9, "evac_jax/sim/*", TORCH, (*SIMULATOR, "evac_jax.evac")),
     # Plain sizes of the miniature's networks, those of the policy among them.
     Layer(

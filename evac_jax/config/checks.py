@@ -6,12 +6,12 @@ Nothing is loaded. Choices and bounds of single fields are in their types (`sche
 from pathlib import Path
 
 from algos import optim
-from evac_jax.config import addresses, hub, import_string, libero, world
+from evac_jax.config import addresses, hub, import_string, libero, vlm_card, world
 from evac_jax.config.algorithms import load_algorithm
 from evac_jax.config.cluster import parse_devices
 from evac_jax.config.fields import value_problems
 from evac_jax.config.schema import ServeConfig, TrainConfig
-from evac_jax.errors import ConfigError
+from evac_jax.errors import ConfigError, DataError
 
 # Solver of the world model -> its values of eta; () = all. `evac.sampler.check_solver` has the same
 # rules for the simulator processes.
@@ -86,7 +86,7 @@ def _reward_problems(c: TrainConfig) -> list[str]:
             f"config.world_model.eta: solver {c.world_model.solver!r} has {etas}, got "
             f"{c.world_model.eta}"
         )
-    if c.reward.veto and import_string.is_one(c.reward.judge):
+    if c.reward.veto and c.reward.judge != "classifier":
         problems.append(
             "config.reward.veto: compares classifiers, and config.reward.judge is "
             f"{c.reward.judge!r}; set it to 0"
@@ -96,6 +96,52 @@ def _reward_problems(c: TrainConfig) -> list[str]:
             "config.reward.veto: needs two classifiers at least; join their folders by commas in "
             "config.reward.checkpoint, or set it to 0"
         )
+    if c.reward.judge == "vlm":
+        problems += _vlm_problems(c)
+    elif c.reward.threshold <= 0:
+        problems.append(
+            f"config.reward.threshold: expected a probability in (0, 1], got {c.reward.threshold}; "
+            'only reward.judge = "vlm" has log-probabilities'
+        )
+    return problems
+
+
+def _vlm_problems(c: TrainConfig) -> list[str]:
+    """Why a vision-language model cannot judge with these settings."""
+    reward = c.reward
+    problems = [f"config.reward.vlm.{problem}" for problem in reward.vlm.problems()]
+    if "," in reward.checkpoint:
+        problems.append(
+            "config.reward.checkpoint: one vision-language model judges, only classifiers judge "
+            f"together; got {reward.checkpoint!r}"
+        )
+    if c.world_model.reference_compat:
+        problems.append(
+            "config.world_model.reference_compat: rounds a classifier's probability at 0.5; "
+            'expected False with reward.judge = "vlm"'
+        )
+    try:
+        card = vlm_card.read(reward.checkpoint) if reward.checkpoint else None
+    except DataError as error:
+        return [*problems, f"config.reward.checkpoint: {error}"]
+    if card is not None:
+        if flags := card.flags(reward):
+            problems.append(
+                f"config.reward: the threshold in {reward.checkpoint} was found with other values; "
+                f"add {' '.join(flags)}, or name the model itself and a threshold of your own"
+            )
+        return problems
+    if reward.threshold > 0:
+        problems.append(
+            'config.reward.threshold: needed with reward.judge = "vlm", a log-probability, at most '
+            f"0; got {reward.threshold}. evac_jax.tools.reward.vlm_threshold finds one"
+        )
+    for name, why in (
+        ("success_frames", "success that holds is reward.vlm.average"),
+        ("judged_frames", "a vision-language model judges after a chunk's last frame"),
+    ):
+        if (value := getattr(reward, name)) != 1:
+            problems.append(f"config.reward.{name}: {why}; expected 1, got {value}")
     return problems
 
 
@@ -167,9 +213,10 @@ def _missing_paths(c: TrainConfig) -> list[str]:
         }
         # A judge of the user's own may need no files.
         if c.reward.checkpoint or not import_string.is_one(c.reward.judge):
+            what = "vision-language model" if c.reward.judge == "vlm" else "success classifier"
             for number, folder in enumerate(c.reward.checkpoint.split(",")):
                 name = "reward.checkpoint" + f"[{number}]" * (number > 0)
-                needed[name] = (folder, "folder of the success classifier")
+                needed[name] = (folder, f"folder of the {what}")
     if imagined and c.env.initial_states in ("npy", "recording"):
         needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
     if c.env.keyframes:

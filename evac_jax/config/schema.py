@@ -13,6 +13,7 @@ from algos.optim import OptimizerConfig
 from evac_jax.config.cluster import ClusterConfig, MeshConfig
 from evac_jax.config.import_string import ImportString
 from evac_jax.config.libero import LiberoConfig
+from evac_jax.config.vlm import VlmConfig
 from policies.ranges import Count, CountOrZero, NotNegative, Positive, Range, Share
 
 Dtype = Literal["float32", "bfloat16"]
@@ -93,15 +94,18 @@ class WorldModelConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The success classifier and the reward for success.
+    """What judges success, and the reward for it.
 
     Attributes:
-        judge: what judges imagined frames: "classifier", or code of your own (docs/plug_in.md).
+        judge: what judges imagined frames: "classifier"; "vlm", a frozen vision-language model
+            (docs/reward_hacking.md); or code of your own (docs/plug_in.md).
         checkpoint: folder of the classifier; or several folders, separated by commas, whose mean
-            probability is used. A judge of your own gets this text.
+            probability is used. With "vlm" a model's folder, or one that
+            tools.reward.vlm_threshold wrote. A judge of your own gets this text.
         veto: with several classifiers, a frame is not a success if their probabilities differ by
             more than this; 0 = no veto.
-        threshold: a frame counts as success if its probability is at least this.
+        threshold: a frame counts as success if its probability is at least this. With "vlm" it is
+            a mean log-probability, at most 0 (tools.reward.vlm_threshold finds one).
         success_frames: number of consecutive successful frames that make the episode a success.
         judged_frames: how many frames at the end of every chunk are decoded and judged; 0 = all.
             A lasting success is visible in the last frames too, and the others then cost nothing.
@@ -110,14 +114,15 @@ class RewardConfig:
             score.
     """
 
-    judge: Literal["classifier"] | ImportString = "classifier"
+    judge: Literal["classifier", "vlm"] | ImportString = "classifier"
     checkpoint: str = ""
     veto: Share = 0.0
-    threshold: Annotated[float, Range(0, 1, open="low")] = 0.5
+    threshold: Annotated[float, Range(-80, 1)] = 0.5
     success_frames: Count = 1
     judged_frames: CountOrZero = 0
     coefficient: float = 1.0
     relative: bool = True
+    vlm: VlmConfig = field(default_factory=VlmConfig)
 
 
 @dataclass(frozen=True)

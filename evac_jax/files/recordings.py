@@ -330,7 +330,7 @@ class EpisodeWriter:
         self._frames.close()
         if not self._count:
             raise DataError(f"{self._out}: there is no episode to write")
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             name: np.concatenate(self._parts[name]).astype(dtype)
             for name, (dtype, _) in (PER_FRAME | OPTIONAL).items()
             if name != "frames"

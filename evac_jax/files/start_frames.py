@@ -10,6 +10,7 @@ from evac_jax.files import recordings
 KEYFRAME_MARK = "_kir"
 # What a folder of packed starts holds.
 IMAGES_FILE, POSES_FILE, TASKS_FILE, CARD_FILE = "images.npy", "poses.npy", "tasks.npy", "card.json"
+STATES = "states"  # in the card: start ids of the ground truth, in the order of the frames
 
 
 def keyframe_files(folder: str | Path) -> list[Path]:

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evac_jax.bridge.environment import IDLE, EnvSpec, StepResult, whole_part
@@ -39,36 +38,14 @@ from evac_jax.sim.env_config import WorldModelEnvConfig
 from evac_jax.sim.episodes import ChunkOutcome, EpisodeStates
 from evac_jax.sim.initial_states import InitialStates, StartCycle, make_initial_states
 from evac_jax.sim.noise import ChunkNoise
+from evac_jax.sim.pixels import to_model_range, to_uint8
 from evac_jax.sim.pose_model import PoseModel
 from evac_jax.sim.recorded_starts import WithKeyframes, open_keyframes
-from evac_jax.sim.reward import Judge, make_judge
+from evac_jax.sim.reward import Judge, make_judge, watch
 from policies.spec import ActionSpec
 
-CLASSIFIER_BATCH = 256  # frames per call; bounds its activations to about 1.5 GB at 256 pixels
 ACTION_DIM = 7
 CHECKED_STARTS = 16  # initial poses that are compared with what the pose model knows
-
-
-def to_model_range(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return uint8 images [B V H W 3] as float32 [B V 3 h w] in [-1, 1] at `size` (h, w).
-
-    Resized bilinearly without antialiasing, as the world model's start frames were in training.
-    """
-    batch, views = images.shape[:2]
-    flat = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
-    if tuple(flat.shape[-2:]) != tuple(size):
-        flat = F.interpolate(flat, size=tuple(size), mode="bilinear", align_corners=False)
-    return ((flat - 0.5) / 0.5).unflatten(0, (batch, views))
-
-
-def to_uint8(frames: Tensor) -> Tensor:
-    """Return frames [.. 3 H W] in [-1, 1] as uint8 [.. H W 3], truncated, not rounded.
-
-    Truncation darkens by half a grey level on average. The public policies were trained on frames
-    made this way, so it stays.
-    """
-    scaled = (frames.float() + 1) / 2 * 255
-    return scaled.clamp(0, 255).to(torch.uint8).movedim(-3, -1)
 
 
 class WorldModelEnv:
@@ -76,7 +53,7 @@ class WorldModelEnv:
 
     Args:
         world_model: an `EvacModel` on its device, in eval mode.
-        reward_model: judges frames; task numbers are the source's.
+        reward_model: judges what is imagined; task numbers are the source's.
         pose_model: the action predictor.
         source: initial states; their instructions are the environment's.
         config: settings; the weight folders in it are not read here.
@@ -102,6 +79,12 @@ class WorldModelEnv:
             raise ConfigError(
                 f"judged_frames: expected at most the chunk of {model.chunk} frames, got "
                 f"{config.judged_frames}"
+            )
+        if config.vlm_chunk not in (0, model.chunk):
+            raise ConfigError(
+                f"reward.checkpoint: its threshold was found for chunks of {config.vlm_chunk} "
+                f"frames, the world model imagines {model.chunk}; find one with "
+                f"evac_jax.tools.reward.vlm_threshold --chunk={model.chunk}"
             )
         self._model, self._reward_model, self._source = world_model, reward_model, source
         self._config, self._device = config, torch.device(config.device)
@@ -135,6 +118,7 @@ class WorldModelEnv:
             c2w=torch.from_numpy(c2w)[None].to(self._device),
         )
         self._capacity = -(-config.max_episode_steps // self._chunk)  # chunks of an episode
+        self._watch = watch(reward_model, config.num_envs, self._capacity)
         self.episodes = EpisodeStates(config.num_envs, config.rules, self._device)
         self.window = PoseWindow(
             config.num_envs,
@@ -250,7 +234,7 @@ class WorldModelEnv:
 
     def close(self) -> None:
         """Drop the networks and the state."""
-        self.state = self._model = self._reward_model = None
+        self.state = self._model = self._reward_model = self._watch = None
         self._pose_model = self._advance = None
 
     def _rows_to_imagine(self) -> np.ndarray:
@@ -288,6 +272,7 @@ class WorldModelEnv:
                 self.state.tokens.copy_(self.state.tokens[:1].expand_as(self.state.tokens))
             index = torch.from_numpy(rows).to(self._device)
             self._last[index] = to_uint8(begin)
+            self._watch.begin(rows, begin[:, 0])
             poses = torch.zeros(self.spec.num_envs, POSE_DIM, device=self._device)
             poses[index] = torch.from_numpy(loaded.poses).to(self._device)
             self.window.reset(poses, self._mask(rows))
@@ -315,7 +300,7 @@ class WorldModelEnv:
             )  # [b V judged 3 H W]
         with self._timed("classify"):
             chances = torch.zeros_like(probabilities[index])
-            chances[:, -judged:] = self._classify(frames[:, 0], self._task[rows])
+            chances[:, -judged:] = self._watch.judge(rows, frames[:, 0].float(), self._task[rows])
             probabilities[index] = chances
         with self._timed("frames"):
             self._last[index] = to_uint8(frames[:, :, -1])
@@ -328,19 +313,6 @@ class WorldModelEnv:
                     )
                     whole = torch.cat((unseen, whole), 2)
                 clip[rows[:shown]] = to_uint8(whole.transpose(1, 2)).to(clip.device)
-
-    def _classify(self, frames: Tensor, task: np.ndarray) -> Tensor:
-        """Success probability [b K] of the first view's frames [b K 3 H W]."""
-        flat = frames.flatten(0, 1).float()
-        asked = torch.from_numpy(task.astype(np.int64)).to(self._device)
-        asked = asked.repeat_interleave(frames.shape[1])
-        parts = [
-            self._reward_model.probability(
-                flat[i : i + CLASSIFIER_BATCH], asked[i : i + CLASSIFIER_BATCH]
-            )
-            for i in range(0, len(flat), CLASSIFIER_BATCH)
-        ]
-        return torch.cat(parts).unflatten(0, frames.shape[:2])
 
     def _restart_finished(self, outcome: ChunkOutcome) -> None:
         done = (outcome.terminated | outcome.truncated) & ~self.episodes.idle
@@ -403,7 +375,7 @@ def make(config: dict, source: InitialStates | None = None) -> WorldModelEnv:
     world_model = load_model(settings.world_model, kind="EvacModel", device=device, dtype=dtype)
     return WorldModelEnv(
         accelerate(world_model, settings.compile),
-        make_judge(settings.judge, settings.reward, source.instructions, settings.veto, device),
+        make_judge(settings, source.instructions),
         pose_model,
         source,
         settings,

@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from evac_jax.config import import_string
+from evac_jax.config.vlm import VlmConfig
 from evac_jax.errors import ConfigError
 from evac_jax.evac.sampler import check_solver
 from evac_jax.sim.actions import GRIPPER_RULES
@@ -23,8 +25,12 @@ class WorldModelEnvConfig:
 
     Attributes:
         world_model: folder of an EVAC world model (weights and config.json).
-        judge: "classifier" or an import string, see `RewardConfig` in evac_jax/config/schema.py.
-        reward: folder of a success classifier, or of several, joined by commas.
+        judge: "classifier", "vlm" or an import string, see `RewardConfig` in
+            evac_jax/config/schema.py.
+        reward: folder of a success classifier, or of several, joined by commas; or of the
+            vision-language model.
+        vlm: how that model is asked.
+        vlm_chunk: frames of a chunk for which its threshold was found; 0 = not known.
         veto: see `RewardEnsemble`; 0 = none.
         pose_model: folder of an action predictor.
         initial_states: source of start frames, a key of `INITIAL_STATES`.
@@ -37,7 +43,7 @@ class WorldModelEnvConfig:
         compile: see `evac.cpu.packed.accelerate`.
         max_episode_steps: actions of an episode; a multiple of the chunk makes the limit exact.
         coefficient, relative, threshold, success_frames, ignore_terminations:
-            see `EpisodeRules`.
+            see `EpisodeRules`; with "vlm" the threshold is a log-probability, at most 0.
         judged_frames: last frames of every chunk that are decoded and judged, 0 = all. Success that
             persists is visible in the last ones too. The others then cost nothing and count as
             failures. Filmed environments are decoded whole.
@@ -64,6 +70,8 @@ class WorldModelEnvConfig:
     world_model: str = ""
     judge: str = "classifier"
     reward: str = ""
+    vlm: VlmConfig = dataclasses.field(default_factory=VlmConfig)
+    vlm_chunk: int = 0
     veto: float = 0.0
     pose_model: str = ""
     initial_states: str = ""
@@ -116,6 +124,8 @@ class WorldModelEnvConfig:
             )
         if not 0 <= self.veto <= 1:
             problems.append(f"veto: expected 0..1, got {self.veto}")
+        if self.judge == "vlm":
+            problems += self._vlm_problems()
         if self.max_batch < 0:
             problems.append(f"max_batch: expected 0 (all) or more, got {self.max_batch}")
         if self.gripper not in GRIPPER_RULES:
@@ -135,7 +145,23 @@ class WorldModelEnvConfig:
     def rules(self) -> EpisodeRules:
         """The part that turns scores into rewards and ends."""
         names = [f.name for f in dataclasses.fields(EpisodeRules)]
-        return EpisodeRules(**{name: getattr(self, name) for name in names})
+        values = {name: getattr(self, name) for name in names}
+        if self.judge == "vlm":
+            values["threshold"] = math.exp(min(self.threshold, 0.0))
+        return EpisodeRules(**values)
+
+    def _vlm_problems(self) -> list[str]:
+        """Settings that a vision-language model cannot judge with."""
+        found = [f"vlm.{problem}" for problem in self.vlm.problems()]
+        if not self.threshold <= 0:
+            found.append(
+                f"threshold: expected a log-probability, at most 0, got {self.threshold}; "
+                "evac_jax.tools.reward.vlm_threshold finds one"
+            )
+        for name, expected in (("success_frames", 1), ("veto", 0), ("reference_compat", False)):
+            if (value := getattr(self, name)) != expected:
+                found.append(f"{name}: expected {expected} with judge='vlm', got {value}")
+        return found
 
     @classmethod
     def from_dict(cls, values: dict) -> "WorldModelEnvConfig":
@@ -155,6 +181,8 @@ class WorldModelEnvConfig:
                 f"world-model environment: unknown keys {', '.join(hints)}; "
                 f"valid keys are {', '.join(valid)}"
             )
+        if isinstance(vlm := values.get("vlm"), dict):
+            values = values | {"vlm": VlmConfig(**vlm)}
         config = cls(**values)
         needed = {name: getattr(config, name) for name in ("world_model", "pose_model")}
         if config.reward or not import_string.is_one(config.judge):

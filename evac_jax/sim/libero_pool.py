@@ -163,13 +163,24 @@ class LiberoPool:
         self._files = config.files
         self.suite: Suite = load_suite(config.suite, self._files)
         self.bddl_files = self._files.root / "bddl_files"
-        self.camera: Matrices | None = None  # of the first episode
+        self._camera: Matrices | None = None  # of the first episode
         self.one_camera = True  # so far; LIBERO's scenes may differ in theirs
         self._config = config
         self._folder = tempfile.TemporaryDirectory(prefix="evac_jax_libero_")
         self._write_paths(Path(self._folder.name))
         self._processes: list[MujocoProcess | None] = [None] * num_envs
         self._seat = np.arange(num_envs)  # environment -> process
+
+    @property
+    def camera(self) -> Matrices:
+        """The camera of the first episode.
+
+        Raises:
+            SimulatorError: none has begun; the simulator knows where its camera is, nobody else.
+        """
+        if self._camera is None:
+            raise SimulatorError("LIBERO's camera is known after the first start")
+        return self._camera
 
     def _write_paths(self, folder: Path) -> None:
         """Write LIBERO's config.yaml (JSON is YAML); without one its import waits for a person."""
@@ -321,8 +332,8 @@ class LiberoPool:
         camera = libero_camera()
         if self._config.camera == "true":
             camera = camera_matrices(**told, size=self._config.image_size, crop=self._config.crop)
-        self.camera = self.camera or camera
-        pairs = zip(self.camera, camera, strict=True)
+        self._camera = self._camera or camera
+        pairs = zip(self._camera, camera, strict=True)
         self.one_camera &= all(np.allclose(a, b, atol=1e-5) for a, b in pairs)
 
     def close(self) -> None:

@@ -28,6 +28,8 @@ import numpy as np
 CAMERA = "agentview"
 IMAGE = f"{CAMERA}_image"
 WHOLE = (0.0, 1.0, 0.0, 1.0)  # crop that shows all of the picture
+# What is read of robosuite's observations; it looks at each of all 30 in every substep.
+OBSERVED = (IMAGE, "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 FINGER_TRAVEL = 0.04  # metres that each of the gripper's two fingers moves
 NO_MOTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # -1 keeps the gripper open
 
@@ -125,6 +127,9 @@ class Scene:
         inner.object_property_initializers *= 2
         model = inner.sim.model
         self._bodies = [(part, part.copy()) for part in (model.body_pos, model.body_quat)]
+        inner._observables = {name: inner._observables[name] for name in OBSERVED}
+        for robot in inner.robots:
+            _ask_limits_once(robot)
         _release_memory()
         self._compute_once()
         self._render_on_demand()
@@ -292,6 +297,13 @@ def _replaced(thing: Any, **methods: Callable) -> Iterator[None]:
         for name in methods:
             del vars(thing)[name]
         vars(thing).update(before)
+
+
+def _ask_limits_once(robot: Any) -> None:
+    """Keep a robot's limits; robosuite asks the model for them in every substep."""
+    limits = ("action_limits", "torque_limits")
+    kept = {name: functools.cached_property(getattr(type(robot), name).fget) for name in limits}
+    robot.__class__ = type(type(robot).__name__, (type(robot),), kept)
 
 
 def _release_memory() -> None:

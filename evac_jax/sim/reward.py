@@ -1,4 +1,4 @@
-"""Success classifier: one frame in, the probability that the task is done in it out."""
+"""Judges of success: the classifier of single frames, and what the environment asks of any."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,10 @@ from evac_jax.evac.config import JsonConfig
 from evac_jax.evac.model_folders import load_model
 from evac_jax.files import cards
 from evac_jax.files.instructions import numbers_in
+from evac_jax.sim.env_config import WorldModelEnvConfig
+from evac_jax.sim.vlm import VlmJudge
+
+CLASSIFIER_BATCH = 256  # frames per call; bounds its activations to about 1.5 GB at 256 pixels
 
 
 @dataclass(frozen=True)
@@ -219,24 +223,79 @@ class Judge(Protocol):
         ...
 
 
-def make_judge(
-    name: str, folders: str, instructions: Sequence[str], veto: float, device: str
-) -> Judge:
-    """Load classifiers, or make a judge of the user's own.
+class Watch(Protocol):
+    """Judges the episodes of a batch of environments while they are imagined."""
+
+    def begin(self, rows: np.ndarray, frames: Tensor) -> None:
+        """Environments `rows` [b] begin an episode with frames [b 3 H W] in [-1, 1]."""
+        ...
+
+    def judge(self, rows: np.ndarray, frames: Tensor, task: np.ndarray) -> Tensor:
+        """Probability of success [b k] of the last k frames of a chunk.
+
+        Args:
+            rows: environments that were imagined, ascending [b].
+            frames: float32 [b k 3 H W] in [-1, 1].
+            task: numbers of the instructions, int [b].
+        """
+        ...
+
+
+class FrameByFrame:
+    """Watches with a judge that needs nothing but the frame that it judges."""
+
+    def __init__(self, judge: Judge):
+        self._judge = judge
+
+    def begin(self, rows: np.ndarray, frames: Tensor) -> None:
+        """Remember nothing."""
+
+    def judge(self, rows: np.ndarray, frames: Tensor, task: np.ndarray) -> Tensor:
+        """See `Watch`."""
+        flat = frames.flatten(0, 1)
+        asked = torch.from_numpy(task.astype(np.int64)).to(frames.device)
+        asked = asked.repeat_interleave(frames.shape[1])
+        parts = [
+            self._judge.probability(flat[i : i + CLASSIFIER_BATCH], asked[i : i + CLASSIFIER_BATCH])
+            for i in range(0, len(flat), CLASSIFIER_BATCH)
+        ]
+        return torch.cat(parts).unflatten(0, frames.shape[:2])
+
+
+def watch(judge: Judge | VlmJudge, num_envs: int, chunks: int) -> Watch:
+    """Return what judges a batch of episodes.
 
     Args:
-        name: "classifier", or an import string; what it names is called with folders, instructions
-            and device.
-        folders, instructions, veto, device: see `RewardEnsemble.load`; a judge of the user's own
-            knows no veto.
+        judge: of single frames, or one that has a `watch` of its own.
+        num_envs: environments of the batch.
+        chunks: of an episode.
+
+    Raises:
+        ConfigError: the judge can find no success in so few chunks.
+    """
+    if isinstance(judge, VlmJudge):
+        return judge.watch(num_envs, chunks)
+    return FrameByFrame(judge)
+
+
+def make_judge(settings: WorldModelEnvConfig, instructions: Sequence[str]) -> Judge | VlmJudge:
+    """Load what judges, or make a judge of the user's own.
+
+    Args:
+        settings: of the environment. What an import string in `judge` names is called with
+            `reward`, instructions and device.
+        instructions: what the task numbers mean.
 
     Raises:
         ConfigError: the user's own cannot be imported or lacks something; or see
-            `RewardEnsemble.load`.
+            `RewardEnsemble.load` and `VlmJudge.load`.
         CheckpointError: see there.
     """
+    name, folders, device = settings.judge, settings.reward, settings.device
+    if name == "vlm":
+        return VlmJudge.load(folders, instructions, settings.vlm, device)
     if not import_string.is_one(name):
-        return RewardEnsemble.load(folders, instructions, veto, device)
+        return RewardEnsemble.load(folders, instructions, settings.veto, device)
     judge = import_string.load(name, makes=import_string.JUDGE)(
         folders, tuple(instructions), device
     )

@@ -2,7 +2,7 @@
 
 A line holds "began" (time with its zone), "iteration" (finished ones that it went on from),
 "command" (arguments), "folder" (where it was given), "preset" ("" = not known) and "changed":
-settings that differ from the preset, each with both values.
+settings that differ from the preset in the run's world, each with both values.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 from absl import logging
 
 from evac_jax.config import commands
-from evac_jax.config.flags import load_preset, preset_file
+from evac_jax.config.flags import load_preset, preset_file, read_preset
 from evac_jax.config.presets import differences
-from evac_jax.errors import ConfigError
+from evac_jax.errors import ConfigError, DataError
 
 LAUNCHES_FILE = "launches.jsonl"
 ROOT = Path(__file__).parents[2]  # a host that Ray chose has no presets in its own folder
@@ -51,9 +51,15 @@ def _origin(file: str, config: Mapping[str, Any]) -> tuple[str, dict[str, list[A
     for place in (Path(path), ROOT / path):
         if place.is_file():
             try:
-                values = load_preset(f"{place}{colon}{name}").to_dict()
-            except ConfigError as error:
+                return file, _changed(f"{place}{colon}{name}", config)
+            except (ConfigError, DataError) as error:
                 logging.warning("%s: settings are not compared with the preset: %s", file, error)
                 break
-            return file, differences(values, config)
     return "", {}
+
+
+def _changed(preset: str, config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return what differs from a preset; of what another world fills in, only that world."""
+    own = load_preset(preset).world
+    here = read_preset(preset, [f"--config.world={config['world']}"] * bool(config["world"]))
+    return differences(here.to_dict() | {"world": own}, config)

@@ -42,6 +42,29 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
     return low, high
 
 
+def newcombe_interval(
+    after: tuple[int, int], before: tuple[int, int], z: float = Z_95
+) -> tuple[float, float]:
+    """Return the score interval of the difference of two success rates, after minus before, -1..1.
+
+    With rates p, q and their Wilson intervals (a, b), (c, d) it is
+    p - q - √((p - a)² + (d - q)²) to p - q + √((b - p)² + (q - c)²), for independent samples. If
+    both are of the same starts and these differ in how hard they are, it is rather too wide.
+
+    Args:
+        after, before: (successes, n) of each, n > 0.
+
+    Raises:
+        ValueError: nothing was tried on one side, or the counts are impossible.
+
+    Source: Newcombe 1998, Statistics in Medicine 17(8) 873-890, method 10.
+    """
+    if not (after[1] and before[1]):
+        raise ValueError(f"expected trials on both sides, got {after} and {before}")
+    (p, (a, b)), (q, (c, d)) = ((s / n, wilson_interval(s, n, z)) for s, n in (after, before))
+    return p - q - math.hypot(p - a, d - q), p - q + math.hypot(b - p, q - c)
+
+
 def rates(outcome: Outcome) -> dict[str, float]:
     """Return the success rate of each place, 0..1."""
     return {place: successes / n for place, (successes, n) in outcome.items() if n}

@@ -1,21 +1,12 @@
 """docs/own_simulator.md, command by command, from episodes of a world that is not shipped."""
 
 import json
-import os
-import re
-import shlex
-import subprocess
-import sys
 
 import pytest
 
 from evac_jax.config.world import World
-from tests.integration import toy_world
+from tests.integration import pages, toy_world
 
-NAMES = (
-    *("EPISODES", "AUTOENCODER", "WORLD_MODEL", "POSE_MODEL", "IMAGINED", "REWARD", "TRUST"),
-    *("OPENVLA_OFT", "POLICY", "WORLD", "TRAINED"),
-)
 SMALL_NETS = "--config={folder}/sizes.json"
 # What makes each command small; of options that come twice, the last one holds.
 SMALL = {
@@ -37,18 +28,9 @@ SMALL = {
 }
 
 
-def commands(repository) -> list[list[str]]:
-    """The commands of the page's marked blocks, in their order."""
-    page = (repository / "docs" / "own_simulator.md").read_text()
-    blocks = re.findall(r"^```bash\n(.*?)^```", page, flags=re.M | re.S)
-    text = "".join(blocks).replace("\\\n", " ")
-    return [shlex.split(line) for line in text.splitlines()]
-
-
-def name_of(command: list[str]) -> str:
-    """Key of `SMALL` for a command."""
-    tool = command[1] if command[1] == "launch.py" else command[2]
-    return next(name for name in SMALL if tool.endswith(f".{name}") or tool == name)
+@pytest.fixture(scope="module")
+def page(repository) -> pages.Page:
+    return pages.Page(repository / "docs" / "own_simulator.md", SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -79,36 +61,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(repository, folder, command: list[str]) -> str:
-    """Run a command of the page at small size, with folders below `folder`."""
-    names = "|".join(sorted(NAMES, key=len, reverse=True))
-
-    def placed(word: str) -> str:
-        word = re.sub(rf"\b({names})\b", lambda found: f"{folder}/{found[1].lower()}", word)
-        return re.sub(r"(?<![\w/])runs/", f"{folder}/runs/", word)
-
-    small = SMALL[name_of(command)].format(folder=folder).split()
-    done = subprocess.run(
-        [sys.executable, *map(placed, command[1:]), *small],
-        cwd=repository,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr[-4000:]}"
-    return done.stdout
-
-
-def test_every_command_of_the_page_is_one_of_the_table(repository):
-    assert {name_of(command) for command in commands(repository)} == set(SMALL)
-    assert {command[0] for command in commands(repository)} == {"PY"}
+def test_every_command_of_the_page_is_one_of_the_table(page):
+    assert {page.name_of(command) for command in page.commands()} == set(SMALL)
+    assert {command[0] for command in page.commands()} == {"PY"}
 
 
 @pytest.mark.slow
-def test_page_leads_from_episodes_to_a_trained_policy_and_its_success(repository, folder):
-    outputs = [run(repository, folder, command) for command in commands(repository)]
+def test_page_leads_from_episodes_to_a_trained_policy_and_its_success(page, repository, folder):
+    outputs = [page.run(command, folder, repository) for command in page.commands()]
     card = World.read(str(folder / "world")).card
     assert card.instructions == toy_world.INSTRUCTIONS
     assert card.policy.unnorm_key == "my_robot"

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from evac_jax.bridge.types import IDLE
-from evac_jax.evaluate import _films, by_task
+from evac_jax.evaluate import _films, by_task, task_by_task
 
 
 def test_success_is_told_by_text_in_the_order_of_the_tasks():
@@ -14,6 +14,19 @@ def test_success_is_told_by_text_in_the_order_of_the_tasks():
 def test_tasks_of_the_same_text_are_counted_together():
     task, success = np.array([0, 2, 2, 1]), np.array([True, False, True, False])
     assert by_task(("open", "close", "open"), task, success) == {"open": [2, 3], "close": [0, 1]}
+
+
+def test_each_environment_plays_its_tasks_one_after_another():
+    starts = np.arange(8)  # of four tasks
+    assert task_by_task(starts, 4, 1).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert task_by_task(starts, 4, 2).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert task_by_task(starts, 4, 4).tolist() == starts.tolist()
+
+
+def test_episodes_that_fill_no_whole_row_are_all_played_once():
+    order = task_by_task(np.arange(3, 10), 3, 2)
+    assert order.tolist() == [3, 7, 6, 5, 9, 8, 4, IDLE]
+    assert sorted(order[order != IDLE]) == list(range(3, 10))
 
 
 def test_film_knows_its_start_and_idle_environments_are_not_filmed():

@@ -88,7 +88,7 @@ SIMULATOR_STEPS = [
     ("evac_jax.sim.worker", ("jax", "algos", "torch")),
     ("evac_jax.sim.libero_pool", ("jax", "algos", "torch", "libero")),
     ("evac_jax.miniature.env", ("jax", "algos")),
-    ("evac_jax.sim.env", ("jax", "algos", "evac_jax.config.schema")),
+    ("evac_jax.sim.env", ("jax", "algos", "evac_jax.config.schema", "transformers")),
     ("evac_jax.evac.diffusion_loss", ("jax", "algos")),
     ("evac_jax.tools.episodes.collect", ("jax", "algos")),
     ("evac_jax.tools.world_model.train", ("jax", "algos")),

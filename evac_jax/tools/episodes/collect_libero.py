@@ -48,12 +48,16 @@ Decide = Callable[[list[int], list[Parts], int], list[np.ndarray]]
 
 
 class Source(Protocol):
-    """Who plays: `tasks` are the numbers of those it can do."""
+    """Who plays."""
 
-    tasks: Collection[int]
+    @property
+    def tasks(self) -> Collection[int]:
+        """The numbers of the tasks that it can do."""
+        ...
 
     def begin(self, starts: np.ndarray, seed: int) -> Decide:
         """Return how the episodes from `starts` [n] are played."""
+        ...
 
 
 def play_random(frames: np.ndarray, tasks: np.ndarray, seed: int) -> np.ndarray:
@@ -235,8 +239,10 @@ def record(
     ) as writer:
         edges = np.cumsum([0, *counts])
         for number, make in enumerate(sources.values()):
-            source = make() if counts[number] else None
-            able = order[np.isin(suite.locate(order)[0], source.tasks)] if source else order
+            if not counts[number]:
+                continue
+            source = make()
+            able = order[np.isin(suite.locate(order)[0], list(source.tasks))]
             if not len(able):
                 raise ConfigError(
                     f"config.env.train_starts: {list(sources)[number]} can do no task of the "

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -80,7 +81,7 @@ def read_camera(camera: str, views: int, stored: tuple[int, int], wanted: int) -
 
 
 def _size_of(
-    camera: str, told: object, intrinsic: np.ndarray, stored: tuple[int, int]
+    camera: str, told: Any, intrinsic: np.ndarray, stored: tuple[int, int]
 ) -> tuple[int, int]:
     """Return the height and width that intrinsics [V 3 3] are for: as told, else the pictures'."""
     is_size = isinstance(told, list) and len(told) == 2 and all(type(n) is int for n in told)

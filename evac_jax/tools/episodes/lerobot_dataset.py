@@ -160,8 +160,8 @@ class LeRobotDataset:
                 f"{self._folder / name}: expected task_index 0..N-1, each once and with a text, "
                 f"got {numbers}"
             )
-        found = dict(pairs)
-        if unnamed := [n for n, text in found.items() if not isinstance(text, str) or not text]:
+        found = {n: text for n, text in pairs if isinstance(text, str) and text}
+        if unnamed := [number for number in numbers if number not in found]:
             raise DataError(f"{self._folder / name}: no text for task_index {unnamed}")
         return [found[n] for n in range(len(found))]
 

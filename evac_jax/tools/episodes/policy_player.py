@@ -70,7 +70,7 @@ class PolicyPlayer:
 
     def play(self, scenes: Scenes, steps: int, *, seed: int) -> tuple[np.ndarray, list[Scenes]]:
         """Return the executed actions [N steps 7], gripper -1 opens, and the steps + 1 states."""
-        states, actions = [scenes], []
+        states, actions, chunk = [scenes], [], np.empty(0)
         tokens, mask = (part[scenes.task] for part in self._prompts)
         for t in range(steps):
             if t % self._chunk == 0:

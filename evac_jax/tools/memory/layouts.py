@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evac_jax.config import import_string
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
@@ -51,8 +50,8 @@ class Setup:
 
     @property
     def own_judge(self) -> bool:
-        """Whether code of the user's own judges frames, whose memory is not known."""
-        return import_string.is_one(self.config.reward.judge)
+        """Whether something else than classifiers judges, whose memory is not known."""
+        return self.config.reward.judge != "classifier"
 
     @property
     def imagines(self) -> bool:

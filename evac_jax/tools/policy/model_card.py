@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub as hf
 from absl import logging
 
-from evac_jax.config import hub
+from evac_jax.config import hub, import_string
 from evac_jax.telemetry.report import Outcome, wilson_interval
 
 UNKNOWN = "unknown"
@@ -121,7 +121,7 @@ def _origin(story: Story) -> list[str]:
     where = f"the ground truth `{saved['eval']['ground_truth']}`"
     if env["simulator"] == "world_model":
         judge = reward.get("judge", "classifier")
-        judge = _name(reward["checkpoint"]) if judge == "classifier" else judge
+        judge = judge if import_string.is_one(judge) else _name(reward["checkpoint"])
         where = f"the world model `{_name(world['checkpoint'])}`, judged by `{judge}`"
     first = f"`{env['initial_states']}`"
     if env.get("initial_states_path"):

@@ -22,7 +22,7 @@ from evac_jax.tools.recipes.stages import WORK, Stage
 # These counts set the time and the quality of a build. `--scale` multiplies all of them.
 COUNTS = {
     # recordings, episodes
-    "base": 2000,
+    "base": 2040,
     "rollouts": 400,  # of the start policy, half of them greedy
     # offline training, optimiser steps
     "autoencoder": 12000,
@@ -36,13 +36,13 @@ COUNTS = {
 }
 # Lower bounds of scaled counts (4 for all others): 20 episodes begin in two states of every task.
 FLOORS = {"base": 20, "rollouts": 20, "imagined": 20, "evaluated": 2}
-PIECE = 100  # episodes that an interruption may cost
-# Start ids of LIBERO's suites: of every state that of all tasks; where the held-out states begin.
-STARTS, TASKS, HELD_OUT = 500, 10, 450
-MIX = (
-    *(("expert", 0.30), ("noisy", 0.18), ("near_miss", 0.22)),
-    *(("sloppy", 0.12), ("midway", 0.12), ("random", 0.06)),
-)
+# Episodes that an interruption may cost; no divisor of the number of starts, so that each player
+# gets other starts in every piece.
+PIECE = 170
+# Start ids of LIBERO-Spatial, one of each task for every state: 0..199 are for reports and are used
+# nowhere here, 450..499 are held out of all training and serve to choose.
+FIRST, HELD_OUT, END, TASKS = 200, 450, 500, 10
+MIX = "expert=0.3,noisy=0.25,near_miss=0.2,sloppy=0.1,midway=0.1,random=0.05"
 CONFIG = "configs/grpo.py"
 SIZES = "libero_small"
 HORIZON = 64  # decisions of an episode
@@ -129,7 +129,7 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
     def add(name: str, command: Sequence[str], *inputs: str, cores=1, resumes=False) -> None:
         stages.append(Stage(name, tuple(command), inputs, name, cores, resumes))
 
-    base = add_recordings(add, "base", n["base"], _scripts)
+    base = add_recordings(add, "base", n["base"], MIX)
     command = commands.tool("world_model.train_autoencoder", data=at(*base), sizes=SIZES)
     command += commands.options(out=at("autoencoder")[0], steps=n["autoencoder"], **AUTOENCODER)
     add("autoencoder", command, *base, resumes=True)
@@ -138,7 +138,8 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
     add("gate", command, "autoencoder", *base)
     # A smoke test's policies succeed never, and its build should go on.
     add_start_policy(add, n, base, (ENOUGH, TOO_MUCH) if scale == 1 else (0, 1))
-    rollouts = add_recordings(add, "rollouts", n["rollouts"], _policy, "policy")
+    both = f"policy:{WORK}/policy@{POLICY['policy.temperature']}=0.5,policy:{WORK}/policy@0=0.5"
+    rollouts = add_recordings(add, "rollouts", n["rollouts"], both, "policy")
     data = [*base, *rollouts]
     command = commands.tool("world_model.train_pose_model", data=at(*data))
     command += commands.options(out=at("pose_model")[0], steps=n["pose_model"])
@@ -155,11 +156,14 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
     add_classifiers(add, n, base, rollouts)
     command = commands.validate(CONFIG, SIMULATOR, at(*data), at("trust")[0])
     add("trust", command, "world_model", "reward", "pose_model", *data)
-    # The first pieces begin in every state of every task once.
-    first = base[: STARTS // PIECE]
+    # The first pieces begin in every state of every task.
+    first = base[: -(-(END - FIRST) // PIECE)]
     command = commands.tool("world.pack", **dict(zip(PARTS, at(*PARTS), strict=True)))
     command += commands.options(
-        horizon=HORIZON, ground_truth="libero", temperature=POLICY["policy.temperature"]
+        horizon=HORIZON,
+        ground_truth="libero",
+        temperature=POLICY["policy.temperature"],
+        prompt_length=POLICY["policy.max_prompt_length"],
     )
     add("world", (*command, "--out", *at("world"), "--starts", *at(*first)), *PARTS, *first)
     return stages
@@ -170,43 +174,27 @@ def at(*names: str) -> list[str]:
     return [f"{WORK}/{name}" for name in names]
 
 
-def add_recordings(
-    add: Add, name: str, episodes: int, mix: Callable[[int], str], *inputs: str
-) -> list[str]:
+def add_recordings(add: Add, name: str, episodes: int, mix: str, *inputs: str) -> list[str]:
     """Add a recording in pieces; return their names.
 
-    A piece's seed is its number, so it begins with the starts behind those of the last one: five
-    pieces have every start once.
+    A piece's seed is its number, so it begins with the starts behind those of the last one.
     """
     names = []
     low, high = starts_of(episodes)
     settings = LIBERO | {"env.train_starts": f"({low},{high})"} | (POLICY if inputs else {})
     for piece, begin in enumerate(range(0, episodes, PIECE)):
         names.append(f"{name}_{piece:02d}")
-        count, turn = min(PIECE, episodes - begin), piece * PIECE // STARTS
-        out = at(names[-1])[0]
-        command = commands.record_libero(CONFIG, settings, out, mix(turn), count, seed=piece)
+        count, out = min(PIECE, episodes - begin), at(names[-1])[0]
+        command = commands.record_libero(CONFIG, settings, out, mix, count, seed=piece)
         add(names[-1], command, *inputs)
     return names
 
 
 def starts_of(episodes: int) -> tuple[int, int]:
-    """Return the range of start ids of a recording; of few episodes too a tenth is held out."""
-    states = min(max(episodes // TASKS, 2), STARTS // TASKS)
-    held_out = max(states // 10, 1)
+    """Return the range of start ids of a recording; of few episodes too a sixth is held out."""
+    states = min(max(episodes // TASKS, 2), (END - FIRST) // TASKS)
+    held_out = max(states * (END - HELD_OUT) // (END - FIRST), 1)
     return HELD_OUT - TASKS * (states - held_out), HELD_OUT + TASKS * held_out
-
-
-def _scripts(turn: int) -> str:
-    """Return the mixture of scripts, in another order each turn: so starts get other players."""
-    turn %= len(MIX)
-    return ",".join(f"{player}={share}" for player, share in (*MIX[turn:], *MIX[:turn]))
-
-
-def _policy(turn: int) -> str:
-    """Return the mixture of the start policy, sampled as in training and greedy."""
-    both = [f"policy:{at('policy')[0]}@{t}=0.5" for t in (POLICY["policy.temperature"], 0)]
-    return ",".join(both[:: -1 if turn % 2 else 1])
 
 
 def add_start_policy(add: Add, n, base: Sequence[str], between: tuple[float, float]) -> None:
@@ -219,9 +207,9 @@ def add_start_policy(add: Add, n, base: Sequence[str], between: tuple[float, flo
         command += commands.options(**({"start": at(*before)[0]} if before else {"sizes": SIZES}))
         command += commands.options(seed=number, steps=n["policy"], **SUPERVISED)
         add(policy, (*command, "--successful", "--every_step"), *base, *before, resumes=True)
-        held_out = f"({HELD_OUT},{STARTS})"
+        held_out = f"({HELD_OUT},{END})"
         settings = LIBERO | POLICY | {"policy.checkpoint": at(policy)[0]}
-        settings |= {"env.train_starts": f"(0,{HELD_OUT})", "eval.starts": held_out}
+        settings |= {"env.train_starts": f"({FIRST},{HELD_OUT})", "eval.starts": held_out}
         settings |= {"eval.ground_truth_starts": held_out}
         command = commands.evaluate(CONFIG, WORK, evaluation, settings, n["evaluated"])
         add(evaluation, command, policy)

@@ -59,7 +59,7 @@ def judge(
     right = (hit & success & judged).sum()
     false = int((claimed & ~true).sum())
     return {
-        "threshold": round(float(threshold), 3),
+        "threshold": round(float(threshold), 6),
         "success_frames": frames,
         "frame_precision": float(right / max((hit & judged).sum(), 1)),
         "frame_recall": float(right / max((success & judged).sum(), 1)),

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from absl import logging
 
+from evac_jax.config import vlm_card
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import load_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
@@ -51,7 +52,6 @@ CPU_BATCH = 8  # episodes per network call on a CPU; more do not fit into its ca
 # Flag -> field of the environment's settings.
 FIELDS = {
     "world_model": "world_model",
-    "reward": "reward",
     "veto": "veto",
     "pose_model": "pose_model",
     "threshold": "threshold",
@@ -61,6 +61,7 @@ FIELDS = {
     "eta": "eta",
     "dtype": "dtype",
 }
+OF_THE_REWARD = ("threshold", "veto", "success_frames", "judged_frames")
 
 
 def preset_config(name: str) -> TrainConfig:
@@ -71,10 +72,26 @@ def preset_config(name: str) -> TrainConfig:
 def settings_of(args: argparse.Namespace, config: TrainConfig | None) -> dict:
     """Return the settings of the imagination: the preset's, overridden by the command line."""
     settings = dict(world_model_specs(config)[0]["config"]) if config else {}
+    if args.reward:
+        settings |= judged_by(args.reward)
     given = {field: getattr(args, flag) for flag, field in FIELDS.items()}
     settings |= {field: value for field, value in given.items() if value is not None}
     at_once = CPU_BATCH if args.device == "cpu" else 0
     return settings | {"device": args.device, "seed": args.seed, "max_batch": at_once}
+
+
+def second(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the command line for the second reward; flags about the first are left out."""
+    own = dict.fromkeys(OF_THE_REWARD) | {"reward": args.second_reward}
+    return argparse.Namespace(**vars(args) | own)
+
+
+def judged_by(reward: str) -> dict:
+    """Return the settings of a folder that judges: of classifiers, or of `reward.vlm_threshold`."""
+    card = vlm_card.read(reward)
+    if card is None:
+        return {"judge": "classifier", "reward": reward}
+    return card.settings() | vlm_card.simulated(reward)
 
 
 def record(config: TrainConfig, trained: Path | None, per_kind: int, seed: int) -> Episodes:
@@ -146,7 +163,7 @@ def validate(
         pictures: share of them whose pictures are compared; success is judged for all.
     """
     if not settings.get("reward"):
-        raise ConfigError("--reward: expected the folder of the success classifier, got nothing")
+        raise ConfigError("--reward: expected the folder of what judges success, got nothing")
     source = RecordedStarts(data)
     batch = min(batch, data.num_episodes)
     filmed = max(1, round(pictures * batch))
@@ -197,7 +214,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--trained", type=Path, help="policy after training, a Hugging Face folder")
     parser.add_argument("--world_model", help="folder of weights; default: the preset's")
-    parser.add_argument("--reward", help="likewise of the success classifier, or several: A,B")
+    parser.add_argument(
+        "--reward", help="likewise of the success classifier, of several (A,B), or of vlm_threshold"
+    )
+    parser.add_argument(
+        "--second_reward",
+        help="another one to compare with, by the preset's or its own threshold and frames; all is "
+        "imagined a second time",
+    )
     parser.add_argument("--veto", type=float, help="of several classifiers that disagree; 0 = none")
     parser.add_argument("--pose_model", help="likewise of the pose network")
     parser.add_argument("--threshold", type=float, help="probability that counts as success")
@@ -239,6 +263,15 @@ def run(args: argparse.Namespace) -> dict:
         data, settings, seed=args.seed, batch=args.batch, pictures=args.pictures
     )
     result["notes"] = notes + result["notes"]
+    if args.second_reward:
+        # The noise is the same, so both judge the same frames; no pictures are compared again.
+        other = settings_of(second(args), config)
+        judged, _ = validate(data, other, seed=args.seed, batch=args.batch, pictures=1e-9)
+        result["second_reward"] = {
+            "name": Path(args.second_reward).name,
+            "settings": judged["settings"],
+            "overall": {name: judged["overall"][name] for name in ("episodes", *page.SHARES)},
+        }
     result |= cards.card(cpu_seconds=round(time.process_time() - began), data=_provenance(data))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,13 @@ TITLES = {
     FALSE: "false: success in imagination only",
     MISSED: "missed: success in truth only",
 }
+SHARES = {
+    "imagined_success": "imagined success",
+    "real_success": "real success",
+    "agreement": "agreement",
+    "false_success": "false, of imagined",
+    "missed_success": "missed, of real",
+}
 SUCCESS = {"imagined_success": "imagined", "real_success": "real"}
 VERDICTS = {
     "agreement": "agree",
@@ -83,6 +90,13 @@ def findings(report: Mapping) -> list[str]:
         said.append(
             f"It is least right about {worst!r}: {percent(kinds[worst]['agreement'])} agreement."
         )
+    if second := report.get("second_reward"):
+        shares = second["overall"]
+        said.append(
+            f"Judged by {second['name']} instead, they agree in {percent(shares['agreement'])}; "
+            f"false: {percent(shares['false_success'])} of its successes, missed: "
+            f"{percent(shares['missed_success'])} of the real ones."
+        )
     said.append(_ranking(report["ranking"]))
     said += _images(report)
     return said
@@ -128,19 +142,14 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _success_table(report: Mapping) -> tuple[list[str], list[list[str]]]:
-    names = {
-        "imagined_success": "imagined success",
-        "real_success": "real success",
-        "agreement": "agreement",
-        "false_success": "false, of imagined",
-        "missed_success": "missed, of real",
-    }
     groups = report["kinds"] | {"all": report["overall"]}
+    if second := report.get("second_reward"):
+        groups |= {f"all, judged by {second['name']}": second["overall"]}
     rows = [
-        [kind, str(group["episodes"]), *(percent(group[name]) for name in names)]
+        [kind, str(group["episodes"]), *(percent(group[name]) for name in SHARES)]
         for kind, group in groups.items()
     ]
-    return ["episodes of", "n", *names.values()], rows
+    return ["episodes of", "n", *SHARES.values()], rows
 
 
 def _chunk_table(report: Mapping) -> tuple[list[str], list[list[str]]]:

@@ -79,6 +79,7 @@ class Origin:
         folder: whose files are copied; None = its starts are written anew, or none are needed.
         card: of the recording or the folder.
         train, eval: ranges of start ids, as far as they are known.
+        states: start ids of the ground truth that the frames are of, -1 = unknown; () = all are.
     """
 
     kind: Literal["npy", "miniature"]
@@ -87,6 +88,7 @@ class Origin:
     card: dict[str, Any]
     train: Sequence[int] | None = None
     eval: Sequence[int] | None = None
+    states: Sequence[int] = ()
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "Origin":
@@ -109,7 +111,8 @@ class Origin:
             count = int((~data.held_out).sum())
             ends = (0, count), (count, data.num_episodes)
             data.both_parts()  # refuses a recording that has only one of them
-            return cls("npy", Ordered(data), None, data.card, *ends)
+            data = data.select(np.argsort(data.held_out, kind="stable"))  # those of training first
+            return cls("npy", RecordedStarts(data), None, data.card, *ends, data.start.tolist())
         if len(folders) > 1:
             raise ConfigError(
                 f"--starts: expected recordings or one folder of start frames, got {list(names)}"
@@ -117,13 +120,6 @@ class Origin:
         folder, source = folders[0], make_initial_states("npy", str(folders[0]))
         card = cards.read(folder)
         return cls("npy", source, folder, card, card.get("train_starts"), card.get("eval_starts"))
-
-
-class Ordered(RecordedStarts):
-    """The first frames of all episodes: those of training ones first, then the held-out ones."""
-
-    def __init__(self, data: recordings.Episodes):
-        super().__init__(data.select(np.argsort(data.held_out, kind="stable")))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -315,9 +311,10 @@ def _copy(source: Path, names: Sequence[str], out: Path, *, link: bool) -> None:
 
 
 def _write_starts(origin: Origin, card: Card, out: Path) -> None:
-    """Store first frames; the card says which are for what, and what LIBERO they are from."""
+    """Store first frames; the card says which are for what, and which states of what LIBERO."""
     starts = {"train_starts": card.starts.train, "eval_starts": card.starts.eval}
-    facts = starts | {"libero": libero_facts.told(origin.card)}
+    told = libero_facts.told(origin.card)
+    facts = starts | {"libero": told, start_frames.STATES: list(origin.states)}
     ids = np.arange(origin.source.num_starts, dtype=np.int64)
     pack_starts(origin.source, ids, out, **cards.card(**facts))
 

@@ -13,7 +13,7 @@ from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import Camera, EvacModel
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.actions import both_arms
-from evac_jax.sim.env import to_uint8
+from evac_jax.sim.pixels import to_uint8
 
 
 def camera_of(data: Episodes, device: torch.device | str = "cpu") -> Camera:

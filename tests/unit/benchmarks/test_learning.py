@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from benchmarks import learning
+from benchmarks import learning, runs
 from benchmarks.learning import Bench, Result, figures, table
 
 
@@ -62,7 +62,7 @@ class _Launches:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        monkeypatch.setattr(learning.subprocess, "run", self._run)
+        monkeypatch.setattr(runs.subprocess, "run", self._run)
         self.returncode = 0
 
     def _run(self, command, **_):
@@ -81,7 +81,7 @@ class _Launches:
             (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
             (folder / "config.json").write_text(json.dumps({"policy": {"temperature": 0.5}}))
             (folder / "summary.json").write_text(json.dumps({"seconds": {"step": 60.0}}))
-        return learning.subprocess.CompletedProcess(command, self.returncode)
+        return runs.subprocess.CompletedProcess(command, self.returncode)
 
 
 def _bench(work, **settings):

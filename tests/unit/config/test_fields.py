@@ -125,8 +125,8 @@ def test_setting_keeps_its_name_on_the_way_to_the_simulator(repository):
     values["env"] |= {"keyframes": 0.5, "keyframe_data": str(repository)}
     config = from_config_dict(values)
     names = {field.name.rpartition(".")[2]: field.value for field in walk(config)}
-    # A checkpoint has its section's name; the other two are worked out.
-    own = {"world_model", "reward", "clip_envs", "skip_finished"}
+    # A checkpoint has its section's name, `vlm` is a section; the other two are worked out.
+    own = {"world_model", "reward", "vlm", "clip_envs", "skip_finished"}
     shared_out = {"num_envs": config.envs_per_process}
     for spec in world_model_specs(config) + ground_truth_specs(config):
         settings = {k: v for k, v in spec["config"].items() if k not in own}

@@ -112,7 +112,7 @@ def test_mistyped_choice_names_the_import_form():
         from_config_dict(values(eval__ground_truth="minature", reward__judge="mine"))
     message = str(error.value)
     assert "'none') or 'module:attribute', got 'minature'. Did you mean 'miniature'?" in message
-    assert "expected one of ('classifier',) or 'module:attribute', got 'mine'" in message
+    assert "expected one of ('classifier', 'vlm') or 'module:attribute', got 'mine'" in message
     with pytest.raises(ConfigError, match="or 'module:attribute', got 'rloo'"):
         load_algorithm("rloo")
 

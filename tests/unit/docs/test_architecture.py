@@ -17,7 +17,7 @@ def _section(title: str) -> list[list[str]]:
 def test_page_names_every_package():
     named = {row[0].strip("`") for row in _section("Where things are")}
     folders = {file.rpartition("/")[0] for file in house.shipped_files()}
-    assert named == folders - {""} | {"launch.py", "benchmarks", "examples", "tests"}
+    assert named == folders - {""} | {"launch.py", "benchmarks", "docs", "examples", "tests"}
 
 
 def test_page_lists_the_layers_in_the_order_of_the_table():

@@ -6,10 +6,7 @@ import re
 import pytest
 
 from tests import house
-
-PAGES = [*house.ROOT.glob("*.md"), *house.ROOT.glob("docs/*.md")]
-# Commands of others.
-FOREIGN = {"pip", "pytest", "venv", "http.server"}
+from tests.unit.docs.pages import FOREIGN, PAGES, name
 
 
 def _anchors(text: str) -> set[str]:
@@ -19,7 +16,7 @@ def _anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in plain}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_to_files_and_headings(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"\w+:", target):
@@ -30,14 +27,14 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in _anchors(file.read_text()), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_modules_of_commands_exist(page):
-    for name in re.findall(r"(?:python|\$PY|PY|torchrun\b.*?) -m ([\w.]+\w)", page.read_text()):
-        if name not in FOREIGN:
-            assert importlib.util.find_spec(name), f"{page.name}: python -m {name}"
+    for module in re.findall(r"(?:python|\$PY|PY|torchrun\b.*?) -m ([\w.]+\w)", page.read_text()):
+        if module not in FOREIGN:
+            assert importlib.util.find_spec(module), f"{page.name}: python -m {module}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_paths_in_backticks_exist(page):
     folders = "|".join((*house.SOURCES, "docs"))
     for path in re.findall(rf"`((?:{folders})/[\w/.]+)`", page.read_text()):

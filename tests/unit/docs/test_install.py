@@ -174,14 +174,6 @@ def test_second_host_is_configured_when_the_slurm_script_runs(repository, tmp_pa
     assert checked.episodes_per_iteration == 256
 
 
-def test_every_flag_is_a_field_when_the_page_names_it(repository, monkeypatch):
-    monkeypatch.chdir(repository)
-    text = (repository / "docs/install.md").read_text() + (repository / "Dockerfile").read_text()
-    flags = sorted(set(re.findall(r"--config\.[a-z_.]+=", text)))
-    assert flags
-    check_flags([f"{flag}1" for flag in flags])
-
-
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_page_shows_the_log_when_all_gpus_are_used(repository, monkeypatch, gpus):
     found = Found(

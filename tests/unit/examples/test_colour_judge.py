@@ -5,14 +5,15 @@ import torch
 from evac_jax.miniature import render, scene
 from evac_jax.miniature.expert import Expert, demonstrate
 from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.sim.env_config import WorldModelEnvConfig
 from evac_jax.sim.reward import make_judge
 
-NAME = "examples.colour_judge:make"
+SETTINGS = WorldModelEnvConfig(judge="examples.colour_judge:make")
 
 
 def test_judge_agrees_with_the_ground_truth_on_its_frames():
     _, states = demonstrate(scene.sample_scenes(np.arange(30)), Expert(), 32)
-    judge = make_judge(NAME, "", INSTRUCTIONS, 0.0, "cpu")
+    judge = make_judge(SETTINGS, INSTRUCTIONS)
     said, true = [], []
     for scenes in states[::2]:
         frames = torch.from_numpy(render.render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -27,4 +28,4 @@ def test_judge_agrees_with_the_ground_truth_on_its_frames():
 
 def test_instruction_without_a_colour_is_refused():
     with pytest.raises(ValueError, match="expected one of"):
-        make_judge(NAME, "", ("open the drawer",), 0.0, "cpu")
+        make_judge(SETTINGS, ("open the drawer",))

@@ -71,6 +71,22 @@ from types import SimpleNamespace
 import numpy as np
 
 
+class Robot:
+    def __init__(self):
+        self.gripper = SimpleNamespace(current_action=np.ones(2))
+        self.asked = []
+
+    @property
+    def action_limits(self):
+        self.asked.append("action")
+        return 1.0
+
+    @property
+    def torque_limits(self):
+        self.asked.append("torque")
+        return 2.0
+
+
 class OffScreenRenderEnv:
     def __init__(
         self, bddl_file_name, camera_names, camera_heights, camera_widths, ignore_done, hard_reset
@@ -78,10 +94,12 @@ class OffScreenRenderEnv:
         assert ignore_done and not hard_reset
         self._kind = open(bddl_file_name).read().split()[-1]  # as LIBERO: no file, no task
         self._size = camera_heights
-        self.env, self.observation_names = self, {"agentview_image", "robot0_eef_pos"}
-        self._observables = {"agentview_image": SimpleNamespace(_sensor=self._picture)}
+        self.env = self
+        robot = [f"robot0_{name}" for name in ("eef_pos", "eef_quat", "gripper_qpos")]
+        self._observables = dict.fromkeys([*robot, "bowl_pos"])
+        self._observables["agentview_image"] = SimpleNamespace(_sensor=self._picture)
         self.object_property_initializers = ["drawer"]
-        self.robots = [SimpleNamespace(gripper=SimpleNamespace(current_action=np.ones(2)))]
+        self.robots = [Robot()]
         turn = [0, 0, 1, 1, 0, 0, 0, 1, 0]  # looks along -x of the world
         self.sim = SimpleNamespace(
             _render_context_offscreen=SimpleNamespace(scn=SimpleNamespace(flags=[1, 1])),
@@ -104,6 +122,11 @@ class OffScreenRenderEnv:
             "cabinet_1_top_region": _thing("site", [0.0, 0.0, 0.9], [0.0, 0.0, 0.8, 0.6]),
         }
         _log("made", os.path.basename(bddl_file_name))
+
+    @property
+    def observation_names(self):
+        assert "bowl_pos" not in self._observables  # nobody reads it
+        return set(self._observables)
 
     def seed(self, seed):
         self._clocks = set()
@@ -155,6 +178,9 @@ class OffScreenRenderEnv:
     def _pre_action(self, action, policy_step=False):
         self.sim.forward()  # asks for nothing new
         self._position = self._position + 0.1 * action[:3]
+        robot = self.robots[0]
+        assert (robot.action_limits, robot.torque_limits) == (1.0, 2.0)
+        assert robot.asked == ["action", "torque"]  # once
         self.robots[0].gripper.current_action += action[6]
 
     def _seen(self):

@@ -4,7 +4,8 @@ import torch
 
 from evac_jax.bridge.environment import IDLE
 from evac_jax.errors import ConfigError, DataError, SimulatorError
-from evac_jax.sim.env import make, to_model_range, to_uint8
+from evac_jax.sim.env import make
+from evac_jax.sim.pixels import to_model_range, to_uint8
 from tests.unit.sim.fakes import Driver
 
 

@@ -168,13 +168,13 @@ def judged(folders, source):
     """Texts [4] and the classifier's probabilities [4 chunk] of the first four starts."""
     settings = {"num_envs": 4, "steps": 1, "eta": 0.0, "max_episode_steps": 2, "threshold": 1.0}
     env = make({**folders, **settings}, source)
-    seen, classify = [], env._classify
+    seen, classify = [], env._watch.judge
 
-    def record(frames, task):
-        seen.append(classify(frames, task))
+    def record(rows, frames, task):
+        seen.append(classify(rows, frames, task))
         return seen[-1]
 
-    env._classify = record
+    env._watch.judge = record
     frames = torch.zeros(4, *env.spec.image_shape, dtype=torch.uint8)
     clip = torch.zeros(0, 2, *env.spec.image_shape).byte()
     result = env.reset(np.arange(4), 0, frames, clip)

@@ -1,10 +1,11 @@
 import json
+import shutil
 import sys
 
 import pytest
 
 from evac_jax.config.build import to_dict
-from evac_jax.config.flags import load_preset
+from evac_jax.config.flags import load_preset, read_preset
 from evac_jax.telemetry import launches
 
 
@@ -28,6 +29,18 @@ def test_launch_tells_command_preset_and_what_differs(tmp_path, monkeypatch, con
     assert line["command"] == [sys.executable, "launch.py", "--config=configs/grpo.py"]
     assert (line["preset"], line["iteration"]) == ("configs/grpo.py", 0)
     assert line["changed"] == {"algo.clip_high": [0.28, 0.3]}
+
+
+def test_only_the_name_of_another_world_and_own_settings_are_told(
+    tmp_path, monkeypatch, repository
+):
+    shutil.copytree(repository / "evac_jax/miniature/weights", tmp_path / "other")
+    world = f"--config.world={tmp_path / 'other'}"
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--config=configs/grpo.py:own", world])
+    preset = str(repository / "configs/grpo.py:own")
+    config = read_preset(preset, [world, "--config.env.num_envs=4"]).to_dict()
+    launches.record(tmp_path, config, 0, resumed=False)
+    assert set(_recorded(tmp_path)[0]["changed"]) == {"world", "env.num_envs"}
 
 
 def test_launches_follow_one_another_until_the_run_begins_anew(tmp_path, config):

@@ -21,6 +21,30 @@ def test_wilson_limits_solve_their_equation_when_substituted():
             )
 
 
+@pytest.mark.parametrize(
+    ("after", "before", "low", "high"),
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((6, 7), (2, 7), 0.0582, 0.8062),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+        ((0, 10), (0, 20), -0.1611, 0.2775),
+        ((0, 10), (0, 10), -0.2775, 0.2775),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+        ((10, 10), (0, 10), 0.6075, 1.0),
+    ],
+)
+def test_interval_of_a_difference_is_the_published_one(after, before, low, high):
+    """Newcombe 1998, Statistics in Medicine 17(8), table II, method 10."""
+    assert report.newcombe_interval(after, before) == pytest.approx((low, high), abs=6e-5)
+    assert report.newcombe_interval(before, after) == pytest.approx((-high, -low), abs=6e-5)
+
+
+def test_difference_needs_trials_on_both_sides():
+    with pytest.raises(ValueError, match="trials on both sides"):
+        report.newcombe_interval((3, 4), (0, 0))
+
+
 def test_wilson_interval_says_nothing_when_nothing_was_tried():
     assert report.wilson_interval(0, 0) == (0.0, 1.0)
     with pytest.raises(ValueError, match="3 of 2"):

@@ -2,6 +2,8 @@ import re
 
 import pytest
 
+from benchmarks import libero_states
+from evac_jax.tools.episodes.collect import parse_mix
 from evac_jax.tools.recipes import libero_small as build
 from evac_jax.tools.recipes.stages import stamps
 
@@ -11,23 +13,25 @@ def test_interrupted_recording_loses_one_piece_at_most():
     assert len(pieces) == build.COUNTS["base"] / build.PIECE
     shown = [stage.shown for stage in pieces]
     assert all(f"collect.episodes={build.PIECE}" in text for text in shown)
-    assert [int(re.search(r"config\.seed=(\d+)", text)[1]) for text in shown] == list(range(20))
-    # The sixth begins with the first one's starts again, so other players get them.
-    mixes = [re.search(r"collect\.mix=(\S+)", text)[1].split(",") for text in shown]
-    assert mixes[0] == mixes[4] != mixes[5]
-    assert sorted(mixes[0]) == sorted(mixes[5])
+    assert [int(re.search(r"config\.seed=(\d+)", text)[1]) for text in shown] == list(range(12))
+    assert (build.END - build.FIRST) % build.PIECE  # so that players get other starts in each
+
+
+def test_no_stage_begins_in_a_state_that_is_reported():
+    used = [libero_states.of_command(stage.shown) for stage in build.make_stages()]
+    assert set().union(*used) == set(range(200, 500))
 
 
 @pytest.mark.parametrize(
-    ("episodes", "expected"), [(20, (440, 460)), (100, (360, 460)), (400, (90, 490))]
+    ("episodes", "expected"), [(20, (440, 460)), (100, (360, 460)), (200, (280, 480))]
 )
-def test_short_recording_also_has_a_tenth_of_held_out_states(episodes, expected):
+def test_short_recording_also_has_held_out_states(episodes, expected):
     assert build.starts_of(episodes) == expected
-    assert build.starts_of(build.COUNTS["base"]) == (0, build.STARTS)
+    assert build.starts_of(build.COUNTS["base"]) == (build.FIRST, build.END)
 
 
 def test_shares_of_the_players_are_whole():
-    assert sum(share for _, share in build.MIX) == pytest.approx(1)
+    assert sum(parse_mix(build.MIX).values()) == pytest.approx(1)
 
 
 def test_longer_training_of_the_world_model_leaves_recordings_and_policies(monkeypatch):

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import vlm_reward
+from evac_jax.config.vlm import VlmConfig
+from evac_jax.config.vlm_card import VlmCard
 from evac_jax.errors import DataError
 from evac_jax.files import recordings
 from evac_jax.miniature import scene
@@ -88,6 +91,39 @@ def test_report_is_written_when_a_recording_is_given(weights, recording, tmp_pat
     assert 'src="http' not in text
     assert MARKUP not in text
     assert markupsafe.escape(MARKUP) in text
+
+
+def test_vision_language_model_judges_beside_a_classifier(weights, recording, tmp_path):
+    model = vlm_reward.write_tiny(tmp_path / "model")
+    (tmp_path / "vlm").mkdir()
+    vlm = VlmConfig(average=2, dtype="float32")
+    VlmCard.make(model, -80.0, 8, vlm).write(tmp_path / "vlm")  # everything is a success to it
+    common = {"data": _saved(recording, tmp_path / "recording"), "part": "all", "steps": 1}
+    common |= {"eta": 0.0, "batch": 3, "device": "cpu", "pictures": 1.0}
+    common |= {name: weights / name for name in ("world_model", "pose_model")}
+    found = []
+    for out, rewards in (
+        ("one", {"reward": tmp_path / "vlm", "second_reward": weights / "reward"}),
+        ("other", {"reward": weights / "reward", "threshold": 0.5}),
+    ):
+        flags = common | rewards | {"out": tmp_path / out}
+        trust.main([f"--{name}={value}" for name, value in flags.items()])
+        found.append(json.loads((tmp_path / out / "report.json").read_text()))
+    one, other = found
+    assert one["overall"]["imagined_success"]["hits"] == 4
+    assert one["settings"]["threshold"] == -80.0
+    assert one["second_reward"]["name"] == "reward"
+    shares = one["second_reward"]["overall"]
+    assert shares == {name: other["overall"][name] for name in shares}
+    assert one["overall"]["per_chunk"] == other["overall"]["per_chunk"]  # the same frames
+    assert "all, judged by reward" in (tmp_path / "one" / "report.html").read_text()
+
+
+def test_threshold_of_a_flag_is_not_the_second_rewards():
+    args = trust.parse(["--data=x", "--reward=a", "--threshold=0.8", "--second_reward=b"])
+    assert trust.settings_of(args, None)["threshold"] == 0.8
+    assert "threshold" not in trust.settings_of(trust.second(args), None)
+    assert trust.settings_of(trust.second(args), None)["reward"] == "b"
 
 
 def _saved(data, folder):

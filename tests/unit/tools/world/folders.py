@@ -26,7 +26,10 @@ LIBERO = {
 
 
 def record(folder: Path, *, size=64, instructions=INSTRUCTIONS, episodes=5, **facts) -> Path:
-    """Write short episodes; the first and the last are held out. Frame n is all of shade 10 n."""
+    """Write short episodes; the first and the last are held out. Frame n is all of shade 10 n.
+
+    Episode n began in state 100 + n of its ground truth.
+    """
     with EpisodeWriter(
         folder,
         image_shape=(1, size, size, 3),
@@ -44,6 +47,7 @@ def record(folder: Path, *, size=64, instructions=INSTRUCTIONS, episodes=5, **fa
                 success=np.zeros(3, bool),
                 task=number % len(instructions),
                 source=0,
+                start=100 + number,
                 held_out=number in (0, episodes - 1),
             )
     return folder

@@ -7,6 +7,7 @@ from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import read_preset
 from evac_jax.config.world import GroundTruth, World
 from evac_jax.errors import CheckpointError, ConfigError, DataError
+from evac_jax.files import cards, start_frames
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.initial_states import make_initial_states
 from evac_jax.tools.world import check, pack
@@ -50,6 +51,7 @@ def test_starts_are_first_frames_of_training_episodes_then_of_held_out_ones(worl
         INSTRUCTIONS[number % 2] for number in (1, 2, 3, 0, 4)
     ]
     assert source.camera_size == (64, 64)
+    assert cards.read(world / "starts")[start_frames.STATES] == [101, 102, 103, 100, 104]
 
 
 def test_all_that_no_file_tells_is_asked_for_at_once(weights, recording, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from evac_jax.errors import DataError
 from evac_jax.files import recordings
 from evac_jax.sim.actions import both_arms
-from evac_jax.sim.env import to_uint8
+from evac_jax.sim.pixels import to_uint8
 from evac_jax.tools.world_model import filmstrip
 from evac_jax.tools.world_model.imagine import camera_of, chunk_psnr, imagine_episodes, to_images
 from tests.unit.evac import tiny

@@ -1,0 +1,86 @@
+"""Which initial states of LIBERO are for what, and whether a world keeps them apart.
+
+Of a suite of ten tasks with 50 states each, `id % 10` is the task and `id // 10` the state.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from evac_jax.errors import DataError
+from evac_jax.files import cards, recordings, start_frames
+
+ALL = (0, 500)
+REPORT = (0, 200)  # states 0..19 of every task: in no recording, no training, no choice
+TRAINING = (200, 450)
+CHOICE = (450, 500)
+# Mode of launch.py -> fields that say in which states of LIBERO it begins.
+BEGINS_IN = {
+    "collect": ("env.train_starts",),
+    "eval": ("eval.ground_truth_starts",),
+    "train": ("env.train_starts", "eval.ground_truth_starts"),
+}
+SHOWN = 3  # ids in a message
+
+
+def of_command(command: str) -> set[int]:
+    """Return the states in which a recipe's command begins episodes of LIBERO.
+
+    One that does not tell may use all of them; one that is not launch.py uses none by itself.
+    """
+    if "launch.py" not in command.split():
+        return set()
+    mode = re.search(r"--mode=(\w+)", command)
+    found: set[int] = set()
+    for field in BEGINS_IN[mode[1] if mode else "train"]:
+        ends = re.search(rf"--config\.{re.escape(field)}=\(?(\d+),\s*(-?\d+)\)?", command)
+        low, high = map(int, ends.groups()) if ends else (0, -1)
+        found |= set(range(low, ALL[1] if high == -1 else high))
+    return found
+
+
+def told(world: Path, data: Sequence[Path] = ()) -> dict[str, set[int]]:
+    """Return {where: states} of all that tells where a world's episodes began; -1 = not known.
+
+    Args:
+        world: its folder; the card of its starts tells, and the card of a recipe beside world.json.
+        data: recordings, whose episodes tell.
+    """
+    found = {}
+    starts = world / "starts"
+    if states := cards.read(starts).get(start_frames.STATES):
+        found[str(starts)] = set(states)
+    for stage in cards.read(world).get("stages", ()):
+        if states := of_command(stage["command"]):
+            found[f"{world / 'card.json'}, stage {stage['name']}"] = states
+    return found | {str(folder): set(recordings.load(folder).start.tolist()) for folder in data}
+
+
+def check(world: Path, data: Sequence[Path] = ()) -> dict[str, set[int]]:
+    """Return what `told` does, if none of these states is reported on.
+
+    Raises:
+        DataError: one is, or there are episodes of which nobody tells where they began.
+    """
+    found = told(world, data)
+    if not found:
+        raise DataError(
+            f"{world}: neither its starts nor a recipe's card tell which states of LIBERO they are "
+            "from, so nobody knows whether the reported ones are among them; name the recordings "
+            "with --data, or pack the world again (tools.world.pack)"
+        )
+    problems = []
+    for where, states in found.items():
+        if -1 in states:
+            problems.append(f"{where}: does not tell where all of its episodes begin")
+        if common := sorted(states & set(range(*REPORT))):
+            shown = ", ".join(map(str, common[:SHOWN]))
+            problems.append(f"{where}: has {len(common)} of them, such as {shown}")
+    if problems:
+        raise DataError(
+            f"reported are the start ids {REPORT[0]}..{REPORT[1] - 1} of LIBERO, which nothing "
+            "else may use:\n  " + "\n  ".join(problems) + "\nmake the world again from "
+            f"{TRAINING[0]}..{TRAINING[1] - 1}, with choices on {CHOICE[0]}..{CHOICE[1] - 1} "
+            "(docs/libero_small.md)"
+        )
+    return found

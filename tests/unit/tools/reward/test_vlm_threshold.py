@@ -1,0 +1,130 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import vlm_reward
+from evac_jax.config import vlm_card
+from evac_jax.config.vlm import VlmConfig
+from evac_jax.errors import ConfigError, TrainingError
+from evac_jax.files import recordings
+from evac_jax.sim.vlm import VlmJudge
+from evac_jax.tools.reward import vlm_threshold
+
+CHUNK = 4
+
+
+def write(folder, count=24, lengths=(8, 6), success_from=5):
+    """Even episodes succeed from one frame on; grey levels tell the step."""
+    with recordings.EpisodeWriter(
+        folder,
+        image_shape=(1, 32, 32, 3),
+        instructions=vlm_reward.TASKS,
+        sources=["test"],
+        intrinsic=np.eye(3)[None],
+        c2w=np.eye(4)[None],
+        facts={},
+    ) as writer:
+        for n in range(count):
+            length = lengths[n % 3 == 2]
+            grey = np.arange(length + 1, dtype=np.uint8).reshape(-1, 1, 1, 1, 1)
+            poses = np.zeros((length + 1, 8), np.float32)
+            poses[:, 6] = 1
+            writer.add(
+                frames=np.broadcast_to(grey, (length + 1, 1, 32, 32, 3)),
+                actions=np.zeros((length, 7), np.float32),
+                poses=poses,
+                success=(np.arange(length + 1) >= success_from) & (n % 2 == 0),
+                task=n % 2,
+                source=0,
+                held_out=n >= count - 8,
+            )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "real")
+
+
+class Reading:
+    """A judge that says minus the latest frame's grey level, and minus a hundred for task 1."""
+
+    config, instructions, watch = VlmConfig(average=1), (), VlmJudge.watch
+
+    def log_probability(self, episodes, instructions):
+        latest = [float(frames[-1][0, 0, 0]) for frames in episodes]
+        other = [100.0 * (text == vlm_reward.TASKS[1]) for text in instructions]
+        return -torch.tensor(latest) - torch.tensor(other)
+
+
+def test_recordings_are_judged_at_the_ends_of_chunks_and_of_episodes(recording):
+    data = recordings.load(recording)
+    values = vlm_threshold.verdicts(Reading(), data, CHUNK)
+    assert values.shape == (24, 9)
+    nothing = -np.inf
+    assert values[0].tolist() == [nothing] * 4 + [-4] + [nothing] * 3 + [-8]
+    assert values[1].tolist() == [nothing] * 4 + [-104] + [nothing] * 3 + [-108]
+    # The third one is 6 actions long.
+    assert values[2].tolist() == [nothing] * 4 + [-4, nothing, -6, nothing, nothing]
+
+
+def test_threshold_lies_between_episodes_and_keeps_to_the_share_of_false_claims():
+    nothing = -np.inf
+    values = np.array([[nothing, -1.0], [nothing, -2.0], [nothing, -3.0], [nothing, -9.0]])
+    success = np.array([[False, True], [False, False], [False, True], [False, False]])
+    strict = vlm_threshold.choose(values, success, 0.0)
+    assert (strict["threshold"], strict["missed_success"]) == (-1.5, 0.5)
+    generous = vlm_threshold.choose(values, success, 0.34)
+    assert generous["threshold"] == -6.0
+    assert generous["false_success"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_episodes_of_one_kind_choose_nothing(success):
+    with pytest.raises(TrainingError, match="all 3 episodes are (successes|failures)"):
+        vlm_threshold.choose(np.zeros((3, 2)), np.full((3, 2), success), 0.1)
+
+
+def test_recording_without_a_verdict_chooses_nothing():
+    success = np.array([[True], [False]])
+    with pytest.raises(TrainingError, match="ends before a verdict"):
+        vlm_threshold.choose(np.full((2, 1), -np.inf), success, 0.1)
+
+
+def test_command_writes_what_a_run_takes(recording, tmp_path, capsys):
+    model = vlm_reward.write_tiny(tmp_path / "model")
+    imagined = write(tmp_path / "imagined", count=20)
+    flags = {"model": model, "data": recording, "imagined": imagined, "out": tmp_path / "out"}
+    flags |= {"average": 1, "chunk": CHUNK, "dtype": "float32", "episodes": 10, "device": "cpu"}
+    vlm_threshold.main([f"--{name}={value}" for name, value in flags.items()])
+
+    card = vlm_card.read(str(tmp_path / "out"))
+    assert (card.average, card.chunk, card.frames) == (1, CHUNK, 8)
+    assert vlm_card.simulated(str(tmp_path / "out")) == {"reward": model, "vlm_chunk": CHUNK}
+    facts = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert facts["chosen_on"]["kind"] == "imagined"
+    assert facts["chosen_on"]["episodes"] == 10
+    assert facts["held_out_episodes"] == {"real": 8, "imagined": 8}
+    said = capsys.readouterr().out
+    assert f"--config.reward.threshold={card.threshold} --config.reward.success_frames=1" in said
+    assert said.splitlines()[-1].startswith(f"threshold={card.threshold} false_success=")
+
+    data = recordings.load(imagined).split()[1]
+    judge = VlmJudge.load(model, (), VlmConfig(average=1, dtype="float32"))
+    values = vlm_threshold.verdicts(judge, data, CHUNK)
+    claimed = (values >= card.threshold).any(1)
+    false = (claimed & ~data.success_once()).sum() / max(claimed.sum(), 1)
+    assert facts["scores"]["imagined"]["false_success"] == pytest.approx(false)
+
+
+@pytest.mark.parametrize("flag", ["--every=0", "--false_success=1", "--dtype=int8"])
+def test_values_out_of_range_are_refused(flag):
+    with pytest.raises(SystemExit):
+        vlm_threshold.parse(["--model=a", "--data=b", "--out=c", flag])
+
+
+def test_prompt_without_a_place_for_the_task_is_refused():
+    with pytest.raises(ConfigError, match=r"--prompt: expected \{instruction\} once"):
+        vlm_threshold.main(["--model=a", "--data=b", "--out=c", "--prompt=Done? True"])
