@@ -122,6 +122,8 @@ def _vlm_problems(c: TrainConfig) -> list[str]:
         )
     try:
         card = vlm_card.read(reward.checkpoint) if reward.checkpoint else None
+        if card is None and reward.checkpoint:
+            vlm_card.check_is_model(reward.checkpoint)
     except DataError as error:
         return [*problems, f"config.reward.checkpoint: {error}"]
     if card is not None:

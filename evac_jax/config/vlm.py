@@ -44,8 +44,9 @@ class VlmConfig:
     def problems(self) -> list[str]:
         """Return what is wrong with the prompt, one line each."""
         question, answer = self.question_and_answer
-        if self.prompt.count(BLANK) == 1 and BLANK in question and answer:
+        if self.prompt.count(BLANK) == 1 and BLANK in question and answer.isalnum():
             return []
         return [
-            f"prompt: expected {BLANK} once and the answer as the last word, got {self.prompt!r}"
+            f"prompt: expected {BLANK} once and the answer, a plain word, at the end, got "
+            f"{self.prompt!r}"
         ]

@@ -104,6 +104,26 @@ def read(folder: str) -> VlmCard | None:
     return VlmCard(**values)
 
 
+def check_is_model(folder: str) -> None:
+    """Refuse a folder that is no model of transformers; an address is not looked at.
+
+    Raises:
+        DataError: it has no config.json, or not that of a model of transformers.
+    """
+    path = Path(folder) / "config.json"
+    if hub.is_address(folder) or not Path(folder).is_dir():  # a missing folder is told elsewhere
+        return
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError):
+        told = None
+    if not isinstance(told, dict) or "model_type" not in told:
+        raise DataError(
+            'with reward.judge = "vlm" expected the folder of an image-text-to-text model of '
+            f"transformers, or one of tools.reward.vlm_threshold; {path} is no such model's"
+        )
+
+
 def simulated(folder: str) -> dict[str, Any]:
     """Return what simulators need of `reward.checkpoint`; a model's address is downloaded.
 

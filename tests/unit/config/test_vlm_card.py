@@ -6,7 +6,7 @@ import pytest
 from configs import grpo
 from evac_jax.config import vlm_card
 from evac_jax.config.build import from_config_dict, to_dict
-from evac_jax.config.schema import RewardConfig
+from evac_jax.config.schema import MINIATURE_WEIGHTS, RewardConfig
 from evac_jax.config.vlm import VlmConfig
 from evac_jax.config.vlm_card import VlmCard
 from evac_jax.errors import CheckpointError, ConfigError, DataError
@@ -18,7 +18,7 @@ def model(tmp_path):
     """A folder that nobody opens."""
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "qwen3_vl"}')
     return str(folder)
 
 
@@ -42,6 +42,18 @@ def refused(**reward):
     with pytest.raises(ConfigError) as error:
         config_of(**reward)
     return str(error.value)
+
+
+def test_folder_of_a_classifier_is_told_before_all_that_follows_from_it():
+    told = refused(checkpoint=f"{MINIATURE_WEIGHTS}/reward", success_frames=2)
+    assert "expected the folder of an image-text-to-text model" in told
+    assert "success_frames" not in told
+
+
+@pytest.mark.parametrize("prompt", ["{instruction} and {task}", "{instruction}: True."])
+def test_answer_is_a_plain_word(model, prompt):
+    told = refused(checkpoint=model, threshold=-1.0, vlm={"prompt": prompt})
+    assert "config.reward.vlm.prompt: expected {instruction} once" in told
 
 
 def test_model_and_threshold_reach_the_simulators(model):
