@@ -35,7 +35,9 @@ def _flatten(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, type
 def _module(path: str) -> ModuleType:
     """Run a preset file."""
     if not Path(path).is_file():
-        raise ConfigError(f"--config: no file {path!r}; try --config={DEFAULT_PRESET}")
+        presets = Path(__file__).parents[2] / DEFAULT_PRESET
+        there = DEFAULT_PRESET if Path(DEFAULT_PRESET).is_file() else presets
+        raise ConfigError(f"--config: no file {path!r}; try --config={there}")
     spec = importlib.util.spec_from_file_location("evac_jax_preset", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config: expected a Python file, got {path!r}")

@@ -30,6 +30,8 @@ dataclasses; presets (`configs/`, [presets.md](presets.md)) override some. The c
 `python launch.py --config=configs/ppo.py:lora --help` lists the fields with the values of a preset.
 
 Values that are not allowed are refused before anything starts, with all problems in one message.
+What depends on the sizes in a model's folder, such as `algo.global_batch`, is checked once these
+are known.
 Every float must be finite.
 
 A value is that of the last of these that names it: default, preset, the folder of `world`, flag. A

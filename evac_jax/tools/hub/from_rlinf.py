@@ -81,7 +81,9 @@ def compose(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             f"RLinf's files are composed by hydra, which cannot be imported ({error}); install it "
             f"with: {sys.executable} -m pip install {HYDRA}"
         ) from error
-    if file.suffix != ".yaml" or not file.is_file():
+    if not file.is_file():
+        raise ConfigError(f"no file {str(file)!r}; expected RLinf's .yaml file of a run")
+    if file.suffix != ".yaml":
         raise ConfigError(f"expected a .yaml file, got {str(file)!r}")
     file = file.absolute()
     # RLinf's own resolvers.

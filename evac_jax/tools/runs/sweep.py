@@ -178,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"expected --config.SECTION.FIELD=VALUE, got {flag!r}")
         if field in OWN:
             parser.error(f"{flag}: the sweep sets {field} itself; see --seeds and --out")
+        if field in [split(text)[0] for text in args.set]:
+            parser.error(f"{flag}: --set gives {field} its values; leave one of the two out")
     runs = trials(args.seeds, args.set)
     check(args.config, common, runs)
     with claim.claimed(args.out) as out:

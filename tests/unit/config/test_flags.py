@@ -33,6 +33,12 @@ def test_missing_preset_file_is_named():
         check_flags(["--config=configs/nothing.py"])
 
 
+def test_preset_that_is_suggested_exists_from_any_folder(tmp_path, monkeypatch, repository):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"try --config={repository}/configs/grpo.py"):
+        check_flags(["--config=configs/grpo.py"])
+
+
 def test_entry_of_a_tuple_is_refused_as_only_the_whole_can_be_set(repository, monkeypatch):
     monkeypatch.chdir(repository)
     with pytest.raises(ConfigError, match=r"expected the whole value, as --config\.eval\.starts="):

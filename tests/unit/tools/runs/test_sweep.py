@@ -146,6 +146,12 @@ def test_flag_of_the_sweeps_own_is_refused(tmp_path, trainer, flag, capsys):
     assert "the sweep sets" in capsys.readouterr().err
 
 
+def test_field_is_refused_when_set_and_flag_both_give_it(tmp_path, trainer, capsys):
+    with pytest.raises(SystemExit):
+        _sweep(tmp_path / "sweep", "--config.algo.clip_high=0.1")
+    assert "leave one of the two out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--confg.optim.lr=1", "--config.optim.lr"])
 def test_flag_is_refused_when_it_is_none_for_every_run(tmp_path, trainer, flag, capsys):
     with pytest.raises(SystemExit):
