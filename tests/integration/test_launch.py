@@ -128,6 +128,7 @@ def test_run_stops_with_a_checkpoint_when_a_bad_classifier_raises_the_alarm(laun
     assert (launcher.runs / "fooled" / "checkpoints" / "1").is_dir()
 
 
+@pytest.mark.slow
 def test_run_whose_simulator_dies_has_saved_what_it_had_learned(launcher):
     flags = ("--config.log.run=orphan", "--config.train.iterations=99")
     process = launcher.start(*flags, *QUICK)

@@ -108,8 +108,8 @@ def test_recording_repeats_in_the_simulator_and_feeds_the_world_model(launch):
     data = recordings.load(out)
     assert data.instructions == INSTRUCTIONS
     assert data.sources == ("policy:policy@0.5", "random")
-    assert data.start.tolist() == [0, 1, 2, 3] * 2
-    assert data.task.tolist() == [0, 1, 0, 1] * 2
+    assert data.start.tolist() == [0, 2, 1, 3] * 2  # task by task
+    assert data.task.tolist() == [0, 0, 1, 1] * 2
     assert np.abs(data.actions).max() <= 1
     assert set(np.unique(data.actions[:, 6])) <= {-1, 0, 1}
     for n in range(data.num_episodes):

@@ -173,6 +173,7 @@ def test_arguments_that_do_not_go_together_are_refused(arguments, message, capsy
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_new_policy_has_the_named_sizes_and_resumes_from_its_own_random_weights(
     start, recording, tmp_path, monkeypatch
 ):

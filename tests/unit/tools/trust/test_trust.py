@@ -93,6 +93,7 @@ def test_report_is_written_when_a_recording_is_given(weights, recording, tmp_pat
     assert markupsafe.escape(MARKUP) in text
 
 
+@pytest.mark.slow
 def test_vision_language_model_judges_beside_a_classifier(weights, recording, tmp_path):
     model = vlm_reward.write_tiny(tmp_path / "model")
     (tmp_path / "vlm").mkdir()

@@ -136,6 +136,7 @@ def test_few_step_training_sees_the_timesteps_of_its_sampler_alone(inputs, tmp_p
     assert parts == one
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(inputs, tmp_path):
     one = _train(inputs, tmp_path / "one", batch=4, steps=1)
     with socket.socket() as free:
