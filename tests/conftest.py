@@ -25,6 +25,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process; it clear
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 REPOSITORY = Path(__file__).parent.parent
+LONG = tuple(str(REPOSITORY / "tests" / name) for name in ("integration", "unit/tools"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long, so that all processes end at about the same time."""
+    items.sort(key=lambda item: not str(item.path).startswith(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def test_run_is_rewarded_by_a_vision_language_model(launcher, tmp_path):
     assert json.loads((run / "config.json").read_text())["reward"]["vlm"]["average"] == 2
 
 
-def test_threshold_that_is_missing_ends_with_one_message(launcher, tmp_path):
+def test_folder_that_is_no_model_ends_with_one_message(launcher, tmp_path):
     output = launcher.run("--config.reward.judge=vlm", status=2, cwd=tmp_path)
-    assert 'config.reward.threshold: needed with reward.judge = "vlm"' in output
+    assert "expected the folder of an image-text-to-text model" in output
     assert "Traceback" not in output
