@@ -13,11 +13,11 @@ ARGS ?=
 # Processes that run tests. Each takes whole files, the long ones of tests/integration first.
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# What most changes break first: layers, settings, algorithms, files, the bridge's messages. Of these
+# What most changes break first: layers, settings, losses, files, the bridge's messages. Of these
 # folders some files take as long as all the rest.
 QUICK_FOLDERS := $(addprefix tests/unit/,config configs docs algos files telemetry bridge)
-QUICK_WITHOUT := $(addprefix tests/unit/,config/test_reference.py docs/test_checkpoints.py docs/test_docs_commands.py \
-	docs/test_memory.py docs/test_metrics.py telemetry/test_writers.py)
+QUICK_WITHOUT := $(addprefix tests/unit/,algos/test_update.py config/test_reference.py docs/test_checkpoints.py \
+	docs/test_docs_commands.py docs/test_memory.py docs/test_metrics.py telemetry/test_writers.py)
 QUICK := $(wildcard tests/unit/test_*.py) $(QUICK_FOLDERS) $(QUICK_WITHOUT:%=--ignore=%) \
 	--deselect=tests/unit/test_house.py::test_nothing_foreign_is_loaded_when_modules_are_imported
 # Folders of golden vectors for `make parity`, each with a manifest.json.
