@@ -48,7 +48,7 @@ def base(algorithm: str, preset: str, presets: dict) -> config_dict.ConfigDict:
     config = render(default_config(algorithm))
     presets[preset](config)
     # One whose weights are still to be made is refused when a run is checked.
-    if config.world and not world.absent(config.world):
+    if config.world and not world.absent(str(config.world)):
         world.fill(config)
     return config
 
