@@ -22,7 +22,7 @@ from evac_jax.tools.recipes.stages import WORK, Stage
 # These counts set the time and the quality of a build. `--scale` multiplies all of them.
 COUNTS = {
     # recordings, episodes
-    "base": 2040,
+    "base": 1360,
     "rollouts": 400,  # of the start policy, half of them greedy
     # offline training, optimiser steps
     "autoencoder": 12000,
