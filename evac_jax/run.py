@@ -257,6 +257,7 @@ class Run:
                 "checkpoints": self._folder.checkpoints,
             },
             notes=self._config.libero.notes if self._config.eval.ground_truth == "libero" else (),
+            alarms=self._folder.alarms(),
             commands=self._folder.next_commands(self._done),
         )
         self._folder.write_report()  # the run is finished now, and warnings may have come

@@ -32,7 +32,7 @@ from evac_jax.files.atomic import keep, replacing
 from evac_jax.files.cards import write_json
 from evac_jax.starts import ground_truth_range, share_starts
 from evac_jax.telemetry import json_lines, launches, report, video, warning_log, writers
-from evac_jax.telemetry.pages import run_report
+from evac_jax.telemetry.pages import record, run_report, signals
 
 RUN_ID_FILE = "run_id"
 
@@ -203,7 +203,7 @@ class RunFolder:
         """Return {what to do next: command} after `done` iterations."""
         wanted = self.config.train.iterations
         following = commands.following(
-            commands.given(), self.path, iterations=wanted, finished=done >= wanted
+            commands.given(), self.path, done=done, iterations=wanted, finished=done >= wanted
         )
         return {what: shlex.join(command) for what, command in following.items()}
 
@@ -239,6 +239,10 @@ class RunFolder:
             list_of = self.videos / f"iteration_{iteration:05d}.json"
             write_json(list_of, {"iteration": iteration, **same, "films": listed})
         return written
+
+    def alarms(self) -> list[str]:
+        """Return what the metrics show to be wrong, one sentence each."""
+        return signals.alarms(record.read(self.path))
 
     def write_report(self) -> None:
         """Write report.html anew; one that fails is told, and training goes on."""

@@ -105,6 +105,8 @@ def check_sizes(
             f"config.env.max_episode_steps: must be a multiple of the world model's chunk of "
             f"{episode.chunk} actions, got {episode.max_steps}"
         )
+    if config.env.simulator == "world_model" and config.reward.judge == "vlm":
+        problems += config.reward.vlm.too_long_for(episode.chunks)
     samples = config.episodes_per_iteration * episode.chunks
     algorithm = load_algorithm(config.algorithm)
     problems += algorithm.problems(

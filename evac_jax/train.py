@@ -21,7 +21,7 @@ from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 from evac_jax.simulators import Simulators, started
 from evac_jax.starts import check_ranges
 from evac_jax.stopping import Stopping, begin_again
-from evac_jax.telemetry.progress import told
+from evac_jax.telemetry.progress import told, told_if_long
 from evac_jax.telemetry.stopwatch import Stopwatch
 from evac_jax.twin import Twin
 
@@ -88,7 +88,8 @@ def iterate(
             done = iteration + 1
             with watch.timed("step"):
                 programs = compiled.count
-                with run.saved_if_it_ends(iteration):
+                collecting = told_if_long(f"iteration {done}: collecting episodes")
+                with run.saved_if_it_ends(iteration), collecting:
                     batch, figures, played = collector.take(iteration)
                     with watch.timed("twin"):
                         figures |= twin.check(iteration, played)
@@ -96,7 +97,8 @@ def iterate(
                     update = learner.start_update(batch, iteration_key(config.seed, iteration))
                 collector.begin(done)
                 run.cut_short(collector.collect_ahead)
-                with watch.timed("actor"):
+                updating = told_if_long(f"iteration {done}: updating the policy")
+                with watch.timed("actor"), updating:
                     figures |= learner.finish_update(update)
                 figures[COMPILATIONS] = float(compiled.count - programs)
             run.log(done, figures, watch.take())

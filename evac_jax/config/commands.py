@@ -41,19 +41,21 @@ def going_on(command: Sequence[str], run: Path, iterations: int | None = None) -
 
 
 def following(
-    command: Sequence[str], run: Path, *, iterations: int, finished: bool
+    command: Sequence[str], run: Path, *, done: int, iterations: int, finished: bool
 ) -> dict[str, list[str]]:
     """Return {what to do: command} of what usually comes after a run.
 
     Args:
         command: that started it.
         run: its folder.
+        done: how many iterations it has.
         iterations: how many it was to have.
         finished: whether it has them; if so, going on means twice as many.
     """
     python, *_ = command
     restored = [*without(command, (*RESTORING, "mode")), f"--config.checkpoint.restore={run}"]
-    export = [python, "-m", "evac_jax.tools.policy.export", f"--run={run}", f"--out={run}-policy"]
+    out = f"{run}-policy-{done}"  # a run that goes on is exported again
+    export = [python, "-m", "evac_jax.tools.policy.export", f"--run={run}", f"--out={out}"]
     return {
         "evaluate": [*restored, "--mode=eval"],
         "go on": going_on(command, run, 2 * iterations if finished else None),

@@ -41,6 +41,16 @@ class VlmConfig:
         question, _, answer = self.prompt.rpartition(" ")
         return question, answer
 
+    def too_long_for(self, chunks: int) -> list[str]:
+        """Return why no episode of so many chunks can succeed, [] if one can."""
+        if chunks >= self.every * self.average:
+            return []
+        return [
+            f"config.reward.vlm: a verdict needs every x average = {self.every} x {self.average} "
+            f"chunks, an episode has {chunks}; lower one of them, or lengthen "
+            "env.max_episode_steps"
+        ]
+
     def problems(self) -> list[str]:
         """Return what is wrong with the prompt, one line each."""
         question, answer = self.question_and_answer

@@ -119,13 +119,8 @@ class VlmJudge:
         Raises:
             ConfigError: an episode ends before a verdict is possible.
         """
-        needed = self.config.every * self.config.average
-        if chunks < needed:
-            raise ConfigError(
-                f"reward.vlm: a verdict needs every x average = {self.config.every} x "
-                f"{self.config.average} chunks, an episode has {chunks}; lower one of them, or "
-                "lengthen env.max_episode_steps"
-            )
+        if problems := self.config.too_long_for(chunks):
+            raise ConfigError(*problems)
         return VlmWatch(self, num_envs)
 
     @torch.inference_mode()

@@ -35,13 +35,25 @@ def told(what: str, every_s: float = 20.0) -> Iterator[None]:
         what: such as "evaluating in imagination: 64 episodes".
         every_s: seconds between lines in between.
     """
+    began = time.monotonic()
+    logging.info("%s", what)
+    with told_if_long(what, every_s):
+        yield
+    logging.info("%s: done in %.0f s", what, time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def told_if_long(what: str, every_s: float = 20.0) -> Iterator[None]:
+    """Log that something goes on, every so many seconds; nothing if it takes less.
+
+    Args: see `told`.
+    """
     began, over = time.monotonic(), threading.Event()
 
     def go_on() -> None:
         while not over.wait(every_s):
             logging.info("%s: going on for %.0f s", what, time.monotonic() - began)
 
-    logging.info("%s", what)
     thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
     try:
@@ -49,7 +61,6 @@ def told(what: str, every_s: float = 20.0) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-    logging.info("%s: done in %.0f s", what, time.monotonic() - began)
 
 
 def format_episodes(rate: float, count: float) -> str:

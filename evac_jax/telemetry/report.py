@@ -135,6 +135,7 @@ def summary(
     wall_seconds: float,
     places: Mapping[str, Path | None],
     notes: Sequence[str] = (),
+    alarms: Sequence[str] = (),
     commands: Mapping[str, str] | None = None,
 ) -> str:
     """Return the summary of a run as plain text.
@@ -147,6 +148,7 @@ def summary(
         wall_seconds: duration of this process.
         places: {what: path} of files; None is left out.
         notes: what the success rates depend on, in lines.
+        alarms: what is wrong with the run, one sentence each.
         commands: {what to do next: command}.
     """
     lies = [[f"{what}:", str(where)] for what, where in places.items() if where is not None]
@@ -156,6 +158,7 @@ def summary(
             "Success rate [95 % Wilson interval]",
             table({"before": before, "after": after}),
             *notes,
+            *(["", "Look at this first", *alarms] if alarms else ()),
             "",
             "Time",
             _phase_table(seconds, wall_seconds),
@@ -188,6 +191,7 @@ def finish(
     wall_seconds: float,
     places: Mapping[str, Path | None],
     notes: Sequence[str] = (),
+    alarms: Sequence[str] = (),
     commands: Mapping[str, str] | None = None,
 ) -> str:
     """Write summary.json into the run's folder; show and return the summary.
@@ -203,6 +207,7 @@ def finish(
         "iteration": iteration,
         "success": {"before": _as_json(before), "after": _as_json(after)},
         "notes": list(notes),
+        "alarms": list(alarms),
         "seconds": dict(seconds),
         "wall_seconds": wall_seconds,
         "places": {what: str(where) for what, where in places.items() if where is not None},
@@ -216,6 +221,7 @@ def finish(
         wall_seconds=wall_seconds,
         places=places,
         notes=notes,
+        alarms=alarms,
         commands=commands,
     )
     show(text)

@@ -5,6 +5,7 @@ import jax
 import pytest
 
 from evac_jax.config.build import default_config
+from evac_jax.config.vlm import VlmConfig
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.miniature.sizes import WORLD_MODEL
@@ -40,6 +41,14 @@ def test_nothing_is_expected_of_another_file(config, tmp_path, text):
 def test_nothing_is_expected_of_the_ground_truth(config):
     env = dataclasses.replace(config.env, simulator="ground_truth")
     assert expected_episode(dataclasses.replace(config, env=env)) is None
+
+
+def test_episodes_too_short_for_a_verdict_are_refused(config):
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    reward = dataclasses.replace(config.reward, judge="vlm", vlm=VlmConfig(every=2, average=3))
+    config = dataclasses.replace(config, reward=reward)
+    with pytest.raises(ConfigError, match=r"every x average = 2 x 3 chunks, an episode has 4"):
+        check_sizes(config, mesh, mesh, expected_episode(config))
 
 
 def test_episodes_of_broken_chunks_are_refused(config):

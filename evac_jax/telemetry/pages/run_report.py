@@ -269,6 +269,7 @@ def _details(record: Record) -> dict[str, Any]:
         going_on = commands.following(
             command,
             record.path.absolute(),
+            done=record.done,
             iterations=record.iterations,
             finished=record.finished,
         )

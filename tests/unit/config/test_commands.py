@@ -29,9 +29,9 @@ def test_run_goes_on_with_its_own_flags():
 
 
 def test_finished_run_goes_on_for_twice_as_long():
-    follow = commands.following(COMMAND, RUN, iterations=8, finished=True)
+    follow = commands.following(COMMAND, RUN, done=8, iterations=8, finished=True)
     assert follow["go on"][-1] == "--config.train.iterations=16"
-    follow = commands.following(COMMAND, RUN, iterations=8, finished=False)
+    follow = commands.following(COMMAND, RUN, done=4, iterations=8, finished=False)
     assert follow["go on"] == commands.going_on(COMMAND, RUN)
 
 
@@ -39,6 +39,7 @@ def test_what_comes_next_uses_the_run():
     follow = commands.following(
         [*COMMAND, "--mode", "train", "--config.checkpoint.restore=auto"],
         RUN,
+        done=8,
         iterations=8,
         finished=True,
     )
@@ -47,6 +48,6 @@ def test_what_comes_next_uses_the_run():
         restored = f"--config.checkpoint.restore={RUN}"
         assert follow[name] == [*COMMAND, restored, f"--mode={mode}"]
     assert follow["export"][1:] == [
-        *("-m", "evac_jax.tools.policy.export", f"--run={RUN}", f"--out={RUN}-policy")
+        *("-m", "evac_jax.tools.policy.export", f"--run={RUN}", f"--out={RUN}-policy-8")
     ]
     assert follow["report"][1:] == ["-m", "evac_jax.tools.runs.report", str(RUN)]

@@ -58,6 +58,18 @@ def test_long_work_is_told_as_it_begins_goes_on_and_ends(caplog):
     assert lines[-1].startswith("loading: done in ")
 
 
+def test_work_is_told_only_if_it_takes_long(caplog):
+    with caplog.at_level("INFO", logger="absl"):
+        with progress.told_if_long("updating"):
+            pass
+        assert not caplog.records
+        with progress.told_if_long("updating", every_s=0.05):
+            deadline = time.monotonic() + 10
+            while not caplog.records and time.monotonic() < deadline:
+                time.sleep(0.01)
+    assert caplog.records[0].getMessage() == "updating: going on for 0 s"
+
+
 def test_nothing_is_told_as_done_when_it_failed(caplog):
     with (
         caplog.at_level("INFO", logger="absl"),

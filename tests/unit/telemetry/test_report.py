@@ -61,6 +61,7 @@ def test_summary_is_printed_and_saved_when_a_run_ends(tmp_path, capsys):
         wall_seconds=130.0,
         places={"logs": tmp_path, "videos": None, "checkpoints": tmp_path / "checkpoints"},
         notes=["not the official protocol"],
+        alarms=["Iteration 7: updates were skipped."],
         commands={"evaluate": "python launch.py --mode=eval"},
     )
     out = capsys.readouterr().out
@@ -73,12 +74,14 @@ def test_summary_is_printed_and_saved_when_a_run_ends(tmp_path, capsys):
     assert lines["rest"] == ["5.0", "5.0%"]
     assert lines["checkpoints:"] == [str(tmp_path / "checkpoints")]
     assert "videos" not in out
-    assert out.index("n=256") < out.index("not the official protocol") < out.index("Time")
+    order = ("n=256", "not the official protocol", "Iteration 7: updates were skipped.", "Time")
+    assert sorted(order, key=out.index) == list(order)
     saved = json.loads((tmp_path / report.SUMMARY_FILE).read_text())
     assert saved["success"]["after"]["imagined"]["rate"] == 0.625
     assert saved["success"]["before"]["ground_truth"]["episodes"] == 256
     assert saved["seconds"]["env/denoise"] == 45.0
     assert saved["notes"] == ["not the official protocol"]
+    assert saved["alarms"] == ["Iteration 7: updates were skipped."]
 
 
 def test_success_is_told_by_task_when_an_evaluation_ends(tmp_path, capsys):
@@ -135,6 +138,7 @@ def test_earlier_summary_is_kept_when_a_run_was_made_longer(tmp_path):
 def test_summary_is_complete_when_nothing_was_evaluated_or_trained(tmp_path):
     text = report.summary(before={}, after={}, seconds={}, wall_seconds=1.0, places={})
     assert "not evaluated" in text
+    assert "Look at" not in text
     assert report.rates({"imagined": (0, 0)}) == {}
     assert report.rates({"imagined": (1, 4)}) == {"imagined": 0.25}
 

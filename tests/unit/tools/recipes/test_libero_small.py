@@ -13,7 +13,9 @@ def test_interrupted_recording_loses_one_piece_at_most():
     assert len(pieces) == build.COUNTS["base"] / build.PIECE
     shown = [stage.shown for stage in pieces]
     assert all(f"collect.episodes={build.PIECE}" in text for text in shown)
-    assert [int(re.search(r"config\.seed=(\d+)", text)[1]) for text in shown] == list(range(len(pieces)))
+    assert [int(re.search(r"config\.seed=(\d+)", text)[1]) for text in shown] == list(
+        range(len(pieces))
+    )
     assert (build.END - build.FIRST) % build.PIECE  # so that players get other starts in each
 
 
