@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from algos.optim import make_optimizer
 from algos.types import TrainState, path_name
 from evac_jax import programs
-from evac_jax.config.schema import PolicyConfig, TrainConfig
+from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts, sharding
 from evac_jax.errors import ConfigError
 from evac_jax.shapes import EpisodeShapes, batch_shapes
@@ -38,23 +38,6 @@ WORKSPACE = 2.6
 # needed to the end, because the step may be skipped.
 MOMENTS_HELD_TWICE = 0.85
 ROLLOUT, BACKWARD, OPTIMISER = "the rollout", "the backward pass", "the optimiser's step"
-
-
-def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any):
-    """Return `published` with the settings of a run, as after an import."""
-    return dataclasses.replace(
-        published,
-        value_type=policy.value_head,
-        param_dtype=policy.param_dtype,
-        compute_dtype=policy.compute_dtype,
-        max_prompt_length=policy.max_prompt_length,
-        lora_rank=policy.lora_rank,
-        lora_alpha=policy.lora_alpha,
-        keep_stop_token=policy.keep_stop_token,
-        remat=policy.remat,
-        scan_layers=policy.scan_layers,
-        **more,
-    )
 
 
 def trainer_parts(
