@@ -6,7 +6,7 @@ XLA's own `cost_analysis` gives nothing for GPUs and counts the body of a loop o
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from evac_jax.errors import DataError
@@ -104,9 +104,9 @@ def account(text: str) -> Account:
         for name, times in runs.items()
         for instruction in program.computations[name]
     )
-    collectives = [
+    collectives = _each_once(
         found for name, times in runs.items() for found in _collectives(products, name, times)
-    ]
+    )
     return Account(float(flops), tuple(collectives), f'custom_call_target="{ATTENTION}' in text)
 
 
@@ -217,10 +217,13 @@ def _valid_positions(
     return count
 
 
-def _collectives(products: _Products, name: str, times: int) -> Iterator[Collective]:
-    """Yield the collectives of one computation that runs `times` times."""
+def _collectives(products: _Products, name: str, times: int) -> Iterator[tuple[str, Collective]]:
+    """Yield (channel, collective) of one computation that runs `times` times.
+
+    The channel is "" where nothing can repeat it, which is outside fusions.
+    """
     program = products.program
-    lines = program.computations[name]
+    lines, fused = program.computations[name], name in program.fused
     for at, instruction in enumerate(lines):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
@@ -229,14 +232,28 @@ def _collectives(products: _Products, name: str, times: int) -> Iterator[Collect
         shape = instruction.shape
         if started and kind != "all-reduce":  # (operands, results, ..)
             shape = hlo.elements(shape)[1]
-        yield Collective(
-            kind,
-            times,
-            sum(array.bytes for array in hlo.arrays_of(shape)),
-            _chips(instruction, program.partitions),
-            started and _works_meanwhile(products, name, at),
-            f"{name}/{instruction.name}",
+        num_bytes = sum(array.bytes for array in hlo.arrays_of(shape))
+        chips = _chips(instruction, program.partitions)
+        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+            # A TPU's reduce-scatter: a fusion of an all-reduce with the slice that a chip keeps.
+            kind, num_bytes = "reduce-scatter", num_bytes // chips
+        hidden = started and _works_meanwhile(products, name, at)
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        yield (
+            f"channel {channel[1]}" if fused and channel else "",
+            Collective(kind, times, num_bytes, chips, hidden, f"{name}/{instruction.name}"),
         )
+
+
+def _each_once(found: Iterable[tuple[str, Collective]]) -> list[Collective]:
+    """Return collectives without those of fusions that repeat another one's channel.
+
+    A TPU's program may have a collective in the fusion that starts it and in the one that ends it.
+    """
+    kept: dict[str, Collective] = {}
+    for channel, collective in found:
+        kept.setdefault(channel or collective.where, collective)
+    return list(kept.values())
 
 
 def _works_meanwhile(products: _Products, name: str, at: int) -> bool:
@@ -257,7 +274,7 @@ def _chips(instruction: Instruction, partitions: int) -> int:
         return partitions
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
         return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
         sizes = {n: int(s) for n, s in re.findall(r"'(\w+)'=(\d+)", found[1])}
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part) if part else sizes[axis] for axis, part in axes)

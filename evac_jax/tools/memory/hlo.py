@@ -51,6 +51,7 @@ class Instruction:
         opcode: such as "dot" or "all-gather-start".
         operands: their names.
         attributes: text behind the operands.
+        literal: the value of a constant.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    literal: str = ""
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
@@ -105,6 +107,17 @@ class Program:
             self._by_name[computation] = {i.name: i for i in self.computations[computation]}
         return self._by_name[computation][name]
 
+    @functools.cached_property
+    def fused(self) -> frozenset[str]:
+        """Names of the computations of fusions."""
+        return frozenset(
+            name
+            for lines in self.computations.values()
+            for instruction in lines
+            if instruction.opcode == "fusion"
+            for name in instruction.called.get("calls", ())
+        )
+
     def runs(self) -> dict[str, int]:
         """Return how often each computation runs; those of fusions and loops included.
 
@@ -139,15 +152,63 @@ class Program:
     def trips(self, name: str, loop: Instruction) -> int:
         """Return how often the body of a `while` runs.
 
+        A GPU's program notes it. In a TPU's it follows from the condition, counter < limit, and
+        from what the body adds to the counter: 2 where a loop passes shards both ways round a ring.
+
         Raises:
             DataError: the program does not tell.
         """
         told = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
         if told:
             return int(told[1])
+        condition, body = (loop.called[kind][0] for kind in ("condition", "body"))
+        compared = self.computations[condition][-1]
+        if compared.opcode == "compare" and "direction=LT" in compared.attributes:
+            index = self._counter(condition, compared.operands[0])
+            limit = self._constant(condition, compared.operands[1])
+            first = self._element(name, loop.operands[0], index)
+            step = self._step(body, index)
+            if None not in (index, limit, first, step):
+                return -(-(limit - first) // step)
         raise DataError(
-            f"while %{loop.name} in %{name}: expected a known trip count, as lax.scan gives it"
+            f"while %{loop.name} in %{name}: expected a known trip count or a counter from a "
+            "constant to a constant, as lax.scan gives them"
         )
+
+    def _counter(self, name: str, value: str) -> int | None:
+        """Return which element of a loop's state `value` is."""
+        found = self._source(name, value)
+        index = re.search(r"index=(\d+)", found.attributes)
+        return int(index[1]) if found.opcode == "get-tuple-element" and index else None
+
+    def _constant(self, name: str, value: str) -> int | None:
+        found = self._source(name, value)
+        return int(found.literal) if found.opcode == "constant" else None
+
+    def _element(self, name: str, state: str, index: int | None) -> int | None:
+        """Return the constant that stands in a tuple."""
+        found = self._source(name, state)
+        if found.opcode != "tuple" or index is None:
+            return None
+        return self._constant(name, found.operands[index])
+
+    def _step(self, body: str, index: int | None) -> int | None:
+        """Return what a loop's body adds to an element of its state."""
+        result = self.computations[body][-1]
+        if result.opcode != "tuple" or index is None:
+            return None
+        added = self._source(body, result.operands[index])
+        if added.opcode != "add":
+            return None
+        steps = [self._constant(body, operand) for operand in added.operands]
+        return next((step for step in steps if step is not None), None)
+
+    def _source(self, name: str, value: str) -> Instruction:
+        """Return the instruction that made a value, through copies of it."""
+        found = self.find(name, value)
+        while found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+            found = self.find(name, found.operands[0])
+        return found
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:
@@ -200,7 +261,12 @@ def _instruction(name: str, text: str) -> Instruction:
     opcode, _, rest = rest.partition("(")
     operands, attributes = _cut_operands(rest)
     return Instruction(
-        name, shape, opcode.strip(), tuple(re.findall(r"%([\w.\-]+)", operands)), attributes
+        name,
+        shape,
+        opcode,
+        tuple(re.findall(r"%([\w.\-]+)", operands)),
+        attributes,
+        operands if opcode == "constant" else "",
     )
 
 

@@ -28,6 +28,11 @@ BODY = """
   ROOT %out = (s32[], bf16[16,8]{1,0}) tuple(%i, %reduce-scatter.1)
 }
 """
+CONDITION = """
+%condition (s: (s32[], bf16[16,8])) -> pred[] {
+  ROOT %go = pred[] custom-call(), custom_call_target="until_done"
+}
+"""
 LOOP = (
     "  %w = (s32[], bf16[16,8]{1,0}) while(%t), condition=%condition, body=%body, "
     'backend_config={"known_trip_count":{"n":"5"}}'
@@ -73,6 +78,7 @@ def test_a_collective_is_hidden_where_a_product_stands_between_start_and_done():
         ("{}", 8),
         ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", 2),
         ("mesh['axis_0'=8] {'axis_0':(2)4}", 4),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", 4),
     ],
 )
 def test_every_notation_of_groups_tells_how_many_chips_take_part(groups, chips):
@@ -136,8 +142,69 @@ def test_products_of_a_batch_written_as_a_convolution_count_once_for_each():
     assert account(_program(line)).flops == 3 * 2 * 6 * 10 * 4
 
 
+RING = """
+%condition (s: (u32[], bf16[4])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(4)
+  %s = (u32[]{:T(128)}, bf16[4]{0:T(8)}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body (s: (u32[], bf16[4])) -> (u32[], bf16[4]) {
+  %two = u32[]{:T(128)} constant(2)
+  %s = (u32[]{:T(128)}, bf16[4]{0:T(8)}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%s), index=0
+  %x = bf16[4]{0:T(8)} get-tuple-element(%s), index=1
+  %cp = (bf16[4], bf16[4], u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x),\
+ channel_id=7, source_target_pairs={{0,1},{1,0}}
+  %cpd = bf16[4]{0:T(8)} collective-permute-done(%cp)
+  %more = u32[]{:T(128)} add(%i, %two)
+  ROOT %t = (u32[]{:T(128)}, bf16[4]{0:T(8)}) tuple(%more, %cpd)
+}
+"""
+
+
+def test_loops_of_a_tpu_count_by_their_condition_and_step():
+    begin = (
+        "  %zero = u32[]{:T(128)} constant(0)\n  %copy.1 = u32[]{:T(128)} copy(%zero)\n"
+        "  %p0 = bf16[4]{0} parameter(0)\n  %t = (u32[], bf16[4]) tuple(%copy.1, %p0)\n"
+        "  %w = (u32[], bf16[4]) while(%t), condition=%condition, body=%body"
+    )
+    found = account(_program(begin, RING))
+    assert [c.times for c in found.collectives] == [2]
+    assert found.received("collective-permute") == 2 * 8
+
+
+def test_a_collective_that_two_fusions_repeat_counts_once():
+    def fused(name):
+        return f"""
+        %{name} (x: f32[8]) -> f32[64] {{
+          %x = f32[8]{{0}} parameter(0)
+          ROOT %g = f32[64]{{0}} all-gather(%x), channel_id=3, replica_groups=[1,8]<=[8]
+        }}
+        """
+
+    calls = "\n".join(
+        f"  %f{name} = f32[64]{{0}} fusion(%p0), kind=kCustom, calls=%{name}" for name in ("a", "b")
+    )
+    assert account(_program(calls, fused("a"), fused("b"))).received("all-gather") == 256 * 7 / 8
+
+
+def test_an_all_reduce_of_which_a_chip_keeps_a_slice_is_a_reduce_scatter():
+    fused = """
+    %all-reduce-scatter.1 (x: f32[64]) -> f32[8] {
+      %x = f32[64]{0} parameter(0)
+      %r = f32[64]{0} all-reduce(%x), channel_id=3, replica_groups=[1,8]<=[8], to_apply=%add
+      ROOT %s = f32[8]{0} dynamic-slice(%r, %at), dynamic_slice_sizes={8}
+    }
+    """
+    call = "  %f = f32[8]{0} fusion(%p0), kind=kCustom, calls=%all-reduce-scatter.1"
+    found = account(_program(call, fused))
+    assert (found.received("reduce-scatter"), found.received("all-reduce")) == (7 * 32, 0)
+
+
 def test_texts_that_do_not_tell_are_refused():
     with pytest.raises(DataError, match="without ENTRY"):
         account("HloModule x")
     with pytest.raises(DataError, match="known trip count"):
-        account(_program(LOOP.partition(", backend_config")[0], BODY))
+        account(_program(LOOP.partition(", backend_config")[0], BODY, CONDITION))
