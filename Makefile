@@ -25,7 +25,7 @@ GOLDENS ?= $(patsubst %/manifest.json,%,$(wildcard tests/goldens/*/manifest.json
 
 .DEFAULT_GOAL := help
 .PHONY: help install-cuda install-tpu demo test test-quick test-slow lint format type docs parity bench miniature \
-	libero libero-check clean
+	libero libero-check aot clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -125,6 +125,17 @@ libero-check: $(STAMP) $(LIBERO_STAMP)  ## Success of a policy in LIBERO: POLICY
 		--config.libero.python=$(LIBERO_VENV)/bin/python $$told \
 		--config.log.run=libero-check-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
+# XLA's compilers for chips that are not here have an environment of their own: docs/memory.md.
+AOT_VENV := .venv-aot
+AOT_STAMP := $(AOT_VENV)/.installed
+
+$(AOT_STAMP): requirements-aot.txt
+	test -x $(AOT_VENV)/bin/pip || $(PYTHON) -m venv $(AOT_VENV)
+	$(AOT_VENV)/bin/pip install -r requirements-aot.txt
+	@touch $@
+
+aot: $(AOT_STAMP)  ## Install XLA's compilers for GPUs and TPUs into .venv-aot: docs/memory.md.
+
 clean:  ## Remove environments, caches and the site, but no runs.
-	rm -rf $(VENV) $(LIBERO_VENV) $(DOCS_VENV) site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LIBERO_VENV) $(AOT_VENV) $(DOCS_VENV) site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

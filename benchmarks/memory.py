@@ -85,10 +85,11 @@ def measure(
     from evac_jax.shapes import EpisodeShapes
     from evac_jax.tools.memory import trainer
     from evac_jax.tools.memory.parts import peak
+    from evac_jax.tools.memory.setup import policy_sizes
     from policies.openvla_oft.import_hf import load_config
 
     config = train_config(folder, variant, micro_batch, remat=remat)
-    sizes = trainer.policy_sizes(config.policy, load_config(folder))
+    sizes = policy_sizes(config.policy, load_config(folder))
     episode = EpisodeShapes((1, FRAME, FRAME, 3), sizes.chunk, sizes.chunk)
     estimate, _ = peak(trainer.trainer_parts(config, sizes, episode, 1))
     told = {"estimate": estimate}

@@ -4,9 +4,9 @@
     learner.begin_to_compile()                 # in a thread
     learner.meet(simulators.spec)              # once the simulators run
 
-There are two jitted functions: `sample`, and the algorithm's update, whose state is donated. If
-other devices decide than learn, or if sampling continues during an update, `sample` uses its own
-copy of the parameters, made by `sync`. Inputs and outputs are this host's rows.
+There are two jitted functions, of `programs.py`: `sample`, and the algorithm's update, whose state
+is donated. If other devices decide than learn, or if sampling continues during an update, `sample`
+uses its own copy of the parameters, made by `sync`. Inputs and outputs are this host's rows.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +21,8 @@ from flax import nnx
 
 from algos.optim import global_norm, make_optimizer
 from algos.types import RolloutBatch, TrainState, WeightedMetric
-from algos.update import init_state
+from evac_jax import programs
 from evac_jax.bridge.types import EnvSpec
-from evac_jax.config.algorithms import load_algorithm
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
@@ -31,12 +30,7 @@ from evac_jax.policy_import import import_policy
 from evac_jax.shapes import EpisodeShapes, batch_shapes
 from evac_jax.simulators import BatchStep
 from evac_jax.telemetry.progress import told
-from policies.activations import activations_at
 from policies.types import ObsBatch, PolicyOutput
-
-
-def _shape(x, place) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 class Learner:
@@ -64,7 +58,6 @@ class Learner:
         rollout_mesh: jax.sharding.Mesh | None = None,
     ):
         self._config, self._mesh, self._rollout_mesh = config, mesh, rollout_mesh or mesh
-        self._batch_sharding = sharding.batch_sharding(mesh)
         loaded = import_policy(
             config.policy,
             seed=config.seed,
@@ -78,10 +71,13 @@ class Learner:
         self._seen: tuple | None = None  # by the policy at its last training decision
         self.has_value_head = config.policy.value_head != "none"
 
-        self._graphdef, params, self._rest = nnx.split(loaded.model, nnx.Param, ...)
+        graphdef, params, self._rest = nnx.split(loaded.model, nnx.Param, ...)
         optimizer = make_optimizer(config.optim)
         self.state = self._initial_state(params, optimizer)
-        self._jit(optimizer)
+        self._optimizer_shardings = jax.tree.map(lambda x: x.sharding, self.state.opt_state)
+        self._sample = programs.sample_program(config, self._rollout_mesh, graphdef)
+        self._update = programs.update_program(config, mesh, graphdef, optimizer, self.state)
+        self._is_finite = jax.jit(lambda tree: jnp.isfinite(global_norm(tree)))
         self._deciding_rest = self._rest
         if self._rollout_mesh != mesh:
             self._deciding_rest = sharding.move(self._rollout_mesh, self._rest)
@@ -121,10 +117,10 @@ class Learner:
         `start_update` waits for the thread and raises its errors.
         """
 
-        def shapes(tree):
-            return jax.tree.map(lambda x: _shape(x, x.sharding), tree)
+        def shape(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-        state, rest = shapes(self.state), shapes(self._rest)
+        state, rest = jax.tree.map(shape, (self.state, self._rest))
         batch = self.rows_like(self.batch_shapes)
         key = jax.eval_shape(lambda: jax.random.key(0))
         # A later call of the jitted function finds the result in JAX's own tables.
@@ -136,53 +132,12 @@ class Learner:
 
     def _initial_state(self, params, optimizer) -> TrainState:
         """Build the state directly on its shards; no array is ever whole on one device."""
-        keep_reference = self._config.algo.kl_beta > 0
-        init = partial(init_state, optimizer=optimizer, keep_reference=keep_reference)
+        init = programs.initial_state(self._config, optimizer)
         shapes = jax.eval_shape(init, params)
         shardings = sharding.tree_shardings(self._mesh, shapes)
         logging.info("placement:\n%s", sharding.describe(shapes, shardings))
         # Donated: without it the imported parameters would stay on the devices a second time.
         return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
-
-    def _jit(self, optimizer) -> None:
-        policy = self._config.policy
-        model = partial(nnx.merge, self._graphdef)
-
-        # `rest` does not train (under LoRA it is nearly everything). It is an argument because JAX
-        # copies what a jitted function closes over into its program.
-        def sample(params, rest, obs, key, rows, temperature, greedy):
-            with activations_at(sharding.batch_sharding(self._rollout_mesh)):
-                return model(params, rest).sample(
-                    obs, key, rows=rows, temperature=temperature, top_k=policy.top_k, greedy=greedy
-                )
-
-        def evaluate(rest, params, obs, tokens):
-            with activations_at(self._batch_sharding):
-                return model(params, rest).evaluate(
-                    obs, tokens, temperature=policy.temperature, top_k=policy.top_k
-                )
-
-        def on_batch(tree):
-            return jax.lax.with_sharding_constraint(tree, self._batch_sharding)
-
-        module = load_algorithm(self._config.algorithm)
-
-        def update(state, rest, batch, key):
-            step = module.make_update(
-                partial(evaluate, rest), optimizer, self._config.algo, constrain=on_batch
-            )
-            return step(state, batch, key)
-
-        state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        self._optimizer_shardings = state_shardings.opt_state
-        # Static greedy: argmax and sampling are two programs, each compiled once.
-        self._sample = jax.jit(sample, static_argnames="greedy")
-        self._is_finite = jax.jit(lambda tree: jnp.isfinite(global_norm(tree)))
-        self._update = jax.jit(
-            update,
-            donate_argnums=0,
-            out_shardings=(state_shardings, sharding.replicated(self._mesh)),
-        )
 
     def observe(self, step: BatchStep) -> ObsBatch:
         """Return what the policy sees; the frames are copied, so the simulator's slot is free."""
@@ -242,7 +197,7 @@ class Learner:
 
     def rows_like(self, shapes: Any) -> Any:
         """Return `shapes` (a tree of `jax.ShapeDtypeStruct`s) placed as `put` places arrays."""
-        return jax.tree.map(lambda x: _shape(x, self._batch_sharding), shapes)
+        return programs.on_rows(self._mesh, shapes)
 
     def sync(self) -> None:
         """Decide with the newest parameters from now on.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from algos.refill import collect_informative
 from algos.types import RolloutBatch
 from evac_jax import stopping
 from evac_jax.bridge.types import IDLE
@@ -20,7 +21,6 @@ from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
 from evac_jax.errors import SimulatorError, TrainingError
 from evac_jax.learner import Learner
-from evac_jax.refill import collect_informative
 from evac_jax.simulators import BatchStep, Simulators
 from evac_jax.starts import StartSampler, noise_seed
 from evac_jax.telemetry.stopwatch import Stopwatch

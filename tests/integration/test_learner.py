@@ -1,7 +1,9 @@
 """The update is compiled before there is anything to learn from."""
 
 import dataclasses
+import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -9,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evac_jax import programs
 from evac_jax.bridge.types import EnvSpec
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.learner import Learner
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.shapes import expected_episode
+from evac_jax.tools.memory.setup import policy_sizes
+from policies.openvla_oft.import_hf import load_config
 from policies.spec import ActionSpec
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -45,6 +50,23 @@ def test_update_is_compiled_once_and_beside_the_main_thread(learner):
         jax.monitoring.unregister_event_duration_listener(listen)
     assert len(compiled_by) == 1
     assert compiled_by[0] is not threading.main_thread()
+
+
+def test_programs_made_from_shapes_are_the_learners_own(tiny_config, learner):
+    mesh, sizes = sharding.make_mesh(2, 2), load_config(Path(tiny_config.policy.checkpoint))
+    sizes = policy_sizes(tiny_config.policy, sizes, chunk=8, num_images=1)
+    made = tiny_config, mesh, sizes, expected_episode(tiny_config)
+
+    def text(program, arguments):
+        lowered = program.lower(*arguments).as_text()
+        return re.sub(r'dense<"0x[0-9A-F]+">', "", lowered)  # the checkpoint's action statistics
+
+    update, (state, rest, batch, key) = programs.abstract_update(*made)
+    arguments = (learner.state, learner._rest, batch, key)
+    assert text(learner._update, arguments) == text(update, (state, rest, batch, key))
+    sample, (params, rest, *asked) = programs.abstract_sample(*made)
+    arguments = (learner.state.params, learner._rest, *asked)
+    assert text(learner._sample, arguments) == text(sample, (params, rest, *asked))
 
 
 def test_what_goes_wrong_beside_the_main_thread_is_raised_by_the_update(learner, monkeypatch):

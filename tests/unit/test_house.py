@@ -117,12 +117,20 @@ def test_nothing_foreign_is_loaded_when_modules_are_imported(steps):
     assert done.returncode == 0, done.stderr
 
 
+# Files that lay the mesh of a configuration over devices.
+MESHES = (
+    "evac_jax/devices/hosts.py",
+    "evac_jax/tools/episodes/collect_libero.py",
+    "evac_jax/tools/memory/compiler.py",
+)
+
+
 def test_mesh_is_named_in_one_file_when_arrays_are_placed():
     for file in house.python_files("policies", "algos", "evac_jax"):
         used = {n.attr for n in house.nodes(file) if isinstance(n, ast.Attribute)}
         used |= {name.rsplit(".", 1)[-1] for name in house.imports(file)}
         placed = used & {"PartitionSpec", "NamedSharding", "make_mesh"}
-        if file in ("evac_jax/devices/hosts.py", "evac_jax/tools/episodes/collect_libero.py"):
+        if file in MESHES:
             placed -= {"make_mesh"}  # sharding.make_mesh, from the configured sizes
         assert not placed or file == "evac_jax/devices/sharding.py", f"{file} uses {sorted(placed)}"
 

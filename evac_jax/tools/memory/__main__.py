@@ -10,81 +10,20 @@ folders do not exist, the sizes of the published 7B OpenVLA-OFT and of EVAC for 
 """
 
 import argparse
-import dataclasses
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from evac_jax.config.build import from_config_dict
-from evac_jax.config.flags import DEFAULT_PRESET, preset_names, read_preset
-from evac_jax.config.schema import TrainConfig
+from evac_jax.config.flags import DEFAULT_PRESET, preset_names
 from evac_jax.errors import ConfigError
-from evac_jax.evac.config import EvacConfig
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.memory.advice import advice, presets_table
-from evac_jax.tools.memory.layouts import CUDA_CONTEXT, Layout, Setup, layouts
+from evac_jax.tools.memory.layouts import CUDA_CONTEXT, Layout, layouts
 from evac_jax.tools.memory.parts import GB, peak
-from policies.openvla_oft.config import OpenVLAOFTConfig
+from evac_jax.tools.memory.setup import Setup, read_config, read_setup
 
-# Fields that name files of the user, which need not exist here.
-PATHS = (
-    *("policy.checkpoint", "policy.lora_adapter", "world_model.checkpoint", "reward.checkpoint"),
-    *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
-)
-EXISTING = "."
 SMALL = ("miniature", "own", "libero_small")  # for small networks, not for a 7B policy
-
-
-def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:
-    """Return a preset changed by `--config.a.b=value` flags, checked except for the named files.
-
-    Raises:
-        ConfigError: unknown fields, wrong values, impossible combinations.
-    """
-    values = read_preset(file, flags).to_dict()
-    given = {}
-    for name in PATHS:
-        section, field = name.split(".")
-        path = given[section, field] = values[section][field]
-        if path or name not in ("policy.lora_adapter", "env.keyframe_data"):
-            values[section][field] = ",".join(EXISTING for _ in str(path).split(","))
-    config = from_config_dict(values)
-    for (section, field), path in given.items():
-        part = dataclasses.replace(getattr(config, section), **{field: path})
-        config = dataclasses.replace(config, **{section: part})
-    return config
-
-
-def read_setup(config: TrainConfig, policy_file: str, world_model_file: str) -> Setup:
-    """Return the run with its networks' sizes, from config.json files or as published.
-
-    Raises:
-        ConfigError: a named file cannot be read.
-    """
-    policy = _json(policy_file, config.policy.checkpoint)
-    world_model = _json(world_model_file, config.world_model.checkpoint)
-    try:
-        return Setup(
-            config,
-            OpenVLAOFTConfig.from_hf(policy) if policy else OpenVLAOFTConfig(),
-            EvacConfig.from_dict(world_model.get("config", world_model)),
-        )
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--policy_config or --world_model_config: {error}") from error
-
-
-def _json(file: str, folder: str) -> dict[str, Any]:
-    path = Path(file) if file else Path(folder or "") / "config.json"
-    if not file and (not folder or not path.is_file()):
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def compiled(argv: Sequence[str], devices: int, seconds: float) -> tuple[int, int] | None:

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
-from evac_jax.evac.config import EvacConfig
-from evac_jax.shapes import EpisodeShapes
 from evac_jax.tools.memory import simulator, trainer
 from evac_jax.tools.memory.parts import Part, peak, table
-from policies.openvla_oft.config import OpenVLAOFTConfig
+from evac_jax.tools.memory.setup import Setup
 
 # Resident size of a process without data, with the CPU builds of torch and JAX: 0.24 GB with JAX,
 # 0.52 GB with torch, rounded up. CUDA builds take more.
@@ -19,44 +17,6 @@ CUDA_CONTEXT = Part("CUDA context (assumed)", 0.5e9)
 # Title, parts of one process, number of such processes.
 Held = tuple[str, tuple[Part, ...], int]
 COLLOCATED, SEPARATED = "collocated", "separated"
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A run and the sizes of its networks.
-
-    Attributes:
-        config: of the run.
-        published: the policy's sizes before the run's settings.
-        world_model: sizes.
-    """
-
-    config: TrainConfig
-    published: OpenVLAOFTConfig
-    world_model: EvacConfig
-
-    @property
-    def sizes(self) -> OpenVLAOFTConfig:
-        """The sizes of the policy as the run would import it."""
-        model = self.world_model
-        return trainer.policy_sizes(
-            self.config.policy, self.published, chunk=model.chunk, num_images=model.n_view
-        )
-
-    @property
-    def episode(self) -> EpisodeShapes:
-        """Shapes of the policy's inputs and actions."""
-        return EpisodeShapes.imagined_by(self.world_model, self.config.env.max_episode_steps)
-
-    @property
-    def own_judge(self) -> bool:
-        """Whether something else than classifiers judges, whose memory is not known."""
-        return self.config.reward.judge != "classifier"
-
-    @property
-    def imagines(self) -> bool:
-        """Whether there are simulator processes with networks."""
-        return self.config.env.simulator == "world_model"
 
 
 @dataclass(frozen=True)

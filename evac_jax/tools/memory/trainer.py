@@ -12,17 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.extend.core import Literal
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 
 from algos.optim import make_optimizer
 from algos.types import TrainState, path_name
-from algos.update import init_state
-from evac_jax.config.algorithms import load_algorithm
-from evac_jax.config.schema import PolicyConfig, TrainConfig
-from evac_jax.devices import sharding
+from evac_jax import programs
+from evac_jax.config.schema import TrainConfig
+from evac_jax.devices import hosts, sharding
 from evac_jax.errors import ConfigError
 from evac_jax.shapes import EpisodeShapes, batch_shapes
 from evac_jax.tools.memory.parts import Part
@@ -40,22 +38,6 @@ WORKSPACE = 2.6
 # needed to the end, because the step may be skipped.
 MOMENTS_HELD_TWICE = 0.85
 ROLLOUT, BACKWARD, OPTIMISER = "the rollout", "the backward pass", "the optimiser's step"
-
-
-def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any):
-    """Return `published` with the settings of a run, as after an import."""
-    return dataclasses.replace(
-        published,
-        value_type=policy.value_head,
-        param_dtype=policy.param_dtype,
-        compute_dtype=policy.compute_dtype,
-        max_prompt_length=policy.max_prompt_length,
-        lora_rank=policy.lora_rank,
-        lora_alpha=policy.lora_alpha,
-        keep_stop_token=policy.keep_stop_token,
-        remat=policy.remat,
-        **more,
-    )
 
 
 def trainer_parts(
@@ -120,45 +102,14 @@ def count(sizes: OpenVLAOFTConfig) -> tuple[int, int]:
 def compiled_bytes(
     config: TrainConfig, sizes: OpenVLAOFTConfig, episode: EpisodeShapes
 ) -> tuple[int, int]:
-    """Compile the update for this process's devices; return (arguments, temporaries) of a device.
+    """Compile the learner's update for this process's devices; return (arguments, temporaries).
 
-    Nothing is allocated, but XLA takes a minute of CPU time for a policy of 7 billion parameters.
-    The figures are for this platform; a CPU computes bfloat16 in float32.
+    Both are of one device, in bytes. Nothing is allocated, but XLA takes a minute of CPU time for a
+    policy of 7 billion parameters. A CPU computes bfloat16 in float32.
     """
-    devices = jax.devices()
-    shape = _abstract_mesh(config, len(devices))
-    grid = np.array(devices).reshape(shape.axis_sizes)
-    mesh = Mesh(grid, shape.axis_names, axis_types=shape.axis_types)
-    graphdef, params, rest = _split(sizes)
-    on_batch = sharding.batch_sharding(mesh)
-
-    def placed(tree):
-        places = sharding.tree_shardings(mesh, tree)
-        return jax.tree.map(lambda x, s: _like(x, x.dtype, s), tree, places)
-
-    state, rest = placed(_abstract_state(config, params)), placed(rest)
-    batch = jax.tree.map(
-        lambda x: _like(x, x.dtype, on_batch), batch_shapes(config, sizes, episode)
-    )
-
-    # The learner's own update (Learner._jit) on shapes.
-    def update(state, rest, batch, key):
-        def evaluate(params, obs, tokens):
-            policy = nnx.merge(graphdef, params, rest)
-            return policy.evaluate(obs, tokens, temperature=config.policy.temperature)
-
-        step = load_algorithm(config.algorithm).make_update(
-            evaluate,
-            make_optimizer(config.optim),
-            config.algo,
-            constrain=lambda tree: jax.lax.with_sharding_constraint(tree, on_batch),
-        )
-        return step(state, batch, key)
-
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(update, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    analysis: Any = jitted.lower(state, rest, batch, key).compile().memory_analysis()
+    mesh, _ = hosts.make_meshes(config)
+    program, arguments = programs.abstract_update(config, mesh, sizes, episode)
+    analysis: Any = program.lower(*arguments).compile().memory_analysis()
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 
 
@@ -177,16 +128,11 @@ def _abstract_mesh(config: TrainConfig, devices: int) -> AbstractMesh:
 
 
 def _abstract_state(config: TrainConfig, params) -> TrainState:
-    init = functools.partial(
-        init_state,
-        optimizer=make_optimizer(config.optim),
-        keep_reference=config.algo.kl_beta > 0,
-    )
-    return jax.eval_shape(init, params)
+    return jax.eval_shape(programs.initial_state(config, make_optimizer(config.optim)), params)
 
 
-def _like(leaf, dtype, place=None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+def _like(leaf, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
 def _bytes(tree, places=None) -> int:

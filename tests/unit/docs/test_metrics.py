@@ -11,10 +11,10 @@ import pytest
 
 from algos import grpo, losses, metrics, ppo
 from algos.optim import OptimizerConfig, make_optimizer
+from algos.refill import collect_informative
 from algos.types import RolloutBatch
 from algos.update import init_state
 from evac_jax.config.build import default_config
-from evac_jax.refill import collect_informative
 from evac_jax.rollout import Played, env_metrics
 from evac_jax.telemetry.writers import NON_FINITE
 from evac_jax.train import COMPILATIONS

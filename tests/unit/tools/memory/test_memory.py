@@ -13,6 +13,7 @@ from evac_jax.shapes import EpisodeShapes
 from evac_jax.tools.memory import __main__ as memory
 from evac_jax.tools.memory import advice, layouts, simulator, trainer
 from evac_jax.tools.memory.parts import Part, peak
+from evac_jax.tools.memory.setup import Setup
 from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
 
 TOWER = VisionTowerConfig(width=16, depth=2, heads=2, mlp_width=32)
@@ -40,7 +41,7 @@ def small():
     """A small policy and world model in the published preset."""
     config = memory.read_config("configs/grpo.py:libero_spatial", SMALL)
     unet = dataclasses.replace(WORLD_MODEL.unet, model_channels=64, channel_mult=(1,))
-    return layouts.Setup(config, POLICY, dataclasses.replace(WORLD_MODEL, unet=unet))
+    return Setup(config, POLICY, dataclasses.replace(WORLD_MODEL, unet=unet))
 
 
 def _named(parts, begin):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from algos import grpo
+from algos.refill import collect_informative, informative
 from algos.types import RolloutBatch
-from evac_jax.refill import collect_informative, informative
 from evac_jax.rollout import Played
 
 ALGO = grpo.Config(group_size=2)

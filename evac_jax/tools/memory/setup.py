@@ -1,0 +1,126 @@
+"""The run whose memory is asked for: its configuration, and the sizes of its networks."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evac_jax.config.build import from_config_dict
+from evac_jax.config.flags import read_preset
+from evac_jax.config.schema import PolicyConfig, TrainConfig
+from evac_jax.errors import ConfigError
+from evac_jax.evac.config import EvacConfig
+from evac_jax.shapes import EpisodeShapes
+from policies.openvla_oft.config import OpenVLAOFTConfig
+
+# Fields that name files of the user, which need not exist here.
+PATHS = (
+    *("policy.checkpoint", "policy.lora_adapter", "world_model.checkpoint", "reward.checkpoint"),
+    *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
+)
+EXISTING = "."
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run and the sizes of its networks.
+
+    Attributes:
+        config: of the run.
+        published: the policy's sizes before the run's settings.
+        world_model: sizes.
+    """
+
+    config: TrainConfig
+    published: OpenVLAOFTConfig
+    world_model: EvacConfig
+
+    @property
+    def sizes(self) -> OpenVLAOFTConfig:
+        """The sizes of the policy as the run would import it."""
+        model = self.world_model
+        return policy_sizes(
+            self.config.policy, self.published, chunk=model.chunk, num_images=model.n_view
+        )
+
+    @property
+    def episode(self) -> EpisodeShapes:
+        """Shapes of the policy's inputs and actions."""
+        return EpisodeShapes.imagined_by(self.world_model, self.config.env.max_episode_steps)
+
+    @property
+    def own_judge(self) -> bool:
+        """Whether something else than classifiers judges, whose memory is not known."""
+        return self.config.reward.judge != "classifier"
+
+    @property
+    def imagines(self) -> bool:
+        """Whether there are simulator processes with networks."""
+        return self.config.env.simulator == "world_model"
+
+
+def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any):
+    """Return `published` with the settings of a run, as after an import."""
+    return dataclasses.replace(
+        published,
+        value_type=policy.value_head,
+        param_dtype=policy.param_dtype,
+        compute_dtype=policy.compute_dtype,
+        max_prompt_length=policy.max_prompt_length,
+        lora_rank=policy.lora_rank,
+        lora_alpha=policy.lora_alpha,
+        keep_stop_token=policy.keep_stop_token,
+        remat=policy.remat,
+        scan_layers=policy.scan_layers,
+        **more,
+    )
+
+
+def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:
+    """Return a preset changed by `--config.a.b=value` flags, checked except for the named files.
+
+    Raises:
+        ConfigError: unknown fields, wrong values, impossible combinations.
+    """
+    values = read_preset(file, flags).to_dict()
+    given = {}
+    for name in PATHS:
+        section, field = name.split(".")
+        path = given[section, field] = values[section][field]
+        if path or name not in ("policy.lora_adapter", "env.keyframe_data"):
+            values[section][field] = ",".join(EXISTING for _ in str(path).split(","))
+    config = from_config_dict(values)
+    for (section, field), path in given.items():
+        part = dataclasses.replace(getattr(config, section), **{field: path})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def read_setup(config: TrainConfig, policy_file: str, world_model_file: str) -> Setup:
+    """Return the run with its networks' sizes, from config.json files or as published.
+
+    Raises:
+        ConfigError: a named file cannot be read.
+    """
+    policy = _json(policy_file, config.policy.checkpoint)
+    world_model = _json(world_model_file, config.world_model.checkpoint)
+    try:
+        return Setup(
+            config,
+            OpenVLAOFTConfig.from_hf(policy) if policy else OpenVLAOFTConfig(),
+            EvacConfig.from_dict(world_model.get("config", world_model)),
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--policy_config or --world_model_config: {error}") from error
+
+
+def _json(file: str, folder: str) -> dict[str, Any]:
+    path = Path(file) if file else Path(folder or "") / "config.json"
+    if not file and (not folder or not path.is_file()):
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
