@@ -14,6 +14,7 @@ weights are read, so the peak contains no page cache.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,10 +22,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.public_weights import UNNORM_KEY, policy_shapes, write_policy
+from evac_jax.miniature.tasks import INSTRUCTIONS
+
 ROOT = Path(__file__).parents[1]
-SHARDS = 3
-TASKS = ("push the red block to the left", "open the drawer")
-UNNORM_KEY = "random"
 MAX_PROMPT = 48
 VARIANTS = {"full": {}, "lora": {"lora_rank": 8, "lora_alpha": 16.0}}
 LIMIT_GIB = 24.0
@@ -45,11 +46,7 @@ def config_of(parameters: float):
     """Return the narrowest policy of the real depths with at least this number of parameters."""
     import dataclasses
 
-    import numpy as np
-
-    from policies.openvla_oft import hf_keys
     from policies.openvla_oft.config import DINOV2_LARGE, SIGLIP_SO400M, OpenVLAOFTConfig
-    from policies.openvla_oft.import_hf import abstract_model
 
     for width in range(64, 4097, 64):
         narrow = {"width": width // 2, "heads": 8, "mlp_width": 2 * width}
@@ -63,46 +60,14 @@ def config_of(parameters: float):
             num_kv_heads=8,
             param_dtype="bfloat16",
         )
-        variables = hf_keys.parameters(abstract_model(config))
-        count = sum(int(np.prod(variable.shape)) for _, variable in variables)
-        if count >= parameters:
-            return config, count
+        if sum(map(math.prod, policy_shapes(config).values())) >= parameters:
+            return config
     raise ValueError(f"--parameters: at most the real model's, got {parameters:g}")
 
 
 def make(work: Path, parameters: float) -> dict:
     """Write the random checkpoint to WORK/source."""
-    from flax import nnx
-
-    from policies.openvla_oft.checkpoint_files import INDEX, SINGLE, CheckpointFiles, write_tensors
-    from policies.openvla_oft.export_hf import create_policy_folder
-    from policies.openvla_oft.model import OpenVLAOFT
-
-    config, count = config_of(parameters)
-    bounds = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
-    folder = create_policy_folder(
-        OpenVLAOFT(config, rngs=nnx.Rngs(0)),
-        work / "source",
-        tasks=TASKS,
-        norm_stats={UNNORM_KEY: {"action": bounds}},
-        max_shard_bytes=2**62,
-    )
-    files = CheckpointFiles(folder)
-    total, done, weight_map = sum(e.nbytes for e in files.entries.values()), 0, {}
-    for key, entry in files.entries.items():
-        number = done * SHARDS // total + 1
-        weight_map[key] = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
-        done += entry.nbytes
-    for name in sorted(set(weight_map.values())):
-        held = {key: files.entries[key] for key, file in weight_map.items() if file == name}
-        write_tensors(folder / name, held, files.read)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / SINGLE).unlink()
-    return {
-        "parameters": count,
-        "tensors": len(weight_map),
-        "shards": len(set(weight_map.values())),
-    }
+    return write_policy(work / "source", config_of(parameters))
 
 
 def train_config(work: Path, variant: str):
@@ -196,7 +161,7 @@ def _made_up_batch(learner, policy: Path, seed: int):
     from policies.types import ObsBatch
 
     images = np.random.default_rng(seed).integers(0, 256, (2, 1, 64, 64, 3)).astype(np.uint8)
-    encoded = PromptTokenizer(policy, MAX_PROMPT).encode([TASKS[0]] * 2)
+    encoded = PromptTokenizer(policy, MAX_PROMPT).encode([INSTRUCTIONS[0]] * 2)
     tokens, mask = map(jax.numpy.asarray, encoded)
     obs = ObsBatch(images=jax.numpy.asarray(images), prompt_tokens=tokens, prompt_mask=mask)
     output = learner.sample(obs, jax.random.key(seed), np.arange(len(obs.images)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evac_jax.evac.attention import GEGLU, PointwiseConv
+from evac_jax.evac.cpu.widened import is_slow, widen
 from evac_jax.evac.cpu.winograd import WinogradConv2d
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.unet import CausalConv, TemporalConvBlock, causal_image, norm_per_view
@@ -207,12 +208,14 @@ def accelerate(model: EvacModel, compiled: bool = False) -> EvacModel:
         compiled: compile the denoiser with `torch.compile`, at its first call for each batch size
             (this takes minutes; on a CPU it needs a C++ compiler).
 
-    A float32 model on a CPU is packed; its denoiser only if it is not compiled. Any other model is
-    not packed.
+    A float32 model on a CPU is packed; its denoiser only if it is not compiled. A half-precision
+    model is widened where the CPU has no instructions for its type. Any other model stays as it is.
     """
     model.eval().requires_grad_(False)
     weight = next(model.parameters())
     packs = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+    if is_slow(weight):
+        widen(model)
     if compiled:
         model.unet.compile(dynamic=False)
     elif packs:

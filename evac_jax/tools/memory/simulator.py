@@ -131,6 +131,38 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return allocations.most
 
 
+def traffic_bytes(function: Callable[[], object]) -> int:
+    """Return the bytes that operations inside `function` read and write.
+
+    Each operation reads its inputs and writes its results once, and views are free. So it is what
+    an uncompiled program moves; a compiler that fuses operations moves less.
+    """
+    with torch.no_grad(), _Traffic() as traffic, _FusedAttention(traffic.add):
+        function()
+    return traffic.num_bytes
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up what operations read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = 0
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        """Count tensors that are read or written; those with repeated entries as they are held."""
+        self.num_bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given, made = _tensors((args, kwargs)), _tensors(result)
+        known = {t.untyped_storage()._cdata for t in given}
+        views = all(t.untyped_storage()._cdata in known for t in made)
+        if given and not (views and not func._schema.is_mutable) and "empty" not in func.__name__:
+            self.add(*given, *made)
+        return result
+
+
 class _Allocations(TorchDispatchMode):
     """Follows the storages that operations allocate, until they are freed."""
 
@@ -161,10 +193,21 @@ def _tensors(tree) -> list[torch.Tensor]:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention that allocates only its result; on the meta device it would hold all scores."""
+    """Attention that allocates only its result; on the meta device it would hold all scores.
+
+    Args:
+        seen: called with queries, keys, values and result.
+    """
+
+    def __init__(self, seen: Callable[..., None] | None = None):
+        super().__init__()
+        self._seen = seen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
-            query, _, values = args[:3]
-            return query.new_empty(*query.shape[:-1], values.shape[-1])
+            query, keys, values = args[:3]
+            result = query.new_empty(*query.shape[:-1], values.shape[-1])
+            if self._seen is not None:
+                self._seen(query, keys, values, result)
+            return result
         return func(*args, **(kwargs or {}))

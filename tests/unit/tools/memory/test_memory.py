@@ -123,6 +123,22 @@ def test_followed_allocations_are_those_that_live_at_once():
     assert simulator.peak_bytes(lambda: torch.empty(10, device="meta").view(2, 5)) == 40
 
 
+def test_traffic_is_what_operations_read_and_write():
+    x = torch.empty(1000, device="meta")
+    one = torch.empty(1, device="meta")
+    assert simulator.traffic_bytes(lambda: x + 1) == 8000
+    assert simulator.traffic_bytes(lambda: x.view(10, 100).T[2:]) == 0
+    assert simulator.traffic_bytes(lambda: x.add_(1)) == 8000
+    assert simulator.traffic_bytes(lambda: torch.empty_like(x)) == 0
+    # Repeated entries are read once.
+    assert simulator.traffic_bytes(lambda: x + one.expand(1000)) == 8004
+    query = torch.empty(2, 4, 50, 8, device="meta")
+    keys = torch.empty(2, 4, 30, 8, device="meta")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = 2 * (query.nbytes + keys.nbytes)  # no scores
+    assert simulator.traffic_bytes(lambda: attend(query, keys, keys)) == expected
+
+
 def test_simulator_grows_with_its_environments_and_dtype(small):
     def parts(**changes):
         settings = {"envs": 2, "capacity": 4, "dtype": "float32", "decoded": 8, "classifiers": 1}
