@@ -63,13 +63,13 @@ def run(command: Sequence[str]) -> tuple[int, dict[str, int]]:
 
 def main() -> None:
     """Command line."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the command as well
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("command", nargs="+", help="arguments of Python, after --")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the command as well
     began = time.perf_counter()
     status, peaks = run(args.command)
     if status:

@@ -27,7 +27,7 @@ NAVIGATION = {
     "Reliability": ("docs/reliability",),
     "Performance": (
         *("docs/performance", "docs/policy_speed", "docs/world_model_speed", "docs/scaling"),
-        "docs/tried",
+        *("docs/full_size", "docs/tried"),
     ),
     "Project": ("docs/comparison", "CONTRIBUTING", "CHANGELOG", "中文 <README.zh>"),
 }

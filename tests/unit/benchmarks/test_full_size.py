@@ -115,7 +115,7 @@ def test_too_little_disk_is_told_before_anything_is_written(monkeypatch, tmp_pat
     # What an earlier call wrote counts.
     monkeypatch.setitem(full_size.DISK_GB, "full", 30.0001)
     (tmp_path / "work" / "weights").write_bytes(bytes(200_000))
-    full_size.refuse_too_little_room(tmp_path / "work", "full", [])
+    full_size.refuse_too_little_room(tmp_path / "work", "full", [FILES])
 
 
 def test_too_little_memory_is_told_with_the_part_that_needs_less(monkeypatch, tmp_path):
