@@ -109,6 +109,7 @@ def _options(policy: PolicyConfig) -> dict[str, Any]:
         "keep_stop_token": policy.keep_stop_token,
         "remat": policy.remat,
         "scan_layers": policy.scan_layers,
+        "attention": policy.attention,
     }
 
 

@@ -49,6 +49,8 @@ class PolicyConfig:
             of matrix products) or "full". It saves memory and costs time (docs/policy_speed.md).
         scan_layers: compile one layer and loop over it, so that compile time does not grow with
             depth.
+        attention: "cudnn" (one fused kernel, which holds no scores in memory; NVIDIA GPUs and
+            bfloat16 only), "xla", or "auto": cudnn where it can be, else what suits the platform.
     """
 
     checkpoint: str = ""
@@ -66,6 +68,7 @@ class PolicyConfig:
     compute_dtype: Dtype = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     scan_layers: bool = True
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,9 @@ class OpenVLAOFTConfig:
             recomputes the layer, "dots" keeps the results of its matrix products.
         scan_layers: loop over stacked layers with one compiled body; False unrolls them. The
             parameters have the same layout in both.
-        attention: implementation of jax.nn.dot_product_attention: "auto", "xla" or "cudnn". "auto"
-            is our own one on a CPU (see `kernels`) and JAX's default elsewhere (XLA in 0.10.2).
+        attention: "cudnn": cuDNN's fused kernel, which holds no scores in memory. "xla": products
+            and a softmax. "auto": by the platform of the mesh: our own one on a CPU (see
+            `kernels`), cuDNN's on GPUs for what it accepts (`can_fuse`), else XLA's.
         lora_rank: rank of the adapters, which train while the base is frozen; 0 = no adapters: all
             weights train.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = lora_rank, a scale of 1.
@@ -175,6 +176,11 @@ class OpenVLAOFTConfig:
         ):
             if width % heads:
                 problems.append(f"{name}: width {width} is not a multiple of {heads} heads")
+            elif self.attention == "cudnn" and not self.can_fuse(width // heads):
+                problems.append(
+                    f"attention: 'cudnn' needs bfloat16 and heads of 8, 16 .. 128 channels, {name} "
+                    f"has {self.compute_dtype} and {width // heads}; use 'auto'"
+                )
         if self.lora_rank < 0 or self.lora_alpha < 0:
             problems.append(
                 f"lora_rank {self.lora_rank} and lora_alpha {self.lora_alpha} must be >= 0"
@@ -217,6 +223,13 @@ class OpenVLAOFTConfig:
     def num_values(self) -> int:
         """Outputs of the value head; 0 without one."""
         return {"none": 0, "chunk_level": 1, "action_level": self.chunk}[self.value_type]
+
+    def can_fuse(self, head_width: int) -> bool:
+        """Return whether cuDNN's fused attention accepts heads of this width.
+
+        Source: `check_layout` and `check_is_flash_attention` of JAX 0.10.2, for GPUs since Ampere.
+        """
+        return self.compute_dtype == "bfloat16" and head_width <= 128 and head_width % 8 == 0
 
     @classmethod
     def from_hf(

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from policies import activations
 
@@ -97,7 +97,7 @@ def attend(
     values: Float[Array, "B T G D"],
     mask: Bool[Array, "B 1 1 T"] | None = None,
 ) -> Float[Array, "B S Q D"]:
-    """Return attention with scale 1/sqrt(D), by the implementation that suits the platform."""
+    """Return attention with scale 1/sqrt(D), by head on a CPU and by XLA elsewhere."""
     return by_platform(
         queries,
         keys,
@@ -106,6 +106,34 @@ def attend(
         cpu=attend_on_cpu,
         default=lambda q, k, v, m: jax.nn.dot_product_attention(q, k, v, mask=m),
     )
+
+
+def attend_fused(
+    queries: Float[Array, "B S Q D"],
+    keys: Float[Array, "B T G D"],
+    values: Float[Array, "B T G D"],
+    seen: Int[Array, " B"] | None = None,
+    implementation: str = "cudnn",
+) -> Float[Array, "B S Q D"]:
+    """Attention in one kernel of cuDNN, forward and backward; no scores are held in memory.
+
+    For the backward pass JAX 0.10.2 refuses odd lengths. They get one more position, which no query
+    sees. Lengths instead of a mask: for a mask cuDNN would also compute a gradient.
+
+    Args:
+        seen: how many of the first keys of each row are seen; None = all.
+        implementation: of `jax.nn.dot_product_attention`; "xla" gives the same numbers anywhere.
+    """
+    length = queries.shape[1]
+    if seen is None and keys.shape[1] % 2:
+        seen = jnp.full(keys.shape[0], keys.shape[1], jnp.int32)
+    queries, keys, values = (
+        jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (queries, keys, values)
+    )
+    attended = jax.nn.dot_product_attention(
+        queries, keys, values, key_value_seq_lengths=seen, implementation=implementation
+    )
+    return attended[:, :length]
 
 
 def attend_on_cpu(

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from policies import activations
 from policies.activations import held
 from policies.openvla_oft import kernels
 from policies.openvla_oft.config import OpenVLAOFTConfig
@@ -150,17 +151,40 @@ def attend(
     queries: Float[Array, "B S Q D"],
     keys: Float[Array, "B S G D"],
     values: Float[Array, "B S G D"],
-    key_mask: Bool[Array, "B S"] | None = None,
+    seen: Bool[Array, "B S"] | Int[Array, " B"] | None = None,
 ) -> Float[Array, "B S QD"]:
-    """Bidirectional attention with scale 1/sqrt(D); all queries see the keys whose mask is True."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    if config.attention == "auto":
-        attended = kernels.attend(queries, keys, values, mask)
+    """Bidirectional attention with scale 1/sqrt(D).
+
+    Args:
+        seen: which keys all queries see; None = all. A mask or, where attention `is_fused`, how
+            many of the first keys of each row.
+    """
+    if is_fused(config, queries.shape[-1]):
+        attended = kernels.attend_fused(queries, keys, values, seen)
     else:
-        attended = jax.nn.dot_product_attention(
-            queries, keys, values, mask=mask, implementation=config.attention
-        )
+        mask = None if seen is None else seen[:, None, None, :]
+        way = kernels.attend if config.attention == "auto" else jax.nn.dot_product_attention
+        attended = way(queries, keys, values, mask=mask)
     return attended.reshape(*attended.shape[:2], -1)
+
+
+def is_fused(config: OpenVLAOFTConfig, head_width: int) -> bool:
+    """Return whether attention is cuDNN's fused kernel, which holds no scores in memory.
+
+    "auto" takes it on the GPUs of a mesh, for what it accepts.
+
+    Raises:
+        ValueError: "cudnn" is configured, but the mesh has no GPUs.
+    """
+    platform = activations.platform()
+    if config.attention == "cudnn" and platform not in (None, "gpu"):
+        raise ValueError(
+            f"policy.attention: 'cudnn' needs NVIDIA GPUs, the policy computes on {platform!r}; "
+            "use 'auto' or 'xla'"
+        )
+    if config.attention == "auto" and platform == "gpu":
+        return config.can_fuse(head_width)
+    return config.attention == "cudnn"
 
 
 def run_layers(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.kernels import swiglu
-from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, run_layers
+from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, is_fused, run_layers
 
 # Adjacent columns of a sequence: [N] on the host if they are the same for all rows, else [B N].
 Columns = np.ndarray | jax.Array
@@ -76,10 +76,10 @@ class LlamaLayer(nnx.Module):
         x: Float[Array, "B S D"],
         cos: Array,
         sin: Array,
-        key_mask: Bool[Array, "B S"],
+        seen: Bool[Array, "B S"] | Int[Array, " B"],
         read: Columns | None = None,
     ) -> Float[Array, "B N D"]:
-        """Return the new states, only of the columns `read` if they are given."""
+        """Return the new states, only of the columns `read` if they are given; see `attend`."""
         config, normed = self.config, self.input_layernorm(x)
         keys, values, turns = self.k_proj(normed), self.v_proj(normed), (cos, sin)
         if read is not None:
@@ -88,7 +88,7 @@ class LlamaLayer(nnx.Module):
             y.reshape(*y.shape[:2], -1, cos.shape[-1]) for y in (self.q_proj(normed), keys, values)
         )
         queries, keys = rotate(queries, *turns), rotate(keys, cos, sin)
-        x = x + self.o_proj(attend(config, queries, keys, values, key_mask))
+        x = x + self.o_proj(attend(config, queries, keys, values, seen))
         normed = self.post_attention_layernorm(x)
         return x + self.down_proj(swiglu(self.gate_proj(normed), self.up_proj(normed)))
 
@@ -126,6 +126,15 @@ class Llama(nnx.Module):
                 last layer computes only these columns, which saves most of its work.
         """
         cos, sin = rotary_tables(self.config, positions)
+        place, seen = None, key_mask
+        if is_fused(self.config, cos.shape[-1]):
+            # The kernel sees the first keys of a row. So pads move to its end, and back afterwards:
+            # a state depends on its position in `cos` and `sin`, not on its column.
+            order = jnp.argsort(~key_mask, axis=1, stable=True)
+            x, cos, sin = (columns(part, order) for part in (x, cos, sin))
+            seen = jnp.sum(key_mask, axis=1, dtype=jnp.int32)
+            place = jnp.argsort(order, axis=1)
+            read = place if read is None else columns(place, read)
         early = read is not None and not collect and not self.config.scan_layers
         x, outputs = run_layers(
             self.config,
@@ -133,12 +142,14 @@ class Llama(nnx.Module):
             x,
             cos,
             sin,
-            key_mask,
+            seen,
             collect=collect,
             of_last={"read": read} if early else {},
         )
         if read is not None and not early:
             x = columns(x, read)
+        if place is not None and outputs is not None:
+            outputs = jax.vmap(columns, (0, None))(outputs, place)
         return self.norm(x), outputs
 
     def logits(

@@ -74,6 +74,7 @@ def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any)
         keep_stop_token=policy.keep_stop_token,
         remat=policy.remat,
         scan_layers=policy.scan_layers,
+        attention=policy.attention,
         **more,
     )
 

@@ -1,5 +1,8 @@
 from pathlib import Path
 
+import pytest
+
+from evac_jax.config.flags import read_preset
 from evac_jax.config.presets import differences
 
 
@@ -23,3 +26,9 @@ def test_field_that_one_of_them_lacks_is_none_there():
         "eval.old": [1, None],
         "serve.port": [None, 2],
     }
+
+
+@pytest.mark.parametrize("file", ["configs/grpo.py", "configs/ppo.py"])
+def test_frozen_base_under_adapters_is_not_cut_over_devices(file):
+    mesh = read_preset(f"{file}:lora", []).mesh
+    assert (mesh.data, mesh.fsdp) == (-1, 1)
