@@ -323,7 +323,7 @@ def largest_policy(memory_bytes: float) -> int:
     )
     episode = EpisodeShapes((1, 256, 256, 3), 8, 8)
     for layers in LAYERS_TRIED:
-        parts = trainer.trainer_parts(config, _full_policy(f"policy:{layers}"), episode, 1)
+        parts = trainer.trainer_parts(config, _full_policy(f"policy:{layers}"), episode, 1, "cuda")
         if peak(parts)[0] < 0.85 * memory_bytes:
             return layers
     return 0

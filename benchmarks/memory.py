@@ -91,7 +91,7 @@ def measure(
     config = train_config(folder, variant, micro_batch, remat=remat)
     sizes = policy_sizes(config.policy, load_config(folder))
     episode = EpisodeShapes((1, FRAME, FRAME, 3), sizes.chunk, sizes.chunk)
-    estimate, _ = peak(trainer.trainer_parts(config, sizes, episode, 1))
+    estimate, _ = peak(trainer.trainer_parts(config, sizes, episode, 1, "cpu"))
     told = {"estimate": estimate}
     if xla:
         told["xla"] = sum(trainer.compiled_bytes(config, sizes, episode))

@@ -2,14 +2,17 @@ r"""Estimates the memory that a run will need, per device and host; weights are 
 
     python -m evac_jax.tools.memory --config=configs/grpo.py:libero_spatial --devices 8
     python -m evac_jax.tools.memory --config=configs/ppo.py:lora --config.algo.micro_batch=8 \
-        --policy_config FOLDER/config.json --device_gb 48 --xla 600
+        --policy_config FOLDER/config.json --device_gb 48
+    python -m evac_jax.tools.memory --config=configs/grpo.py:lora --topology h100:1x8
 
 Sizes come from the configuration and from the config.json of policy and world model. If their
 folders do not exist, the sizes of the published 7B OpenVLA-OFT and of EVAC for LIBERO are used.
-`--devices 0` puts everything on the host. docs/memory.md explains how the numbers are computed.
+`--devices 0` puts everything on the host. `--topology` shows XLA's own account of the update too,
+for chips that need not be here (`make aot`). docs/memory.md explains how the numbers are computed.
 """
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,9 +22,12 @@ from evac_jax.config.flags import DEFAULT_PRESET, preset_names
 from evac_jax.errors import ConfigError
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.memory.advice import advice, presets_table
-from evac_jax.tools.memory.layouts import CUDA_CONTEXT, Layout, layouts
+from evac_jax.tools.memory.compile import CACHE, PYTHON, ROOT, compile_ahead, table
+from evac_jax.tools.memory.compiler import Request
+from evac_jax.tools.memory.layouts import Layout, layouts
 from evac_jax.tools.memory.parts import GB, peak
 from evac_jax.tools.memory.setup import Setup, read_config, read_setup
+from evac_jax.tools.memory.topology import Topology
 
 SMALL = ("miniature", "own", "libero_small")  # for small networks, not for a 7B policy
 
@@ -67,14 +73,22 @@ def _say(text: str = "") -> None:
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser("memory", __doc__, allow_abbrev=False, epilog="and --config.FIELD=VALUE")
     parser.add_argument("--config", default=DEFAULT_PRESET, help="preset file:preset")
-    parser.add_argument("--devices", type=int, default=1, help="accelerators of the host; 0 = none")
-    parser.add_argument("--device_gb", type=float, default=80.0, help="memory of one, 1e9 bytes")
+    parser.add_argument("--devices", type=int, help="accelerators of the host, 0 = none; 1")
+    parser.add_argument("--device_gb", type=float, help="memory of one, 1e9 bytes; 80")
+    parser.add_argument("--topology", help="CHIP:SHAPE instead of both, and XLA's account for it")
     parser.add_argument("--policy_config", default="", help="config.json of a policy")
     parser.add_argument("--world_model_config", default="", help="config.json of a world model")
-    parser.add_argument("--xla", type=float, default=0.0, help="let XLA compile, so many seconds")
+    parser.add_argument("--xla", type=float, default=0.0, help="compile for CPUs, so many seconds")
     parser.add_argument("--no_presets", action="store_true", help="leave the other presets out")
     parser.add_argument("--compile_here", action="store_true", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args(argv)
+    if args.topology:
+        if args.devices is not None or args.device_gb is not None:
+            parser.error("--topology tells the number of devices and their memory itself")
+        args.topology = Topology.parse(args.topology)
+        args.devices, args.device_gb = args.topology.count, args.topology.memory_bytes / GB
+    args.devices = 1 if args.devices is None else args.devices
+    args.device_gb = 80.0 if args.device_gb is None else args.device_gb
     if args.devices < 0 or args.device_gb <= 0:
         parser.error("--devices must be at least 0 and --device_gb positive")
     if flags and not flags[0].startswith("--config."):
@@ -97,6 +111,8 @@ def run(argv: Sequence[str]) -> None:
     """Print everything."""
     args, flags = _options(argv)
     setup = read_setup(read_config(args.config, flags), args.policy_config, args.world_model_config)
+    if args.topology:
+        setup = dataclasses.replace(setup, platform=args.topology.platform)
     if args.compile_here:
         compile_here(setup)
         return
@@ -111,7 +127,9 @@ def run(argv: Sequence[str]) -> None:
         _say(f"\n{found.name}" + (f" on {args.devices} devices" if args.devices else ""))
         _say("\n".join(place.describe() for place in (*found.devices, found.host)))
     if args.xla:
-        _print_compiled(argv, args, possible[0])
+        _print_compiled(argv, args, setup)
+    if args.topology:
+        _print_ahead(args, flags, setup)
     _say()
     for found in possible:
         _say(_verdict(setup, found, args.devices, limit))
@@ -126,20 +144,34 @@ def run(argv: Sequence[str]) -> None:
         _say(f"\npresets of {file}\n{presets_table(names, setup_of, limit)}")
 
 
-def _print_compiled(argv: Sequence[str], args: argparse.Namespace, found: Layout) -> None:
+def _print_compiled(argv: Sequence[str], args: argparse.Namespace, setup: Setup) -> None:
     devices = max(args.devices, 1)
     told = compiled(argv, devices, args.xla)
     if told is None:
         _say(f"\nXLA took longer than {args.xla:.0f} s; the numbers above stand alone")
         return
-    place = found.devices[0] if found.devices else found.host
-    parts = next(parts for title, parts, _ in place.held if title == "trainer")
-    parts = [part for part in parts if part != CUDA_CONTEXT]
     _say(
         f"\nXLA, update compiled for {devices} CPU devices: {sum(told) / GB:.2f} GB "
         f"({told[0] / GB:.2f} arguments + {told[1] / GB:.2f} temporaries); "
-        f"the trainer's table says {peak(parts)[0] / GB:.2f} GB"
+        f"the estimate for CPUs is {_estimate(setup, devices, 'cpu') / GB:.2f} GB"
     )
+
+
+def _print_ahead(args: argparse.Namespace, flags: Sequence[str], setup: Setup) -> None:
+    """Show XLA's account of the update on chips that need not be here."""
+    topology = args.topology
+    files = args.policy_config, args.world_model_config
+    request = Request(args.config, tuple(flags), *files, topology.name, "update")
+    told = compile_ahead(request, ROOT / PYTHON, ROOT / CACHE)
+    estimate = _estimate(setup, topology.count, topology.platform)
+    _say(f"\nXLA: {table('update', told, topology)}\n  the estimate is {estimate / GB:.2f} GB")
+
+
+def _estimate(setup: Setup, devices: int, platform: str) -> float:
+    """Return the trainer's bytes on a device, without what is no array."""
+    from evac_jax.tools.memory.trainer import trainer_parts
+
+    return peak(trainer_parts(setup.config, setup.sizes, setup.episode, devices, platform))[0]
 
 
 def main() -> None:

@@ -99,7 +99,8 @@ def layout(setup: Setup, devices: int, name: str) -> Layout:
         raise ConfigError("\n".join(problems))
     processes = config.simulator.processes if setup.imagines else 0
     on_gpu = devices > 0 and config.simulator.devices[0] != "cpu"
-    trains = tuple(trainer.trainer_parts(config, setup.sizes, setup.episode, training))
+    platform = setup.platform if devices else "cpu"
+    trains = tuple(trainer.trainer_parts(config, setup.sizes, setup.episode, training, platform))
     imagines = _simulator(setup) if processes else ()
     slots = _slots(setup) if processes else Part("frame slots", 0)
     shared = on_gpu and name == COLLOCATED  # slots are on the GPU if both use the same one

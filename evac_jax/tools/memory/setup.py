@@ -31,11 +31,13 @@ class Setup:
         config: of the run.
         published: the policy's sizes before the run's settings.
         world_model: sizes.
+        platform: of the accelerators, "cuda" or "tpu".
     """
 
     config: TrainConfig
     published: OpenVLAOFTConfig
     world_model: EvacConfig
+    platform: str = "cuda"
 
     @property
     def sizes(self) -> OpenVLAOFTConfig:

@@ -2,7 +2,8 @@
 
 Parameters, optimiser state, gradients and rollout are counted from the same trees that the learner
 builds. What the backward pass keeps is counted from a trace of the policy: the residuals of
-`jax.vjp`. Two factors are fitted to XLA's figures for compiled updates (docs/memory.md).
+`jax.vjp`. What XLA adds differs between platforms; a few numbers are fitted to its accounts of
+compiled updates (docs/memory.md).
 """
 
 import dataclasses
@@ -31,19 +32,48 @@ from policies.openvla_oft.layers import Maker
 from policies.openvla_oft.llama import LlamaLayer
 from policies.types import ObsBatch
 
-# Temporary arrays of a layer's backward pass, in units of what the layer would save for it.
-WORKSPACE = 2.6
-# A forward pass alone frees its arrays; it holds about as much as one layer would save.
-# Share of Adam's moments that is held twice while the optimiser writes new ones. The old ones are
-# needed to the end, because the step may be skipped.
+
+@dataclasses.dataclass(frozen=True)
+class Habits:
+    """How XLA's programs for a platform use memory, fitted to its accounts (docs/memory.md).
+
+    Attributes:
+        workspace: temporary arrays of a layer's backward pass, in units of what the layer saves.
+        trained, frozen: layers whose whole weights are held if they are cut over devices. A frozen
+            weight needs no cast, so its transfer begins earlier.
+        in_place: whether an optimiser's step writes new moments over the old ones, array by array.
+            If not, most of both exist at once, because the step may be skipped.
+        casts_first: whether weights are gathered in the type of the arithmetic.
+    """
+
+    workspace: float
+    trained: float
+    frozen: float
+    in_place: bool
+    casts_first: bool
+
+
+HABITS = {
+    "cuda": Habits(workspace=1.24, trained=1, frozen=3, in_place=True, casts_first=True),
+    "tpu": Habits(workspace=0.9, trained=1, frozen=1, in_place=True, casts_first=True),
+    "cpu": Habits(workspace=2.6, trained=2, frozen=2, in_place=False, casts_first=False),
+}
+# Share of Adam's moments that exists twice where they are not written in place.
 MOMENTS_HELD_TWICE = 0.85
 ROLLOUT, BACKWARD, OPTIMISER = "the rollout", "the backward pass", "the optimiser's step"
 
 
 def trainer_parts(
-    config: TrainConfig, sizes: OpenVLAOFTConfig, episode: EpisodeShapes, devices: int
+    config: TrainConfig,
+    sizes: OpenVLAOFTConfig,
+    episode: EpisodeShapes,
+    devices: int,
+    platform: str,
 ) -> list[Part]:
     """Return the memory of one device of a mesh over `devices`.
+
+    Args:
+        platform: of the devices, one of `HABITS`.
 
     Raises:
         ConfigError: the mesh does not have this number of devices.
@@ -55,13 +85,16 @@ def trainer_parts(
     def held(tree) -> int:
         return _bytes(tree, sharding.tree_shardings(mesh, tree))
 
-    trained = held(jax.tree.map(lambda p: _like(p, jnp.float32), params))
+    gradients = jax.tree.map(lambda p: _like(p, jnp.float32), params)
+    places = sharding.tree_shardings(mesh, gradients)
+    of_each = jax.tree.leaves(jax.tree.map(lambda x, place: _bytes(x, place), gradients, places))
     micro = -(-(config.algo.micro_batch or config.algo.global_batch) // devices)
     envs = -(-config.env.num_envs // devices)
     batch = _bytes(batch_shapes(config, sizes, episode)) / devices
     layer = _layer_bytes(sizes)
     once_more = 2 if config.rollout.refill else 1
-    moments = held(state.opt_state)
+    moments, habits = held(state.opt_state), HABITS[platform]
+    largest = max(of_each, default=0)
     parts = [
         Part("parameters that train", held(params)),
         Part("parameters that do not", held(rest)),
@@ -71,18 +104,27 @@ def trainer_parts(
         Part("rollout while it is joined", batch * once_more, (ROLLOUT,)),
         Part(f"forward pass of {envs} environments", layer * envs, (ROLLOUT,)),
         Part("logits on the action slots", _logit_bytes(sizes) * envs, (ROLLOUT,)),
-        Part("gradients, accumulated in float32", trained, (BACKWARD, OPTIMISER)),
+        Part("gradients, accumulated in float32", sum(of_each), (BACKWARD, OPTIMISER)),
         Part("gradient of a micro-batch", held(params), (BACKWARD,)),
         Part(
             f"activations saved, micro-batch {micro} (remat {sizes.remat})",
             _saved_bytes(sizes, micro, episode.image_shape),
             (BACKWARD,),
         ),
-        Part("activations of the layer at work", layer * WORKSPACE * micro, (BACKWARD,)),
-        Part("moments, old ones beside new ones", moments * MOMENTS_HELD_TWICE, (OPTIMISER,)),
+        Part("activations of the layer at work", layer * habits.workspace * micro, (BACKWARD,)),
     ]
+    if habits.in_place:
+        parts += [
+            # Of the layers' gradients, in the order in which they are added up.
+            Part("largest gradient in another order", largest, (BACKWARD,)),
+            Part("moments of an array, old beside new", 2 * largest, (OPTIMISER,)),
+        ]
+    else:
+        twice = moments * MOMENTS_HELD_TWICE
+        parts.append(Part("moments, old ones beside new ones", twice, (OPTIMISER,)))
     if mesh.shape[sharding.FSDP] > 1:
-        parts.append(Part("weights gathered for a layer", _gathered_bytes(sizes), (BACKWARD,)))
+        gathered = _gathered_bytes(sizes, habits)
+        parts.append(Part("weights gathered for a layer", gathered, (BACKWARD,)))
     return parts
 
 
@@ -212,13 +254,20 @@ def _logit_bytes(sizes: OpenVLAOFTConfig) -> int:
     return sizes.num_action_tokens * sizes.num_bins * 4
 
 
-def _gathered_bytes(sizes: OpenVLAOFTConfig) -> int:
-    """Return the larger of two layers' whole weights (current and next) and the embedding."""
+def _gathered_bytes(sizes: OpenVLAOFTConfig, habits: Habits) -> float:
+    """Return the whole weights that a device holds for the layers at work."""
     _, params, rest = _split(sizes)
-    layers = [
-        math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
-        for path, leaf in jax.tree_util.tree_leaves_with_path((params, rest))
-        if "llama/layers/" in path_name(path)
-    ]
-    embedding = sizes.vocab_size * sizes.hidden_size * jnp.dtype(sizes.param_dtype).itemsize
-    return max(2 * sum(layers), embedding)
+
+    def of_layer(tree) -> int:
+        return sum(
+            math.prod(leaf.shape[1:]) * (size if habits.casts_first else leaf.dtype.itemsize)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if "llama/layers/" in path_name(path)
+        )
+
+    size = jnp.dtype(sizes.compute_dtype).itemsize
+    layers = habits.trained * of_layer(params) + habits.frozen * of_layer(rest)
+    if habits.casts_first:
+        return layers
+    table = sizes.vocab_size * sizes.hidden_size * jnp.dtype(sizes.param_dtype).itemsize
+    return max(layers, table)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from evac_jax.evac.config import AutoencoderConfig, EvacConfig, ImageTowerConfig
 from evac_jax.shapes import EpisodeShapes
 from evac_jax.tools.memory import __main__ as memory
 from evac_jax.tools.memory import advice, layouts, simulator, trainer
+from evac_jax.tools.memory.compile import Compiled
 from evac_jax.tools.memory.parts import Part, peak
 from evac_jax.tools.memory.setup import Setup
 from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
@@ -53,8 +55,8 @@ def _changed(setup, **values):
     return dataclasses.replace(setup, config=advice.changed(setup.config, values))
 
 
-def _trainer(setup, devices=1):
-    return trainer.trainer_parts(setup.config, setup.sizes, setup.episode, devices)
+def _trainer(setup, devices=1, platform="cpu"):
+    return trainer.trainer_parts(setup.config, setup.sizes, setup.episode, devices, platform)
 
 
 def test_peak_adds_what_is_held_together():
@@ -195,6 +197,49 @@ def test_command_prints_both_sizes_from_files(small, tmp_path, capsys):
     assert "separated: fits into 80 GB a device" in output
     assert "forward pass of 32 environments" in output
     assert "frame slots (each of 8)" in output
+
+
+def test_platforms_hold_temporary_arrays_in_their_own_ways(small):
+    frozen = _changed(small, policy__lora_rank=4, policy__param_dtype="bfloat16")
+    for setup in (small, frozen):
+        cpu, gpu, tpu = (_trainer(setup, 2, name) for name in ("cpu", "cuda", "tpu"))
+        held = [_named(parts, "activations of the layer") for parts in (tpu, gpu, cpu)]
+        assert held == sorted(held)
+        assert _named(cpu, "moments, old ones") == pytest.approx(
+            0.85 * _named(cpu, "optimiser state")
+        )
+        assert _named(gpu, "moments of an array") == 2 * _named(gpu, "largest gradient")
+    # Of the frozen base three layers are gathered on a GPU and one on a TPU, beside the adapters.
+    one, three = (_named(parts, "weights gathered") for parts in (tpu, gpu))
+    layer = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64)
+    assert three - one == 2 * layer
+    # Trained weights are gathered as they are multiplied, in half of the bytes.
+    assert _named(_trainer(small, 2, "cuda"), "weights gathered") == layer
+
+
+def test_a_topology_shows_the_account_of_xla_beside_the_estimate(
+    small, tmp_path, capsys, monkeypatch
+):
+    asked = []
+
+    def compile_ahead(request, python, cache):
+        asked.append((request.topology, request.program, request.flags))
+        return Compiled(60.0, arguments=10**9, temporaries=10**9, peak=15 * 10**8)
+
+    monkeypatch.setattr(memory, "compile_ahead", compile_ahead)
+    (tmp_path / "policy.json").write_text(json.dumps(POLICY.to_hf()))
+    (tmp_path / "wm.json").write_text(json.dumps({"config": small.world_model.to_dict()}))
+    files = [f"--policy_config={tmp_path}/policy.json", f"--world_model_config={tmp_path}/wm.json"]
+    command = ["--config=configs/grpo.py:libero_spatial", *files, *SMALL, "--no_presets"]
+    memory.run([*command, "--topology=v6e:2x2"])
+    printed = capsys.readouterr().out
+    assert asked == [("v6e:2x2", "update", tuple(SMALL))]
+    assert "collocated on 4 devices" in printed
+    assert "fits into 34 GB a device" in printed
+    assert "XLA: update, a chip of v6e:2x2 (TPU v6e (Trillium)): fits, 1.50 of 34.36 GB" in printed
+    assert re.search(r"the estimate is 0\.\d\d GB", printed)
+    with pytest.raises(SystemExit):
+        memory.run([*command, "--topology=v6e:2x2", "--devices=4"])
 
 
 def test_mistakes_are_told_in_one_message(tmp_path):
