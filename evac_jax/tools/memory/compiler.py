@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -26,10 +27,12 @@ from typing import Any
 from evac_jax.errors import ConfigError
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.memory.setup import Setup, read_config, read_setup
-from evac_jax.tools.memory.topology import Topology
+from evac_jax.tools.memory.topology import CUDNN, Topology
 
 PROGRAMS = ("sample", "update")
 VERSIONS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
+# JAX names the rule that partitions a fused operation by its place in memory.
+ADDRESS = re.compile(r'(@CustomSPMDPartitioning\(.*?backend_config = )"\d+"')
 # libtpu takes one process at a time, of all of a machine.
 LOCK = Path(tempfile.gettempdir()) / f"evac_jax_libtpu.{os.getuid()}.lock"
 
@@ -76,10 +79,20 @@ def lowered(request: Request) -> Any:
     setup, topology = request.setup(), Topology.parse(request.topology)
     config, sizes, episode = setup.config, setup.sizes, setup.episode
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, topology.devices())
+    if topology.platform == "cuda":
+        _tell_cudnn_version()
     check_sizes(config, mesh, mesh, episode)
     make = programs.abstract_sample if request.program == "sample" else programs.abstract_update
     program, arguments = make(config, mesh, sizes, episode)
     return program.trace(*arguments).lower(lowering_platforms=(topology.platform,))
+
+
+def _tell_cudnn_version() -> None:
+    """Let JAX trace fused attention without cuDNN; XLA compiles for the version of the target."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    major, minor, patch = CUDNN
+    fused_attention_stablehlo.check_cudnn_version = lambda: 10000 * major + 100 * minor + patch
 
 
 def compiled(request: Request, folder: Path) -> Path:
@@ -132,7 +145,12 @@ def described(program: Any) -> dict[str, Any]:
 
 def _hash(program: Any, topology: Topology) -> str:
     parts = [
-        *(program.as_text(), topology.name, topology.target(), os.environ.get("XLA_FLAGS", "")),
+        *(
+            ADDRESS.sub(r"\1", program.as_text()),
+            topology.name,
+            topology.target(),
+            os.environ.get("XLA_FLAGS", ""),
+        ),
         *(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

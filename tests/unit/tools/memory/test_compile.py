@@ -114,6 +114,7 @@ def test_a_small_decision_compiles_for_chips_that_are_not_here(topology, tmp_pat
     told = ahead.compile_ahead(asked, PYTHON, tmp_path)
     assert told.fits(Topology.parse(topology).memory_bytes)
     assert told.arguments < told.peak
+    assert told.account.fused_attention == topology.startswith("h100")
     # Three layers' weights are cut over the chips, and every layer gathers its own.
     layers = 3 * (4 * 256 * 256 + 3 * 256 * 512)
     chips = Topology.parse(topology).count
