@@ -7,6 +7,7 @@ docs/policy_speed.md says what each gains. The rest of this folder is the same o
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def attend_fused(
     keys: Float[Array, "B T G D"],
     values: Float[Array, "B T G D"],
     seen: Int[Array, " B"] | None = None,
-    implementation: str = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Float[Array, "B S Q D"]:
     """Attention in one kernel of cuDNN, forward and backward; no scores are held in memory.
 

@@ -164,7 +164,7 @@ class _Products:
     def _attention(self, name: str, instruction: Instruction, *, backward: bool) -> float:
         """Two products of scores and values; five for the gradients, where scores come anew."""
         queries, keys = (self._operand(name, instruction, i) for i in (0, 1))
-        length = keys.dims[-3] if len(keys.dims) > 3 else keys.dims[-2]
+        length = keys.dims[-3 if len(keys.dims) > 3 else -2]
         return (10.0 if backward else 4.0) * queries.size * length
 
     def _convolution(self, name: str, instruction: Instruction) -> float:

@@ -37,7 +37,8 @@ class Array:
     @property
     def bytes(self) -> int:
         """Size in memory without padding."""
-        bits = _DTYPE.fullmatch(self.dtype)[1] or {"pred": 8, "token": 0}[self.dtype]
+        known = _DTYPE.fullmatch(self.dtype)
+        bits = (known[1] if known else "") or {"pred": 8, "token": 0}[self.dtype]
         return self.size * int(bits) // 8
 
 
@@ -168,7 +169,7 @@ class Program:
             limit = self._constant(condition, compared.operands[1])
             first = self._element(name, loop.operands[0], index)
             step = self._step(body, index)
-            if None not in (index, limit, first, step):
+            if limit is not None and first is not None and step is not None:
                 return -(-(limit - first) // step)
         raise DataError(
             f"while %{loop.name} in %{name}: expected a known trip count or a counter from a "
