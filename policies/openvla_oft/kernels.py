@@ -43,6 +43,25 @@ def _matmul_on_cpu(x, kernel):
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B L"], dtype) -> Float[Array, "B L D"]:
+    """Return the rows `tokens` of `table` in `dtype`; tokens are 0 .. V - 1.
+
+    Elsewhere than on a CPU it is the product with one-hot rows, which is exact and a thousandth of
+    the policy's work. Of a table that is cut over devices XLA gathers the rounded weights for it.
+    For indexed rows it would gather the table in float32, twice in every micro-batch.
+    """
+    return by_platform(
+        table,
+        tokens,
+        cpu=lambda table, tokens: jnp.take(table, tokens, axis=0, mode="clip").astype(dtype),
+        default=lambda table, tokens: jnp.matmul(
+            jax.nn.one_hot(tokens, len(table), dtype=dtype),
+            table.astype(dtype),
+            precision=jax.lax.Precision.HIGHEST,  # in float32 an accelerator would round
+        ),
+    )
+
+
 @jax.custom_vjp
 def gelu(x: Array) -> Array:
     """Exact (erf) GELU, computed in float32 as in torch.
@@ -125,16 +144,29 @@ def attend_fused(
         seen: how many of the first keys of each row are seen; None = all.
         implementation: of `jax.nn.dot_product_attention`; "xla" gives the same numbers anywhere.
     """
-    length = queries.shape[1]
+    length, asked = queries.shape[1], None
     if seen is None and keys.shape[1] % 2:
-        seen = jnp.full(keys.shape[0], keys.shape[1], jnp.int32)
+        seen = _repeated(keys.shape[1], keys)
     queries, keys, values = (
         jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (queries, keys, values)
     )
+    if seen is not None:
+        asked = _repeated(queries.shape[1], queries)
     attended = jax.nn.dot_product_attention(
-        queries, keys, values, key_value_seq_lengths=seen, implementation=implementation
+        *(queries, keys, values),
+        query_seq_lengths=asked,
+        key_value_seq_lengths=seen,
+        implementation=implementation,
     )
     return attended[:, :length]
+
+
+def _repeated(length: int, like: Float[Array, "B S Q D"]) -> Int[Array, " B"]:
+    """Return `length` for every row, as an array that `jax.vmap` batches with `like`.
+
+    JAX 0.10.2 cannot batch fused attention with lengths that are the same for the whole batch.
+    """
+    return jnp.where(jnp.isnan(like[:, 0, 0, 0]), length, length).astype(jnp.int32)
 
 
 def attend_on_cpu(

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from policies.openvla_oft.config import OpenVLAOFTConfig
-from policies.openvla_oft.kernels import swiglu
+from policies.openvla_oft.kernels import embed, swiglu
 from policies.openvla_oft.layers import Linear, Maker, RMSNorm, attend, is_fused, run_layers
 
 # Adjacent columns of a sequence: [N] on the host if they are the same for all rows, else [B N].
@@ -107,8 +107,7 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Return token embeddings in the compute dtype."""
-        embedded = jnp.take(self.embed_tokens[...], tokens, axis=0, mode="clip")
-        return embedded.astype(jnp.dtype(self.config.compute_dtype))
+        return embed(self.embed_tokens[...], tokens, jnp.dtype(self.config.compute_dtype))
 
     def __call__(
         self,

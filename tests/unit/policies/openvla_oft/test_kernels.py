@@ -9,7 +9,15 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from policies.activations import activations_at
-from policies.openvla_oft.kernels import attend, attend_on_cpu, by_platform, gelu, matmul, swiglu
+from policies.openvla_oft.kernels import (
+    attend,
+    attend_on_cpu,
+    by_platform,
+    embed,
+    gelu,
+    matmul,
+    swiglu,
+)
 
 
 @pytest.mark.parametrize(("kv_heads", "first_hidden"), [(2, 4), (4, 4), (4, 0)])
@@ -56,6 +64,22 @@ def test_activations_and_their_gradients_are_jaxs_own(activation, plain, inputs,
     for mine, own in zip(found, exact, strict=True):
         assert mine.dtype == dtype
         np.testing.assert_allclose(mine.astype(jnp.float32), own, **rounding)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "float32"), ("float32", "bfloat16")])
+def test_embedding_is_exact_and_has_the_same_gradient_on_every_platform(stored, dtype):
+    table = jax.random.normal(jax.random.key(0), (32, 8), stored)
+    tokens = jnp.asarray([[0, 31, 5], [5, 5, 7]])
+    devices = [SimpleNamespace(platform=platform) for platform in ("cpu", "gpu")]
+    found = []
+    for device in devices:
+        with activations_at(SimpleNamespace(device_set=[device])):
+            rows, back = jax.vjp(lambda table: embed(table, tokens, jnp.dtype(dtype)), table)
+        found.append((rows, *back(jnp.ones_like(rows))))
+    assert found[0][0].dtype == dtype
+    np.testing.assert_array_equal(found[0][0], table[tokens].astype(dtype))
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
 def sum_of(kernel):

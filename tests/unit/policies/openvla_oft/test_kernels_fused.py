@@ -64,7 +64,7 @@ def test_policy_has_the_same_outputs_when_its_attention_is_fused(changes, monkey
         )
 
 
-@pytest.mark.parametrize("what", ["sample", "update"])
+@pytest.mark.parametrize("what", ["sample", "update", "update of copies"])
 def test_program_for_a_gpu_holds_cudnns_kernel_and_no_scores(what, monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91002)  # the library is not here
     obs = make_obs()
@@ -73,13 +73,19 @@ def test_program_for_a_gpu_holds_cudnns_kernel_and_no_scores(what, monkeypatch):
         config = dataclasses.replace(HALF, attention=attention, remat="full")
         graphdef, params, rest = nnx.split(abstract_model(config), nnx.Param, ...)
 
-        def slots(params):
+        def slots(params, obs):
             model = nnx.merge(graphdef, params, rest)
             pixels = model.pixel_values(obs.images)
             return model.forward(pixels, obs.prompt_tokens, obs.prompt_mask).slots
 
-        function = slots if what == "sample" else jax.grad(lambda p: jnp.sum(slots(p)))
-        return jax.jit(function).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+        function, rows = slots, obs
+        if what != "sample":
+            function = jax.grad(lambda params, obs: jnp.sum(slots(params, obs)))
+        if what == "update of copies":
+            function = jax.vmap(function, (None, 0))
+            rows = jax.tree.map(lambda x: x[None], obs)
+        traced = jax.jit(function).trace(params, rows)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     def scores(text):  # of the DINOv2, with its prefix, and of the Llama
         return {length for length in (7, 26) if f"x{length}x{length}xf32" in text}
@@ -88,7 +94,7 @@ def test_program_for_a_gpu_holds_cudnns_kernel_and_no_scores(what, monkeypatch):
     fused = program("cudnn")
     assert not scores(fused)
     assert "__cudnn$fmhaSoftmax" in fused
-    assert ("__cudnn$fmhaSoftmaxBackward" in fused) == (what == "update")
+    assert ("__cudnn$fmhaSoftmaxBackward" in fused) == (what != "sample")
 
 
 @pytest.mark.parametrize(
