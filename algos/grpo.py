@@ -66,5 +66,5 @@ def advantages(batch: RolloutBatch, cfg: Config) -> tuple[Targets, dict[str, Wei
 loss = policy_gradient.policy_loss
 
 
-# (apply, optimizer, cfg, constrain) -> Update
+# (apply, optimizer, cfg, placement) -> Update
 make_update = partial(update.make_update, advantages=advantages, loss=loss)

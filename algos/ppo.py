@@ -144,5 +144,5 @@ def loss(
     )
 
 
-# (apply, optimizer, cfg, constrain) -> Update
+# (apply, optimizer, cfg, placement) -> Update
 make_update = partial(update.make_update, advantages=advantages, loss=loss)

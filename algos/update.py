@@ -1,9 +1,10 @@
 """The update of one iteration as one traced function: epochs x global batches x micro-batches.
 
 Frames stay uint8 and are not moved until a micro-batch gathers its own. There are no host callbacks
-and no mesh axis names. Inputs may be sharded; `constrain` gives the sharding of a micro-batch.
+and no mesh axis names. Inputs may be sharded; `Placement` tells how the work lies on the devices.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,36 @@ Update = Callable[[TrainState, RolloutBatch, Array], tuple[TrainState, Metrics]]
 def identity(tree: Any) -> Any:
     """Return the tree as it is."""
     return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where an update computes.
+
+    Every copy of the parameters accumulates the gradient of its own rows in float32. The copies
+    are summed once per optimiser step.
+
+    Attributes:
+        copies: of the parameters; it divides a micro-batch.
+        over_copies: `jax.vmap`, told that the axis is that of the copies.
+        rows: gives a micro-batch, a tree with the batch axis first, its sharding.
+        gradients: gives accumulated gradients, like the parameters with the copies as first axis,
+            their sharding.
+    """
+
+    copies: int = 1
+    over_copies: Callable[..., Callable] = jax.vmap
+    rows: Callable[[Any], Any] = identity
+    gradients: Callable[[Any], Any] = identity
+
+    def each_copy(self, function: Callable, params: Any, rows: tuple) -> Any:
+        """Return `function(params, *rows)` of each copy's rows, with the copies as first axis."""
+        rows = self.rows(rows)
+        if self.copies == 1:  # an axis more would make other programs, slower ones on a CPU
+            return jax.tree.map(lambda x: x[None], function(params, *rows))
+        rows = jax.tree.map(lambda x: x.reshape(self.copies, -1, *x.shape[1:]), rows)
+        axes = (None, *[0] * len(rows))
+        return self.over_copies(function, in_axes=axes)(params, *rows)
 
 
 def init_state(
@@ -78,7 +109,7 @@ class UpdateLog:
     """Results of the optimiser steps: U global batches of M micro-batches each.
 
     Attributes:
-        outputs: of each micro-batch, leaves [U M].
+        outputs: of each micro-batch and copy of the parameters, leaves [U M C].
         metrics: of each global batch, leaves [U].
         finite: loss and gradient were finite.
         any_valid: at least one entry was valid.
@@ -100,7 +131,7 @@ def run_updates(
     optimizer: optax.GradientTransformation,
     cfg: PolicyGradientConfig,
     loss: Callable[..., LossOutput],
-    constrain: Callable[[Any], Any] = identity,
+    placement: Placement,
 ) -> tuple[TrainState, UpdateLog]:
     """Take one optimiser step per global batch of `order`; repeat this `cfg.update_epochs` times.
 
@@ -116,20 +147,23 @@ def run_updates(
             f"config.algo.global_batch={cfg.global_batch} must divide the {num_samples} chunks of "
             f"an iteration, and config.algo.micro_batch={cfg.micro_batch} must divide it"
         )
+    micro_size = cfg.global_batch // num_micro
+    if micro_size % placement.copies:
+        raise ValueError(
+            f"config.algo.micro_batch: expected a multiple of the {placement.copies} copies of the "
+            f"parameters (config.mesh.data), got {micro_size}"
+        )
     if cfg.kl_beta > 0.0 and state.ref_params is None:
         raise ValueError("config.algo.kl_beta > 0 needs TrainState.ref_params")
     if cfg.decoupled:
-        micro_batches = jnp.arange(num_samples).reshape(-1, cfg.global_batch // num_micro)
+
+        def log_probs_of(indices):
+            seen = observations(batch, indices), samples.tokens[indices]
+            return placement.each_copy(apply, state.params, seen).log_probs
+
         samples = samples.replace(
             proximal_log_probs=jax.lax.map(
-                lambda indices: (
-                    apply(
-                        state.params,
-                        constrain(observations(batch, indices)),
-                        samples.tokens[indices],
-                    ).log_probs
-                ),
-                micro_batches,
+                log_probs_of, jnp.arange(num_samples).reshape(-1, micro_size)
             ).reshape(samples.old_log_probs.shape)
         )
     optimizer = optax.with_extra_args_support(optimizer)
@@ -149,10 +183,7 @@ def run_updates(
         part = jax.tree.map(lambda x: x[indices], samples)
         policy_on = state.updates >= warmup
 
-        def add_gradient(total, micro):
-            micro_indices, micro_samples, micro_weights = micro
-            obs = constrain(observations(batch, micro_indices))
-            micro_samples, micro_weights = constrain((micro_samples, micro_weights))
+        def gradient_of(params, obs, micro_samples, micro_weights):
             ref_log_probs = None
             if cfg.kl_beta > 0.0:
                 ref_log_probs = apply(state.ref_params, obs, micro_samples.tokens).log_probs
@@ -168,52 +199,70 @@ def run_updates(
                 )
                 return output.loss, output
 
-            gradient, output = jax.grad(objective, has_aux=True)(state.params)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradient), output
+            return jax.grad(objective, has_aux=True)(params)
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _at_least_float32(p)), state.params)
-        gradient, outputs = jax.lax.scan(
+        def add_gradient(total, micro):
+            micro_indices, *others = micro
+            rows = (observations(batch, micro_indices), *others)
+            gradients, outputs = placement.each_copy(gradient_of, state.params, rows)
+            total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients)
+            return placement.gradients(total), outputs
+
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros((placement.copies, *p.shape), _at_least_float32(p)), state.params
+        )
+        gradients, outputs = jax.lax.scan(
             add_gradient,
-            zeros,
+            placement.gradients(zeros),
             (indices.reshape(num_micro, -1), split(part), split(weights_of(part))),
         )
-
-        opt_state = state.opt_state
-        if warmup > 0:  # the policy starts with a fresh optimiser and schedule
-            restart = state.updates == warmup
-            opt_state = _select(restart, optimizer.init(state.params), opt_state)
-        steps, opt_state = optimizer.update(
-            gradient,
-            opt_state,
-            state.params,
-            iteration=state.step,
-            only_value_head=~policy_on,
-        )
-        norm = optax.tree.get(opt_state, "grad_norm")
-        norm = global_norm(gradient) if norm is None else norm
-        finite = jnp.isfinite(outputs.loss.sum()) & jnp.isfinite(norm)
+        gradient = jax.tree.map(lambda g: g.sum(axis=0), gradients)
         any_valid = jnp.asarray(True) if part.valid is None else part.valid.any()
-        taken = finite & any_valid
-        figures = {"actor/grad_norm": metrics.once(norm, finite)}
-        for name, field in (("actor/lr", "lr"), ("critic/lr", "value_lr")):
-            rate = optax.tree.get(opt_state, field)
-            if rate is not None:
-                figures[name] = metrics.once(rate)
-        params = jax.tree.map(
-            lambda p, s: (p.astype(_at_least_float32(p)) + s).astype(p.dtype), state.params, steps
-        )
-        state = state.replace(
-            params=_select(taken, params, state.params),
-            opt_state=_select(taken, opt_state, state.opt_state),
-            updates=state.updates + taken,
-            skipped=state.skipped + ~taken,
-        )
-        return state, UpdateLog(
-            outputs=outputs, metrics=figures, finite=finite, any_valid=any_valid
-        )
+        return _step(state, gradient, outputs, any_valid, optimizer, warmup)
 
     global_batches = jnp.tile(order.reshape(-1, cfg.global_batch), (cfg.update_epochs, 1))
     return jax.lax.scan(global_step, state, global_batches)
+
+
+def _step(
+    state: TrainState,
+    gradient: Any,
+    outputs: LossOutput,
+    any_valid: Bool[Array, ""],
+    optimizer: optax.GradientTransformationExtraArgs,
+    warmup: int,
+) -> tuple[TrainState, UpdateLog]:
+    """Take an optimiser step if loss and gradient are finite and anything is valid."""
+    opt_state = state.opt_state
+    if warmup > 0:  # the policy starts with a fresh optimiser and schedule
+        restart = state.updates == warmup
+        opt_state = _select(restart, optimizer.init(state.params), opt_state)
+    steps, opt_state = optimizer.update(
+        gradient,
+        opt_state,
+        state.params,
+        iteration=state.step,
+        only_value_head=state.updates < warmup,
+    )
+    norm = optax.tree.get(opt_state, "grad_norm")
+    norm = global_norm(gradient) if norm is None else norm
+    finite = jnp.isfinite(outputs.loss.sum()) & jnp.isfinite(norm)
+    taken = finite & any_valid
+    figures = {"actor/grad_norm": metrics.once(norm, finite)}
+    for name, field in (("actor/lr", "lr"), ("critic/lr", "value_lr")):
+        rate = optax.tree.get(opt_state, field)
+        if rate is not None:
+            figures[name] = metrics.once(rate)
+    params = jax.tree.map(
+        lambda p, s: (p.astype(_at_least_float32(p)) + s).astype(p.dtype), state.params, steps
+    )
+    state = state.replace(
+        params=_select(taken, params, state.params),
+        opt_state=_select(taken, opt_state, state.opt_state),
+        updates=state.updates + taken,
+        skipped=state.skipped + ~taken,
+    )
+    return state, UpdateLog(outputs=outputs, metrics=figures, finite=finite, any_valid=any_valid)
 
 
 def summarise(log: UpdateLog, cfg: PolicyGradientConfig) -> Metrics:
@@ -248,7 +297,7 @@ def make_update(
     apply: Apply,
     optimizer: optax.GradientTransformation,
     cfg: PolicyGradientConfig,
-    constrain: Callable[[Any], Any] = identity,
+    placement: Placement = Placement(),
     *,
     advantages: Callable[[RolloutBatch, Any], tuple[Targets, Metrics]],
     loss: Callable[..., LossOutput],
@@ -259,7 +308,7 @@ def make_update(
         apply: (params, obs, tokens [b K A]) -> evaluation of the tokens by the policy; may close
             over frozen parameters.
         optimizer: see `optim.make_optimizer`; any optax transformation works.
-        constrain: shards a micro-batch (a tree with the batch axis first) over the devices.
+        placement: where it computes.
         advantages, loss: the algorithm's own.
     """
 
@@ -277,7 +326,7 @@ def make_update(
             optimizer=optimizer,
             cfg=cfg,
             loss=loss,
-            constrain=constrain,
+            placement=placement,
         )
         return state.replace(step=state.step + 1), figures | summarise(log, cfg)
 

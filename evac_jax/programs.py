@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from algos.optim import make_optimizer
 from algos.types import RolloutBatch, TrainState
-from algos.update import init_state
+from algos.update import Placement, init_state
 from evac_jax.config.algorithms import load_algorithm
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import sharding
@@ -28,6 +28,14 @@ from policies.activations import activations_at
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.import_hf import abstract_model
 from policies.types import ObsBatch
+
+# XLA's options where GPUs exchange weights and gradients: sums of a layer move into the next trip
+# of the loop over layers, and two exchanges may be under way. What they hide, and what else was
+# tried: docs/full_size.md.
+OVERLAP = {
+    "xla_gpu_enable_pipelined_all_reduce": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+}
 
 
 def initial_state(
@@ -56,7 +64,7 @@ def sample_program(config: TrainConfig, mesh: Mesh, graphdef: nnx.GraphDef):
             )
 
     # Static greedy: argmax and sampling are two programs, each compiled once.
-    options = _compiler_options(config, mesh)
+    options = compiler_options(config, mesh)
     return jax.jit(sample, static_argnames="greedy", compiler_options=options)
 
 
@@ -74,30 +82,37 @@ def update_program(
         graphdef: as for `sample_program`.
         state: arrays or shapes with the shardings that the state keeps; donated.
     """
-    policy, on_batch = config.policy, sharding.batch_sharding(mesh)
+    policy, of_copy = config.policy, sharding.copy_batch_sharding(mesh)
     module = load_algorithm(config.algorithm)
 
     def evaluate(rest, params, obs, tokens):
-        with activations_at(on_batch):
+        with activations_at(of_copy):
             return nnx.merge(graphdef, params, rest).evaluate(
                 obs, tokens, temperature=policy.temperature, top_k=policy.top_k
             )
 
-    def constrain(tree):
-        return jax.lax.with_sharding_constraint(tree, on_batch)
-
-    def update(state, rest, batch, key):
-        step = module.make_update(
-            partial(evaluate, rest), optimizer, config.algo, constrain=constrain
-        )
-        return step(state, batch, key)
+    def rows(tree):
+        return jax.lax.with_sharding_constraint(tree, sharding.batch_sharding(mesh))
 
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    accumulated = jax.tree.map(sharding.of_each_copy, places.params)
+
+    def gradients(tree):
+        return jax.lax.with_sharding_constraint(tree, accumulated)
+
+    placement = Placement(
+        sharding.copies(mesh), sharding.over_copies, rows=rows, gradients=gradients
+    )
+
+    def update(state, rest, batch, key):
+        step = module.make_update(partial(evaluate, rest), optimizer, config.algo, placement)
+        return step(state, batch, key)
+
     return jax.jit(
         update,
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(mesh)),
-        compiler_options=_compiler_options(config, mesh),
+        compiler_options=compiler_options(config, mesh),
     )
 
 
@@ -152,17 +167,19 @@ def abstract_sample(
     return program, (*arguments, config.policy.temperature, False)
 
 
-def _compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, Any] | None:
-    """Return XLA's options for a CPU that computes in bfloat16, None elsewhere.
+def compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, Any] | None:
+    """Return XLA's options for the devices of a mesh, None for its defaults.
 
-    A CPU multiplies bfloat16 in float32. XLA would cast the weights of all layers before the loop
-    over layers: 29 GB for a policy of 7 billion parameters. An optimisation barrier on the
-    weights changes nothing (jax 0.10.2).
+    A CPU that computes in bfloat16 multiplies in float32. XLA would cast the weights of all layers
+    before the loop over layers: 29 GB for a policy of 7 billion parameters. An optimisation barrier
+    on the weights changes nothing (jax 0.10.2).
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    if not (on_cpu and config.policy.compute_dtype == "bfloat16"):
-        return None
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    platform = mesh.devices.flat[0].platform
+    if platform == "gpu" and mesh.size > 1:
+        return OVERLAP
+    if platform == "cpu" and config.policy.compute_dtype == "bfloat16":
+        return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    return None
 
 
 def _key() -> jax.ShapeDtypeStruct:

@@ -7,6 +7,7 @@ Modules carry no annotations, so every policy also runs unsharded on one CPU dev
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -48,17 +49,12 @@ RULES: Sequence[tuple[str, Tactic]] = (
 )
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence | None = None) -> Mesh:
-    """Return a (data, fsdp) mesh over all devices; -1 for one of the two means "the rest".
-
-    Args:
-        devices: those of JAX to use instead.
+def resolved(data: int, fsdp: int, count: int) -> tuple[int, int]:
+    """Return (data, fsdp) for a number of devices; -1 for one of the two means "the rest".
 
     Raises:
         ConfigError: the product is not the number of devices.
     """
-    devices = list(devices if devices is not None else jax.devices())
-    count = len(devices)
     if data == -1 and fsdp == -1:
         data = 1
     if data == -1:
@@ -70,13 +66,46 @@ def make_mesh(data: int, fsdp: int, devices: Sequence | None = None) -> Mesh:
             f"mesh.data x mesh.fsdp must equal the number of devices ({count}), "
             f"got {data} x {fsdp}; set one of them to -1 to take what is left"
         )
-    grid = np.array(devices).reshape(data, fsdp)
+    return data, fsdp
+
+
+def make_mesh(data: int, fsdp: int, devices: Sequence | None = None) -> Mesh:
+    """Return a (data, fsdp) mesh over all devices; see `resolved`.
+
+    Args:
+        devices: those of JAX to use instead.
+
+    Raises:
+        ConfigError: the product is not the number of devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    grid = np.array(devices).reshape(resolved(data, fsdp, len(devices)))
     return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def fsdp_size(mesh: Mesh) -> int:
     """Return how many devices a mesh cuts parameters over."""
     return mesh.shape[FSDP]
+
+
+def copies(mesh: Mesh) -> int:
+    """Return how many copies of the parameters a mesh holds."""
+    return mesh.shape[DATA]
+
+
+# `jax.vmap` over the copies of the parameters: sharding constraints in the function are those of
+# one copy.
+over_copies = partial(jax.vmap, spmd_axis_name=DATA)
+
+
+def copy_batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a batch over the devices of one copy, for functions under `over_copies`."""
+    return NamedSharding(mesh, PartitionSpec(FSDP))
+
+
+def of_each_copy(place: NamedSharding) -> NamedSharding:
+    """Return the sharding of an array with one part of its own for each copy, as first axis."""
+    return NamedSharding(place.mesh, PartitionSpec(DATA, *place.spec))
 
 
 def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:

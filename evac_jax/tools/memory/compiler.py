@@ -3,8 +3,8 @@
     .venv-aot/bin/python -m evac_jax.tools.memory.compiler REQUEST FOLDER
 
 REQUEST is JSON text, see `Request`. What XLA made is kept in FOLDER under the hash of what it was
-made from: the lowered program, the topology, XLA's flags and the versions. A file of that name is
-taken as it is. The last line of the output is the file's name.
+made from: the lowered program, the topology, XLA's flags and options, and the versions. A file of
+that name is taken as it is. The last line of the output is the file's name.
 """
 
 import dataclasses
@@ -62,12 +62,16 @@ class Request:
         Raises:
             ConfigError: it cannot be.
         """
-        config = read_config(self.config, self.flags)
-        return read_setup(config, self.policy_config, self.world_model_config)
+        config, topology = read_config(self.config, self.flags), Topology.parse(self.topology)
+        setup = read_setup(config, self.policy_config, self.world_model_config)
+        setup = dataclasses.replace(
+            setup, platform=topology.platform, device_bytes=topology.memory_bytes
+        )
+        return setup.on(topology.count)
 
 
-def lowered(request: Request) -> Any:
-    """Return the program, traced for the chips of a topology.
+def lowered(request: Request) -> tuple[Any, dict[str, Any]]:
+    """Return the program, traced for the chips of a topology, and XLA's options for it.
 
     Raises:
         ConfigError: topology, mesh or batches do not fit together.
@@ -84,7 +88,8 @@ def lowered(request: Request) -> Any:
     check_sizes(config, mesh, mesh, episode)
     make = programs.abstract_sample if request.program == "sample" else programs.abstract_update
     program, arguments = make(config, mesh, sizes, episode)
-    return program.trace(*arguments).lower(lowering_platforms=(topology.platform,))
+    traced = program.trace(*arguments).lower(lowering_platforms=(topology.platform,))
+    return traced, programs.compiler_options(config, mesh) or {}
 
 
 def _tell_cudnn_version() -> None:
@@ -105,8 +110,8 @@ def compiled(request: Request, folder: Path) -> Path:
     """
     topology = Topology.parse(request.topology)
     with _one_libtpu(topology.platform):
-        program = lowered(request)
-        file = folder / f"{_hash(program, topology)}.json.gz"
+        program, options = lowered(request)
+        file = folder / f"{_hash(program, topology, options)}.json.gz"
         if not file.exists():
             told = described(program)
             folder.mkdir(parents=True, exist_ok=True)
@@ -143,13 +148,14 @@ def described(program: Any) -> dict[str, Any]:
     }
 
 
-def _hash(program: Any, topology: Topology) -> str:
+def _hash(program: Any, topology: Topology, options: dict[str, Any]) -> str:
     parts = [
         *(
             ADDRESS.sub(r"\1", program.as_text()),
             topology.name,
             topology.target(),
             os.environ.get("XLA_FLAGS", ""),
+            json.dumps(options, sort_keys=True),
         ),
         *(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS),
     ]

@@ -8,8 +8,9 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from evac_jax.errors import DataError
 
@@ -52,7 +53,7 @@ class Instruction:
         opcode: such as "dot" or "all-gather-start".
         operands: their names.
         attributes: text behind the operands.
-        literal: the value of a constant.
+        literal: the value of a constant, the number of a parameter.
     """
 
     name: str
@@ -163,46 +164,53 @@ class Program:
         if told:
             return int(told[1])
         condition, body = (loop.called[kind][0] for kind in ("condition", "body"))
-        compared = self.computations[condition][-1]
-        if compared.opcode == "compare" and "direction=LT" in compared.attributes:
-            index = self._counter(condition, compared.operands[0])
-            limit = self._constant(condition, compared.operands[1])
-            first = self._element(name, loop.operands[0], index)
-            step = self._step(body, index)
-            if limit is not None and first is not None and step is not None:
-                return -(-(limit - first) // step)
+        match self._symbol(condition, self.computations[condition][-1].name):
+            case ("compare", ("element", int(index)), int(limit)):
+                result = self.computations[body][-1].name
+                first, last = (
+                    self._element(*where, index)
+                    for where in ((name, loop.operands[0]), (body, result))
+                )
+                match first, last:
+                    case int(), ("add", ("element", int(same)), int(step)) if same == index:
+                        return -(-(limit - first) // step)
         raise DataError(
             f"while %{loop.name} in %{name}: expected a known trip count or a counter from a "
             "constant to a constant, as lax.scan gives them"
         )
 
-    def _counter(self, name: str, value: str) -> int | None:
-        """Return which element of a loop's state `value` is."""
+    def _element(self, name: str, state: str, index: int) -> Any:
+        """Return what an element of a tuple is made of."""
+        found = self._source(name, state)
+        return self._symbol(name, found.operands[index]) if found.opcode == "tuple" else None
+
+    def _symbol(self, name: str, value: str, given: Sequence[Any] = ()) -> Any:
+        """Return what an integer is made of.
+
+        Args:
+            given: what the operands of a fusion are, if `name` is its computation.
+
+        Returns:
+            a constant; ("element", i), that of a loop's state; ("add", a, b), a constant last;
+            ("compare", a, b) for a < b; None for anything else.
+        """
         found = self._source(name, value)
         index = re.search(r"index=(\d+)", found.attributes)
-        return int(index[1]) if found.opcode == "get-tuple-element" and index else None
-
-    def _constant(self, name: str, value: str) -> int | None:
-        found = self._source(name, value)
-        return int(found.literal) if found.opcode == "constant" else None
-
-    def _element(self, name: str, state: str, index: int | None) -> int | None:
-        """Return the constant that stands in a tuple."""
-        found = self._source(name, state)
-        if found.opcode != "tuple" or index is None:
+        if found.opcode == "constant":
+            return int(found.literal) if found.literal.lstrip("-").isdigit() else None
+        if found.opcode == "parameter" and given:
+            return given[int(found.literal)]
+        if found.opcode == "get-tuple-element" and index:
+            return ("element", int(index[1]))
+        if found.opcode not in ("add", "compare", "fusion"):
             return None
-        return self._constant(name, found.operands[index])
-
-    def _step(self, body: str, index: int | None) -> int | None:
-        """Return what a loop's body adds to an element of its state."""
-        result = self.computations[body][-1]
-        if result.opcode != "tuple" or index is None:
-            return None
-        added = self._source(body, result.operands[index])
-        if added.opcode != "add":
-            return None
-        steps = [self._constant(body, operand) for operand in added.operands]
-        return next((step for step in steps if step is not None), None)
+        parts = [self._symbol(name, operand, given) for operand in found.operands]
+        if found.opcode == "fusion":
+            (inside,) = found.called["calls"]
+            return self._symbol(inside, self.computations[inside][-1].name, parts)
+        if found.opcode == "add":
+            return ("add", *sorted(parts, key=lambda part: isinstance(part, int)))
+        return ("compare", *parts) if "direction=LT" in found.attributes else None
 
     def _source(self, name: str, value: str) -> Instruction:
         """Return the instruction that made a value, through copies of it."""
@@ -267,7 +275,7 @@ def _instruction(name: str, text: str) -> Instruction:
         opcode,
         tuple(re.findall(r"%([\w.\-]+)", operands)),
         attributes,
-        operands if opcode == "constant" else "",
+        operands if opcode in ("constant", "parameter") else "",
     )
 
 

@@ -12,6 +12,7 @@ from algos.optim import OptimizerConfig, make_optimizer
 from tests.unit.algos import toy
 
 OPTIM = OptimizerConfig(lr=1e-2, value_lr=1e-2, weight_decay=0.0)
+ALONE = update.Placement()
 GRPO = grpo.Config(group_size=4, global_batch=8)
 PPO = ppo.Config(
     global_batch=8, reward_type="chunk_level", critic_warmup_updates=2, value_clip=10.0
@@ -19,9 +20,9 @@ PPO = ppo.Config(
 
 
 @functools.cache  # tests that share a configuration share its compilation
-def compiled(algorithm, cfg, optim, constrain):
+def compiled(algorithm, cfg, optim, placement):
     optimizer = make_optimizer(optim)
-    step = jax.jit(algorithm.make_update(toy.apply, optimizer, cfg, constrain))
+    step = jax.jit(algorithm.make_update(toy.apply, optimizer, cfg, placement))
     return optimizer, step
 
 
@@ -34,9 +35,9 @@ def learn(
     algorithm=grpo,
     steps=1,
     ref=False,
-    constrain=update.identity,
+    placement=ALONE,
 ):
-    optimizer, step = compiled(algorithm, cfg, optim, constrain)
+    optimizer, step = compiled(algorithm, cfg, optim, placement)
     state = jax.jit(lambda p: update.init_state(p, optimizer, keep_reference=ref))(params)
     metrics = {}
     for index in range(steps):
@@ -145,7 +146,7 @@ def test_kl_is_part_of_the_loss_when_it_is_penalised():
     batch = toy.rollout(params, rewards=jnp.zeros((toy.B, toy.T, toy.K)), on_policy=False)
     moved = toy.params(seed=1)
     cfg = dataclasses.replace(GRPO, kl_beta=2.0)
-    optimizer, step = compiled(grpo, cfg, OPTIM, update.identity)
+    optimizer, step = compiled(grpo, cfg, OPTIM, ALONE)
     state = update.init_state(params, optimizer, keep_reference=True).replace(params=moved)
     state, metrics = step(state, batch, jax.random.key(0))
     assert metrics["actor/kl_loss"].mean() > 0.0
@@ -166,9 +167,30 @@ def test_sharded_inputs_give_the_same_update_when_spread_over_devices():
         GRPO,
         jax.device_put(batch, sharding),
         params,
-        constrain=lambda tree: jax.lax.with_sharding_constraint(tree, sharding),
+        placement=update.Placement(
+            rows=lambda tree: jax.lax.with_sharding_constraint(tree, sharding)
+        ),
     )
     assert largest_move(alone.params, spread.params) < 1e-5
+
+
+@pytest.mark.parametrize("kl_beta", [0.0, 0.5])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_copies_of_the_parameters_give_the_update_of_one(kl_beta, decoupled):
+    params = toy.params()
+    batch = toy.rollout(params, on_policy=False)
+    cfg = dataclasses.replace(GRPO, micro_batch=4, kl_beta=kl_beta, decoupled=decoupled)
+    alone, figures = learn(cfg, batch, params, ref=True)
+    spread, more = learn(cfg, batch, params, ref=True, placement=update.Placement(copies=2))
+    assert largest_move(params, alone.params) > 1e-3
+    assert largest_move(alone.params, spread.params) < 1e-5
+    assert more == pytest.approx(figures, rel=1e-4, abs=1e-6)
+
+
+def test_a_micro_batch_that_copies_cannot_share_is_refused():
+    params = toy.params()
+    with pytest.raises(ValueError, match=r"micro_batch: expected a multiple of the 3 copies"):
+        learn(GRPO, toy.rollout(params), params, placement=update.Placement(copies=3))
 
 
 def test_truncated_ends_keep_their_value_when_asked():

@@ -208,3 +208,40 @@ def test_texts_that_do_not_tell_are_refused():
         account("HloModule x")
     with pytest.raises(DataError, match="known trip count"):
         account(_program(LOOP.partition(", backend_config")[0], BODY, CONDITION))
+
+
+def test_a_counter_within_fusions_is_followed():
+    fused = """
+%compared (a: u32[]) -> pred[] {
+  %five = u32[] constant(5)
+  %a = u32[] parameter(0)
+  ROOT %less = pred[] compare(%a, %five), direction=LT
+}
+
+%added (b: u32[]) -> u32[] {
+  %b = u32[] parameter(0)
+  %one = u32[] constant(1)
+  ROOT %sum = u32[] add(%b, %one)
+}
+
+%condition (s: (u32[], bf16[4])) -> pred[] {
+  %s = (u32[], bf16[4]{0}) parameter(0)
+  %i = u32[] get-tuple-element(%s), index=0
+  ROOT %f = pred[] fusion(%i), kind=kLoop, calls=%compared
+}
+
+%body (s: (u32[], bf16[4])) -> (u32[], bf16[4]) {
+  %s = (u32[], bf16[4]{0}) parameter(0)
+  %i = u32[] get-tuple-element(%s), index=0
+  %x = bf16[4]{0} get-tuple-element(%s), index=1
+  %cp = bf16[4]{0} collective-permute(%x), channel_id=7, source_target_pairs={{0,1},{1,0}}
+  %f = u32[] fusion(%i), kind=kLoop, calls=%added
+  ROOT %t = (u32[], bf16[4]{0}) tuple(%f, %cp)
+}
+"""
+    begin = (
+        "  %one = u32[] constant(1)\n  %p0 = bf16[4]{0} parameter(0)\n"
+        "  %t = (u32[], bf16[4]) tuple(%one, %p0)\n"
+        "  %w = (u32[], bf16[4]) while(%t), condition=%condition, body=%body"
+    )
+    assert [c.times for c in account(_program(begin, fused)).collectives] == [4]
