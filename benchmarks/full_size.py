@@ -238,9 +238,9 @@ def verdict(metrics: Mapping[str, float | None], adapter: Path, again: Path | No
 
 def estimates(work: Path, part: str) -> dict[str, float]:
     """Return the bytes of both processes of an iteration by `evac_jax.tools.memory`."""
+    from evac_jax.memory.parts import peak
     from evac_jax.tools.memory import __main__ as memory
     from evac_jax.tools.memory.layouts import BARE_PROCESS, layouts
-    from evac_jax.tools.memory.parts import peak
 
     told = {name: str(value).replace(WORK, str(work)) for name, value in settings(part).items()}
     config = memory.read_config(PRESET, [f"--config.{n}={value}" for n, value in told.items()])

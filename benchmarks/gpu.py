@@ -310,9 +310,9 @@ def run_child(part: str, compiled: bool, environment: dict[str, str]) -> dict[st
 def largest_policy(memory_bytes: float) -> int:
     """Return the most Llama layers whose full fine-tuning should fit, 0 if none does."""
     from evac_jax.config.build import default_config
+    from evac_jax.memory import trainer
+    from evac_jax.memory.parts import peak
     from evac_jax.shapes import EpisodeShapes
-    from evac_jax.tools.memory import trainer
-    from evac_jax.tools.memory.parts import peak
 
     config = default_config("grpo")
     samples = MICRO_BATCH * MICRO_BATCHES

@@ -82,10 +82,10 @@ def measure(
 
     from evac_jax.devices import sharding
     from evac_jax.learner import Learner
+    from evac_jax.memory import trainer
+    from evac_jax.memory.parts import peak
+    from evac_jax.policy_import import policy_sizes
     from evac_jax.shapes import EpisodeShapes
-    from evac_jax.tools.memory import trainer
-    from evac_jax.tools.memory.parts import peak
-    from evac_jax.tools.memory.setup import policy_sizes
     from policies.openvla_oft.import_hf import load_config
 
     config = train_config(folder, variant, micro_batch, remat=remat)

@@ -87,9 +87,9 @@ def lora(config: config_dict.ConfigDict) -> None:
     config.policy.lora_rank = 32
     config.policy.lora_alpha = 32.0
     config.policy.param_dtype = "bfloat16"
-    # Every GPU holds the frozen base whole. Cut over 8 GPUs it would be gathered for every decision
-    # and micro-batch: 6.65 TB an update instead of 0.10 TB (docs/scaling.md).
-    config.mesh.data, config.mesh.fsdp = -1, 1
+    # Every GPU holds the frozen base whole if it fits. Cut over 8 GPUs it would be gathered for
+    # every decision and micro-batch (docs/scaling.md).
+    config.mesh.data = 0
 
 
 def one_gpu_80gb(config: config_dict.ConfigDict) -> None:

@@ -1,6 +1,7 @@
 """Imports the configured policy; progress is shown, every failure is a CheckpointError."""
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from evac_jax.files import cards, libero_facts
 from evac_jax.telemetry.reading import ReadProgress
 from policies import POLICIES
 from policies.base import LoadedPolicy
+from policies.openvla_oft.config import OpenVLAOFTConfig
+from policies.openvla_oft.import_hf import load_config
 
 
 def check_policy(policy: PolicyConfig, tasks: Sequence[str] = ()) -> None:
@@ -85,6 +88,28 @@ def import_policy(policy: PolicyConfig, *, seed: int, **more: Any) -> LoadedPoli
     for note in loaded.notes:
         logging.info("policy import: %s", note)
     return loaded
+
+
+def read_sizes(policy: PolicyConfig, **more: Any) -> OpenVLAOFTConfig:
+    """Return the sizes of a policy as the run imports it, from its config.json alone.
+
+    Args:
+        more: fields that the simulator tells (chunk, num_images).
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    with told_as_checkpoint_error(_what(policy)):
+        return policy_sizes(policy, load_config(policy.checkpoint), **more)
+
+
+def policy_sizes(
+    policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any
+) -> OpenVLAOFTConfig:
+    """Return the sizes that a policy was published with, with the settings of a run."""
+    fields = {field.name for field in dataclasses.fields(OpenVLAOFTConfig)}
+    settings = {name: value for name, value in _options(policy).items() if name in fields}
+    return dataclasses.replace(published, **settings, **more)
 
 
 def _module() -> Any:

@@ -13,6 +13,7 @@ from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts, together
 from evac_jax.evaluate import Evaluators
 from evac_jax.learner import Learner
+from evac_jax.memory import mesh
 from evac_jax.policy_import import check_libero, check_policy, known_tasks
 from evac_jax.rollout import Collector, iteration_key
 from evac_jax.run import Run, is_due
@@ -158,8 +159,9 @@ def _ready(
     check_ranges(config, learning=folder is not None)
     check_policy(config.policy, known_tasks(config))
     check_libero(config)
-    meshes = hosts.make_meshes(config)
     episode = expected_episode(config)
+    config = mesh.for_devices(config, episode, hosts.devices_for(config, "actor"))
+    meshes = hosts.make_meshes(config)
     if episode and folder:
         check_sizes(config, *meshes, episode)
     with contextlib.ExitStack() as stack:

@@ -126,6 +126,10 @@ LAYERS = (
             *("evac_jax.telemetry", "evac_jax.devices", "evac_jax.bridge", "evac_jax.evac.config"),
         ),
     ),
+    Layer(
+        *(11, "evac_jax/memory/*", ("jax", "flax", "absl")),
+        ("evac_jax", "algos", "policies"),
+    ),
     # RLinf's files are composed by what RLinf composes them with.
     Layer(
         *(12, "evac_jax/tools/hub/from_rlinf.py", ("hydra", "omegaconf", "yaml")),

@@ -181,6 +181,11 @@ def _cluster_problems(c: TrainConfig) -> list[str]:
         problems.append(
             "config.rollout.refill: works on one host only, where all groups are seen; set it to 0"
         )
+    if c.mesh.data == 0 and c.mesh.fsdp != -1:
+        problems.append(
+            f"config.mesh.fsdp: with mesh.data=0 the run chooses both; expected -1, got "
+            f"{c.mesh.fsdp}"
+        )
     for name in ("env", "rollout", "actor"):
         try:
             parse_devices(getattr(cluster.placement, name))

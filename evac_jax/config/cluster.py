@@ -12,7 +12,8 @@ class MeshConfig:
     """The trainer's devices as a grid, data x fsdp; -1 = all that remain.
 
     Attributes:
-        data: number of copies of the parameters (data parallelism).
+        data: number of copies of the parameters (data parallelism); 0 = as many as fit, by the
+            estimate of `evac_jax.tools.memory`. The log says which and why; fsdp must be -1 then.
         fsdp: devices over which each copy of parameters and optimiser state is sharded.
     """
 

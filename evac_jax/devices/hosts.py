@@ -90,10 +90,15 @@ def _join(cluster: ClusterConfig) -> None:
 def _limit_memory(config: TrainConfig) -> None:
     """Tell JAX how much of a GPU to take, before it takes it."""
     settings = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
-    shared = any(device.startswith("cuda") for device in config.simulator.devices)
-    fraction = config.cluster.memory_fraction or (0.5 if shared else 0.0)
+    fraction = memory_share(config)
     if fraction and not any(name in os.environ for name in settings):
         os.environ[settings[0]] = str(fraction)
+
+
+def memory_share(config: TrainConfig) -> float:
+    """Return the share of a GPU's memory that the trainer takes; 0 = JAX's default."""
+    shared = any(device.startswith("cuda") for device in config.simulator.devices)
+    return config.cluster.memory_fraction or (0.5 if shared else 0.0)
 
 
 class Compilations:
@@ -145,6 +150,19 @@ def one_for_all(config: TrainConfig, how_to_go_on: Callable[[], str]):
         os._exit(2)  # a usual exit waits for the hosts that are gone; simulators end by themselves
 
 
+def devices_for(config: TrainConfig, task: str) -> list[jax.Device]:
+    """Return the devices of all hosts for a task of the trainer, "actor" or "rollout".
+
+    Raises:
+        ConfigError: impossible placement.
+    """
+    placement = Placement.of(config, jax.local_device_count())
+    hosts = collections.defaultdict(list)
+    for device in jax.devices():
+        hosts[device.process_index].append(device)
+    return [device for own in hosts.values() for device in placement.pick(task, own)]
+
+
 def make_meshes(config: TrainConfig) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
     """Return the meshes of the devices that learn and of those that decide.
 
@@ -155,16 +173,10 @@ def make_meshes(config: TrainConfig) -> tuple[jax.sharding.Mesh, jax.sharding.Me
     """
     placement = Placement.of(config, jax.local_device_count())
     logging.info("placement on each of %d hosts:\n%s", jax.process_count(), placement)
-    hosts = collections.defaultdict(list)
-    for device in jax.devices():
-        hosts[device.process_index].append(device)
-
-    def pick(part: str) -> list:
-        return [device for own in hosts.values() for device in placement.pick(part, own)]
-
-    actor = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, pick("actor"))
+    learning = devices_for(config, "actor")
+    actor = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, learning)
     if not placement.separate:
         return actor, actor
-    devices = pick("rollout")
+    devices = devices_for(config, "rollout")
     fsdp = rollout_fsdp(len(devices), sharding.fsdp_size(actor))
     return actor, sharding.make_mesh(-1, fsdp, devices)

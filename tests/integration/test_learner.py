@@ -17,8 +17,8 @@ from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.learner import Learner
 from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.policy_import import policy_sizes
 from evac_jax.shapes import expected_episode
-from evac_jax.tools.memory.setup import policy_sizes
 from policies.openvla_oft.import_hf import load_config
 from policies.spec import ActionSpec
 

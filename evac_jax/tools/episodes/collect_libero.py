@@ -78,7 +78,7 @@ def policy_player(
         ConfigError: it decides on another number of actions, or belongs to another LIBERO.
     """
     check_libero(dataclasses.replace(config, policy=policy))
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data or 1, config.mesh.fsdp)
     shardings = partial(sharding.leaf_sharding, mesh)
     loaded = import_policy(policy, seed=config.seed, chunk=CHUNK, num_images=1, shardings=shardings)
     if loaded.model.action_spec.chunk != CHUNK or loaded.model.action_spec.dim != ACTION_DIM:

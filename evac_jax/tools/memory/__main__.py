@@ -20,12 +20,12 @@ from collections.abc import Sequence
 
 from evac_jax.config.flags import DEFAULT_PRESET, preset_names
 from evac_jax.errors import ConfigError
+from evac_jax.memory.parts import GB, peak
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.memory.advice import advice, presets_table
 from evac_jax.tools.memory.compile import CACHE, PYTHON, ROOT, compile_ahead, table
 from evac_jax.tools.memory.compiler import Request
 from evac_jax.tools.memory.layouts import Layout, layouts
-from evac_jax.tools.memory.parts import GB, peak
 from evac_jax.tools.memory.setup import Setup, read_config, read_setup
 from evac_jax.tools.memory.topology import Topology
 
@@ -59,9 +59,12 @@ def compiled(argv: Sequence[str], devices: int, seconds: float) -> tuple[int, in
 
 def compile_here(setup: Setup) -> None:
     """Compile the update and print XLA's figures."""
-    from evac_jax.tools.memory.trainer import compiled_bytes
+    import jax
 
-    arguments, temporaries = compiled_bytes(setup.config, setup.sizes, setup.episode)
+    from evac_jax.memory.trainer import compiled_bytes
+
+    config = setup.on(jax.device_count()).config
+    arguments, temporaries = compiled_bytes(config, setup.sizes, setup.episode)
     _say(f"{arguments} {temporaries}")
 
 
@@ -111,12 +114,13 @@ def run(argv: Sequence[str]) -> None:
     """Print everything."""
     args, flags = _options(argv)
     setup = read_setup(read_config(args.config, flags), args.policy_config, args.world_model_config)
+    setup = dataclasses.replace(setup, device_bytes=args.device_gb * GB)
     if args.topology:
         setup = dataclasses.replace(setup, platform=args.topology.platform)
     if args.compile_here:
         compile_here(setup)
         return
-    from evac_jax.tools.memory.trainer import count
+    from evac_jax.memory.trainer import count
 
     trained, frozen = count(setup.sizes)
     _say(f"policy: {trained:,} parameters that train, {frozen:,} that do not")
@@ -124,7 +128,9 @@ def run(argv: Sequence[str]) -> None:
         _say(f"left out: reward.judge = {setup.config.reward.judge}, whose memory is not known")
     limit, possible = args.device_gb * GB, layouts(setup, args.devices)
     for found in possible:
-        _say(f"\n{found.name}" + (f" on {args.devices} devices" if args.devices else ""))
+        data, fsdp = found.mesh
+        where = f" on {args.devices} devices, mesh {data} x {fsdp} (data x fsdp)"
+        _say(f"\n{found.name}" + (where if args.devices else ""))
         _say("\n".join(place.describe() for place in (*found.devices, found.host)))
     if args.xla:
         _print_compiled(argv, args, setup)
@@ -169,9 +175,10 @@ def _print_ahead(args: argparse.Namespace, flags: Sequence[str], setup: Setup) -
 
 def _estimate(setup: Setup, devices: int, platform: str) -> float:
     """Return the trainer's bytes on a device, without what is no array."""
-    from evac_jax.tools.memory.trainer import trainer_parts
+    from evac_jax.memory.trainer import trainer_parts
 
-    return peak(trainer_parts(setup.config, setup.sizes, setup.episode, devices, platform))[0]
+    config = setup.on(devices).config
+    return peak(trainer_parts(config, setup.sizes, setup.episode, devices, platform))[0]
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
+from evac_jax.memory.parts import GB
 from evac_jax.tools.memory.layouts import COLLOCATED, Layout, indivisible, layout
-from evac_jax.tools.memory.parts import GB
 from evac_jax.tools.memory.setup import Setup
 
 DEVICE_COUNTS = (1, 2, 4, 8, 16, 32, 64)

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from evac_jax.config.flags import DEFAULT_PRESET
+from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
+from evac_jax.memory.parts import GB
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.memory.account import COLLECTIVES, Account, account
 from evac_jax.tools.memory.compiler import PROGRAMS, Request
-from evac_jax.tools.memory.parts import GB
 from evac_jax.tools.memory.topology import Topology
 
 ROOT = Path(__file__).parents[3]
@@ -196,9 +197,11 @@ def run(argv: Sequence[str]) -> None:
             args.topology,
             program,
         )
-        request.setup()  # mistakes are told before minutes pass
+        mesh = request.setup().config.mesh  # mistakes are told before minutes pass
         told = compile_ahead(request, args.python, args.cache)
+        data, fsdp = sharding.resolved(mesh.data, mesh.fsdp, topology.count)
         sys.stdout.write(f"{table(program, told, topology)}\n")
+        sys.stdout.write(f"  mesh {data} x {fsdp} (data x fsdp)\n")
         sys.stdout.flush()
         figures["programs"][program] = told.as_json(topology.memory_bytes)
     if args.out:

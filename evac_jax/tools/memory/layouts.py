@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evac_jax.config.schema import TrainConfig
+from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
-from evac_jax.tools.memory import simulator, trainer
-from evac_jax.tools.memory.parts import Part, peak, table
+from evac_jax.memory import trainer
+from evac_jax.memory.parts import Part, peak, table
+from evac_jax.tools.memory import simulator
 from evac_jax.tools.memory.setup import Setup
 
 # Resident size of a process without data, with the CPU builds of torch and JAX: 0.24 GB with JAX,
@@ -55,11 +57,13 @@ class Layout:
         name: `COLLOCATED` or `SEPARATED`.
         devices: one place for each kind of device; none without devices.
         host: the machine's memory.
+        mesh: data x fsdp of the devices that train.
     """
 
     name: str
     devices: tuple[Place, ...]
     host: Place
+    mesh: tuple[int, int]
 
     @property
     def device_bytes(self) -> float:
@@ -92,8 +96,9 @@ def layout(setup: Setup, devices: int, name: str) -> Layout:
     Raises:
         ConfigError: batches are not divisible by this number of devices.
     """
-    config = setup.config
     training = devices // 2 if name == SEPARATED else max(devices, 1)
+    setup = setup.on(training)
+    config = setup.config
     imagining = devices - training if name == SEPARATED else max(devices, 1)
     if problems := indivisible(config, training):
         raise ConfigError("\n".join(problems))
@@ -103,6 +108,7 @@ def layout(setup: Setup, devices: int, name: str) -> Layout:
     trains = tuple(trainer.trainer_parts(config, setup.sizes, setup.episode, training, platform))
     imagines = _simulator(setup) if processes else ()
     slots = _slots(setup) if processes else Part("frame slots", 0)
+    mesh = sharding.resolved(config.mesh.data, config.mesh.fsdp, training)
     shared = on_gpu and name == COLLOCATED  # slots are on the GPU if both use the same one
     host: list[Held] = [
         ("bare processes and what they read", tuple(_host(setup, processes, on_gpu)), 1)
@@ -111,11 +117,11 @@ def layout(setup: Setup, devices: int, name: str) -> Layout:
         host.append(("frame slots", (slots,), processes))
     if devices == 0:
         host += [("trainer", trains, 1), ("simulator process", imagines, processes)]
-        return Layout(name, (), _place("host", host))
+        return Layout(name, (), _place("host", host), mesh)
     train_here = [("trainer", (*trains, CUDA_CONTEXT), 1)]
     if not on_gpu:
         host.append(("simulator process", imagines, processes))
-        return Layout(name, (_place("device", train_here),), _place("host", host))
+        return Layout(name, (_place("device", train_here),), _place("host", host), mesh)
     imagine_here = (
         "simulator process",
         (*imagines, CUDA_CONTEXT, *((slots,) if shared else ())),
@@ -128,7 +134,7 @@ def layout(setup: Setup, devices: int, name: str) -> Layout:
             _place("training device", train_here),
             _place("imagining device", [imagine_here]),
         )
-    return Layout(name, places, _place("host", host))
+    return Layout(name, places, _place("host", host), mesh)
 
 
 def indivisible(config: TrainConfig, devices: int) -> list[str]:

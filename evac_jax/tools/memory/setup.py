@@ -9,9 +9,12 @@ from typing import Any
 
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import read_preset
-from evac_jax.config.schema import PolicyConfig, TrainConfig
+from evac_jax.config.schema import TrainConfig
+from evac_jax.devices import hosts
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
+from evac_jax.memory.mesh import fitting
+from evac_jax.policy_import import policy_sizes
 from evac_jax.shapes import EpisodeShapes
 from policies.openvla_oft.config import OpenVLAOFTConfig
 
@@ -21,6 +24,8 @@ PATHS = (
     *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
 )
 EXISTING = "."
+# Share of a device that JAX takes of its own accord.
+JAX_SHARE = {"cuda": 0.75, "tpu": 1.0}
 
 
 @dataclass(frozen=True)
@@ -32,20 +37,27 @@ class Setup:
         published: the policy's sizes before the run's settings.
         world_model: sizes.
         platform: of the accelerators, "cuda" or "tpu".
+        device_bytes: memory of one.
     """
 
     config: TrainConfig
     published: OpenVLAOFTConfig
     world_model: EvacConfig
     platform: str = "cuda"
+    device_bytes: float = 80e9
+
+    def on(self, devices: int) -> "Setup":
+        """Return the run with the mesh that it would choose on so many devices that learn."""
+        share = hosts.memory_share(self.config) or JAX_SHARE[self.platform]
+        limit = share * self.device_bytes
+        config, _ = fitting(self.config, self.sizes, self.episode, devices, self.platform, limit)
+        return dataclasses.replace(self, config=config)
 
     @property
     def sizes(self) -> OpenVLAOFTConfig:
         """The sizes of the policy as the run would import it."""
-        model = self.world_model
-        return policy_sizes(
-            self.config.policy, self.published, chunk=model.chunk, num_images=model.n_view
-        )
+        views, chunk = self.episode.image_shape[0], self.episode.chunk
+        return policy_sizes(self.config.policy, self.published, chunk=chunk, num_images=views)
 
     @property
     def episode(self) -> EpisodeShapes:
@@ -61,24 +73,6 @@ class Setup:
     def imagines(self) -> bool:
         """Whether there are simulator processes with networks."""
         return self.config.env.simulator == "world_model"
-
-
-def policy_sizes(policy: PolicyConfig, published: OpenVLAOFTConfig, **more: Any):
-    """Return `published` with the settings of a run, as after an import."""
-    return dataclasses.replace(
-        published,
-        value_type=policy.value_head,
-        param_dtype=policy.param_dtype,
-        compute_dtype=policy.compute_dtype,
-        max_prompt_length=policy.max_prompt_length,
-        lora_rank=policy.lora_rank,
-        lora_alpha=policy.lora_alpha,
-        keep_stop_token=policy.keep_stop_token,
-        remat=policy.remat,
-        scan_layers=policy.scan_layers,
-        attention=policy.attention,
-        **more,
-    )
 
 
 def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:

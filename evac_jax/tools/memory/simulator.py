@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import EvacModel
+from evac_jax.memory.parts import Part
 from evac_jax.sim.reward import CLASSIFIER_BATCH, RewardConfig, RewardNet
-from evac_jax.tools.memory.parts import Part
 
 DRAW, DENOISE, DECODE, CLASSIFY = "encoding of maps", "denoising", "decoding", "classification"
 

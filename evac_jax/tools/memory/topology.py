@@ -81,6 +81,22 @@ class Topology:
         """Memory of one chip."""
         return _facts(self.chip)["memory"]["bytes"]
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Rates of its maker's data sheet.
+
+        Returns:
+            "operations" a second in bfloat16; bytes a second that a chip receives by its "link"
+            from the chips "linked" with it; bytes a second that these receive from "outside".
+
+        Raises:
+            ConfigError: its data file has none.
+        """
+        facts = _facts(self.chip)
+        if "rates" not in facts:
+            raise ConfigError(f"{CHIPS / self.chip}.toml: expected a table [rates], as of h100")
+        return facts["rates"]
+
     def target(self) -> str:
         """Return what XLA is told about the chip: text of a GpuTargetConfigProto, "" for a TPU."""
         return _gpu_target(_facts(self.chip)) if self.platform == "cuda" else ""

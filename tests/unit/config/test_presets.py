@@ -29,6 +29,6 @@ def test_field_that_one_of_them_lacks_is_none_there():
 
 
 @pytest.mark.parametrize("file", ["configs/grpo.py", "configs/ppo.py"])
-def test_frozen_base_under_adapters_is_not_cut_over_devices(file):
+def test_frozen_base_under_adapters_is_cut_no_more_than_it_must(file):
     mesh = read_preset(f"{file}:lora", []).mesh
-    assert (mesh.data, mesh.fsdp) == (-1, 1)
+    assert (mesh.data, mesh.fsdp) == (0, -1)

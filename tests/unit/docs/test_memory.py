@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from evac_jax.memory import trainer
+from evac_jax.memory.parts import GB, peak
 from evac_jax.tools.memory import __main__ as memory
-from evac_jax.tools.memory import trainer
 from evac_jax.tools.memory.layouts import layouts
-from evac_jax.tools.memory.parts import GB, peak
 
 DOCS = Path(__file__).parents[3] / "docs"
 

@@ -10,11 +10,12 @@ import torch
 
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import AutoencoderConfig, EvacConfig, ImageTowerConfig, ResamplerConfig
+from evac_jax.memory import trainer
+from evac_jax.memory.parts import Part, peak
 from evac_jax.shapes import EpisodeShapes
 from evac_jax.tools.memory import __main__ as memory
-from evac_jax.tools.memory import advice, layouts, simulator, trainer
+from evac_jax.tools.memory import advice, layouts, simulator
 from evac_jax.tools.memory.compile import Compiled
-from evac_jax.tools.memory.parts import Part, peak
 from evac_jax.tools.memory.setup import Setup
 from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
 

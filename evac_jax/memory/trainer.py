@@ -22,9 +22,8 @@ from algos.types import TrainState, path_name
 from evac_jax import programs
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts, sharding
-from evac_jax.errors import ConfigError
+from evac_jax.memory.parts import Part
 from evac_jax.shapes import EpisodeShapes, batch_shapes
-from evac_jax.tools.memory.parts import Part
 from policies.activations import activations_at
 from policies.openvla_oft.config import OpenVLAOFTConfig
 from policies.openvla_oft.import_hf import abstract_model
@@ -161,12 +160,8 @@ def _split(sizes: OpenVLAOFTConfig):
 
 
 def _abstract_mesh(config: TrainConfig, devices: int) -> AbstractMesh:
-    data, fsdp = config.mesh.data, config.mesh.fsdp
-    data = data if data != -1 else (devices // fsdp if fsdp != -1 else 1)
-    fsdp = fsdp if fsdp != -1 else devices // data
-    if data * fsdp != devices:
-        raise ConfigError(f"mesh.data x mesh.fsdp: expected {devices}, got {data} x {fsdp}")
-    return AbstractMesh((data, fsdp), sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    sizes = sharding.resolved(config.mesh.data, config.mesh.fsdp, devices)
+    return AbstractMesh(sizes, sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def _abstract_state(config: TrainConfig, params) -> TrainState:
