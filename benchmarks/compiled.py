@@ -22,12 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cost_model import Policy, Work, update_bytes
+from evac_jax.devices import sharding
 from evac_jax.errors import EvacJaxError
-from evac_jax.tools.memory import trainer
+from evac_jax.memory import trainer
+from evac_jax.memory.parts import GB, peak
 from evac_jax.tools.memory.account import COLLECTIVES
 from evac_jax.tools.memory.compile import CACHE, PYTHON, ROOT, Compiled, compile_ahead
 from evac_jax.tools.memory.compiler import Request
-from evac_jax.tools.memory.parts import GB, peak
+from evac_jax.tools.memory.setup import Setup
 from evac_jax.tools.memory.topology import Topology
 
 PUBLISHED = {"env.num_envs": 16, "algo.global_batch": 256, "algo.micro_batch": 32}
@@ -86,7 +89,7 @@ def rows() -> list[Row]:
         Row("ppo_one_gpu", "ppo.py:one_gpu_80gb", "h100:1x1"),
         Row("spatial8_v5p", spatial, "v5p:2x2x2"),
         Row("spatial8_v6e", spatial, "v6e:2x4"),
-        Row("lora8_v5e", lora, "v5e:2x4", cut),
+        Row("lora8_v5e", lora, "v5e:2x4"),
     ]
 
 
@@ -98,11 +101,14 @@ class Found:
         row: that was compiled.
         programs: {"sample", "update": XLA's account}.
         estimate: bytes of a chip by `evac_jax.tools.memory`, without compiling.
+        law: operations and bytes that a chip computes and receives in an update by the formulae
+            of docs/scaling.md.
     """
 
     row: Row
     programs: dict[str, Compiled]
     estimate: float
+    law: tuple[float, float] = (0.0, 0.0)
 
     @property
     def ratio(self) -> float:
@@ -118,7 +124,23 @@ def measure(row: Row, cache: Path, programs: Sequence[str]) -> Found:
         setup.config, setup.sizes, setup.episode, topology.count, topology.platform
     )
     told = {name: compile_ahead(row.request(name), ROOT / PYTHON, cache) for name in programs}
-    return Found(row, told, peak(parts)[0])
+    return Found(row, told, peak(parts)[0], law(setup, topology.count))
+
+
+def law(setup: Setup, chips: int) -> tuple[float, float]:
+    """Return the operations and received bytes of a chip in an update by the cost model."""
+    config, policy = setup.config, Policy.of(setup.sizes)
+    samples = config.episodes_per_iteration * setup.episode.chunks // chips
+    micro = (config.algo.micro_batch or config.algo.global_batch) // chips
+    work = Work(
+        *(1, 1, samples),
+        micro_batch=micro,
+        optimizer_batch=config.algo.global_batch // chips,
+        update_epochs=config.algo.update_epochs,
+    )
+    data, fsdp = sharding.resolved(config.mesh.data, config.mesh.fsdp, chips)
+    received = sum(update_bytes(policy, work, fsdp, data).values())
+    return work.update_epochs * samples * policy.update, received
 
 
 def memory_line(found: Found) -> str:
@@ -133,16 +155,19 @@ def memory_line(found: Found) -> str:
 
 
 def traffic_lines(found: Found) -> list[str]:
-    """Return a row for each program: operations, TB received by kind, the share that is hidden."""
+    """Return a row for each program: operations, TB by kind, the share that is hidden, the law."""
     lines = []
     for name, told in found.programs.items():
         account = told.account
         kinds = [f"{account.received(kind) / 1e12:.4g}" for kind in COLLECTIVES]
         hidden = sum(account.received(kind, hidden=True) for kind in COLLECTIVES)
         total = account.total_received
+        formulae = ("-", "-")
+        if name == "update":
+            formulae = f"{found.law[0]:.4g}", f"{found.law[1] / 1e12:.4g}"
         cells = (
             *(found.row.name, name, f"{account.flops:.4g}", *kinds, f"{total / 1e12:.4g}"),
-            *(f"{hidden / total:.2f}" if total else "-", f"{told.seconds:.0f}"),
+            *(f"{hidden / total:.2f}" if total else "-", *formulae, f"{told.seconds:.0f}"),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -203,8 +228,11 @@ def main() -> None:
     print("\n".join(memory_line(row) for row in found.values()))
     if not args.memory:
         kinds = " | ".join(f"{kind} TB" for kind in COLLECTIVES)
-        print(f"\n| row | program | operations | {kinds} | all TB | hidden | compiled s |")
-        print("| --- | --- | --- |" + " --- |" * (len(COLLECTIVES) + 3))
+        print(
+            f"\n| row | program | operations | {kinds} | all TB | hidden | law: "
+            "operations | TB | compiled s |"
+        )
+        print("| --- | --- | --- |" + " --- |" * (len(COLLECTIVES) + 5))
         print("\n".join(line for row in found.values() for line in traffic_lines(row)))
     if args.out:
         args.out.write_text(json.dumps([_plain(row) for row in found.values()], indent=2) + "\n")

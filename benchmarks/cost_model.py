@@ -1,12 +1,16 @@
-"""Models the cost of one iteration of the full-size system on many GPUs; it measures nothing.
+"""Models the cost of one iteration of the full-size system on many chips; it measures nothing.
 
-    python -m benchmarks.cost_model [--gpus 1 8 64 512] [--fsdp 8] [--micro_batch 4] [--out FILE]
+    python -m benchmarks.cost_model [--chips h100 v5p v6e] [--counts 1 8 64 256 512] [--lora]
+    python -m benchmarks.cost_model --counts 8 --steps 10 --micro_batch 16 --rounds 1 --envs 32
 
-Operations are counted exactly (`benchmarks.flops`). Bytes follow from how XLA shards the update,
-which `benchmarks.partition` checks. Rates of GPUs and links, and the shares of them that the
-software reaches, are arguments. Their defaults are data-sheet figures of an H100 and the goals of
-this project; none of them is measured here. Every GPU gets the same work, whatever their number; by
-default that of the published run on 8 GPUs. docs/scaling.md has the formulae.
+Operations are counted exactly (`benchmarks.flops`). Bytes follow from how XLA distributes the
+update, which `benchmarks.compiled` checks. Rates of chips and links are those of data sheets
+(evac_jax/tools/memory/chips); the shares of them that the software reaches are arguments. None of
+these was measured here. Every chip gets the same work, whatever their number; by default that of
+the published run on 8 GPUs. docs/scaling.md has the formulae.
+
+The world model is PyTorch on NVIDIA GPUs. Where the chips are TPUs, the seconds of imagination are
+those of as many H100s.
 """
 
 import argparse
@@ -17,36 +21,54 @@ from pathlib import Path
 
 from benchmarks import flops
 from evac_jax.evac.config import EvacConfig
+from evac_jax.tools.memory.topology import Topology
 from policies.openvla_oft.config import OpenVLAOFTConfig
+
+RANK = 32  # of the adapters of the presets `lora`
+SIMULATES = "h100"
+# Share of an update's traffic that arrives while products are computed, by `benchmarks.compiled`
+# (docs/full_size.md); spatial8, spatial8_v5p and spatial8_v6e.
+HIDDEN = {"h100": 0.52, "v5p": 0.84, "v6e": 0.0}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """GPUs and links. The defaults: H100 SXM, NVLink 4, one 400 Gb/s adapter per GPU.
+    """Chips and links.
 
     Attributes:
-        tflops: dense bfloat16 rate of a GPU, 1e12 operations/s.
-        gpu_link: rate at which a GPU receives from others of its host, 1e9 bytes/s.
-        host_link: rate at which a host receives from other hosts, 1e9 bytes/s.
-        gpus_per_host: GPUs that share a host.
-        imagine_mfu, decide_mfu, update_mfu: share of the GPU's rate that each kind of work reaches;
-            what the backward pass computes a second time does not count as work.
+        operations: dense bfloat16 rate of a chip, 1/s.
+        imagines: the same of a chip that imagines.
+        link: rate at which a chip receives from chips that are linked with it, bytes/s.
+        linked: number of these chips: a host of GPUs, a pod of TPUs.
+        outside: rate at which they receive from others, together, bytes/s.
+        imagine_share, decide_share, update_share: share of the rate that each kind of work reaches;
+            what the backward pass computes a second time counts as work.
         link_share: share of the links' rates that collectives reach.
+        hidden: share of the update's traffic that waits for nobody.
     """
 
-    tflops: float = 989.0
-    gpu_link: float = 450.0
-    host_link: float = 400.0
-    gpus_per_host: int = 8
-    imagine_mfu: float = 0.45
-    decide_mfu: float = 0.40
-    update_mfu: float = 0.40
+    operations: float
+    imagines: float
+    link: float
+    linked: int
+    outside: float
+    imagine_share: float = 0.45
+    decide_share: float = 0.40
+    update_share: float = 0.50
     link_share: float = 0.7
+    hidden: float = 0.0
+
+    @classmethod
+    def of(cls, chip: str, **shares: float) -> "Hardware":
+        """Return a chip with the rates of its data sheet."""
+        rates = Topology(chip, chip, ()).rates
+        simulates = rates if _is_gpu(chip) else Topology(SIMULATES, SIMULATES, ()).rates
+        return cls(imagines=simulates["operations"], **rates, **shares)
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work of each GPU in an iteration; default: configs/grpo.py:libero_spatial on 8 GPUs.
+    """The work of each chip in an iteration; default: configs/grpo.py:libero_spatial on 8 GPUs.
 
     Attributes:
         envs: environments that are played at the same time.
@@ -55,12 +77,13 @@ class Work:
         steps: denoising steps.
         decoded: frames of a chunk that are decoded and judged; 0 = all.
         micro_batch: samples of one forward pass of the update.
+        optimizer_batch: samples of one optimiser step.
         update_epochs: passes over the samples.
-        fsdp: largest number of GPUs over which parameters are sharded; 0 = all.
+        fsdp: largest number of chips over which a copy of the parameters is cut; 0 = all.
         weight_bytes: bytes of a parameter when it is gathered for its layer (2 in bfloat16).
-        gradient_bytes: bytes of a gradient when it is summed over GPUs.
-        stored_bytes: bytes of a stored parameter.
-        separate: whether separate GPUs decide, which get the parameters after every update.
+        gradient_bytes: bytes of a gradient when it is summed over the chips of a copy.
+        stored_bytes: bytes of a stored parameter that trains.
+        separate: whether separate chips decide, which get the parameters after every update.
     """
 
     envs: int = 2
@@ -69,6 +92,7 @@ class Work:
     steps: int = 50
     decoded: int = 0
     micro_batch: int = 4
+    optimizer_batch: int = 32
     update_epochs: int = 1
     fsdp: int = 8
     weight_bytes: int = 2
@@ -78,7 +102,7 @@ class Work:
 
     @property
     def samples(self) -> int:
-        """Decisions per GPU and iteration."""
+        """Decisions per chip and iteration."""
         return self.envs * self.rounds * self.chunks
 
     @property
@@ -86,24 +110,61 @@ class Work:
         """Forward and backward passes per iteration."""
         return self.update_epochs * self.samples // self.micro_batch
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimiser steps per iteration."""
+        return self.update_epochs * self.samples // self.optimizer_batch
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The policy's sizes.
+
+    Attributes:
+        sizes: of its layers.
+        trained, frozen: numbers of parameters.
+    """
+
+    sizes: OpenVLAOFTConfig
+    trained: float
+    frozen: float = 0.0
+
+    @classmethod
+    def of(cls, sizes: OpenVLAOFTConfig) -> "Policy":
+        """Return a policy with its parameters counted in the shapes of the real module."""
+        from evac_jax.memory.trainer import count
+
+        return cls(sizes, *count(sizes))
+
+    @property
+    def update(self) -> float:
+        """Operations of one sample's forward and backward pass, which recomputes the layers.
+
+        A frozen weight needs no gradient of its own, so one of the four passes falls away.
+        """
+        share = self.frozen / (self.trained + self.frozen)
+        return (4 - share) * flops.forward(self.sizes)
+
 
 @dataclass(frozen=True)
 class Cost:
-    """One iteration; seconds, and bytes that one GPU or one host receives.
+    """One iteration; seconds, and bytes received.
 
     Attributes:
         imagine_s, decide_s, update_s: arithmetic.
-        gpu_bytes: by purpose, over the links within a host.
-        host_bytes: by purpose, over the links between hosts.
+        chip_bytes: of a chip by purpose, over its links.
+        outside_bytes: of linked chips together, from others, by purpose.
         link_s: all transfers, one after another.
+        hidden: share of them that waits for nobody.
     """
 
     imagine_s: float
     decide_s: float
     update_s: float
-    gpu_bytes: dict[str, float]
-    host_bytes: dict[str, float]
+    chip_bytes: dict[str, float]
+    outside_bytes: dict[str, float]
     link_s: float
+    hidden: float
 
     @property
     def compute_s(self) -> float:
@@ -111,166 +172,178 @@ class Cost:
         return self.imagine_s + self.decide_s + self.update_s
 
     @property
+    def expected_s(self) -> float:
+        """The time of an iteration in which transfers hide as in the compiled programs."""
+        return self.compute_s + self.link_s * (1 - self.hidden)
+
+    @property
     def total_s(self) -> float:
         """The time of an iteration in which no transfer is hidden."""
         return self.compute_s + self.link_s
 
+    @property
+    def simulators(self) -> float:
+        """Chips that imagine for each chip that decides and learns, if both take as long."""
+        return self.imagine_s / (self.expected_s - self.imagine_s)
 
-def fsdp_bytes(parameters: float, work: Work, fsdp: int, data: int) -> dict[str, float]:
-    """Return the sizes of the results of one micro-batch's collectives (whole arrays).
 
-    Sharded weights are gathered for the forward pass and again for the backward pass, which
-    recomputes the layers. In every micro-batch, gradients are summed over the GPUs that share the
-    weights, and then their shards over the copies.
+def update_bytes(policy: Policy, work: Work, fsdp: int, data: int) -> dict[str, float]:
+    """Return what a chip receives in one update by purpose, without frames.
+
+    Weights that are cut are gathered for the forward pass and again for the backward pass, which
+    recomputes the layers. In every micro-batch, gradients are summed over the chips that share the
+    weights. Once per optimiser step, their shards are summed over the copies in float32.
     """
-    cut, copies = fsdp > 1, data > 1
+    cut, copies = (fsdp - 1) / fsdp, (data - 1) / data
+    gathered = 2 * (policy.trained + policy.frozen) * work.weight_bytes * cut
+    scattered = policy.trained * work.gradient_bytes * cut
+    reduced = 2 * policy.trained / fsdp * 4 * copies
     return {
-        "gather": 2 * parameters * work.weight_bytes * cut,
-        "scatter": parameters * work.gradient_bytes * cut,
-        "reduce": parameters / fsdp * work.gradient_bytes * copies,
+        "weights": work.micro_batches * gathered,
+        "gradients": work.micro_batches * scattered,
+        "sums": work.optimizer_steps * reduced,
     }
 
 
 def iteration(
-    gpus: int,
-    hardware: Hardware,
-    work: Work,
-    model: EvacConfig,
-    policy: OpenVLAOFTConfig,
-    parameters: float,
+    chips: int, hardware: Hardware, work: Work, model: EvacConfig, policy: Policy
 ) -> Cost:
     """Return what an iteration costs.
 
-    Args:
-        parameters: of the policy, all trained.
-
     Raises:
-        ValueError: the number of GPUs is no multiple of a host or of a copy of the policy.
+        ValueError: the number of chips does not fill linked groups or copies of the policy.
     """
-    local = min(gpus, hardware.gpus_per_host)
-    fsdp = min(work.fsdp or gpus, gpus)
-    if gpus % local or gpus % fsdp or max(fsdp, local) % min(fsdp, local):
+    local = min(chips, hardware.linked)
+    fsdp = min(work.fsdp or chips, chips)
+    if chips % local or chips % fsdp or max(fsdp, local) % min(fsdp, local):
         raise ValueError(
-            f"expected a number of GPUs that is a multiple of {local} per host and of fsdp "
-            f"{fsdp}, which divide one another; got {gpus}"
+            f"expected a number of chips that is a multiple of {local} per host and of fsdp "
+            f"{fsdp}, which divide one another; got {chips}"
         )
-    hosts, data, span = gpus // local, gpus // fsdp, max(fsdp // local, 1)
-    rate = hardware.tflops * 1e12
-    forward = flops.forward(policy)
-    frame = policy.num_images * 3 * model.image_size[0] * model.image_size[1]
-    per_micro = fsdp_bytes(parameters, work, fsdp, data)
-    calls, micro = work.rounds * work.chunks, work.micro_batches
-    joined = work.micro_batch * gpus * frame  # every GPU's frames of a micro-batch, added up
-    gathered = parameters * work.weight_bytes * (fsdp > 1)
-    copied = parameters * work.stored_bytes * work.separate
+    groups, data, span = chips // local, chips // fsdp, max(fsdp // local, 1)
+    forward = flops.forward(policy.sizes)
+    frame = policy.sizes.num_images * 3 * model.image_size[0] * model.image_size[1]
+    calls = work.rounds * work.chunks
+    joined = work.micro_batches * 2 * work.micro_batch * chips * frame
+    whole = (policy.trained + policy.frozen) * work.weight_bytes
+    copied = policy.trained * work.stored_bytes * work.separate
 
     def others(count: int) -> float:
         return (count - 1) / count
 
-    gpu = {
-        "weights": micro * per_micro["gather"] * others(fsdp),
-        "gradients": micro
-        * (per_micro["scatter"] * others(fsdp) + 2 * per_micro["reduce"] * others(data)),
-        "deciding": calls * gathered * others(fsdp),
+    chip = update_bytes(policy, work, fsdp, data) | {
+        "deciding": calls * whole * others(fsdp),
         "new weights": copied / fsdp,
-        "frames": micro * 2 * joined * others(gpus),
+        "frames": joined * others(chips),
     }
-    # A ring over several hosts enters each host once.
-    host = {
-        "weights": micro * per_micro["gather"] * others(span),
-        "gradients": micro
-        * (
-            per_micro["scatter"] * others(span)
-            + 2 * min(fsdp, local) * per_micro["reduce"] * others(hosts // span)
-        ),
-        "deciding": calls * gathered * others(span),
-        "new weights": copied / span * (hosts > 1),
-        "frames": micro * 2 * joined * others(hosts),
+    # A ring over several groups enters each of them once.
+    once = update_bytes(policy, work, span, groups // span)
+    outside = once | {
+        "sums": once["sums"] * span * min(fsdp, local) / fsdp,
+        "deciding": calls * whole * others(span),
+        "new weights": copied / span * (groups > 1),
+        "frames": joined * others(groups),
     }
-    slow = hardware.link_share * 1e9
-    # Within a host the same bytes use the GPU's link, at most at the rate of the host's link.
+    # Within a group the same bytes use the chip's link, at most at the rate of the group's link.
     seconds = {
-        name: max(gpu[name] / hardware.gpu_link, host[name] / hardware.host_link) / slow
-        for name in gpu
+        name: max(chip[name] / hardware.link, outside[name] / hardware.outside) for name in chip
     }
+    rate, samples = hardware.operations, work.samples
+    chunk = flops.chunk(model, work.steps, decoded=work.decoded)
     return Cost(
-        imagine_s=work.samples
-        * flops.chunk(model, work.steps, decoded=work.decoded)
-        / (rate * hardware.imagine_mfu),
-        decide_s=work.samples * forward / (rate * hardware.decide_mfu),
-        update_s=work.update_epochs * work.samples * (3 * forward) / (rate * hardware.update_mfu),
-        gpu_bytes=gpu,
-        host_bytes=host,
-        link_s=sum(seconds.values()),
+        imagine_s=samples * chunk / (hardware.imagines * hardware.imagine_share),
+        decide_s=samples * forward / (rate * hardware.decide_share),
+        update_s=work.update_epochs * samples * policy.update / (rate * hardware.update_share),
+        chip_bytes=chip,
+        outside_bytes=outside,
+        link_s=sum(seconds.values()) / hardware.link_share,
+        hidden=hardware.hidden,
     )
 
 
-def count_parameters(policy: OpenVLAOFTConfig) -> int:
-    """Return the policy's trained parameters, from the shapes of the real module."""
-    from evac_jax.tools.memory.trainer import count
-
-    return count(policy)[0]
+def _is_gpu(chip: str) -> bool:
+    return Topology(chip, chip, ()).platform == "cuda"
 
 
-def _add_arguments(parser: argparse.ArgumentParser, group: str, kind: type) -> None:
-    section = parser.add_argument_group(group)
-    for field in dataclasses.fields(kind):
-        if isinstance(field.default, bool):
-            section.add_argument(f"--{field.name}", action="store_true")
-        else:
-            section.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-
-
-def _taken(args: argparse.Namespace, kind: type):
-    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
-
-
-def main() -> None:
-    """Print one row per number of GPUs."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
+    parser.add_argument("--chips", nargs="+", choices=HIDDEN, default=list(HIDDEN))
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64, 256, 512])
+    parser.add_argument("--lora", action="store_true", help="adapters over a base that is whole")
+    parser.add_argument("--iterations", type=int, default=1000, help="of a training")
     parser.add_argument("--out", type=Path, help="also write the numbers to this file")
-    _add_arguments(parser, "hardware (docs/scaling.md)", Hardware)
-    _add_arguments(parser, "work of one GPU", Work)
-    args = parser.parse_args()
-    hardware, work = _taken(args, Hardware), _taken(args, Work)
-    model, policy = EvacConfig(), OpenVLAOFTConfig()
-    parameters = count_parameters(policy)
+    for group, kind in (("shares of the rates", Hardware), ("work of one chip", Work)):
+        section = parser.add_argument_group(group)
+        for field in dataclasses.fields(kind):
+            if field.default is dataclasses.MISSING or field.name == "hidden":
+                continue
+            if isinstance(field.default, bool):
+                section.add_argument(f"--{field.name}", action="store_true")
+            else:
+                section.add_argument(
+                    f"--{field.name}", type=type(field.default), default=field.default
+                )
+    return parser.parse_args()
+
+
+def _taken(args: argparse.Namespace, kind: type) -> dict[str, float]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+HEADS = (
+    *("chip", "chips", "episodes", "imagine s", "decide s", "update s", "links s", "hidden s"),
+    *("expected s", "none s", "GB/chip", "GB outside", "simulators", "days"),
+)
+
+
+def main() -> None:
+    """Print one row per chip and count."""
+    args = _options()
+    work, model = Work(**_taken(args, Work)), EvacConfig()
+    sizes = OpenVLAOFTConfig()
+    if args.lora:
+        sizes = dataclasses.replace(sizes, lora_rank=RANK, param_dtype="bfloat16")
+        work = dataclasses.replace(work, fsdp=1)
+    policy = Policy.of(sizes)
     print("A model. Nothing in this table was measured.")
     print(
-        f"one GPU: {work.samples} chunks, each {flops.chunk(model, work.steps) / 1e12:.0f} TFLOP "
-        f"imagined and {flops.forward(policy) / 1e12:.1f} decided; {work.micro_batches} "
-        f"micro-batches of {work.micro_batch}; policy {parameters / 1e9:.2f} B parameters"
+        f"one chip: {work.samples} chunks, each {flops.chunk(model, work.steps) / 1e12:.0f} TFLOP "
+        f"imagined, {flops.forward(sizes) / 1e12:.1f} decided and {policy.update / 1e12:.1f} "
+        f"learned from; {work.micro_batches} micro-batches of {work.micro_batch}, "
+        f"{work.optimizer_steps} optimiser steps; {policy.trained / 1e9:.2f} B parameters train, "
+        f"{policy.frozen / 1e9:.2f} B do not"
     )
-    heads = ("GPUs", "episodes", "imagine s", "decide s", "update s", "links s", "hidden s")
-    heads += ("none s", "GB/GPU", "GB/host", "GPU-s/episode")
-    print("".join(f"{head:>{width}}" for head, width in zip(heads, _WIDTHS, strict=True)))
+    print("".join(f"{head:>11}" for head in HEADS))
     rows = []
-    for gpus in args.gpus:
-        try:
-            cost = iteration(gpus, hardware, work, model, policy, parameters)
-        except ValueError as error:
-            raise SystemExit(f"--gpus {gpus}: {error}") from None
-        episodes = gpus * work.envs * work.rounds
-        row = (gpus, episodes, cost.imagine_s, cost.decide_s, cost.update_s, cost.link_s)
-        row += (cost.compute_s, cost.total_s, sum(cost.gpu_bytes.values()) / 1e9)
-        row += (sum(cost.host_bytes.values()) / 1e9, cost.total_s * gpus / episodes)
-        print("".join(_cell(x, width) for x, width in zip(row, _WIDTHS, strict=True)))
-        rows.append({"gpus": gpus, "episodes": episodes} | dataclasses.asdict(cost))
-    print("hidden, none: seconds of an iteration if all transfers hide behind arithmetic, or none")
+    for chip in args.chips:
+        hardware = Hardware.of(chip, hidden=HIDDEN[chip], **_taken(args, Hardware))
+        for count in args.counts:
+            try:
+                cost = iteration(count, hardware, work, model, policy)
+            except ValueError as error:
+                raise SystemExit(f"{chip}, --counts {count}: {error}") from None
+            episodes = count * work.envs * work.rounds
+            row = (chip, count, episodes, cost.imagine_s, cost.decide_s, cost.update_s)
+            row += (cost.link_s, cost.compute_s, cost.expected_s, cost.total_s)
+            row += (sum(cost.chip_bytes.values()) / 1e9, sum(cost.outside_bytes.values()) / 1e9)
+            row += (cost.simulators, cost.expected_s * args.iterations / 86400)
+            print("".join(_cell(value) for value in row))
+            rows.append({"chip": chip, "chips": count} | dataclasses.asdict(cost))
+    print(
+        "hidden, none: seconds of an iteration if all transfers hide behind arithmetic, or none; "
+        "expected: as many as in the compiled programs. simulators: chips that imagine for each "
+        f"chip that decides and learns. days: of {args.iterations} iterations"
+    )
     if args.out:
-        told = {"hardware": dataclasses.asdict(hardware), "work": dataclasses.asdict(work)}
-        args.out.write_text(json.dumps(told | {"rows": rows}, indent=2) + "\n")
+        args.out.write_text(json.dumps({"work": dataclasses.asdict(work), "rows": rows}) + "\n")
 
 
-_WIDTHS = (6, 10, 11, 10, 10, 9, 10, 9, 10, 10, 15)
-
-
-def _cell(value: float, width: int) -> str:
-    return f"{value:>{width}}" if isinstance(value, int) else f"{value:>{width}.1f}"
+def _cell(value: float | str) -> str:
+    return f"{value:>11.1f}" if isinstance(value, float) else f"{value:>11}"
 
 
 if __name__ == "__main__":

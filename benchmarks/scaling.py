@@ -125,13 +125,13 @@ def devices(layouts: list[str]) -> dict[str, Any]:
     rows = []
     for row in sharding.measure(chosen, ("grpo",)):
         told = row["figures"]
-        sent = sum(found["bytes"] for found in told["collectives"].values())
+        received = sum(told["received"].values())
         rows.append(
             {
                 "value": row["devices"],
                 "update_ms": told["wall_s"] * 1e3,
                 "cpu_ms": told["cpu_s"] * 1e3,
-                "sent_mb": sent / 1e6,
+                "received_mb": received / 1e6,
             }
         )
     return {"rows": rows}

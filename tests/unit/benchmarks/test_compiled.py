@@ -4,10 +4,10 @@ import pytest
 
 from benchmarks import compiled
 from benchmarks.compiled import Found, Row
-from evac_jax.tools.memory import trainer
+from evac_jax.memory import trainer
+from evac_jax.memory.parts import GB, peak
 from evac_jax.tools.memory.account import Account, Collective
 from evac_jax.tools.memory.compile import Compiled
-from evac_jax.tools.memory.parts import GB, peak
 from evac_jax.tools.memory.topology import Topology
 from tests import house
 
