@@ -131,7 +131,7 @@ def run_updates(
     optimizer: optax.GradientTransformation,
     cfg: PolicyGradientConfig,
     loss: Callable[..., LossOutput],
-    placement: Placement,
+    placement: Placement = Placement(),
 ) -> tuple[TrainState, UpdateLog]:
     """Take one optimiser step per global batch of `order`; repeat this `cfg.update_epochs` times.
 
