@@ -150,7 +150,7 @@ def one_for_all(config: TrainConfig, how_to_go_on: Callable[[], str]):
         os._exit(2)  # a usual exit waits for the hosts that are gone; simulators end by themselves
 
 
-def devices_for(config: TrainConfig, task: str) -> list[jax.Device]:
+def devices_for(config: TrainConfig, task: str) -> list:
     """Return the devices of all hosts for a task of the trainer, "actor" or "rollout".
 
     Raises:

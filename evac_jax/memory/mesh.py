@@ -40,13 +40,12 @@ def fitting(
     """
     if config.mesh.data:
         return config, ""
-    needs = {}
-    for cut in range(1, devices + 1):
-        if devices % cut == 0:
-            tried = dataclasses.replace(config, mesh=MeshConfig(devices // cut, cut))
-            needs[cut] = peak(trainer_parts(tried, sizes, episode, devices, platform))[0]
-            if needs[cut] <= FILLED * limit:
-                break
+    needs, tried, cut = {}, config, 1
+    for cut in (count for count in range(1, devices + 1) if devices % count == 0):
+        tried = dataclasses.replace(config, mesh=MeshConfig(devices // cut, cut))
+        needs[cut] = peak(trainer_parts(tried, sizes, episode, devices, platform))[0]
+        if needs[cut] <= FILLED * limit:
+            break
     estimates = ", ".join(f"{need / GB:.1f} GB over {cut}" for cut, need in needs.items())
     fits = needs[cut] <= FILLED * limit
     return tried, (
