@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import logging
 
 from evac_jax.config.cluster import MeshConfig
 from evac_jax.config.schema import TrainConfig
+from evac_jax.devices import together
 from evac_jax.memory.parts import GB, peak
 from evac_jax.memory.trainer import trainer_parts
 from evac_jax.policy_import import read_sizes
@@ -67,7 +69,8 @@ def for_devices(
         return config
     if len(devices) == 1:
         return dataclasses.replace(config, mesh=MeshConfig(1, 1))
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    own = next(device for device in devices if device.process_index == jax.process_index())
+    limit = (own.memory_stats() or {}).get("bytes_limit")  # other hosts' cannot be asked
     if episode is None or limit is None:
         what = "the memory of a device is" if limit is None else "the size of the frames is"
         config = dataclasses.replace(config, mesh=MeshConfig(1, -1))
@@ -75,7 +78,8 @@ def for_devices(
     else:
         views, chunk = episode.image_shape[0], episode.chunk
         sizes = read_sizes(config.policy, chunk=chunk, num_images=views)
-        platform = PLATFORMS[devices[0].platform]
+        platform = PLATFORMS[own.platform]
         config, why = fitting(config, sizes, episode, len(devices), platform, limit)
     logging.info("%s", why)
+    together.compare("the mesh that mesh.data=0 chose", dataclasses.astuple(config.mesh))
     return config

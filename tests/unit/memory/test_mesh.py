@@ -55,7 +55,7 @@ def test_a_given_mesh_stays():
 
 
 def device(stats):
-    return SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+    return SimpleNamespace(platform="gpu", process_index=0, memory_stats=lambda: stats)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,13 @@ def test_what_is_not_known_is_said_and_parameters_are_cut(stats, episode, said, 
     config = mesh.for_devices(OPEN, episode, [device(stats)] * DEVICES)
     assert config.mesh == MeshConfig(1, -1)
     assert said in caplog.text
+
+
+def test_only_a_device_of_this_host_is_asked(monkeypatch):
+    monkeypatch.setattr(mesh, "read_sizes", lambda policy, **more: SIZES)
+    other = SimpleNamespace(process_index=1)  # has no statistics here
+    config = mesh.for_devices(OPEN, EPISODE, [other] * 4 + [device({"bytes_limit": 1e12})] * 4)
+    assert config.mesh == MeshConfig(8, 1)
 
 
 def test_one_device_needs_no_estimate():
