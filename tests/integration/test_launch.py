@@ -46,7 +46,9 @@ def test_killed_run_goes_on_where_it_was_and_ends_like_an_unbroken_one(launcher,
     )
     assert "at iteration" in output
 
-    assert sorted(launcher.metrics("broken")) == sorted(launcher.metrics("plain")) == [0, 1, 2, 3]
+    whole = launcher.metrics("plain")
+    assert sorted(launcher.metrics("broken")) == sorted(whole) == [0, 1, 2, 3]
+    assert all(whole[n]["actor/grad_norm"] > 0 for n in (1, 2, 3))
     launcher.assert_same("plain", "broken", (1, 2, 3), rel=1e-5, abs=1e-7)
 
 

@@ -70,6 +70,7 @@ def test_killed_run_ends_bit_for_bit_like_an_unbroken_one(launcher, kind):
     for trainer in start(launcher, kind, broken, "--config.checkpoint.restore=auto"):
         assert "restored" in launcher.finish(trainer)
 
+    assert all(launcher.metrics(whole)[n]["actor/grad_norm"] > 0 for n in (1, 2, 3))
     launcher.assert_same(whole, broken, (1, 2, 3), rel=0, abs=0, nan_ok=True)
     one, two = (arrays(launcher.runs / run / "checkpoints" / "3") for run in (whole, broken))
     assert one.keys() == two.keys()
