@@ -16,7 +16,7 @@ from evac_jax.telemetry.reading import ReadProgress
 from policies import POLICIES
 from policies.base import LoadedPolicy
 from policies.openvla_oft.config import OpenVLAOFTConfig
-from policies.openvla_oft.import_hf import load_config
+from policies.openvla_oft.import_hf import load_config, read_norm_stats
 
 
 def check_policy(policy: PolicyConfig, tasks: Sequence[str] = ()) -> None:
@@ -27,12 +27,23 @@ def check_policy(policy: PolicyConfig, tasks: Sequence[str] = ()) -> None:
         tasks: instructions that it will be asked for, as far as they are known.
 
     Raises:
-        CheckpointError: it cannot; says why.
+        CheckpointError: it cannot, or its actions would have no units; says why.
     """
     # Whether a value head fits depends on the simulator's chunk, which is not known yet.
     options = _options(policy) | {"value_type": "none"}
     with told_as_checkpoint_error(_what(policy)):
         _module().check_policy(policy.checkpoint, tasks=tasks, **options)
+    _check_units(policy)
+
+
+def _check_units(policy: PolicyConfig) -> None:
+    with told_as_checkpoint_error(_what(policy)):
+        known = [] if policy.unnorm_key else list(read_norm_stats(policy.checkpoint))
+    if known:
+        raise CheckpointError(
+            f"config.policy.unnorm_key: actions of {policy.checkpoint!r} are un-normalised by its "
+            f"statistics; expected a key of them, one of {known}, got ''"
+        )
 
 
 def known_tasks(config: TrainConfig) -> list[str]:
@@ -72,17 +83,22 @@ def check_libero(config: TrainConfig) -> None:
             )
 
 
-def import_policy(policy: PolicyConfig, *, seed: int, **more: Any) -> LoadedPolicy:
+def import_policy(
+    policy: PolicyConfig, *, seed: int, acts: bool = True, **more: Any
+) -> LoadedPolicy:
     """Return the loader's result for `policy`.
 
     Args:
         seed: of parameters that start fresh.
+        acts: False if only the weights are used, so that no statistics are needed.
         more: further arguments of the loader (chunk, num_images, shardings ..).
 
     Raises:
         CheckpointError: the checkpoint or the adapter cannot be imported; says why.
     """
     options = _options(policy) | more
+    if acts:
+        _check_units(policy)
     with told_as_checkpoint_error(_what(policy)), ReadProgress("policy weights") as progress:
         loaded = _module().load_policy(policy.checkpoint, seed=seed, progress=progress, **options)
     for note in loaded.notes:

@@ -3,6 +3,7 @@
 Nothing is loaded. Choices and bounds of single fields are in their types (`schema`).
 """
 
+import json
 from pathlib import Path
 
 from algos import optim
@@ -13,6 +14,9 @@ from evac_jax.config.fields import value_problems
 from evac_jax.config.schema import ServeConfig, TrainConfig
 from evac_jax.errors import ConfigError, DataError
 
+# Field of a folder -> the model that its config.json names, as `evac.model_folders` writes it.
+KINDS = {"world_model.checkpoint": "EvacModel", "env.pose_model": "PoseModel"}
+REWARD = "reward.checkpoint"
 # Solver of the world model -> its values of eta; () = all. `evac.sampler.check_solver` has the same
 # rules for the simulator processes.
 SOLVER_ETAS = {"ddim": (), "dpm++": (0.0, 1.0), "unipc": (0.0,)}
@@ -222,13 +226,13 @@ def _missing_paths(c: TrainConfig) -> list[str]:
         if c.reward.checkpoint or not import_string.is_one(c.reward.judge):
             what = "vision-language model" if c.reward.judge == "vlm" else "success classifier"
             for number, folder in enumerate(c.reward.checkpoint.split(",")):
-                name = "reward.checkpoint" + f"[{number}]" * (number > 0)
+                name = REWARD + f"[{number}]" * (number > 0)
                 needed[name] = (folder, f"folder of the {what}")
     if imagined and c.env.initial_states in ("npy", "recording"):
         needed["env.initial_states_path"] = (c.env.initial_states_path, "folder of start frames")
     if c.env.keyframes:
         needed["env.keyframe_data"] = (c.env.keyframe_data, "recording to begin episodes in")
-    return _missing(needed)
+    return _missing(needed) + _other_kinds(needed, c.reward.judge)
 
 
 def _policy_paths(c: TrainConfig) -> dict[str, tuple[str, str]]:
@@ -248,7 +252,32 @@ def _missing(needed: dict[str, tuple[str, str]]) -> list[str]:
                 + ", or --config.world=DIR for all parts" * (name in world.PATHS)
             )
         elif not (hub.is_address(path) or Path(path).exists()):
-            problems.append(f"config.{name}: {path!r} does not exist (the {meaning})")
+            hint = ". A folder on the Hugging Face Hub is hf://OWNER/NAME" * _meant_for_hub(path)
+            problems.append(f"config.{name}: {path!r} does not exist (the {meaning}){hint}")
+    return problems
+
+
+def _meant_for_hub(path: str) -> bool:
+    return path.startswith("hf:") or "/huggingface.co/" in path
+
+
+def _other_kinds(needed: dict[str, tuple[str, str]], judge: str) -> list[str]:
+    """Say which folders hold another model, before simulators start and read them."""
+    problems, kinds = [], KINDS | ({REWARD: "RewardNet"} if judge == "classifier" else {})
+    for name, (path, _) in needed.items():
+        try:
+            found = json.loads((Path(path) / "config.json").read_text())
+        except (OSError, ValueError):
+            continue  # the loader has better words
+        kind = kinds.get(name.partition("[")[0])
+        if kind is None or not isinstance(found, dict) or found.get("model") == kind:
+            continue
+        got = found.get("model") or found.get("model_type")
+        hint = "; a vision-language model judges with --config.reward.judge=vlm"
+        problems.append(
+            f"config.{name}: expected a folder of kind {kind}, got {path!r} of kind {got}"
+            + hint * (kind == "RewardNet" and got not in (None, "openvla", *KINDS.values()))
+        )
     return problems
 
 

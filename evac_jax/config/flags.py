@@ -6,6 +6,7 @@ nearest valid name. ml_collections does the rest (types, tuples, locking).
 
 import ast
 import importlib.util
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from evac_jax.config import world
-from evac_jax.errors import ConfigError, nearest
+from evac_jax.errors import ConfigError, EvacJaxError, nearest
 
 DEFAULT_PRESET = "configs/grpo.py"
 
@@ -42,7 +43,16 @@ def _module(path: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config: expected a Python file, got {path!r}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except EvacJaxError:
+        raise
+    except Exception as error:  # whatever a preset of the user's own does
+        lines = [
+            at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path
+        ]
+        line = f", line {lines[-1]}" if lines else ""  # a SyntaxError names its own
+        raise ConfigError(f"--config: {path}{line}: {type(error).__name__}: {error}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config: {path!r} has no get_config(preset)")
     return module

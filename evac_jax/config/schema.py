@@ -34,7 +34,8 @@ class PolicyConfig:
         lora_alpha: adapters are scaled by lora_alpha / lora_rank; 0 = a scale of 1.
         lora_adapter: PEFT folder; "" = none. It is merged on import, or trained further if
             lora_rank > 0.
-        unnorm_key: key of the action statistics; "<key>_no_noops" is tried too.
+        unnorm_key: key of the action statistics; "<key>_no_noops" is tried too. Only for a policy
+            folder without statistics it may be ""; actions then stay in -1..1.
         value_head: "none", "chunk_level" (one value per chunk) or "action_level" (one per action).
         max_prompt_length: every prompt is padded to this number of tokens; a longer prompt is an
             error.

@@ -1,7 +1,7 @@
 """The policy that is served: decides on chunks as an evaluation does."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 
 from evac_jax import checkpoint
+from evac_jax.config import world
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.policy_import import import_policy
+from evac_jax.policy_import import check_policy, import_policy
 from evac_jax.shapes import expected_episode
 from evac_jax.tools.policy import export
 from policies.base import Tokenizer
@@ -27,6 +28,7 @@ GRIPPER_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "binary": lambda gripper: (gripper > 0.5).astype(gripper.dtype),
     "none": lambda gripper: gripper,
 }
+MAX_SEEN = 1000  # instructions that are remembered, as clients may send any
 WARM_UP = "warm up"  # an instruction as any other; its actions go nowhere
 
 
@@ -38,6 +40,8 @@ class ServedPolicy:
         tokenizer: makes its prompts.
         config: reads `policy.eval_temperature`, `policy.top_k`, `env.gripper` and `seed`.
         iteration: of the run that it comes from; None = it is a policy folder.
+        taught: instructions of the world that it learned in, () if that is not known. Others are
+            answered too, but each is warned of once.
 
     Attributes:
         chunk: actions per decision, K.
@@ -46,11 +50,19 @@ class ServedPolicy:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Tokenizer, config: TrainConfig, iteration: int | None = None
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        config: TrainConfig,
+        iteration: int | None = None,
+        taught: Sequence[str] = (),
     ):
         self.chunk, self.dim = model.action_spec.chunk, model.action_spec.dim
         self.iteration = iteration
         self._tokenizer, self._decisions = tokenizer, 0
+        self._taught = tuple(taught)
+        # Prompts are in lower case, so an instruction is the same in capitals.
+        self._seen = {text.lower() for text in taught}
         self._key = jax.random.key(config.seed)
         self._gripper = GRIPPER_RULES[config.env.gripper]
         graphdef, self._state = nnx.split(model)
@@ -79,7 +91,15 @@ class ServedPolicy:
         key = jax.random.fold_in(self._key, self._decisions)
         actions = self._decide(frames, instruction, key)
         self._decisions += 1
+        self._warn_of_unknown(instruction)
         return actions
+
+    def _warn_of_unknown(self, instruction: str) -> None:
+        text = instruction.lower()
+        if not self._taught or text in self._seen or len(self._seen) > MAX_SEEN:
+            return
+        self._seen.add(text)
+        logging.warning("%r is none of the policy's world; that has %s", instruction, self._taught)
 
     def warm_up(self, num_images: int, shapes: tuple[tuple[int, int], ...]) -> None:
         """Compile for frames of `shapes` (height, width), so that no request waits for it."""
@@ -91,7 +111,7 @@ class ServedPolicy:
         try:
             tokens, mask = self._tokenizer.encode([instruction])
         except ValueError as error:
-            raise DataError(str(error)) from error
+            raise DataError(f"{error} of the server") from error
         obs = ObsBatch(
             images=jnp.asarray(frames[None]),
             prompt_tokens=jnp.asarray(tokens),
@@ -124,15 +144,24 @@ def load(config: TrainConfig) -> ServedPolicy:
     if run is None:
         # A value head decides nothing.
         start = dataclasses.replace(config.policy, value_head="none")
+        check_policy(start)
         loaded = import_policy(start, seed=config.seed, **options)
-        return ServedPolicy(loaded.model, loaded.tokenizer, config)
+        return ServedPolicy(loaded.model, loaded.tokenizer, config, taught=_taught(source.parent))
     if config.checkpoint.restore:
         run = dataclasses.replace(run, checkpoints=checkpoint.folder_of(config, source))
     _check_run(run, config)
     model, tokenizer, iteration = export.trained_policy(run, **options)
     if model.action_spec.chunk != serve.chunk:  # its value head tells
         raise _other_chunk(model.action_spec.chunk, serve.chunk)
-    return ServedPolicy(model, tokenizer, config, iteration)
+    return ServedPolicy(model, tokenizer, config, iteration, _taught(run.folder))
+
+
+def _taught(folder: Path) -> tuple[str, ...]:
+    """Return the instructions of the world whose card lies in a folder, () without a card."""
+    card = folder / world.CARD_FILE
+    if not card.is_file():
+        return ()
+    return world.Card.from_json(card.read_text(), str(card)).instructions
 
 
 def _check_run(run: export.Run, config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """Reads a policy from a Hugging Face folder; each tensor is read once and placed at once."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def load_config(folder: str | Path, **overrides) -> OpenVLAOFTConfig:
 def _no_policy(folder: Path) -> str:
     if adapter := find_adapter(folder):
         return (
-            f"{folder}: {adapter} is a LoRA adapter, no policy of its own; give its base as "
+            f"{adapter} is a LoRA adapter, no policy of its own; give its base as "
             f"checkpoint ({base_of(adapter)}) and {adapter} as lora_adapter"
         )
     return f"{folder / 'config.json'}: not a Hugging Face policy folder"
@@ -214,12 +215,11 @@ def _open(
         fields: of `OpenVLAOFTConfig` (value_type, param_dtype, remat, lora_rank ..).
     """
     folder, notes, statistics = Path(folder), [], None
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(_no_policy(folder))
+    config = load_config(folder, max_prompt_length=max_prompt_length, **fields)
     if unnorm_key:
         statistics, notes = read_statistics(folder, unnorm_key, normalization)
-        fields = {"action_dim": len(statistics.low)} | fields
-    config = load_config(folder, max_prompt_length=max_prompt_length, **fields)
+        if "action_dim" not in fields:
+            config = dataclasses.replace(config, action_dim=len(statistics.low))
     tokenizer = PromptTokenizer(folder, max_prompt_length)
     tokenizer.check_vocabulary(config.tokenizer_vocab, config.vocab_size)
     adapter = LoraAdapter(lora_adapter) if lora_adapter else None

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from evac_jax.config.build import default_config
 from evac_jax.config.libero import LiberoConfig
 from evac_jax.config.schema import PolicyConfig
 from evac_jax.errors import CheckpointError, ConfigError
-from evac_jax.policy_import import check_libero, check_policy, known_tasks
+from evac_jax.policy_import import check_libero, check_policy, import_policy, known_tasks
 from evac_jax.tools.episodes.collect_libero import policy_player
 from policies.openvla_oft.checkpoint_files import INDEX
 from tests.unit.policies.tiny import NORM_STATS
@@ -121,6 +122,20 @@ def test_statistics_without_the_key_say_which_there_are(folder):
     message = told(folder, unnorm_key="libero_spatial")
     assert "libero_spatial" in message
     assert "['tiny']" in message
+
+
+def test_key_must_be_named_where_there_are_statistics(folder):
+    unnamed = PolicyConfig(checkpoint=str(folder), max_prompt_length=24)
+    for use in (check_policy, partial(import_policy, seed=0)):
+        with pytest.raises(CheckpointError, match=r"unnorm_key: .* one of \['tiny'\], got ''"):
+            use(unnamed)
+    (folder / "dataset_statistics.json").write_text("{}")
+    check_policy(unnamed)
+
+
+def test_folder_of_another_model_is_refused_before_its_statistics_are_missed(folder):
+    (folder / "config.json").write_text('{"model": "EvacModel", "config": {}}')
+    assert "expected the configuration of an OpenVLA checkpoint" in told(folder)
 
 
 def test_statistics_that_are_not_whole_are_told(folder):

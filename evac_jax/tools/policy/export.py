@@ -14,6 +14,7 @@ adapters, in PEFT's layout. README.md is the model card, so the folder can be sh
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from evac_jax.tools.policy import model_card
 from policies.base import Tokenizer
 from policies.openvla_oft.checkpoint_files import CheckpointFiles, read_json
 from policies.openvla_oft.export_hf import export_policy
+from policies.openvla_oft.import_hf import load_config
 from policies.openvla_oft.model import OpenVLAOFT
-from policies.openvla_oft.peft import save_adapter
+from policies.openvla_oft.peft import find_adapter, save_adapter
 
 FOLDERS = ("checkpoint", "lora_adapter")  # of the policy; those may lie on the Hugging Face Hub
 NOTHING_TOLD = model_card.Told()
@@ -80,13 +82,14 @@ def find_run(source: Path, step: int = -1) -> Run | None:
         folder = folder.parent
     with told_as_checkpoint_error(str(source)):
         values = read_json(folder / checkpoint.CONFIG_FILE)
-    if values is None:
+        adapter = find_adapter(folder)
+    if values is None and not adapter:
         raise CheckpointError(
             f"{source}: expected a run, a checkpoint of a run (RUN/checkpoints/N) or a Hugging "
             f"Face folder; {folder / checkpoint.CONFIG_FILE} is not there"
         )
-    if not {"algorithm", "policy", "checkpoint"} <= set(values):
-        return None
+    if values is None or not {"algorithm", "policy", "checkpoint"} <= set(values):
+        return None  # the import refuses an adapter, with the base that it names
     known = {field.name for field in dataclasses.fields(PolicyConfig)}
     policy = {k: v for k, v in values["policy"].items() if k in known}
     policy |= {name: hub.local(policy[name]) for name in FOLDERS if policy.get(name)}
@@ -144,10 +147,11 @@ def stored_model(folder: Path, lora_adapter: str = "") -> OpenVLAOFT:
         CheckpointError: it cannot be imported.
     """
     with told_as_checkpoint_error("policy to export"):
+        load_config(folder)  # refuses another kind of folder
         dtypes = {entry.dtype for entry in CheckpointFiles(folder).entries.values()}
     dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
     policy = PolicyConfig(checkpoint=str(folder), param_dtype=dtype, lora_adapter=lora_adapter)
-    return _imported(policy, seed=0)[0]
+    return _imported(policy, seed=0, acts=False)[0]
 
 
 def _imported(policy: PolicyConfig, *, seed: int, **more: Any) -> tuple[OpenVLAOFT, Tokenizer]:
@@ -182,6 +186,9 @@ def export(
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; remove it or name another export folder")
+    with told_as_checkpoint_error(f"cannot write the new folder {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".").cleanup()  # before weights are read
     run = find_run(source, step)
     start = Path(run.policy.checkpoint) if run else source
     facts: dict[str, Any] = {"start": cards.read(start)}
@@ -213,8 +220,11 @@ def export(
             extra = {"card.json": (json.dumps(card, indent=2) + "\n").encode()}
             extra["README.md"] = readme.encode()
             export_policy(model, out, source=start, like_source=True, dtype=dtype, extra=extra)
+    if run and not facts["iteration"]:
+        logging.warning("%s: iteration 0 is the start policy, untrained", source)
+    at = f" at iteration {facts['iteration']}" if run else ""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
-    logging.info("%s, %d parameters -> %s", source, parameters, out)
+    logging.info("%s%s, %d parameters -> %s", source, at, parameters, out)
 
 
 def run(config: TrainConfig, export_dir: str) -> None:

@@ -3,6 +3,7 @@ import pytest
 from configs import grpo, ppo
 from evac_jax.config.build import from_config_dict, to_dict
 from evac_jax.config.checks import validate_serving
+from evac_jax.config.schema import MINIATURE_WEIGHTS
 from evac_jax.errors import ConfigError
 
 
@@ -116,3 +117,35 @@ def test_values_and_missing_files_come_in_one_message():
 def test_unknown_algorithm_names_the_nearest():
     with pytest.raises(ConfigError, match=r"config\.algorithm: .*Did you mean 'grpo'"):
         from_config_dict({"algorithm": "grop"})
+
+
+@pytest.mark.parametrize(
+    ("field", "part", "why"),
+    [
+        ("reward.checkpoint", "policy", "kind RewardNet, got '.*policy' of kind openvla"),
+        ("world_model.checkpoint", "reward", "kind EvacModel, got '.*reward' of kind RewardNet"),
+        ("env.pose_model", "world_model", "kind PoseModel, got '.*world_model' of kind EvacModel"),
+    ],
+)
+def test_folder_of_another_model_is_refused_before_anything_starts(field, part, why):
+    values = grpo.get_config().to_dict()
+    section, name = field.split(".")
+    values[section][name] = f"{MINIATURE_WEIGHTS}/{part}"
+    with pytest.raises(ConfigError, match=f"config.{field}: expected a folder of {why}$"):
+        from_config_dict(values)
+
+
+def test_vision_language_model_as_classifier_is_told_the_flag_it_needs(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "smolvlm"}')
+    values = grpo.get_config().to_dict()
+    values["reward"]["checkpoint"] = str(tmp_path)
+    with pytest.raises(ConfigError, match="kind smolvlm; .* --config.reward.judge=vlm"):
+        from_config_dict(values)
+
+
+@pytest.mark.parametrize("path", ["hf:/owner/name", "https://huggingface.co/owner/name"])
+def test_address_in_another_form_is_told_the_right_one(path):
+    values = grpo.get_config().to_dict()
+    values["policy"]["checkpoint"] = path
+    with pytest.raises(ConfigError, match="does not exist.* is hf://OWNER/NAME"):
+        from_config_dict(values)

@@ -33,6 +33,19 @@ def test_missing_preset_file_is_named():
         check_flags(["--config=configs/nothing.py"])
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("def get_config(:\n", r"SyntaxError: invalid syntax \(mine.py, line 1\)"),
+        ("import os\nos.nothing()\n", "mine.py, line 2: AttributeError: module 'os'"),
+    ],
+)
+def test_preset_that_cannot_be_run_is_named_with_the_line(tmp_path, text, why):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=why):
+        check_flags([f"--config={tmp_path / 'mine.py'}"])
+
+
 def test_preset_that_is_suggested_exists_from_any_folder(tmp_path, monkeypatch, repository):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"try --config={repository}/configs/grpo.py"):

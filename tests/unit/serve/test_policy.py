@@ -11,6 +11,7 @@ from flax import nnx
 
 from evac_jax import checkpoint
 from evac_jax.config.build import default_config, to_dict
+from evac_jax.config.schema import MINIATURE_WEIGHTS
 from evac_jax.errors import CheckpointError, ConfigError, DataError
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.policy_import import import_policy
@@ -115,9 +116,26 @@ def test_what_is_neither_run_nor_policy_is_refused(tmp_path):
         load(config_of(tmp_path))
 
 
+def test_policy_without_units_is_refused(weights):
+    with pytest.raises(CheckpointError, match=r"unnorm_key.*one of \['miniature'\], got ''"):
+        load(config_of(weights / "policy", unnorm_key=""))
+
+
+def test_instruction_that_the_world_does_not_have_is_warned_of_once(run, weights, monkeypatch):
+    warned = []
+    shutil.copy(f"{MINIATURE_WEIGHTS}/world.json", run)
+    policy = load(config_of(run, gripper="libero"))
+    monkeypatch.setattr(logging, "warning", lambda text, *words: warned.append(text % words))
+    for instruction in (INSTRUCTIONS[0].upper(), "fly to the moon", "Fly to the moon"):
+        policy.decide(FRAMES, instruction)
+    assert len(warned) == 1
+    assert warned[0].startswith("'fly to the moon' is none of the policy's world; that has (")
+    assert INSTRUCTIONS[1] in warned[0]
+
+
 def test_instruction_that_is_no_prompt_is_refused(weights):
     policy = load(config_of(weights / "policy"))
-    with pytest.raises(DataError, match="raise policy.max_prompt_length"):
+    with pytest.raises(DataError, match="raise policy.max_prompt_length of the server"):
         policy.decide(FRAMES, "put the red block on the plate " * 20)
 
 

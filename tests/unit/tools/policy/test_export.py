@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from flax import nnx
 from safetensors import safe_open
 
@@ -121,6 +122,32 @@ def test_folder_that_exists_is_never_written_to(run, tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         export_policy.export(run, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_folder_that_cannot_be_made_is_told_before_weights_are_read(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export_policy, "trained_policy", None)
+    with pytest.raises(CheckpointError, match=f"cannot write the new folder {tmp_path}/file/out"):
+        export_policy.export(run, tmp_path / "file" / "out")
+
+
+def test_log_names_the_iteration_and_warns_when_it_is_the_start(run, tmp_path, monkeypatch):
+    told = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(logging, level, lambda text, *words: told.append(text % words))
+    export_policy.export(run, tmp_path / "newest")
+    assert told[-1].startswith(f"{run} at iteration 2, ")
+    export_policy.export(run, tmp_path / "start", step=0)
+    assert f"{run}: iteration 0 is the start policy, untrained" in told
+
+
+def test_adapter_and_other_models_are_told_apart_from_policies(run, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "the/base"}')
+    with pytest.raises(CheckpointError, match=r"LoRA adapter, no policy .*\(the/base\)"):
+        export_policy.export(tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text('{"model": "EvacModel"}')
+    with pytest.raises(CheckpointError, match="expected the configuration of an OpenVLA"):
+        export_policy.export(tmp_path, tmp_path / "out")
 
 
 def test_value_head_of_a_longer_chunk_is_exported_in_its_own_file(tmp_path):
