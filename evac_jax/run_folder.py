@@ -121,7 +121,7 @@ class RunFolder:
             raise CheckpointError(
                 f"config.world: {str(self.path)!r} trains in a world, now there is none; {how}"
             )
-        before, now = Card.from_json(path.read_text(), str(path)), World.read(named).card
+        before, now = Card.from_json(path.read_bytes(), str(path)), World.read(named).card
         if changed := [name for name in vars(now) if getattr(now, name) != getattr(before, name)]:
             raise CheckpointError(
                 f"config.world: {named!r} is not the world that {str(self.path)!r} began in (its "
@@ -176,7 +176,7 @@ class RunFolder:
     def run_id(self) -> str:
         """What tells this run from any other, also after its folder was moved; "" = not told."""
         path = self.path / RUN_ID_FILE
-        return path.read_text() if path.is_file() else ""
+        return path.read_text(errors="replace") if path.is_file() else ""
 
     @property
     def is_finished(self) -> bool:

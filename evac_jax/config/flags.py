@@ -5,6 +5,7 @@ nearest valid name. ml_collections does the rest (types, tuples, locking).
 """
 
 import ast
+import dataclasses
 import importlib.util
 import traceback
 from collections.abc import Sequence
@@ -15,10 +16,18 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from evac_jax.config import world
+from evac_jax.config import addresses, world
+from evac_jax.config.build import from_config_dict
+from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, EvacJaxError, nearest
 
 DEFAULT_PRESET = "configs/grpo.py"
+# Fields that name files of the user, which need not exist where a configuration is only read.
+PATHS = (
+    *("policy.checkpoint", "policy.lora_adapter", "world_model.checkpoint", "reward.checkpoint"),
+    *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
+)
+EXISTING = "."
 
 
 def _flatten(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, type | None]:
@@ -109,6 +118,28 @@ def read_preset(file: str, overrides: Sequence[str] = ()) -> config_dict.ConfigD
     if rest:
         raise ConfigError(f"these overrides cannot be used: unexpected {rest}")
     return resolved(known["config"])
+
+
+def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:
+    """Return a preset changed by `--config.a.b=value` flags, checked except for the named files.
+
+    Raises:
+        ConfigError: unknown fields, wrong values, impossible combinations.
+    """
+    values = read_preset(file, flags).to_dict()
+    given = {}
+    for name in PATHS:
+        section, field = name.split(".")
+        path = given[section, field] = values[section][field]
+        if path or name not in ("policy.lora_adapter", "env.keyframe_data"):
+            values[section][field] = ",".join(EXISTING for _ in str(path).split(","))
+    config = from_config_dict(values)
+    for (section, field), path in given.items():
+        part = dataclasses.replace(getattr(config, section), **{field: path})
+        config = dataclasses.replace(config, **{section: part})
+    if problems := addresses.problems(config):
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def _problem(flag: str, value: str | None, valid: dict[str, type | None]) -> str | None:

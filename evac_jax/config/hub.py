@@ -228,7 +228,7 @@ def _compare_hashes(address: Address, folder: Path) -> None:
         DataError: one differs; it is removed, so that the next start downloads it again.
     """
     record = folder.parents[1] / CHECKED_FILE
-    done = set(record.read_text().split()) if record.is_file() else set()
+    done = set(record.read_text(errors="replace").split()) if record.is_file() else set()
     listing = _listing(address, folder)
     if not listing:
         logging.warning("%s: the cache has no list of hashes, so nothing is compared", address)

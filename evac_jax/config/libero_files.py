@@ -147,7 +147,7 @@ class LiberoFiles:
         """Yield files that tasks name and that are missing: descriptions, meshes and textures."""
         files = self.assets.rglob("*.xml")
         here = {file.name: file for file in files if file.parent.parent.name != _ROOMS}
-        named = {name for task in tasks for name in _models(task.read_text())}
+        named = {name for task in tasks for name in _models(task.read_text(errors="replace"))}
         for name in sorted(named):
             if name not in here:
                 yield self.assets / "**" / name
@@ -170,7 +170,8 @@ def _models(task: str) -> Iterator[str]:
 
 def _files_of(description: Path) -> list[Path]:
     """Return the meshes and textures that a MuJoCo description names."""
-    text = re.sub(r"<!--.*?-->", "", description.read_text(), flags=re.DOTALL)
+    text = description.read_text(errors="replace")  # XML may be in another encoding
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     return [description.parent / name for name in re.findall(r'\bfile="([^"]+)"', text)]
 
 

@@ -151,7 +151,7 @@ class Card:
         return json.dumps(values, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> "Card":
+    def from_json(cls, text: str | bytes, where: str) -> "Card":
         """Read the text of the file.
 
         Args:
@@ -300,7 +300,7 @@ class World:
         if gone := absent(text):
             raise ConfigError(gone)
         path = Path(text).expanduser() / CARD_FILE
-        world = cls(str(path.parent), Card.from_json(path.read_text(), str(path)))
+        world = cls(str(path.parent), Card.from_json(path.read_bytes(), str(path)))
         if differences := world.misplaced():
             more = len(differences) - SHOWN
             told = differences[:SHOWN] + ([f"... and {more} more"] if more > 0 else [])
@@ -391,7 +391,7 @@ def absent(text: str) -> str:
 def _from_hub(address: str) -> World:
     path = hub.local(address)
     root = hub.address_of(path).removesuffix(f"/{CARD_FILE}")
-    return World(root, Card.from_json(Path(path).read_text(), address))
+    return World(root, Card.from_json(Path(path).read_bytes(), address))
 
 
 def fill(config: Any, given: Collection[str] = ()) -> None:

@@ -179,9 +179,13 @@ def parameters_in(folder: Path) -> int:
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:  # damaged, which the import of the policy tells
+            # Of a damaged one the import of the policy tells.
+            if length > path.stat().st_size:
                 continue
-            header = json.loads(file.read(length))
+            try:
+                header = json.loads(file.read(length))
+            except ValueError:
+                continue
         count += sum(math.prod(e["shape"]) for n, e in header.items() if n != "__metadata__")
     return count
 

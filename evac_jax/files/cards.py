@@ -24,16 +24,28 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def json_object(text: str) -> dict[str, Any]:
+def json_object(text: str | bytes) -> dict[str, Any]:
     """Return the object that a JSON text holds.
 
     Raises:
-        ValueError: it is no JSON, or no object; a list is not taken for its pairs.
+        ValueError: it is no UTF-8, no JSON, or no object; a list is not taken for its pairs.
     """
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError(f"it holds a {type(values).__name__}")
     return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        DataError: it holds something else, or bytes that are no text.
+    """
+    try:
+        return json_object(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: expected a JSON object ({error}); restore the file") from error
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -43,10 +55,7 @@ def read(folder: Path) -> dict[str, Any]:
         DataError: the card is damaged.
     """
     path = folder / "card.json"
-    try:
-        return json_object(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{path}: expected a JSON object ({error}); restore the file") from error
+    return read_json(path) if path.is_file() else {}
 
 
 def card(**facts: Any) -> dict[str, Any]:

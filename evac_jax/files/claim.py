@@ -66,7 +66,7 @@ def _make_new(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / LOCK_FILE).open("a+") as file:
+    with (folder / LOCK_FILE).open("a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

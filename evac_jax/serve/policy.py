@@ -161,7 +161,7 @@ def _taught(folder: Path) -> tuple[str, ...]:
     card = folder / world.CARD_FILE
     if not card.is_file():
         return ()
-    return world.Card.from_json(card.read_text(), str(card)).instructions
+    return world.Card.from_json(card.read_bytes(), str(card)).instructions
 
 
 def _check_run(run: export.Run, config: TrainConfig) -> None:

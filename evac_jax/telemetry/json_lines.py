@@ -40,14 +40,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _numbered(path: Path) -> dict[int, dict[str, Any]]:
     """Return {number of the line, from 1: its object}."""
     lines: dict[int, dict[str, Any]] = {}
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or bytes that are no text
             # A killed process may leave half a line. The run can continue without it.
             logging.warning("%s: line %d is damaged and was dropped", path, number)
             continue
         if not isinstance(line, dict):
-            raise DataError(f"{path}, line {number}: expected an object, got {text[:80]}")
+            raise DataError(
+                f"{path}, line {number}: expected an object, got {json.dumps(line)[:80]}"
+            )
         lines[number] = line
     return lines

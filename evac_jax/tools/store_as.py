@@ -5,7 +5,6 @@
 Measure scores on this copy, because it is the one that others will use.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def store(source: Path, out: Path, dtype: str) -> None:
 
 def _name_precision(file: Path, dtype: str) -> None:
     """Change the precision in a Hugging Face configuration; other files do not contain it."""
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = cards.read_json(file) if file.is_file() else {}
     if "torch_dtype" in config:
         config["torch_dtype"] = config.setdefault("text_config", {})["torch_dtype"] = dtype
         cards.write_json(file, config)

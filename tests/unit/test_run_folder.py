@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evac_jax.config.build import default_config
-from evac_jax.errors import CheckpointError, StoppedError, StorageError
+from evac_jax.errors import CheckpointError, ConfigError, StoppedError, StorageError
 from evac_jax.evaluate import Evaluation, Film
 from evac_jax.run_folder import RunFolder
 from evac_jax.telemetry import writers
@@ -187,6 +187,9 @@ def test_run_goes_on_only_in_the_world_that_it_began_in(tmp_path):
         RunFolder.choose(restoring(config(other), run.path))
     with pytest.raises(CheckpointError, match="trains in a world, now there is none"):
         RunFolder.choose(restoring(config(""), run.path))
+    (run.path / "world.json").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"world\.json: expected JSON"):
+        RunFolder.choose(restoring(config(first), run.path))
 
 
 def test_run_without_a_world_takes_one_later(tmp_path):
@@ -253,3 +256,9 @@ def test_what_comes_next_is_told_as_commands(tmp_path):
     follow = make_run(tmp_path).next_commands(100)
     assert list(follow) == ["evaluate", "go on", "export", "serve", "report"]
     assert follow["go on"].endswith("--config.train.iterations=200")
+
+
+def test_runs_name_is_another_one_when_it_is_damaged(tmp_path):
+    run = make_run(tmp_path)
+    (run.path / "run_id").write_bytes(b"\xff")
+    assert run.run_id == "\ufffd"

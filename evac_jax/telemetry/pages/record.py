@@ -159,20 +159,16 @@ def read(folder: Path) -> Record:
             f"{str(folder)!r}: expected the folder of a run, with {CONFIG_FILE} and "
             f"{json_lines.METRICS_FILE}"
         )
-    try:
-        config = cards.json_object(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: expected a JSON object ({error}); restore the file") from error
     record = Record(
         path=folder,
-        config=config,
+        config=cards.read_json(path),
         lines=sorted(json_lines.read_metrics(folder), key=lambda line: line["iteration"]),
         launches=json_lines.read_lines(folder / launches.LAUNCHES_FILE),
         warnings=json_lines.read_lines(folder / warning_log.WARNINGS_FILE),
         films=(),
         summarised=(folder / report.SUMMARY_FILE).is_file(),
     )
-    films = [json.loads(p.read_text()) for p in sorted(record.videos.glob("iteration_*.json"))]
+    films = [cards.read_json(path) for path in sorted(record.videos.glob("iteration_*.json"))]
     return dataclasses.replace(record, films=[f for f in films if f["iteration"] <= record.done])
 
 

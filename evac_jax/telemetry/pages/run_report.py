@@ -25,6 +25,8 @@ from evac_jax.telemetry.pages.record import (
 )
 
 REPORT_FILE = "report.html"
+MARK = b'<meta name="generator" content="evac_jax report of runs">'  # in a report's head
+HEAD_BYTES = 1000
 MOST_DOTS = 60  # of a curve; more are a line
 MOST_WARNINGS = 50  # shown of a run, the last ones
 FILMS = 3  # shown of an evaluation
@@ -61,6 +63,12 @@ def write(folders: Sequence[Path], path: Path) -> list[str]:
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
     return headlines
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report that `write` wrote."""
+    with path.open("rb") as file:
+        return MARK in file.read(HEAD_BYTES)
 
 
 def headline(group: Group) -> str:

@@ -95,7 +95,7 @@ def alarms(record: Record) -> list[str]:
         "updates were skipped, because their loss or gradient was not finite":
         where("actor/skipped_updates", 1.0),
         "updates were left out, because no entry was valid": where("actor/empty_updates", 1.0),
-        "no group had a spread, so nothing was learned":
+        "no group had a spread, so its rewards taught nothing":
         where("rollout/group_std_zero_fraction", 1.0),
         "figures were not finite": where("log/non_finite", 1.0),
     }  # fmt: skip

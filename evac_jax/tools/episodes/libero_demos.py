@@ -97,7 +97,7 @@ def read_demos(path: Path) -> Iterator[Demo]:
         with h5py.File(path, "r") as file:
             data = file["data"]
             told = data.attrs.get("macros_image_convention", "opengl")
-            convention = told.decode() if isinstance(told, bytes) else str(told)
+            convention = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
             if convention not in TURNS:
                 raise DataError(
                     f"{path}: macros_image_convention: expected one of {sorted(TURNS)}, got "

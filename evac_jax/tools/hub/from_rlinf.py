@@ -1,31 +1,34 @@
 r"""Translates RLinf's configuration of a run in EVAC into a command of launch.py.
 
     python -m evac_jax.tools.hub.from_rlinf libero_spatial_evac_grpo_openvlaoft.yaml \
-        actor.checkpoint_load_path=hf://RLinf/RLinf-OpenVLAOFT-LIBERO-130-Base-Lora
+        algorithm.group_size=4 algorithm.num_group_envs=16
     ... COMPOSED.yaml --weights weights
 
 The file is composed by hydra as RLinf does it, from the folder where it lies, with Hydra's
 overrides behind it; a file that is composed already is read as it is. Every key is listed: what it
 is here, or why it has no meaning, or what is different. A key that is not known, or a value that is
-not supported, makes the exit status 1. See docs/from_rlinf.md.
+not supported, makes the exit status 1. A value that RLinf could not read is refused, and so is a
+file whose command launch.py would refuse. See docs/from_rlinf.md.
 """
 
 import contextlib
 import functools
 import os
+import re
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evac_jax.config.flags import read_preset
+from evac_jax.config.flags import read_config, read_preset
 from evac_jax.errors import ConfigError, nearest
 from evac_jax.tools.command_line import Parser, run_tool
-from evac_jax.tools.hub.launch_command import launch_command
+from evac_jax.tools.hub import rlinf_kinds
+from evac_jax.tools.hub.launch_command import flags_of, launch_command
 from evac_jax.tools.hub.rlinf_keys import ROWS
-from evac_jax.tools.hub.rlinf_row import ANY, DIFFERENT, MAPPED, NO_MEANING, UNSUPPORTED, Row
+from evac_jax.tools.hub.rlinf_row import ANY, DIFFERENT, MAPPED, NO_MEANING, UNSUPPORTED, Row, To
 from evac_jax.tools.hub.rlinf_values import PLACEMENT, WEIGHTS
 
 HYDRA = "hydra-core==1.3.2"
@@ -34,6 +37,7 @@ PRESETS: dict[object, str] = {
     "grpo": "configs/grpo.py:libero_spatial",
     "gae": "configs/ppo.py:libero_spatial",
 }
+TOP = ("cluster", "runner", "algorithm", "env", "rollout", "actor")  # keys of every run's file
 WHOLE = (PLACEMENT,)  # mappings that are one value
 # Where RLinf's scripts point it, if the file lies in a folder of this name.
 VARIABLE, FOLDER = "EMBODIED_PATH", "config"
@@ -82,7 +86,8 @@ def compose(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             f"with: {sys.executable} -m pip install {HYDRA}"
         ) from error
     if not file.is_file():
-        raise ConfigError(f"no file {str(file)!r}; expected RLinf's .yaml file of a run")
+        what = f"{str(file)!r} is a folder" if file.is_dir() else f"no file {str(file)!r}"
+        raise ConfigError(f"{what}; expected RLinf's .yaml file of a run")
     if file.suffix != ".yaml":
         raise ConfigError(f"expected a .yaml file, got {str(file)!r}")
     file = file.absolute()
@@ -106,6 +111,10 @@ def compose(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{file} cannot be composed: {_message(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file}, or a file that it includes: expected UTF-8 text ({error}); save it as UTF-8"
+        ) from error
     return {str(key): value for key, value in dict(values).items()}
 
 
@@ -151,8 +160,20 @@ def translate(values: Mapping[str, Any], weights: str) -> list[Line]:
         weights: folder with what was imported.
 
     Raises:
-        ConfigError: the file names no algorithm that is known here.
+        ConfigError: it is no run of RLinf's, a value cannot be read, or the file names no algorithm
+            that is known here.
     """
+    found = list(dict.fromkeys(key.partition(".")[0] for key in values))
+    if missing := [key for key in TOP if key not in found]:
+        raise ConfigError(
+            "this is no configuration of an RLinf run in a simulator: expected the top-level keys "
+            f"{', '.join(TOP)}; got {', '.join(found) or 'none'}; missing {', '.join(missing)}"
+        )
+    if mistakes := rlinf_kinds.mistakes(values):
+        raise ConfigError(
+            "these are no values of RLinf's keys; change them in its file, or by an override:\n"
+            + "\n".join(f"  {mistake}" for mistake in mistakes)
+        )
     known = {**values, WEIGHTS: weights}
     lines = []
     for key, value in values.items():
@@ -190,7 +211,10 @@ def _line(key: str, value: Any, row: Row, values: Mapping[str, Any]) -> Line:
         expected = " or ".join(map(repr, row.only))
         return Line(UNSUPPORTED, key, value, {}, f"expected {expected}: {row.reason}")
     try:
-        return Line(row.verdict, key, value, row.convert(value, values), row.reason)
+        fields = row.convert(value, values)
+        if why := rlinf_kinds.refused(fields):
+            raise ValueError(why)
+        return Line(row.verdict, key, value, fields, row.reason)
     except KeyError as error:
         return Line(UNSUPPORTED, key, value, {}, f"needs {error.args[0]} too, which is missing")
     except (ValueError, TypeError, ZeroDivisionError) as error:
@@ -201,16 +225,38 @@ def command_of(lines: Sequence[Line]) -> str:
     """Return the command: a preset, and a flag for every field in which the file differs from it.
 
     Raises:
-        ConfigError: the file names no algorithm that is known here.
+        ConfigError: the file names no algorithm that is known here, or launch.py would refuse the
+            command, whatever files there are.
     """
     algorithm = {line.key: line.value for line in lines}.get("algorithm.adv_type")
     preset, usual = _preset(algorithm)
     fields: dict[str, Any] = {}
     for line in lines:
         fields |= line.fields
-    return launch_command(
-        preset, {name: value for name, value in fields.items() if value != usual[name]}
-    )
+    changed = {name: value for name, value in fields.items() if value != usual[name]}
+    try:
+        read_config(preset, flags_of(changed))
+    except ConfigError as error:
+        keys = "\n".join(_keys_named(str(error), lines))
+        raise ConfigError(
+            f"launch.py would refuse the command: {error}\nfrom these keys:\n{keys}"
+        ) from error
+    return launch_command(preset, changed)
+
+
+def _keys_named(text: str, lines: Sequence[Line]) -> list[str]:
+    """Return the keys behind the fields that a text names, also those that the file lacks."""
+
+    def named(fields: Iterable[str]) -> bool:
+        return any(re.search(rf"\b{re.escape(field)}\b", text) for field in fields)
+
+    keys = [f"  {line.key} = {line.value!r}" for line in lines if named(line.fields)]
+    given = {line.key for line in lines}
+    return keys + [
+        f"  {key}, which is not in the file"
+        for key, row in ROWS.items()
+        if key not in given and isinstance(row.convert, To) and named([row.convert.field])
+    ]
 
 
 def report(lines: Sequence[Line]) -> str:
@@ -240,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("hub.from_rlinf", __doc__)
     add = parser.add_argument
     add("config", type=Path, help="RLinf's YAML file")
-    add("overrides", nargs="*", help="Hydra's, such as algorithm.group_size=8")
+    add("overrides", nargs="*", default=(), help="Hydra's, such as algorithm.group_size=8")
     add("--weights", default="weights", help="folder with world_model, reward and pose_model")
     add(
         "--allow_unknown",
@@ -249,7 +295,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     lines = translate(flat(compose(args.config, args.overrides)), args.weights)
-    sys.stdout.write(f"{report(lines)}\n\nThe command:\n\n{command_of(lines)}\n")
+    sys.stdout.write(f"{report(lines)}\n")
+    sys.stdout.write(f"\nThe command:\n\n{command_of(lines)}\n")
     bad = [line.key for line in lines if line.verdict in (UNKNOWN, UNSUPPORTED)]
     if bad and not args.allow_unknown:
         sys.stderr.write(

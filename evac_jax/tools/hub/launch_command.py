@@ -11,8 +11,13 @@ def launch_command(preset: str, values: Mapping[str, object]) -> str:
         preset: of `--config`.
         values: field -> value that differs from the preset.
     """
-    flags = [shlex.quote(f"--config.{field}={_text(value)}") for field, value in values.items()]
+    flags = map(shlex.quote, flags_of(values))
     return " \\\n    ".join([f"python launch.py --config={preset}", *flags])
+
+
+def flags_of(values: Mapping[str, object]) -> list[str]:
+    """Return the flags that set fields to values, as launch.py gets them."""
+    return [f"--config.{field}={_text(value)}" for field, value in values.items()]
 
 
 def _text(value: object) -> str:

@@ -6,7 +6,7 @@ RLinf at commit c9f1d8471, and the code that reads them there. `rlinf_values` ha
 """
 
 from evac_jax.tools.hub import rlinf_values as convert
-from evac_jax.tools.hub.rlinf_row import DIFFERENT, MAPPED, NO_MEANING, Row, to
+from evac_jax.tools.hub.rlinf_row import DIFFERENT, MAPPED, NO_MEANING, Row, To
 from evac_jax.tools.hub.rlinf_world_model import WORLD_MODEL
 
 WORKERS = Row(NO_MEANING, "names of RLinf's worker processes and of their queues")
@@ -38,8 +38,8 @@ CLUSTER = {
 
 RUNNER = {
     "runner.task_type": Row(NO_MEANING, "the only task here", only=("embodied",)),
-    "runner.logger.log_path": Row(MAPPED, "folder of all runs", to("log.dir")),
-    "runner.logger.project_name": Row(MAPPED, "of Weights & Biases", to("log.wandb_project")),
+    "runner.logger.log_path": Row(MAPPED, "folder of all runs", To("log.dir")),
+    "runner.logger.project_name": Row(MAPPED, "of Weights & Biases", To("log.wandb_project")),
     "runner.logger.experiment_name": Row(
         MAPPED,
         "name of the run's folder on several hosts; else it is made of algorithm and date",
@@ -60,7 +60,7 @@ RUNNER = {
     "runner.save_interval": Row(MAPPED, "iterations between checkpoints", convert.save_interval),
     "runner.seq_length": Row(NO_MEANING, "only the longest prompt matters"),
     "runner.max_prompt_length": Row(
-        MAPPED, "tokens to which prompts are padded", to("policy.max_prompt_length")
+        MAPPED, "tokens to which prompts are padded", To("policy.max_prompt_length")
     ),
     "runner.resume_dir": Row(
         NO_MEANING, "RLinf's checkpoints cannot be continued here", only=(None,)
@@ -80,7 +80,7 @@ ALGORITHM = {
         DIFFERENT,
         "without effect in GRPO; in PPO RLinf normalises over a rank and does not pass False on, "
         "here it is over the iteration, and False has its effect; no switch",
-        to("algo.normalize_advantages"),
+        To("algo.normalize_advantages"),
         absent=True,
     ),
     "algorithm.kl_penalty": Row(NO_MEANING, "RLinf's embodied runs have no KL penalty"),
@@ -94,10 +94,10 @@ ALGORITHM = {
         NO_MEANING, "follows from env.max_episode_steps and the chunk", convert.check_chunks
     ),
     "algorithm.n_eval_chunk_steps": IN_LIBERO,
-    "algorithm.rollout_epoch": Row(MAPPED, "episodes per environment", to("rollout.epochs")),
-    "algorithm.reward_type": Row(MAPPED, "level of rewards", to("algo.reward_type")),
-    "algorithm.logprob_type": Row(MAPPED, "level of ratios", to("algo.logprob_type")),
-    "algorithm.entropy_type": Row(MAPPED, "level of the entropy", to("algo.entropy_type")),
+    "algorithm.rollout_epoch": Row(MAPPED, "episodes per environment", To("rollout.epochs")),
+    "algorithm.reward_type": Row(MAPPED, "level of rewards", To("algo.reward_type")),
+    "algorithm.logprob_type": Row(MAPPED, "level of ratios", To("algo.logprob_type")),
+    "algorithm.entropy_type": Row(MAPPED, "level of the entropy", To("algo.entropy_type")),
     "algorithm.adv_type": Row(MAPPED, "chooses the preset", convert.algorithm),
     "algorithm.loss_type": Row(
         MAPPED, "goes with algorithm.adv_type: grpo has actor, gae actor_critic", convert.loss
@@ -108,33 +108,33 @@ ALGORITHM = {
     "algorithm.entropy_bonus": Row(
         DIFFERENT,
         "0 is the same; RLinf's other values give NaN gradients, here they act",
-        to("algo.entropy_bonus"),
+        To("algo.entropy_bonus"),
         absent=0,
     ),
-    "algorithm.clip_ratio_high": Row(MAPPED, "upper clip", to("algo.clip_high")),
-    "algorithm.clip_ratio_low": Row(MAPPED, "lower clip", to("algo.clip_low")),
+    "algorithm.clip_ratio_high": Row(MAPPED, "upper clip", To("algo.clip_high")),
+    "algorithm.clip_ratio_low": Row(MAPPED, "lower clip", To("algo.clip_low")),
     "algorithm.clip_ratio_c": Row(
         DIFFERENT,
         "RLinf does not pass it on for OpenVLA-OFT, so the command leaves the dual clip off; "
         "--config.algo.clip_ratio_c turns it on",
     ),
-    "algorithm.value_clip": Row(MAPPED, "of the value loss (PPO)", to("algo.value_clip")),
-    "algorithm.huber_delta": Row(MAPPED, "of the value loss (PPO)", to("algo.huber_delta")),
-    "algorithm.gamma": Row(MAPPED, "discount (PPO)", to("algo.gamma"), absent=1.0),
-    "algorithm.gae_lambda": Row(MAPPED, "trace decay (PPO)", to("algo.gae_lambda"), absent=1.0),
+    "algorithm.value_clip": Row(MAPPED, "of the value loss (PPO)", To("algo.value_clip")),
+    "algorithm.huber_delta": Row(MAPPED, "of the value loss (PPO)", To("algo.huber_delta")),
+    "algorithm.gamma": Row(MAPPED, "discount (PPO)", To("algo.gamma"), absent=1.0),
+    "algorithm.gae_lambda": Row(MAPPED, "trace decay (PPO)", To("algo.gae_lambda"), absent=1.0),
     "algorithm.update_epoch": Row(
-        MAPPED, "passes over the samples", to("algo.update_epochs"), absent=1
+        MAPPED, "passes over the samples", To("algo.update_epochs"), absent=1
     ),
     "algorithm.filter_rewards": Row(
-        MAPPED, "drops groups", to("algo.filter_rewards"), absent=False
+        MAPPED, "drops groups", To("algo.filter_rewards"), absent=False
     ),
-    "algorithm.rewards_lower_bound": Row(MAPPED, "lowest mean return", to("algo.filter_low")),
-    "algorithm.rewards_upper_bound": Row(MAPPED, "highest mean return", to("algo.filter_high")),
+    "algorithm.rewards_lower_bound": Row(MAPPED, "lowest mean return", To("algo.filter_low")),
+    "algorithm.rewards_upper_bound": Row(MAPPED, "highest mean return", To("algo.filter_high")),
     "algorithm.sampling_params.use_greedy": Row(
         NO_MEANING, "training samples, always", only=(False,)
     ),
     "algorithm.sampling_params.temperature_train": Row(
-        MAPPED, "in rollouts and in updates", to("policy.temperature")
+        MAPPED, "in rollouts and in updates", To("policy.temperature")
     ),
     "algorithm.sampling_params.temperature_eval": Row(
         MAPPED, "0 or less = greedy", convert.eval_temperature
@@ -165,15 +165,15 @@ ENV = {
     "env.train.simulator_type": Row(
         NO_MEANING, "the presets for LIBERO in EVAC", only=("world_model_libero",)
     ),
-    "env.train.task_suite_name": Row(MAPPED, "suite of LIBERO", to("libero.suite")),
+    "env.train.task_suite_name": Row(MAPPED, "suite of LIBERO", To("libero.suite")),
     "env.train.auto_reset": Row(
-        MAPPED, "environments restart within a rollout", to("algo.auto_reset")
+        MAPPED, "environments restart within a rollout", To("algo.auto_reset")
     ),
     "env.train.ignore_terminations": Row(
-        MAPPED, "episodes go on after success", to("algo.ignore_terminations")
+        MAPPED, "episodes go on after success", To("algo.ignore_terminations")
     ),
     "env.train.max_episode_steps": Row(
-        MAPPED, "actions of an episode", to("env.max_episode_steps")
+        MAPPED, "actions of an episode", To("env.max_episode_steps")
     ),
     "env.train.use_rel_reward": Row(
         DIFFERENT,
@@ -196,9 +196,9 @@ ENV = {
     "env.train.video_cfg.save_video": Row(
         DIFFERENT,
         "evaluations are filmed, not rollouts; no switch",
-        to("video.save"),
+        To("video.save"),
     ),
-    "env.train.video_cfg.info_on_video": Row(MAPPED, "text in films", to("video.overlay")),
+    "env.train.video_cfg.info_on_video": Row(MAPPED, "text in films", To("video.overlay")),
     "env.train.video_cfg.video_base_dir": Row(
         NO_MEANING, "films lie in the run's folder; --config.video.dir names another"
     ),
@@ -263,7 +263,7 @@ ROLLOUT = {
         MAPPED, "a sampler of its own leaves its GPUs during updates", convert.offload, absent=False
     ),
     "rollout.pipeline_stage_num": Row(
-        MAPPED, "parts into which environments are divided", to("rollout.pipeline_stages")
+        MAPPED, "parts into which environments are divided", To("rollout.pipeline_stages")
     ),
 }
 
@@ -274,7 +274,7 @@ ACTOR = {
     "actor.channel.queue_size": WORKERS,
     "actor.training_backend": Row(NO_MEANING, "mesh lays arrays over GPUs", only=("fsdp",)),
     "actor.checkpoint_load_path": Row(
-        MAPPED, "folder or hf:// address of the start policy", to("policy.checkpoint")
+        MAPPED, "folder or hf:// address of the start policy", To("policy.checkpoint")
     ),
     "actor.checkpoint_save_path": Row(
         NO_MEANING, "checkpoints lie in the run's folder; --config.checkpoint.dir names another"
@@ -287,10 +287,10 @@ ACTOR = {
         convert.micro_batch,
     ),
     "actor.global_batch_size": Row(
-        MAPPED, "samples of an optimiser step, of all GPUs", to("algo.global_batch")
+        MAPPED, "samples of an optimiser step, of all GPUs", To("algo.global_batch")
     ),
     "actor.seed": Row(
-        DIFFERENT, "the seed, of other generators: no switch draws the same numbers", to("seed")
+        DIFFERENT, "the seed, of other generators: no switch draws the same numbers", To("seed")
     ),
     "actor.enable_offload": Row(
         DIFFERENT,
@@ -306,7 +306,7 @@ ACTOR = {
     "actor.model.action_dim": Row(NO_MEANING, "the policy's files tell", only=(7,)),
     "actor.model.num_action_chunks": Row(NO_MEANING, "the world model's chunk", only=(8,)),
     "actor.model.use_proprio": Row(NO_MEANING, "the policy sees frames only", only=(False,)),
-    "actor.model.unnorm_key": Row(MAPPED, "action statistics", to("policy.unnorm_key")),
+    "actor.model.unnorm_key": Row(MAPPED, "action statistics", To("policy.unnorm_key")),
     "actor.model.center_crop": Row(NO_MEANING, "RLinf reads it nowhere: frames are not cropped"),
     "actor.model.precision": Row(
         DIFFERENT,
@@ -332,12 +332,12 @@ ACTOR = {
     "actor.model.gradient_checkpointing": Row(
         MAPPED, "True recomputes every layer in the backward pass", convert.remat, absent=False
     ),
-    "actor.optim.lr": Row(MAPPED, "learning rate", to("optim.lr")),
-    "actor.optim.value_lr": Row(MAPPED, "of the value head", to("optim.value_lr")),
+    "actor.optim.lr": Row(MAPPED, "learning rate", To("optim.lr")),
+    "actor.optim.value_lr": Row(MAPPED, "of the value head", To("optim.value_lr")),
     "actor.optim.adam_beta1": Row(MAPPED, "of Adam", convert.betas),
     "actor.optim.adam_beta2": Row(MAPPED, "of Adam", convert.betas),
-    "actor.optim.adam_eps": Row(MAPPED, "of Adam", to("optim.eps")),
-    "actor.optim.clip_grad": Row(MAPPED, "largest norm", to("optim.clip_grad")),
+    "actor.optim.adam_eps": Row(MAPPED, "of Adam", To("optim.eps")),
+    "actor.optim.clip_grad": Row(MAPPED, "largest norm", To("optim.clip_grad")),
     "actor.optim.critic_warmup_steps": Row(
         MAPPED, "steps of the value head alone", convert.critic_warmup, absent=0
     ),
@@ -346,17 +346,17 @@ ACTOR = {
     ),
     "actor.optim.lr_warmup_steps": Row(MAPPED, "iterations to the peak", convert.warmup),
     "actor.optim.lr_warmup_steps_ratio": Row(
-        MAPPED, "the same as a share", to("optim.warmup_ratio")
+        MAPPED, "the same as a share", To("optim.warmup_ratio")
     ),
     "actor.optim.total_training_steps": Row(
-        MAPPED, "length of the schedule", to("optim.total_iterations")
+        MAPPED, "length of the schedule", To("optim.total_iterations")
     ),
     "actor.optim.min_lr_ratio": Row(
         NO_MEANING,
         "RLinf hands it to a cosine that takes no such argument; --config.optim.min_lr_rate",
         only=(0.0, 0),
     ),
-    "actor.optim.num_cycles": Row(MAPPED, "of the cosine", to("optim.num_cycles")),
+    "actor.optim.num_cycles": Row(MAPPED, "of the cosine", To("optim.num_cycles")),
     "actor.tokenizer.tokenizer_type": IN_THE_FOLDER,
     "actor.tokenizer.tokenizer_model": Row(
         NO_MEANING, "the tokenizer is the policy folder's", convert.same_model

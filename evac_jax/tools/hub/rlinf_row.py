@@ -12,9 +12,15 @@ ANY: Any = object()
 Convert = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 
 
-def to(field: str) -> Convert:
-    """Return the conversion that copies a value to a field."""
-    return lambda value, _: {field: value}
+@dataclass(frozen=True)
+class To:
+    """The conversion that copies a value to a field of our configuration."""
+
+    field: str
+
+    def __call__(self, value: Any, _values: Mapping[str, Any]) -> dict[str, Any]:
+        """Convert."""
+        return {self.field: value}
 
 
 def _nothing(_value: Any, _values: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def nodes(value: int, values: Values) -> Fields:
 def _devices(values: Values) -> dict[str, tuple[int, ...]]:
     """Return {component: its GPUs, counted over all hosts}."""
     found: dict[str, tuple[int, ...]] = {}
+    if not isinstance(values[PLACEMENT], Mapping):
+        raise ValueError(f"expected GPUs of env, rollout and actor, got {values[PLACEMENT]!r}")
     for names, text in values[PLACEMENT].items():
         for name in str(names).split(","):
             found[name.strip()] = parse_devices(str(text))  # a ValueError for "all" and the like
@@ -38,7 +40,7 @@ def _devices(values: Values) -> dict[str, tuple[int, ...]]:
 
 def _hosts_devices(values: Values) -> tuple[dict[str, tuple[int, ...]], int]:
     """Return {component: its GPUs on every host}, and the GPUs of a host."""
-    devices, hosts = _devices(values), int(values.get(NODES, 1))
+    devices, hosts = _devices(values), values.get(NODES, 1)
     gpus, rest = divmod(1 + max(max(numbers) for numbers in devices.values()), hosts)
     result = {}
     for name, numbers in devices.items():
@@ -65,14 +67,14 @@ def placement(value: Mapping, values: Values) -> Fields:
 
 def run_name(value: str, values: Values) -> Fields:
     """Name of the run: only several hosts need one."""
-    return {"log.run": value} if int(values.get(NODES, 1)) > 1 else {}
+    return {"log.run": value} if values.get(NODES, 1) > 1 else {}
 
 
 def backends(value: list[str] | str, values: Values) -> Fields:
     """Where metrics go."""
-    names = [value] if isinstance(value, str) else list(value)
-    if unknown := sorted(set(names) - {"tensorboard", "wandb"}):
-        raise ValueError(f"expected tensorboard, wandb; got {unknown}")
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or [n for n in names if n not in ("tensorboard", "wandb")]:
+        raise ValueError(f"expected tensorboard, wandb; got {value}")
     return {
         "log.tensorboard": "tensorboard" in names,
         "log.wandb": "online" if "wandb" in names else "disabled",
@@ -189,7 +191,7 @@ def imported(field: str, name: str) -> Convert:
 def same_model(value: str, values: Values) -> Fields:
     """Nothing, if it is the start policy."""
     if value != values["actor.checkpoint_load_path"]:
-        raise ValueError("expected the folder of actor.checkpoint_load_path")
+        raise ValueError("expected the folder of actor.checkpoint_load_path; override both")
     return {}
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from evac_jax.config.flags import DEFAULT_PRESET, preset_names
+from evac_jax.config.flags import DEFAULT_PRESET, preset_names, read_config
 from evac_jax.errors import ConfigError
 from evac_jax.memory.parts import GB, peak
 from evac_jax.tools.command_line import Parser, run_tool
@@ -26,7 +26,7 @@ from evac_jax.tools.memory.advice import advice, presets_table
 from evac_jax.tools.memory.compile import CACHE, PYTHON, ROOT, compile_ahead, table
 from evac_jax.tools.memory.compiler import Request
 from evac_jax.tools.memory.layouts import Layout, layouts
-from evac_jax.tools.memory.setup import Setup, read_config, read_setup
+from evac_jax.tools.memory.setup import Setup, read_setup
 from evac_jax.tools.memory.topology import Topology
 
 SMALL = ("miniature", "own", "libero_small")  # for small networks, not for a 7B policy

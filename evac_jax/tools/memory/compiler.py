@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evac_jax.config.flags import read_config
 from evac_jax.errors import ConfigError
 from evac_jax.tools.command_line import Parser, run_tool
-from evac_jax.tools.memory.setup import Setup, read_config, read_setup
+from evac_jax.tools.memory.setup import Setup, read_setup
 from evac_jax.tools.memory.topology import CUDNN, Topology
 
 PROGRAMS = ("sample", "update")

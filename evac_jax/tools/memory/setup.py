@@ -2,13 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evac_jax.config.build import from_config_dict
-from evac_jax.config.flags import read_preset
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts
 from evac_jax.errors import ConfigError
@@ -18,12 +15,6 @@ from evac_jax.policy_import import policy_sizes
 from evac_jax.shapes import EpisodeShapes
 from policies.openvla_oft.config import OpenVLAOFTConfig
 
-# Fields that name files of the user, which need not exist here.
-PATHS = (
-    *("policy.checkpoint", "policy.lora_adapter", "world_model.checkpoint", "reward.checkpoint"),
-    *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
-)
-EXISTING = "."
 # Share of a device that JAX takes of its own accord.
 JAX_SHARE = {"cuda": 0.75, "tpu": 1.0}
 
@@ -73,26 +64,6 @@ class Setup:
     def imagines(self) -> bool:
         """Whether there are simulator processes with networks."""
         return self.config.env.simulator == "world_model"
-
-
-def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:
-    """Return a preset changed by `--config.a.b=value` flags, checked except for the named files.
-
-    Raises:
-        ConfigError: unknown fields, wrong values, impossible combinations.
-    """
-    values = read_preset(file, flags).to_dict()
-    given = {}
-    for name in PATHS:
-        section, field = name.split(".")
-        path = given[section, field] = values[section][field]
-        if path or name not in ("policy.lora_adapter", "env.keyframe_data"):
-            values[section][field] = ",".join(EXISTING for _ in str(path).split(","))
-    config = from_config_dict(values)
-    for (section, field), path in given.items():
-        part = dataclasses.replace(getattr(config, section), **{field: path})
-        config = dataclasses.replace(config, **{section: part})
-    return config
 
 
 def read_setup(config: TrainConfig, policy_file: str, world_model_file: str) -> Setup:

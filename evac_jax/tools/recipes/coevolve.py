@@ -17,7 +17,6 @@ The share of successful episodes in a folder is then the real success of that ro
 
 import argparse
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -222,7 +221,7 @@ def recorded_folder(number: int, options: Options) -> Path:
 
 def success_rate(workshop: Workshop, name: str) -> float:
     """Return the success rate that an evaluation stage measured, 0..1."""
-    values = json.loads((workshop.work / "success" / name / report.EVALUATION_FILE).read_text())
+    values = cards.read_json(workshop.work / "success" / name / report.EVALUATION_FILE)
     return values["success"]["ground_truth"]["rate"]
 
 
@@ -302,7 +301,7 @@ def _report(workshop, stages, policies, best, options) -> dict[int, float]:
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return cards.read_json(path) if path.is_file() else {}
 
 
 def _facts(workshop: Workshop, number: int) -> dict:

@@ -1,11 +1,11 @@
 """Command lines that several recipes need; `{work}` has the meaning as in `stages.Stage`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 
 from evac_jax.config.flags import read_preset
+from evac_jax.files import cards
 from evac_jax.tools.recipes.stages import ROOT
 
 SELECTION = (1_000_000, 2_000_000)  # scenes of the miniature on which choices are made
@@ -190,4 +190,4 @@ def value_of(config: str, settings: Mapping[str, object], name: str) -> object:
 def trust_figures(folder: Path) -> dict:
     """Return the figures of a trust report, {} if there is none."""
     path = folder / TRUST_FILE
-    return json.loads(path.read_text())["figures"] if path.is_file() else {}
+    return cards.read_json(path)["figures"] if path.is_file() else {}

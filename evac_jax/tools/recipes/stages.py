@@ -133,7 +133,7 @@ class Workshop:
     def record(self, name: str) -> dict:
         """Return a stage's record: stamp, seconds, done, command; {} if it has not started."""
         path = self._stamps / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return cards.read_json(path) if path.is_file() else {}
 
     def is_done(self, stage: Stage, stamp: str) -> bool:
         """Whether the stage's output exists and was made by exactly this command."""
@@ -144,7 +144,7 @@ class Workshop:
     def clock(self) -> float:
         """Wall-clock seconds of all runs in this folder together."""
         path = self.work / "clock.json"
-        return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+        return cards.read_json(path)["seconds"] if path.is_file() else 0.0
 
     def _set_clock(self, seconds: float) -> None:
         cards.write_json(self.work / "clock.json", {"seconds": seconds})

@@ -25,6 +25,23 @@ def destination(folders: Sequence[Path]) -> Path:
     return Path(above) / run_report.REPORT_FILE
 
 
+def check_replaceable(out: Path, folders: Sequence[Path]) -> None:
+    """Refuse to write over anything but a report.
+
+    Raises:
+        ConfigError: there is something else.
+    """
+    if out.is_dir():
+        raise ConfigError(f"--out: expected a file such as report.html, got the folder {out}")
+    # A run's own may be of an older version.
+    own = [(folder / run_report.REPORT_FILE).absolute() for folder in folders]
+    if out.exists() and out.absolute() not in own and not run_report.is_report(out):
+        raise ConfigError(
+            f"--out: expected a new file or an earlier report of runs, got {out}, which is "
+            "something else; name another file, or remove it"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = Parser("runs.report", __doc__)
@@ -32,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="HTML file; default: report.html in or above them")
     args = parser.parse_args(argv)
     folders = list(dict.fromkeys(args.runs))
-    if args.out and args.out.is_dir():
-        raise ConfigError(f"--out: expected a file such as report.html, got the folder {args.out}")
     out = args.out or destination(folders)
+    check_replaceable(out, folders)
     said = run_report.write(folders, out)
     report.show("\n".join([*said, "", str(out)]))
 

@@ -12,7 +12,6 @@ their turn. At the end OUT/report.html shows all runs side by side (docs/watch.m
 import contextlib
 import dataclasses
 import itertools
-import json
 import re
 import signal
 import subprocess
@@ -185,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with claim.claimed(args.out) as out:
         plan = {"config": args.config, "flags": sorted(common)}
         if (out / PLAN_FILE).is_file():
-            check_same_run(out / PLAN_FILE, json.loads((out / PLAN_FILE).read_text()), plan)
+            check_same_run(out / PLAN_FILE, cards.read_json(out / PLAN_FILE), plan)
         cards.write_json(out / PLAN_FILE, plan)
         failed = train(out.absolute(), args.config, common, runs)
         begun = [out / t.name for t in runs if (out / t.name / json_lines.METRICS_FILE).is_file()]

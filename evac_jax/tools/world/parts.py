@@ -117,7 +117,7 @@ def sizes_of(part: str, folder: Path) -> dict[str, Any]:
 
 def weights_file(folder: Path) -> str:
     """Return the name of a network's file of weights."""
-    return json.loads((folder / CONFIG_FILE).read_text()).get("weights", WEIGHTS_FILE)
+    return cards.read_json(folder / CONFIG_FILE).get("weights", WEIGHTS_FILE)
 
 
 def _add_policy(facts: Facts, folder: Path, card: Mapping[str, Any]) -> None:
@@ -127,7 +127,7 @@ def _add_policy(facts: Facts, folder: Path, card: Mapping[str, Any]) -> None:
             one = one.get("start")
         facts.add("policy/card.json", **{name: one[name] if one else None})
     path = folder / STATISTICS_FILE
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = cards.read_json(path) if path.is_file() else {}
     if len(known) == 1 and not facts.told.get("unnorm_key"):
         facts.add(f"policy/{STATISTICS_FILE}", unnorm_key=next(iter(known)))
 

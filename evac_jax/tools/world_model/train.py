@@ -11,7 +11,6 @@ run that was stopped, with the same numbers as without the interruption.
 """
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -290,7 +289,7 @@ def _start_of(args: argparse.Namespace) -> dict[str, str]:
     """SHA-256 of the weights from which fine-tuning started."""
     if not args.start:
         return {}
-    description = json.loads((Path(args.start) / model_folders.CONFIG_FILE).read_text())
+    description = cards.read_json(Path(args.start) / model_folders.CONFIG_FILE)
     weights = Path(args.start) / description.get("weights", model_folders.WEIGHTS_FILE)
     return {"start": cards.sha256(weights)}
 

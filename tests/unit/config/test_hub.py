@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -174,3 +175,10 @@ def test_cache_serves_alone_when_offline(server, monkeypatch):
 def test_hub_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
     point_client_to("http://127.0.0.1:9", tmp_path, monkeypatch)
     assert "http://127.0.0.1:9 cannot be reached" in told("hf://me/policy")
+
+
+def test_damaged_list_of_compared_files_is_passed_over(server):
+    folder = Path(hub.local("hf://me/policy"))
+    record = folder.parents[1] / hub.CHECKED_FILE
+    record.write_bytes(b"\xff\n" + record.read_bytes())
+    assert Path(hub.local("hf://me/policy")) == folder

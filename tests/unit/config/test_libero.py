@@ -142,3 +142,12 @@ def test_settings_off_the_official_protocol_are_named():
     assert config.facts()["departures"] == config.departures
     assert config.episode_steps == 110
     assert dataclasses.replace(config, max_steps=64).episode_steps == 64
+
+
+def test_bytes_that_are_no_text_hide_nothing_in_a_description(package, tmp_path):
+    root = tmp_path / "packages/libero/libero"
+    xml = root / "assets/objects/bowl/akita_black_bowl.xml"
+    xml.write_bytes(xml.read_bytes() + b"<!-- \xff -->")
+    task = root / f"bddl_files/libero_spatial/{libero_fakes.TASKS[1]}.bddl"
+    task.write_bytes(task.read_bytes() + b"; \xff")
+    assert libero.problems(package) == []

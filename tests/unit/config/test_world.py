@@ -183,8 +183,9 @@ def test_card_that_lacks_an_entry_or_is_no_json_is_refused(folder):
     del values["horizon"]
     path.write_text(json.dumps(values))
     assert "horizon: missing" in told(f"world={folder}")
-    path.write_text("{")
-    assert "expected JSON" in told(f"world={folder}")
+    for damaged in (b"{", b'{"name": "\xff"}'):
+        path.write_bytes(damaged)
+        assert f"{path}: expected JSON" in told(f"world={folder}")
 
 
 def test_all_missing_and_foreign_files_are_named(folder):

@@ -152,6 +152,7 @@ def test_large_policy_is_refused_when_it_would_leave_a_gpu_unused(tmp_path, monk
         len(header).to_bytes(8, "little") + header.encode() + bytes(10)
     )
     (tmp_path / "damaged.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "broken.safetensors").write_bytes((2).to_bytes(8, "little") + b"\xff\xff")
     assert parameters_in(tmp_path) == 3007
     unused = dataclasses.replace(SERVER, jax_platform="cpu", jax_cuda="")
     config = config_of()

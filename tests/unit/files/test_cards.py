@@ -22,3 +22,9 @@ def test_card_that_is_no_object_is_refused(tmp_path, text):
     (tmp_path / "card.json").write_text(text)
     with pytest.raises(DataError, match=r"card\.json: expected a JSON object"):
         cards.read(tmp_path)
+
+
+def test_card_of_bytes_that_are_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / "card.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(DataError, match=r"card\.json: expected a JSON object .*can't decode"):
+        cards.read(tmp_path)

@@ -71,3 +71,10 @@ def test_place_is_refused_before_any_work_when_it_cannot_be_written(tmp_path, mo
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may do all
     with pytest.raises(StorageError, match="cannot be written to; set --config.log.dir"):
         claim.check_writable(tmp_path / "runs" / "one")
+
+
+def test_lock_is_told_when_its_text_is_damaged(tmp_path):
+    with claim.claimed(tmp_path):
+        (tmp_path / claim.LOCK_FILE).write_bytes(b"\xff")
+        with pytest.raises(StorageError, match="another process"), claim.claimed(tmp_path):
+            pass

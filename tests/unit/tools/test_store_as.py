@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from evac_jax.errors import CheckpointError
+from evac_jax.errors import CheckpointError, DataError
 from evac_jax.files import cards
 from evac_jax.tools.store_as import store
 
@@ -52,3 +52,9 @@ def test_values_that_do_not_fit_are_refused_and_leave_nothing(source, tmp_path):
     store(source, tmp_path / "out", "bfloat16")
     with pytest.raises(CheckpointError, match="exists"):
         store(source, tmp_path / "out", "bfloat16")
+
+
+def test_configuration_of_bytes_that_are_no_text_is_refused_by_name(source, tmp_path):
+    (source / "config.json").write_bytes(b'{"torch_dtype": "\xff"}')
+    with pytest.raises(DataError, match=r"config\.json: expected a JSON object"):
+        store(source, tmp_path / "out", "float16")

@@ -76,3 +76,12 @@ def test_groups_are_named_by_their_runs_when_too_much_differs(tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     groups = record.grouped([record.read(run) for run in (one, other)])
     assert [group.name for group in groups] == ["one", "other"]
+
+
+@pytest.mark.parametrize("text", [b'{"iteration": "\xff"}', b"[]", b"{"])
+def test_damaged_list_of_films_is_told(tmp_path, text):
+    run = make_run(tmp_path / "one")
+    (run / "videos").mkdir()
+    (run / "videos" / "iteration_00002.json").write_bytes(text)
+    with pytest.raises(DataError, match=r"iteration_00002\.json: expected a JSON object"):
+        record.read(run)

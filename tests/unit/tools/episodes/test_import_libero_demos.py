@@ -169,6 +169,7 @@ def spoil(name, value=None, attribute=None):
         (spoil("data/demo_0/obs/agentview_rgb", np.zeros((3, 8, 8, 3))), "agentview_rgb: expected"),
         (spoil("data/demo_0/actions", np.full((3, 7), 2.0)), "actions reach 2"),
         (spoil("data", "metal", "macros_image_convention"), "macros_image_convention"),
+        (spoil("data", np.bytes_(b"\xff"), "macros_image_convention"), "macros_image_convention"),
         (spoil("data/demo_0", "<mujoco", "model_file"), "not a MuJoCo model"),
     ],
 )

@@ -3,6 +3,7 @@
 import functools
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from evac_jax.config.flags import read_preset
 from evac_jax.errors import ConfigError
 from evac_jax.tools.hub import from_rlinf
 from evac_jax.tools.hub.rlinf_keys import ROWS
+from evac_jax.tools.hub.rlinf_kinds import KINDS
 from evac_jax.tools.hub.rlinf_row import DIFFERENT, MAPPED, NO_MEANING, UNSUPPORTED
 from evac_jax.tools.hub.rlinf_values import PLACEMENT
+from tests.unit.docs import pages
 
 pytest.importorskip("hydra", reason="hydra-core is not installed (requirements-dev.txt)")
 
@@ -245,3 +248,134 @@ def test_missing_hydra_is_told_with_the_command_that_installs_it(monkeypatch):
 
 def test_pip_command_names_the_pinned_version(repository):
     assert from_rlinf.HYDRA in (repository / "requirements-dev.txt").read_text()
+
+
+def mistakes_of(*overrides) -> str:
+    with pytest.raises(ConfigError) as told:
+        lines_of((), *overrides)
+    return str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("algorithm.group_size=abc", "algorithm.group_size: expected int, got 'abc'"),
+        ("algorithm.group_size=-3", "algorithm.group_size: expected at least 1, got -3"),
+        ("algorithm.group_size=2.5", "algorithm.group_size: expected int, got 2.5"),
+        ("actor.optim.lr=fast", "actor.optim.lr: expected float, got 'fast'"),
+        ("actor.seed=null", "actor.seed: expected int, got None"),
+        ("actor.model.is_lora=maybe", "actor.model.is_lora: expected bool, got 'maybe'"),
+        ("algorithm.gamma=x", "algorithm.gamma: expected float, got 'x'"),
+        ("algorithm.adv_type=[1]", "algorithm.adv_type: expected str, got [1]"),
+    ],
+)
+def test_value_of_another_type_is_refused_by_its_key(override, told):
+    assert told in mistakes_of(override)
+
+
+def test_all_values_of_another_type_are_refused_at_once():
+    told = mistakes_of("actor.optim.adam_beta1=a", "actor.seed=b", "runner.max_epochs=c")
+    assert len(told.splitlines()) == 4
+
+
+def test_every_key_behind_a_field_has_a_kind():
+    assert set(KINDS) <= set(ROWS)
+    # Their conversions look at the value themselves, or do not use it.
+    free = {
+        *("cluster.component_placement", "runner.logger.logger_backends", "algorithm.kl_beta"),
+        *("algorithm.loss_type", "actor.model.value_type", "actor.model.precision"),
+        *("actor.optim.warmup_style", "actor.fsdp_config.sharding_strategy"),
+        "env.train.world_model_cfg.pretrained_checkpoint",
+        "env.train.reward_model_cfg.pretrained_checkpoint",
+        "env.train.action_predictor_cfg.pretrained_checkpoint",
+    }
+    for found in lines_of():
+        if found.fields and found.key not in free:
+            wrong = object()
+            with pytest.raises(ConfigError, match=re.escape(f"{found.key}: expected")):
+                lines_of({found.key: wrong})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("actor.optim.lr", -1.0, "expected > 0, got -1.0"),
+        ("actor.optim.adam_beta1", 1.5, "got 1.5"),
+        ("algorithm.reward_type", "word_level", "expected one of ('action_level'"),
+        ("actor.model.precision", [1], "expected one of"),
+        ("runner.logger.logger_backends", 5, "expected tensorboard, wandb; got 5"),
+        (PLACEMENT, "all", "expected GPUs of env, rollout and actor, got 'all'"),
+    ],
+)
+def test_value_that_no_field_can_have_is_listed_as_not_supported(key, value, told):
+    found = line(key, {key: value})
+    assert (found.verdict, found.fields) == (UNSUPPORTED, {})
+    assert told in found.reason
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["algorithm.num_group_envs=3"],
+            ["config.env.num_envs: must be a multiple", "\n  env.train.num_group = 3"],
+        ),
+        (
+            ["+actor.optim.warmup_style=cosine"],
+            ["total_iterations: 'cosine' needs", "actor.optim.total_training_steps, which is not"],
+        ),
+        (["actor.checkpoint_load_path=hf://abc"], ["expected hf://OWNER/NAME", "got 'hf://abc'"]),
+    ],
+)
+def test_command_that_launch_would_refuse_is_not_printed(overrides, told, capsys):
+    with pytest.raises(ConfigError) as refused:
+        from_rlinf.main([str(CONFIG), *overrides])
+    assert [part for part in told if part not in str(refused.value)] == []
+    out = capsys.readouterr().out
+    assert "mapped (" in out
+    assert "launch.py" not in out.splitlines()[-1]
+    assert "The command:" not in out
+
+
+def test_file_that_is_no_utf8_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"a: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml, or a file .*: expected UTF-8 text"):
+        from_rlinf.compose(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(("text", "got"), [("", "none"), ("model: {size: 1}\n", "model")])
+def test_file_of_something_else_is_refused_with_the_keys_that_it_lacks(tmp_path, text, got):
+    (tmp_path / "run.yaml").write_text(text)
+    values = from_rlinf.flat(from_rlinf.compose(tmp_path / "run.yaml"))
+    with pytest.raises(ConfigError, match=f"keys cluster, runner, .*; got {got}; missing cluster"):
+        from_rlinf.translate(values, "weights")
+
+
+def test_folder_is_refused_as_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder; expected RLinf's \.yaml file"):
+        from_rlinf.compose(tmp_path)
+
+
+def test_only_the_file_is_asked_for_when_there_are_no_arguments(capsys):
+    with pytest.raises(SystemExit):
+        from_rlinf.main([])
+    assert capsys.readouterr().err.endswith("arguments are required: config\n")
+
+
+def test_command_of_the_page_ends_well_when_the_file_names_the_policy_three_times(
+    repository, tmp_path, capsys
+):
+    shutil.copytree(CONFIG.parent, tmp_path / "config")
+    file = tmp_path / "config" / CONFIG.name
+    file.write_text(file.read_text().replace("${actor.checkpoint_load_path}", "/path/to/model/"))
+    (words,) = (
+        words
+        for words in pages.commands(repository / "docs/from_rlinf.md")
+        if "evac_jax.tools.hub.from_rlinf" in words
+    )
+    _, (_, *overrides) = pages.module_and_arguments(words)
+    from_rlinf.main([str(file), *overrides])  # status 0
+    assert "--config.policy.checkpoint=POLICY" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        from_rlinf.main([str(file), "actor.checkpoint_load_path=POLICY"])
+    assert "2 keys are unknown or not supported" in capsys.readouterr().err

@@ -153,3 +153,12 @@ def test_stage_is_shown_as_one_would_type_it():
     stage = dataclasses.replace(DIAMOND[0], command=("-m", "a.b", "--steps", "3"))
     assert stage.shown == "python -m a.b --steps 3"
     assert sys.executable not in stage.shown
+
+
+def test_record_of_bytes_that_are_no_text_is_refused_by_name(tmp_path):
+    workshop = _workshop(tmp_path)
+    workshop.run([_stage("a")])
+    (record,) = tmp_path.rglob("a.json")
+    record.write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"a\.json: expected a JSON object"):
+        workshop.record("a")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from evac_jax.errors import CheckpointError, ConfigError, EvacJaxError
+from evac_jax.errors import CheckpointError, ConfigError, DataError, EvacJaxError
 from evac_jax.tools.runs import sweep
 
 # In place of launch.py: writes what a run leaves, and a line for each call.
@@ -179,3 +179,9 @@ def test_signal_stops_the_run_under_way_and_the_sweep(tmp_path, trainer, reposit
     assert "the same command goes on" in told
     assert len(_calls(out)) == 1
     assert json.loads((out / "sweep.json").read_text())["config"] == "configs/grpo.py"
+
+
+def test_plan_of_bytes_that_are_no_text_is_refused_by_name(tmp_path, trainer):
+    (tmp_path / sweep.PLAN_FILE).write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"sweep\.json: expected a JSON object"):
+        _sweep(tmp_path)
