@@ -7,11 +7,12 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from evac_jax.config.fields import value_problems, with_home
 from evac_jax.config.libero import MAX_STEPS, LiberoConfig, problems
-from evac_jax.errors import ConfigError, EvacJaxError
+from evac_jax.errors import ConfigError, DataError, EvacJaxError
 
 DEVICES = ("cpu", "cuda")
 LIBERO_PYTHON = ".venv-libero/bin/python"  # where `make libero` installs it
@@ -25,6 +26,17 @@ def run_tool(main: Callable[[], None]) -> None:
     except (EvacJaxError, OSError) as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
         sys.exit(2)
+
+
+def refuse_existing(out: str | Path) -> None:
+    """Refuse an --out that is there already: nothing of the user's is written over.
+
+    Raises:
+        DataError: there is such a file or folder.
+    """
+    if (path := Path(out)).exists():
+        kind = "folder" if path.is_dir() else "file"
+        raise DataError(f"--out: {out} exists; choose another {kind} or remove it")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -18,7 +18,7 @@ from absl import logging
 from evac_jax.errors import DataError
 from evac_jax.files.atomic import whole_folder
 from evac_jax.telemetry.report import EVALUATION_FILE
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 
 
 def success_of(folder: Path) -> tuple[str, float]:
@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", required=True, type=Path, help="new folder, a copy of the chosen policy")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
-    if args.out.exists():
-        raise DataError(f"--out: {args.out} exists; choose another folder or remove it")
+    refuse_existing(args.out)
     chosen = choose(args.evaluations, *args.between)
     logging.info("%s", chosen)
     with whole_folder(args.out) as folder:

@@ -29,6 +29,7 @@ from evac_jax.files.atomic import replacing, whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.tools import sizes
+from evac_jax.tools.command_line import refuse_existing
 from evac_jax.tools.policy.data import GOAL_DIM, Batch, Chunks, action_statistics
 from evac_jax.tools.resume import check_same_run
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
@@ -79,8 +80,7 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
         CheckpointError: the progress beside `args.out` belongs to another run.
     """
     out = Path(args.out)
-    if out.exists():
-        raise DataError(f"--out: {out} exists; choose another folder or remove it")
+    refuse_existing(out)
     training, held_out = _episodes(args)
     stats = action_statistics(training, args.gripper)
     with tempfile.TemporaryDirectory() as scratch:

@@ -30,7 +30,6 @@ from absl import logging
 from flax import nnx
 
 from evac_jax.devices.malloc import keep_freed_memory
-from evac_jax.errors import DataError
 from evac_jax.files import cards
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.env import to_policy_actions
@@ -304,8 +303,6 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
     """Train on fresh scenes, write the policy folder."""
     statistics = ActionStatistics.from_norm_stats(NORM_STATS, UNNORM_KEY)
     out = Path(args.out)
-    if out.exists():
-        raise DataError(f"--out: {out} exists; choose another folder or remove it")
     if args.start:
         with told_as_checkpoint_error(f"--start: cannot import {args.start!r}"):
             loaded = load_policy(

@@ -30,7 +30,7 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.tools import torch_training
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.reward import calibration
 from evac_jax.tools.reward.margin import NO_MARGIN, near_change
 
@@ -248,9 +248,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="folders of recorded episodes")
     add("--imagined", nargs="+", default=[], help="folders of imagined episodes")
-    add("--out", required=True, help="folder for weights, config and card")
-    add("--steps", type=int, default=2000, help="of the optimizer")
-    add("--width", type=int, default=12, help="channels of the first stage; published ones have 64")
+    add("--out", required=True, help="new folder for weights, config and card")
+    add("--steps", type="count", default=2000, help="of the optimizer")
+    add(
+        "--width",
+        type="count",
+        default=12,
+        help="channels of the first stage; published ones have 64",
+    )
     add("--single_task", action="store_true", help="do not tell it the instruction, as published")
     add("--autoencoder", help="folder of the world model's codec")
     add("--success_frames", type=int, default=2, help="in a row that make a success, as in RL")
@@ -301,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
+    refuse_existing(args.out)
     data = recordings.load(*args.data, *args.imagined)
     sampling = sampling_of(args.imagined)
     known = data.asked  # a card may list tasks that nobody played

@@ -31,6 +31,7 @@ from evac_jax.config.flags import load_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, recordings
+from evac_jax.files.atomic import keep
 from evac_jax.files.recordings import Episodes
 from evac_jax.miniature.render import BLOCK_COLORS
 from evac_jax.miniature.tasks import INSTRUCTIONS
@@ -39,10 +40,12 @@ from evac_jax.simulators import world_model_specs
 from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.episodes import collect
+from evac_jax.tools.resume import check_folder
 from evac_jax.tools.trust import page
 from evac_jax.tools.trust.replay import Film, make_environment, replay
 from evac_jax.tools.trust.scores import summarise
 
+REPORT, PAGE = "report.json", "report.html"
 ROOT = Path(__file__).parents[3]
 PRESETS = {"miniature": "configs/grpo.py:miniature"}
 TRAINED_POLICY = Path(MINIATURE_WEIGHTS) / "policy_trained"
@@ -204,7 +207,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's values."""
     parser = Parser("trust", __doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings, weights, recording")
-    parser.add_argument("--out", default="runs/trust", help="folder of the report, written anew")
+    parser.add_argument(
+        "--out",
+        default="runs/trust",
+        help="folder of the report; an earlier one there is kept as report_1, and so on",
+    )
     parser.add_argument("--data", nargs="+", help="recordings to compare with")
     parser.add_argument(
         "--part", choices=("held_out", "all"), default="held_out", help="episodes of --data to use"
@@ -249,7 +256,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict:
     """Write the report of a command line; return it."""
-    began = time.process_time()
+    out, began = Path(args.out), time.process_time()
+    check_folder(out, REPORT)
     config = preset_config(args.preset) if args.preset else None
     settings, notes = settings_of(args, config), []
     if args.data:
@@ -273,10 +281,11 @@ def run(args: argparse.Namespace) -> dict:
             "overall": {name: judged["overall"][name] for name in ("episodes", *page.SHARES)},
         }
     result |= cards.card(cpu_seconds=round(time.process_time() - began), data=_provenance(data))
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    page.write(out / "report.html", result, films)
-    cards.write_json(out / "report.json", result)
+    for file in (out / PAGE, out / REPORT):
+        keep(file)
+    page.write(out / PAGE, result, films)
+    cards.write_json(out / REPORT, result)
     return result
 
 
@@ -292,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     result = run(args)
     said = [page.judge(result["overall"])[1], *page.findings(result), *result["notes"]]
-    report.show("\n".join([*said, f"\n{Path(args.out) / 'report.html'}", ""]))
+    report.show("\n".join([*said, f"\n{Path(args.out) / PAGE}", ""]))
     sys.stdout.write(last_line(result["figures"]) + "\n")
 
 

@@ -19,7 +19,7 @@ from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import EvacModel
 from evac_jax.files import cards, libero_facts, recordings
 from evac_jax.files.recordings import Episodes, EpisodeWriter
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.world_model.imagine import imagine_episodes
 
 _BATCH = 32
@@ -89,6 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
+    refuse_existing(args.out)
     model = model_folders.load_model(Path(args.world_model), kind="EvacModel", device=args.device)
     weights = Path(args.world_model) / model_folders.WEIGHTS_FILE
     facts = cards.card(world_model=cards.sha256(weights))

@@ -32,6 +32,7 @@ from evac_jax.telemetry.tensorboard import TensorBoardWriter
 from evac_jax.tools import torch_training
 from evac_jax.tools.command_line import run_tool
 from evac_jax.tools.distributed import Ranks
+from evac_jax.tools.resume import check_folder
 from evac_jax.tools.world_model.data import (
     Corpus,
     Windows,
@@ -234,6 +235,8 @@ class Trainer:
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     """Train as the arguments say, and write the data card."""
     out, folders = Path(args.out), [Path(folder) for folder in args.data]
+    # Those that a run makes before its first progress.
+    check_folder(out, PROGRESS, "tensorboard", "cache")
     out.mkdir(parents=True, exist_ok=True)
     data = recordings.load(*folders)
     model = make_model(args, data).to(ranks.device)

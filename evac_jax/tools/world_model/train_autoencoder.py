@@ -25,6 +25,7 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.tools import sizes, torch_training
 from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.resume import check_folder
 from evac_jax.tools.world_model.imagine import camera_of, check_fits, to_images
 from evac_jax.tools.world_model.latent_cache import draw_pose_maps
 from evac_jax.tools.world_model.places import places, squares
@@ -264,11 +265,12 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name}: expected 0 or more, got {getattr(args, name)}")
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
+    out = Path(args.out)
+    check_folder(out, PROGRESS)
     data = recordings.load(*args.data)
     config = sizes.world_model(args.sizes).replace(n_view=data.frames.shape[1])
     check_fits(config, data)
     train_part, held_out = data.both_parts()
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     digests = [cards.sha256(Path(folder) / "card.json") for folder in args.data]
     setup = {name: getattr(args, name) for name in SETUP}

@@ -19,7 +19,7 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.tools import torch_training
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 
 UNROLL = 6  # steps predicted in a row while training
 # Lower bound of the standard deviation. Without it, entries that hardly vary (the quaternion of an
@@ -123,9 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = Parser("world_model.train_pose_model", __doc__)
     parser.add_argument("--data", required=True, nargs="+", help="folders of recorded episodes")
-    parser.add_argument("--out", required=True, help="folder for weights, config and card")
-    parser.add_argument("--steps", type=int, default=6000, help="of the optimizer")
-    parser.add_argument("--hidden", type=int, default=128, help="width of its layers")
+    parser.add_argument("--out", required=True, help="new folder for weights, config and card")
+    parser.add_argument("--steps", type="count", default=6000, help="of the optimizer")
+    parser.add_argument("--hidden", type="count", default=128, help="width of its layers")
     parser.add_argument(
         "--plain", action="store_true", help="the published network, without the linear skip"
     )
@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
+    refuse_existing(args.out)
     train_part, held_out = recordings.load(*args.data).both_parts()
     began = time.process_time()
     config = PoseModelConfig(hidden=args.hidden, linear_skip=not args.plain)

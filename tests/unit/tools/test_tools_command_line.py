@@ -5,7 +5,7 @@ import re
 import pytest
 
 from evac_jax.errors import DataError
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from tests import house
 
 TOOLS = [
@@ -114,3 +114,12 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
     args = parser.parse_args(["--out=~/a,~/b", "--mix", "a~/b=c~", "~/c", "x=~"])
     assert (args.out, args.mix) == ("/home/me/a,/home/me/b", "a~/b=c~")
     assert args.folders == ["/home/me/c", "x=~"]
+
+
+def test_output_that_exists_is_refused_whether_file_or_folder(tmp_path):
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(DataError, match="--out: .* exists; choose another folder or remove it"):
+        refuse_existing(tmp_path)
+    with pytest.raises(DataError, match="card.json exists; choose another file or remove it"):
+        refuse_existing(str(tmp_path / "card.json"))
+    refuse_existing(tmp_path / "new")

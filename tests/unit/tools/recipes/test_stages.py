@@ -153,3 +153,10 @@ def test_stage_is_shown_as_one_would_type_it():
     stage = dataclasses.replace(DIAMOND[0], command=("-m", "a.b", "--steps", "3"))
     assert stage.shown == "python -m a.b --steps 3"
     assert sys.executable not in stage.shown
+
+
+def test_folder_of_other_files_is_no_workshop(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(DataError, match="exists and holds nothing to go on with"):
+        Workshop(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

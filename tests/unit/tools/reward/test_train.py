@@ -145,3 +145,8 @@ def test_classifier_learns_to_tell_success_apart(recording, tmp_path):
     values = train_reward.scores(model, recording)
     success = train_reward.by_episode(recording, recording.success)
     assert values[success].mean() > values[~success].mean() + 0.5
+
+
+def test_existing_folder_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(DataError, match=f"--out: {tmp_path} exists"):
+        train_reward.main(["--data", "nowhere", "--out", str(tmp_path)])

@@ -26,3 +26,8 @@ def test_recording_without_held_out_episodes_is_refused_before_anything_is_train
     with pytest.raises(DataError, match="0 held-out episodes; both are needed"):
         train_pose_model.main(["--data", str(tmp_path / "few"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_existing_folder_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(DataError, match=f"--out: {tmp_path} exists"):
+        train_pose_model.main(["--data", "nowhere", "--out", str(tmp_path)])
