@@ -175,7 +175,5 @@ def success_of(rule: str, values: Sequence | None, length: int, where: str) -> n
 def finish(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> None:
     """Call an importer, and say what came of it."""
     logging.set_verbosity(logging.INFO)
-    if args.image_size < 0:
-        raise ConfigError(f"--image_size: expected 0 or more pixels, got {args.image_size}")
     count = run(args)
     logging.info("%d episodes -> %s", count, args.out)

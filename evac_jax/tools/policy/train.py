@@ -33,7 +33,7 @@ from evac_jax.devices.malloc import keep_freed_memory
 from evac_jax.files import cards
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.env import to_policy_actions
-from evac_jax.miniature.expert import Expert, demonstrate
+from evac_jax.miniature.expert import KINDS, Expert, demonstrate
 from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
@@ -237,32 +237,35 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--start", help="policy folder to go on from; default: fresh weights")
     parser.add_argument(
         "--lora_rank",
-        type=int,
+        type="natural",
         default=0,
         help="train adapters of this rank alone; 0 = all weights",
     )
     parser.add_argument(
-        "--lora_alpha", type=float, default=0.0, help="adapters' scale x rank; 0 = a scale of 1"
+        "--lora_alpha",
+        type="not_negative",
+        default=0.0,
+        help="adapters' scale x rank; 0 = a scale of 1",
     )
-    parser.add_argument("--labels", default="expert", help="demonstrator: expert, sloppy ..")
+    parser.add_argument("--labels", choices=KINDS, default="expert", help="demonstrator")
     parser.add_argument(
-        "--pretrain_steps", type=int, default=0, help="of seeing and reading, first"
+        "--pretrain_steps", type="natural", default=0, help="of seeing and reading, first"
     )
-    parser.add_argument("--steps", type=int, default=6000, help="of the optimizer")
-    parser.add_argument("--batch", type=int, default=64, help="decisions per step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
-    parser.add_argument("--sd_bins", type=float, default=8.0, help="width of the soft targets")
+    parser.add_argument("--steps", type="count", default=6000, help="of the optimizer")
+    parser.add_argument("--batch", type="count", default=64, help="decisions per step")
+    parser.add_argument("--lr", type="positive", default=1e-3, help="highest learning rate")
+    parser.add_argument("--sd_bins", type="positive", default=8.0, help="width of the soft targets")
     text = "of the goal read-out; default: 1, with --data 0"
-    parser.add_argument("--goal_weight", type=float, help=text)
-    parser.add_argument("--score_scenes", type=int, default=512, help="played for a score")
-    parser.add_argument("--score_every", type=int, default=1000, help="steps between scores")
+    parser.add_argument("--goal_weight", type="not_negative", help=text)
+    parser.add_argument("--score_scenes", type="count", default=512, help="played for a score")
+    parser.add_argument("--score_every", type="count", default=1000, help="steps between scores")
     parser.add_seed("weights, scenes and batches")
     data = parser.add_argument_group("recorded episodes instead of the tabletop")
     data.add_argument("--data", nargs="+", metavar="RECORDING", help="folders of episodes")
     text = f"{sizes.HELP} a policy"
     data.add_argument("--sizes", metavar="NAME|FILE", help=text)
     data.add_argument("--unnorm_key", help="name of the recording's action statistics")
-    data.add_argument("--chunk", type=int, default=8, help="actions per decision")
+    data.add_argument("--chunk", type="count", default=8, help="actions per decision")
     text = "learn at every step, not only where a policy would decide"
     data.add_argument("--every_step", action="store_true", help=text)
     data.add_argument("--successful", action="store_true", help="leave failed episodes out")
@@ -270,14 +273,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--keep_stop_token", action="store_true", help="as the policy's own field")
     data.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     data.add_argument("--remat", action="store_true", help="recompute activations: less memory")
-    data.add_argument("--save_every", type=int, default=500, help="steps between saves")
+    data.add_argument("--save_every", type="count", default=500, help="steps between saves")
     args = parser.parse_args(argv)
     if args.lora_rank and not args.start:
         parser.error("--lora_rank needs --start, the policy folder that adapters are for")
     if args.data and bool(args.start) == bool(args.sizes):
         parser.error("--data needs either --start, a policy folder, or --sizes for random weights")
-    if args.lora_rank < 0 or args.lora_alpha < 0 or args.lora_alpha > 0 == args.lora_rank:
-        parser.error("--lora_rank must be 0 or more, and above 0 for --lora_alpha (0 or more)")
+    if args.lora_alpha > 0 == args.lora_rank:
+        parser.error("--lora_rank must be above 0 for --lora_alpha")
     if args.data and not args.unnorm_key:
         parser.error("--data needs --unnorm_key, a name for the action statistics")
     own = ("labels", "pretrain_steps", "score_scenes")

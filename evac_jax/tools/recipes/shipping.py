@@ -178,8 +178,8 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
         help="new folder of the weights; default: weights in --work, written anew",
     )
     add("--ship", action="store_true", help="replace the shipped weights by them")
-    add("--scale", type=float, default=1.0, help="0.01 for a smoke test")
-    add("--cores", type=int, help="default: up to 2")
+    add("--scale", type="share_above_0", default=1.0, help="0.01 for a smoke test")
+    add("--cores", type="count", help="default: up to 2")
     add("--list", action="store_true", help="show the stages and do nothing")
     add("--verify", action="store_true", help="compare the shipped files with their card instead")
     add("--weights", type=Path, default=recipe.weights, help="of --verify")

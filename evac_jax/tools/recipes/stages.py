@@ -112,7 +112,8 @@ class Workshop:
             None = all, up to 2.
 
     Raises:
-        DataError: another process, or a stage that one left behind, still uses the folder.
+        DataError: another process, or a stage that one left behind, still uses the folder; or it
+            holds other files.
     """
 
     def __init__(self, work: str | Path, cores: int | None = None):

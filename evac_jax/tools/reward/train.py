@@ -258,13 +258,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--single_task", action="store_true", help="do not tell it the instruction, as published")
     add("--autoencoder", help="folder of the world model's codec")
-    add("--success_frames", type=int, default=2, help="in a row that make a success, as in RL")
-    add("--chunk", type=int, default=8, help="frames that are imagined together")
-    add("--judged_frames", type=int, default=0, help="last frames of a chunk judged; 0 = all")
-    add("--false_success", type=float, default=0.1, help="largest share of claims to be false")
+    add("--success_frames", type="count", default=2, help="in a row that make a success, as in RL")
+    add("--chunk", type="count", default=8, help="frames that are imagined together")
+    add("--judged_frames", type="natural", default=0, help="last frames of a chunk judged; 0 = all")
+    add(
+        "--false_success",
+        type="share_below_1",
+        default=0.1,
+        help="largest share of claims to be false",
+    )
     add(
         "--margin",
-        type=int,
+        type="natural",
         nargs=2,
         default=NO_MARGIN,
         metavar=("BEFORE", "AFTER"),
@@ -274,10 +279,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_threads()
     parser.add_seed("weights and batches")
     args = parser.parse_args(argv)
-    if not 0 <= args.false_success < 1:
-        parser.error(f"--false_success: expected a share in [0, 1), got {args.false_success}")
-    if min(args.margin) < 0:
-        parser.error(f"--margin: expected two numbers >= 0, got {args.margin}")
     if not args.success_frames <= (args.judged_frames or args.chunk) <= args.chunk:
         parser.error(
             "expected --success_frames <= --judged_frames <= --chunk, got "

@@ -38,12 +38,13 @@ from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.simulators import world_model_specs
 from evac_jax.telemetry import report
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, number, run_tool
 from evac_jax.tools.episodes import collect
 from evac_jax.tools.resume import check_folder
 from evac_jax.tools.trust import page
 from evac_jax.tools.trust.replay import Film, make_environment, replay
 from evac_jax.tools.trust.scores import summarise
+from policies.ranges import Range
 
 REPORT, PAGE = "report.json", "report.html"
 ROOT = Path(__file__).parents[3]
@@ -217,7 +218,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--part", choices=("held_out", "all"), default="held_out", help="episodes of --data to use"
     )
     parser.add_argument(
-        "--episodes", type=int, default=128, help="of every kind at most; 0 = all of --data"
+        "--episodes", type="natural", default=128, help="of every kind at most; 0 = all of --data"
     )
     parser.add_argument("--trained", type=Path, help="policy after training, a Hugging Face folder")
     parser.add_argument("--world_model", help="folder of weights; default: the preset's")
@@ -229,28 +230,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="another one to compare with, by the preset's or its own threshold and frames; all is "
         "imagined a second time",
     )
-    parser.add_argument("--veto", type=float, help="of several classifiers that disagree; 0 = none")
+    parser.add_argument(
+        "--veto", type="share", help="of several classifiers that disagree; 0 = none"
+    )
     parser.add_argument("--pose_model", help="likewise of the pose network")
-    parser.add_argument("--threshold", type=float, help="probability that counts as success")
-    parser.add_argument("--success_frames", type=int, help="frames in a row that must show it")
-    parser.add_argument("--judged_frames", type=int, help="last frames of a chunk judged; 0 = all")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--eta", type=float, help="denoising noise, 0..1")
+    parser.add_argument(
+        "--threshold", type=number(float, Range(-80, 1)), help="probability that counts as success"
+    )
+    parser.add_argument("--success_frames", type="count", help="frames in a row that must show it")
+    parser.add_argument(
+        "--judged_frames", type="natural", help="last frames of a chunk judged; 0 = all"
+    )
+    parser.add_argument("--steps", type="count", help="denoising steps")
+    parser.add_argument("--eta", type="share", help="denoising noise, 0..1")
     parser.add_argument("--dtype", help="precision of the world model")
     parser.add_device()
-    parser.add_argument("--batch", type=int, default=BATCH, help="episodes played side by side")
+    parser.add_argument("--batch", type="count", default=BATCH, help="episodes played side by side")
     parser.add_argument(
-        "--pictures", type=float, default=0.5, help="share of episodes whose pictures are compared"
+        "--pictures",
+        type="share_above_0",
+        default=0.5,
+        help="share of episodes whose pictures are compared",
     )
     parser.add_threads()
     parser.add_seed("imagination, scenes and players")
     args = parser.parse_args(argv)
     if not args.preset and not args.data:
         parser.error("expected --data RECORDING, or --preset to make one in its ground truth")
-    if not 0 < args.pictures <= 1:
-        parser.error(f"--pictures: expected a share in (0, 1], got {args.pictures}")
-    if args.batch < 1 or args.episodes < (0 if args.data else 1):
-        parser.error(f"--batch, --episodes: too small, got {args.batch}, {args.episodes}")
+    if not args.episodes and not args.data:
+        parser.error("--episodes: expected at least 1 without --data, got 0")
     return args
 
 

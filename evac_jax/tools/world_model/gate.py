@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--steps", type="count", default=1500, help="of the optimizer, for each network")
     add("--width", type="count", default=12, help="channels of their first stage")
     text = "frames left out on either side of a change of the label"
-    add("--margin", type=int, nargs=2, default=[3, 2], metavar=("BEFORE", "AFTER"), help=text)
+    add("--margin", type="natural", nargs=2, default=[3, 2], metavar=("BEFORE", "AFTER"), help=text)
     parser.add_device()
     parser.add_threads()
     parser.add_seed("the networks, and of which episodes train them")

@@ -240,19 +240,16 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME|FILE",
         help=f"{sizes.HELP} an EvacConfig",
     )
-    parser.add_argument("--steps", type=int, default=2000, help="of the optimizer")
-    parser.add_argument("--batch", type=int, default=32, help="pictures per step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--save_every", type=int, default=500, help="steps between saves")
-    parser.add_argument(
-        "--foreground", type=float, default=4.0, help="more weight of pixels unlike the background"
-    )
-    parser.add_argument(
-        "--object_weight", type=float, default=0.0, help="more weight round the hand and things"
-    )
-    parser.add_argument(
-        "--square_error", type=float, default=0.0, help="of squares beside absolute differences"
-    )
+    parser.add_argument("--steps", type="count", default=2000, help="of the optimizer")
+    parser.add_argument("--batch", type="count", default=32, help="pictures per step")
+    parser.add_argument("--lr", type="positive", default=2e-3, help="highest learning rate")
+    parser.add_argument("--save_every", type="count", default=500, help="steps between saves")
+    text = "more weight of pixels unlike the background"
+    parser.add_argument("--foreground", type="not_negative", default=4.0, help=text)
+    text = "more weight round the hand and things"
+    parser.add_argument("--object_weight", type="not_negative", default=0.0, help=text)
+    text = "of squares beside absolute differences"
+    parser.add_argument("--square_error", type="not_negative", default=0.0, help=text)
     parser.add_argument(
         "--dtype", choices=tuple(torch_training.DTYPES), default="float32", help="of the networks"
     )
@@ -260,9 +257,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_threads()
     parser.add_seed("weights and batches")
     args = parser.parse_args(argv)
-    for name in ("foreground", "object_weight", "square_error"):
-        if not getattr(args, name) >= 0:
-            parser.error(f"--{name}: expected 0 or more, got {getattr(args, name)}")
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
     out = Path(args.out)

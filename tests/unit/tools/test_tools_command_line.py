@@ -116,6 +116,43 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
     assert args.folders == ["/home/me/c", "x=~"]
 
 
+NUMBERS = {
+    "count": (["1", "40"], ["0", "-1", "1.5", "x", "nan"]),
+    "natural": (["0", "40"], ["-1", "1e3", "inf"]),
+    "positive": (["1e-3", "2"], ["0", "-1", "nan", "inf", ""]),
+    "not_negative": (["0", "0.5"], ["-0.1", "nan", "1e999"]),
+    "share": (["0", "1"], ["1.01", "nan"]),
+    "share_above_0": (["1"], ["0", "-inf"]),
+    "share_below_1": (["0"], ["1"]),
+    "dropout": (["0.25"], ["0.3"]),
+}
+
+
+@pytest.mark.parametrize("flag", ["--seed=-1", "--seed=99999999999", "--threads=0"])
+def test_shared_numbers_have_bounds(flag):
+    parser = Parser("noun.verb", DOC)
+    parser.add_seed("all")
+    parser.add_threads()
+    with pytest.raises(SystemExit):
+        parser.parse_args([flag])
+
+
+def test_every_number_of_a_tool_has_bounds():
+    # world.pack's are checked against the card's fields; hub and runs check their own.
+    elsewhere = ("world/options.py", "hub/", "runs/")
+    for file in house.python_files("evac_jax/tools"):
+        if any(part in file for part in elsewhere):
+            continue
+        types = [
+            keyword.value.id
+            for node in house.nodes(file)
+            if isinstance(node, ast.Call)
+            for keyword in node.keywords
+            if keyword.arg == "type" and isinstance(keyword.value, ast.Name)
+        ]
+        assert not {"int", "float"} & set(types), f"{file}: use a kind of command_line.KINDS"
+
+
 def test_output_that_exists_is_refused_whether_file_or_folder(tmp_path):
     (tmp_path / "card.json").write_text("{}")
     with pytest.raises(DataError, match="--out: .* exists; choose another folder or remove it"):

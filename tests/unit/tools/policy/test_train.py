@@ -83,3 +83,13 @@ def test_pretraining_teaches_patches_what_they_show(monkeypatch):
 def test_existing_folder_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(DataError, match=f"--out: {tmp_path} exists"):
         train_policy.main(["--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--lr=nan", "--lr=0", "--steps=0", "--batch=0", "--pretrain_steps=-1", "--labels=me"]
+)
+def test_numbers_that_cannot_train_are_refused_by_name(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        train_policy.main(["--out", str(tmp_path / "out"), flag])
+    assert ended.value.code == 2
+    assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err

@@ -119,7 +119,9 @@ def test_command_writes_what_a_run_takes(recording, tmp_path, capsys):
     assert facts["scores"]["imagined"]["false_success"] == pytest.approx(false)
 
 
-@pytest.mark.parametrize("flag", ["--every=0", "--false_success=1", "--dtype=int8"])
+@pytest.mark.parametrize(
+    "flag", ["--every=0", "--false_success=1", "--false_success=nan", "--dtype=int8"]
+)
 def test_values_out_of_range_are_refused(flag):
     with pytest.raises(SystemExit):
         vlm_threshold.parse(["--model=a", "--data=b", "--out=c", flag])

@@ -163,3 +163,9 @@ def test_folder_of_other_files_gets_no_report(tmp_path):
     with pytest.raises(DataError, match="exists and holds nothing to go on with .no report.json"):
         trust.main(["--data=nowhere", f"--out={tmp_path}"])
     assert (tmp_path / "report.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ["--pictures=0", "--threshold=nan", "--steps=0", "--episodes=-1"])
+def test_numbers_out_of_range_are_refused(flag):
+    with pytest.raises(SystemExit):
+        trust.parse(["--data=x", flag])

@@ -302,3 +302,11 @@ def test_folder_of_another_model_is_not_trained_into(inputs, tmp_path):
     with pytest.raises(DataError, match="exists and holds nothing to go on with .no progress.pt"):
         _train(inputs, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--lr=nan", "--ema=1", "--warmup=-1", "--weight=policy=nan", "--eta=2", "--clip=0"]
+)
+def test_numbers_that_cannot_train_are_refused(inputs, tmp_path, flag):
+    with pytest.raises(SystemExit):
+        train_world_model.main([*_arguments(inputs, tmp_path), flag])
