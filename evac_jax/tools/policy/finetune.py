@@ -9,6 +9,7 @@ import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from evac_jax.files.recordings import Episodes
 from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.tools import sizes
 from evac_jax.tools.command_line import refuse_existing
+from evac_jax.tools.finite import check_finite
 from evac_jax.tools.policy.data import GOAL_DIM, Batch, Chunks, action_statistics
 from evac_jax.tools.resume import check_same_run
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
@@ -40,6 +42,7 @@ from policies.openvla_oft.peft import save_adapter
 from policies.openvla_oft.prompt import PromptTokenizer
 from policies.types import ObsBatch
 
+CHECK_EVERY = 100  # steps after which losses are fetched and checked, at least
 HELD_OUT_CHUNKS = 1024  # largest number of chunks that are scored, evenly spaced
 ANY_LENGTH = 10**6  # limit of a prompt's length while the longest one is determined
 # Arguments that must be the same when a run is resumed.
@@ -59,6 +62,25 @@ def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
     )
+
+
+def check_trained(step: int, losses: Sequence[Any], trained: Any, advice: str) -> None:
+    """Refuse losses or weights that are not finite. Call it every `CHECK_EVERY` steps, at least.
+
+    Args:
+        step: the last one, from 1 on.
+        losses: of all steps up to it, scalars or vectors; the last `CHECK_EVERY` are checked.
+        trained: tree of the weights after it.
+        advice: what the user can do.
+
+    Raises:
+        TrainingError: names the step.
+    """
+    latest = losses[-CHECK_EVERY:]
+    for number, loss in enumerate(latest, step - len(latest) + 1):
+        check_finite(number, advice, loss=float(np.sum(loss)))
+    largest = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(trained) if leaf.size]
+    check_finite(step, advice, largest_weight=float(np.max(largest)))  # `max` may hide a NaN
 
 
 def soft_targets(
@@ -190,6 +212,12 @@ def _train(args, model, prompts, training: Chunks, held_out: Chunks, setup, prog
         state, loss = step(state, rest, *_inputs(training.read(which), prompts))
         losses.append(loss)
         last = i + 1 == args.steps
+        every = (CHECK_EVERY, args.score_every, args.save_every)
+        if last or any((i + 1) % count == 0 for count in every):
+            advice = f"Nothing of it was saved; try a lower --lr ({args.lr:g})"
+            if progress.exists():
+                advice += f" and remove {progress}"
+            check_trained(i + 1, losses, state[0], advice)
         if (i + 1) % 100 == 0:
             rate, mean = (i + 1 - done) / (time.perf_counter() - began), np.mean(losses[-100:])
             logging.info("step %d/%d  loss %.4f  %.2f steps/s", i + 1, args.steps, mean, rate)

@@ -41,7 +41,13 @@ from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.tools import sizes
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.policy.data import GRIPPER_RULES
-from evac_jax.tools.policy.finetune import finetune, make_optimizer, soft_targets
+from evac_jax.tools.policy.finetune import (
+    CHECK_EVERY,
+    check_trained,
+    finetune,
+    make_optimizer,
+    soft_targets,
+)
 from policies.openvla_oft.action_tokens import ActionStatistics
 from policies.openvla_oft.export_hf import create_policy_folder
 from policies.openvla_oft.import_hf import load_policy
@@ -123,7 +129,8 @@ def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, s
     def readout(outputs: int) -> jax.Array:
         return jnp.asarray(0.05 * rng.normal(size=(POLICY.hidden_size, outputs)), jnp.float32)
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 100, steps, 0.02 * lr)
+    warmup = min(100, steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, 0.02 * lr)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
     )
@@ -175,6 +182,9 @@ def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, s
     for i, drawn in enumerate(itertools.islice(batches(), steps)):
         trained, opt_state, error = step(trained, opt_state, *drawn)
         errors.append(error)
+        if (i + 1) % CHECK_EVERY == 0 or i + 1 == steps:
+            advice = f"Nothing was written; try a lower --lr ({lr:g})"
+            check_trained(i + 1, errors, trained, advice)
         if (i + 1) % 100 == 0:
             seen, read = 10 * np.mean(errors[-100:], axis=0)
             logging.info(
@@ -343,6 +353,7 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
     opt_state = optimizer.init(trained)
     step = make_step(graphdef, optimizer, statistics, args.sd_bins, args.goal_weight)
     scenes_per_draw = 4 * args.batch  # 4 moments each: 16 batches a draw
+    advice = f"Nothing was written; try a lower --lr ({args.lr:g})"
     began, losses, history, pool = time.perf_counter(), [], [], []
     for i in range(args.steps):
         if not pool:
@@ -360,6 +371,9 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
             trained, opt_state, rest, obs, jnp.asarray(actions, jnp.float32), jnp.asarray(goals)
         )
         losses.append(loss)
+        score_now = (i + 1) % args.score_every == 0 or i + 1 == args.steps
+        if (i + 1) % CHECK_EVERY == 0 or score_now:
+            check_trained(i + 1, losses, trained, advice)
         if (i + 1) % 100 == 0:
             rate = (i + 1) / (time.perf_counter() - began)
             token, goal = np.mean(losses[-100:], axis=0)
@@ -367,7 +381,7 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
                 "step %d/%d  loss %.4f  goals off by %.1f cm  %.2f steps/s",
                 *(i + 1, args.steps, token, 10 * goal, rate),
             )
-        if (i + 1) % args.score_every == 0 or i + 1 == args.steps:
+        if score_now:
             policy = nnx.merge(graphdef, jax.tree.map(jnp.copy, trained[0]), rest)
             starts = FRESH_SCENES + np.arange(args.score_scenes)
             score = {

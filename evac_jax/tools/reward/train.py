@@ -31,6 +31,7 @@ from evac_jax.files.recordings import Episodes
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.tools import torch_training
 from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
+from evac_jax.tools.finite import check_finite
 from evac_jax.tools.reward import calibration
 from evac_jax.tools.reward.margin import NO_MARGIN, near_change
 
@@ -190,6 +191,9 @@ def train(
     Args:
         margin: frames to leave out, see `margin.near_change`.
         disturbed: disturb frames, see `disturb`.
+
+    Raises:
+        TrainingError: loss or gradient is not finite.
     """
     torch.manual_seed(seed)
     sampler = FrameSampler(data, config.num_instructions, np.random.default_rng(seed), margin)
@@ -213,9 +217,11 @@ def train(
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         losses.append(loss.item())
+        advice = "Nothing was written; give another --seed, or look at the recordings"
+        check_finite(step + 1, advice, loss=losses[-1], norm_of_the_gradient=float(norm))
+        optimizer.step()
         if (step + 1) % 200 == 0:
             logging.info("step %d/%d  loss %.4f", step + 1, steps, np.mean(losses[-200:]))
     return model.eval()

@@ -25,6 +25,7 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.tools import sizes, torch_training
 from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.finite import check_finite
 from evac_jax.tools.resume import check_folder
 from evac_jax.tools.world_model.imagine import camera_of, check_fits, to_images
 from evac_jax.tools.world_model.latent_cache import draw_pose_maps
@@ -122,7 +123,11 @@ def backgrounds(data: Episodes, config: EvacConfig, seed: int, device) -> Tensor
 
 
 def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: dict[str, Any]):
-    """Return the trained autoencoder and the reconstruction error of its last 100 steps."""
+    """Return the trained autoencoder and the reconstruction error of its last 100 steps.
+
+    Raises:
+        TrainingError: loss or gradient is not finite.
+    """
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     model = Autoencoder(config.autoencoder)
@@ -142,6 +147,10 @@ def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: d
         ema.load_state_dict(state["ema"])
         done, errors = state["step"], state["errors"]
         logging.info("resumed at step %d", done)
+    advice = (
+        f"Nothing of it was saved; remove {progress} if it is there, and try a lower --lr "
+        f"({args.lr:g}) or --dtype float32"
+    )
     began = time.perf_counter()
     for step in range(done, args.steps):
         # The step is the seed of all random numbers, so a resumed run repeats an uninterrupted one;
@@ -155,7 +164,9 @@ def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: d
         loss, error = _loss(model, colors, drawn, background, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        figures = {"loss": float(loss.detach()), "norm_of_the_gradient": float(norm)}
+        check_finite(step + 1, advice, **figures)
         optimizer.step()
         ema.update(model)
         errors = [*errors[-99:], float(error.detach())]

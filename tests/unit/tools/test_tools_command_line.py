@@ -5,7 +5,7 @@ import re
 import pytest
 
 from evac_jax.errors import DataError
-from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
+from evac_jax.tools.command_line import KINDS, Parser, refuse_existing, run_tool
 from tests import house
 
 TOOLS = [
@@ -126,6 +126,22 @@ NUMBERS = {
     "share_below_1": (["0"], ["1"]),
     "dropout": (["0.25"], ["0.3"]),
 }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_number_outside_of_its_range_or_not_finite_is_refused_by_name(kind, capsys):
+    parser = Parser("noun.verb", DOC)
+    parser.add_argument_group("more").add_argument("--number", type=kind)
+    good, bad = NUMBERS[kind]
+    assert [parser.parse_args([f"--number={text}"]).number for text in good] == [
+        float(text) for text in good
+    ]
+    for text in bad:
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([f"--number={text}"])
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert re.search(rf"argument --number: expected a (whole|finite) .*, got '{text}'\n", told)
 
 
 @pytest.mark.parametrize("flag", ["--seed=-1", "--seed=99999999999", "--threads=0"])
