@@ -36,7 +36,7 @@ from evac_jax.tools.policy.data import GOAL_DIM, Batch, Chunks, action_statistic
 from evac_jax.tools.resume import check_same_run
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
 from policies.openvla_oft.export_hf import create_policy_folder, export_policy
-from policies.openvla_oft.import_hf import LoadedPolicy, load_policy
+from policies.openvla_oft.import_hf import LoadedPolicy, load_config, load_policy
 from policies.openvla_oft.model import OpenVLAOFT
 from policies.openvla_oft.peft import save_adapter
 from policies.openvla_oft.prompt import PromptTokenizer
@@ -62,6 +62,16 @@ def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
     )
+
+
+def check_start(folder: str) -> None:
+    """Refuse a --start that is no policy's folder, before anything slow.
+
+    Raises:
+        CheckpointError: it is not there, or its config.json is not that of a policy.
+    """
+    with told_as_checkpoint_error(f"--start: cannot import {folder!r}"):
+        load_config(folder)
 
 
 def check_trained(step: int, losses: Sequence[Any], trained: Any, advice: str) -> None:

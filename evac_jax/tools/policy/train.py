@@ -39,10 +39,11 @@ from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
 from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.tools import sizes
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.policy.data import GRIPPER_RULES
 from evac_jax.tools.policy.finetune import (
     CHECK_EVERY,
+    check_start,
     check_trained,
     finetune,
     make_optimizer,
@@ -306,6 +307,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = _arguments(argv)
     logging.set_verbosity(logging.INFO)
+    refuse_existing(args.out)
+    if args.start:
+        check_start(args.start)
     if args.data:
         finetune(args)
     else:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evac_jax.errors import DataError, TrainingError
+from evac_jax.errors import CheckpointError, DataError, TrainingError
 from evac_jax.miniature import scene
 from evac_jax.miniature.render import project
 from evac_jax.tools.policy import train as train_policy
@@ -93,6 +93,16 @@ def test_numbers_that_cannot_train_are_refused_by_name(tmp_path, capsys, flag):
         train_policy.main(["--out", str(tmp_path / "out"), flag])
     assert ended.value.code == 2
     assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_start_that_is_no_policy_is_refused_by_its_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": "EvacModel", "config": {}}')
+    for folder, why in (("nowhere", "not a Hugging Face policy folder"), (tmp_path, "OpenVLA")):
+        with pytest.raises(CheckpointError, match=f"--start: cannot import '{folder}': .*{why}"):
+            train_policy.main(
+                ["--start", str(folder), "--out", str(tmp_path / "out"), "--data", "nothing"]
+                + ["--unnorm_key", "robot"]
+            )
 
 
 def test_losses_and_weights_that_are_not_finite_end_a_training():
