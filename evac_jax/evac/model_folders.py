@@ -9,6 +9,7 @@ comparison is strict: a key that the model lacks must be in the short list of un
 import importlib
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -259,7 +260,8 @@ def load_model(
     name = description.get("model") if isinstance(description, dict) else None
     if name not in MODELS or (kind is not None and name != kind):
         expected = kind or " or ".join(sorted(MODELS))
-        raise CheckpointError(f"{path}: expected a model of kind {expected}, got {name!r}")
+        told = f"{path}: expected a model of kind {expected}, got {reprlib.repr(name)}"
+        raise CheckpointError(told + _foreign_hint(description, kind))
     weights = description.get("weights", WEIGHTS_FILE)
     if not isinstance(weights, str) or weights != Path(weights).name:
         raise CheckpointError(f'{path}: "weights": expected a file\'s name, got {weights!r}')
@@ -272,6 +274,18 @@ def load_model(
         raise CheckpointError(f"{path}: no {name} has the sizes {config}: {error}") from error
     load_weights(model, path.with_name(weights), device, dtype)
     return model.to(device).eval()
+
+
+def _foreign_hint(description: object, kind: str | None) -> str:
+    """Return what to do with a config.json of transformers where a classifier is expected."""
+    if kind != "RewardNet" or not isinstance(description, dict) or "model_type" not in description:
+        return ""
+    return (
+        f": a model of transformers ({reprlib.repr(description['model_type'])}). Such a "
+        "vision-language model judges success with a threshold: `python -m "
+        "evac_jax.tools.reward.vlm_threshold --model FOLDER --data EPISODES --out OUT` finds it; "
+        "then give OUT"
+    )
 
 
 def _imported(reference: str):

@@ -1,5 +1,7 @@
 """Cameras of the world model's views: matrices in OpenCV's convention, one per view."""
 
+import reprlib
+
 import numpy as np
 
 from evac_jax.errors import ConfigError
@@ -46,7 +48,7 @@ def resolve_camera(camera: str | dict | None, known: Matrices | None, n_view: in
     if not isinstance(camera, dict) or camera.keys() != {"intrinsic", "c2w"}:
         raise ConfigError(
             'camera: expected "libero" or {"intrinsic": .., "c2w": ..} because the initial states '
-            f"do not know theirs, got {camera!r}"
+            f"do not know theirs, got {reprlib.repr(camera)}"
         )
     matrices = []
     for name, size in (("intrinsic", 3), ("c2w", 4)):

@@ -5,13 +5,16 @@ The help shows the docstring of the tool without reformatting, and the default o
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from evac_jax.config.fields import value_problems, with_home
 from evac_jax.config.libero import MAX_STEPS, LiberoConfig, problems
-from evac_jax.errors import ConfigError, EvacJaxError
+from evac_jax.errors import ConfigError, DataError, EvacJaxError
+from policies.ranges import Range
 
 DEVICES = ("cpu", "cuda")
 LIBERO_PYTHON = ".venv-libero/bin/python"  # where `make libero` installs it
@@ -25,6 +28,48 @@ def run_tool(main: Callable[[], None]) -> None:
     except (EvacJaxError, OSError) as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
         sys.exit(2)
+
+
+def number(kind: type, allowed: Range) -> Callable[[str], Any]:
+    """Return the type of an option: a finite number of `kind`, int or float, in a range."""
+    name = "a whole number" if kind is int else "a finite number"
+    expected = f"{name}, {str(allowed).removeprefix('a number ')}"
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value not in allowed or not -math.inf < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return read
+
+
+not_negative = number(float, Range(0))
+# Names that options of a `Parser` may give as their type.
+KINDS = {
+    "count": number(int, Range(1)),
+    "natural": number(int, Range(0)),
+    "positive": number(float, Range(0, open="low")),
+    "not_negative": not_negative,
+    "share": number(float, Range(0, 1)),
+    "share_above_0": number(float, Range(0, 1, open="low")),
+    "share_below_1": number(float, Range(0, 1, open="high")),
+    "dropout": number(float, Range(0, 0.25)),  # of a world model's conditions
+}
+
+
+def refuse_existing(out: str | Path) -> None:
+    """Refuse an --out that is there already: nothing of the user's is written over.
+
+    Raises:
+        DataError: there is such a file or folder.
+    """
+    if (path := Path(out)).exists():
+        kind = "folder" if path.is_dir() else "file"
+        raise DataError(f"--out: {out} exists; choose another {kind} or remove it")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -98,6 +143,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Formatter,
             **options,
         )
+        for name, kind in KINDS.items():
+            self.register("type", name, kind)
 
     def parse_known_args(self, args: Any = None, *rest: Any, **named: Any) -> Any:
         """Parse as usual; paths may begin with "~/", also behind "--option="."""
@@ -118,13 +165,15 @@ class Parser(argparse.ArgumentParser):
 
     def add_threads(self) -> None:
         """Add `--threads` of a tool that computes in PyTorch."""
-        self.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU")
+        self.add_argument("--threads", type="count", default=1, help="of PyTorch on the CPU")
 
     def add_seed(self, of: str) -> None:
         """Add `--seed`; `of` says what the seed is for."""
-        self.add_argument("--seed", type=int, default=0, help=f"of {of}")
+        kind = number(int, Range(0, 2**31 - 1))
+        self.add_argument("--seed", type=kind, default=0, help=f"of {of}")
 
     def add_image_size(self, default: int = 0) -> None:
         """Add `--image_size`; a default of 0 keeps the size of the pictures."""
         text = "pixels per side" + ("" if default else "; 0 = as they are")
-        self.add_argument("--image_size", type=int, default=default, help=text)
+        kind = "count" if default else "natural"
+        self.add_argument("--image_size", type=kind, default=default, help=text)

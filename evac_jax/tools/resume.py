@@ -1,10 +1,10 @@
-"""Checks that the saved progress of a training tool belongs to the run that continues from it."""
+"""Checks that what a training tool continues from is that of the same run."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evac_jax.errors import CheckpointError
+from evac_jax.errors import CheckpointError, DataError
 
 
 def check_same_run(path: Path, saved: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
@@ -27,4 +27,25 @@ def check_same_run(path: Path, saved: Mapping[str, Any], setup: Mapping[str, Any
         raise CheckpointError(
             f"{path} belongs to another run: {'; '.join(differing)}. Run with the same arguments "
             "to go on, or remove the file to start anew"
+        )
+
+
+def check_folder(out: Path, *marks: str) -> None:
+    """Refuse a folder of other files: a tool only continues what it began itself.
+
+    Args:
+        out: the folder; a missing or empty one is new.
+        marks: names that the tool leaves there from its beginning on.
+
+    Raises:
+        DataError: `out` is a file, or holds files and none of `marks`.
+    """
+    if out.is_dir():
+        names = {path.name for path in out.iterdir() if path.name[0] != "."}
+        if not names or names & set(marks):
+            return
+    if out.exists():
+        raise DataError(
+            f"{out} exists and holds nothing to go on with (no {marks[0]}); choose another folder "
+            "or remove it"
         )

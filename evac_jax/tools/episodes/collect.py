@@ -27,7 +27,7 @@ from evac_jax.miniature.expert import KINDS, Expert, demonstrate
 from evac_jax.miniature.render import camera, render
 from evac_jax.miniature.scene import Scenes
 from evac_jax.miniature.tasks import INSTRUCTIONS
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, not_negative, run_tool
 
 if TYPE_CHECKING:
     from evac_jax.config.schema import TrainConfig
@@ -149,8 +149,8 @@ def _player(kind: str, steps: int) -> Player:
 def _policy(kind: str) -> tuple[str, float]:
     folder, at, temperature = kind.removeprefix(POLICY).rpartition("@")
     try:
-        return (folder, float(temperature)) if at else (temperature, 1.0)
-    except ValueError as error:
+        return (folder, not_negative(temperature)) if at else (temperature, 1.0)
+    except argparse.ArgumentTypeError as error:
         raise DataError(f"mix: expected policy:FOLDER@TEMPERATURE, got {kind!r}") from error
 
 
@@ -176,9 +176,10 @@ def parse_mix(text: str) -> dict[str, float]:
     """Return {"noisy": 0.3, ...} for "noisy=0.3,..."."""
     try:
         pairs = [entry.rsplit("=", 1) for entry in text.split(",")]
-        return {kind.strip(): float(share) for kind, share in pairs}
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected kind=share,..., got {text!r}") from error
+        return {kind.strip(): not_negative(share) for kind, share in pairs}
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        told = f"expected kind=share,..., shares of 0 or more, got {text!r}"
+        raise argparse.ArgumentTypeError(told) from error
 
 
 def run(config: "TrainConfig") -> None:
@@ -233,12 +234,12 @@ def main() -> None:
     """Command line."""
     parser = Parser("episodes.collect", __doc__)
     parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--episodes", type=int, default=2000, help="of all players together")
+    parser.add_argument("--episodes", type="count", default=2000, help="of all players together")
     parser.add_argument(
         "--mix", type=parse_mix, default=_shown(DEFAULT_MIX), help="player=share,..."
     )
     parser.add_seed("scenes and players; recordings of different seeds share no scene")
-    parser.add_argument("--steps", type=int, default=STEPS, help="actions of an episode")
+    parser.add_argument("--steps", type="count", default=STEPS, help="actions of an episode")
     parser.add_image_size(64)
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from evac_jax.errors import ConfigError, DataError
+from evac_jax.errors import DataError
 from evac_jax.files import cards, meaning
 from evac_jax.sim.initial_states import Starts, pack_starts
 from evac_jax.tools.command_line import Parser, run_tool
@@ -101,8 +101,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--camera", required=True, help="as for import_rlinf: a JSON file, or libero")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
-    if args.image_size < 0:
-        raise ConfigError(f"--image_size: expected 0 or more pixels, got {args.image_size}")
     source = PictureStarts(args.source, args.image_size, args.camera)
     pack_starts(source, np.arange(source.num_starts), args.out, **cards.card())
     logging.info("%d starts -> %s", source.num_starts, args.out)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,19 @@ def read_camera(camera: str, views: int, stored: tuple[int, int], wanted: int) -
     if camera != "libero":
         try:
             values = json.loads(Path(camera).read_text())
-            told = values.pop("size", None)
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"--camera={camera}: not a readable JSON object ({error})") from error
-    intrinsic, c2w = resolve_camera(values, None, views)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--camera={camera}: not a readable JSON file ({error})") from error
+        if not isinstance(values, dict) or values.keys() - {"size"} != {"intrinsic", "c2w"}:
+            got = sorted(values) if isinstance(values, dict) else values
+            raise ConfigError(
+                f'--camera={camera}: expected a JSON object of "intrinsic", "c2w" and perhaps '
+                f'"size", as --help says, got {reprlib.repr(got)}'
+            )
+        told = values.pop("size", None)
+    try:
+        intrinsic, c2w = resolve_camera(values, None, views)
+    except ConfigError as error:
+        raise ConfigError(f"--camera={camera}: {error}") from error
     size = stored if camera == "libero" else _size_of(camera, told, intrinsic, stored)
     height, width = (wanted, wanted) if wanted else stored
     scale = np.array((width / size[1], height / size[0], 1), np.float32)
@@ -86,7 +96,9 @@ def _size_of(
     """Return the height and width that intrinsics [V 3 3] are for: as told, else the pictures'."""
     is_size = isinstance(told, list) and len(told) == 2 and all(type(n) is int for n in told)
     if told is not None and (not is_size or min(told) < 1):
-        raise ConfigError(f'--camera={camera}: "size": expected [height, width], got {told!r}')
+        raise ConfigError(
+            f'--camera={camera}: "size": expected [height, width], got {reprlib.repr(told)}'
+        )
     height, width = told or stored
     for x, y in intrinsic[:, :2, 2]:
         # A crop may move the centre; by more than this without a word, another size is likelier.
@@ -175,7 +187,5 @@ def success_of(rule: str, values: Sequence | None, length: int, where: str) -> n
 def finish(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> None:
     """Call an importer, and say what came of it."""
     logging.set_verbosity(logging.INFO)
-    if args.image_size < 0:
-        raise ConfigError(f"--image_size: expected 0 or more pixels, got {args.image_size}")
     count = run(args)
     logging.info("%d episodes -> %s", count, args.out)

@@ -5,6 +5,7 @@ Source: the layouts that huggingface/lerobot writes (`meta/info.json` names the 
 
 import io
 import itertools
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,9 @@ class LeRobotDataset:
             raise DataError(f"{folder}/meta/info.json lacks {missing}")
         numbers = {name: self._info[name] for name in needed - {"features", "data_path"}}
         if wrong := {n: v for n, v in numbers.items() if not isinstance(v, int | float) or v <= 0}:
-            raise DataError(f"{folder}/meta/info.json: expected numbers above 0, got {wrong}")
+            raise DataError(
+                f"{folder}/meta/info.json: expected numbers above 0, got {reprlib.repr(wrong)}"
+            )
         kinds = self._kinds_of_features()
         pictures = [name for name, kind in kinds.items() if kind in ("image", "video")]
         if unknown := [view for view in views if view not in pictures]:
@@ -135,9 +138,9 @@ class LeRobotDataset:
         try:
             return self._info[template].format(**fields)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
+            told = f"{template} = {reprlib.repr(self._info.get(template))}"
             raise DataError(
-                f"{self._folder}/meta/info.json: {template} = {self._info.get(template)!r} cannot "
-                f"be filled with {fields} ({error!r})"
+                f"{self._folder}/meta/info.json: {told} cannot be filled with {fields} ({error!r})"
             ) from error
 
     def _tasks(self) -> list[str]:
@@ -158,7 +161,7 @@ class LeRobotDataset:
         ):
             raise DataError(
                 f"{self._folder / name}: expected task_index 0..N-1, each once and with a text, "
-                f"got {numbers}"
+                f"got {reprlib.repr(numbers)}"
             )
         found = {n: text for n, text in pairs if isinstance(text, str) and text}
         if unnamed := [number for number in numbers if number not in found]:
@@ -175,7 +178,7 @@ class LeRobotDataset:
         except (ValueError, AttributeError) as error:
             raise DataError(
                 f'{self._folder}/meta/info.json: splits: expected "FIRST:END" for train, got '
-                f"{splits.get('train')!r}"
+                f"{reprlib.repr(splits.get('train'))}"
             ) from error
         return range(low, high)
 
@@ -192,7 +195,8 @@ class LeRobotDataset:
         if type(size) is not int or type(self._info["total_episodes"]) is not int or size < 1:
             raise DataError(
                 f"{self._folder}/meta/info.json: expected whole numbers for chunks_size and "
-                f"total_episodes, got {size!r} and {self._info['total_episodes']!r}"
+                f"total_episodes, got {reprlib.repr(size)} and "
+                f"{reprlib.repr(self._info['total_episodes'])}"
             )
         for n in range(self._info["total_episodes"]):
             place = {"episode_chunk": n // size, "episode_index": n}

@@ -76,12 +76,14 @@ def _say(text: str = "") -> None:
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser("memory", __doc__, allow_abbrev=False, epilog="and --config.FIELD=VALUE")
     parser.add_argument("--config", default=DEFAULT_PRESET, help="preset file:preset")
-    parser.add_argument("--devices", type=int, help="accelerators of the host, 0 = none; 1")
-    parser.add_argument("--device_gb", type=float, help="memory of one, 1e9 bytes; 80")
+    parser.add_argument("--devices", type="natural", help="accelerators of the host, 0 = none; 1")
+    parser.add_argument("--device_gb", type="positive", help="memory of one, 1e9 bytes; 80")
     parser.add_argument("--topology", help="CHIP:SHAPE instead of both, and XLA's account for it")
     parser.add_argument("--policy_config", default="", help="config.json of a policy")
     parser.add_argument("--world_model_config", default="", help="config.json of a world model")
-    parser.add_argument("--xla", type=float, default=0.0, help="compile for CPUs, so many seconds")
+    parser.add_argument(
+        "--xla", type="not_negative", default=0.0, help="compile for CPUs, so many seconds"
+    )
     parser.add_argument("--no_presets", action="store_true", help="leave the other presets out")
     parser.add_argument("--compile_here", action="store_true", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args(argv)
@@ -92,8 +94,6 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         args.devices, args.device_gb = args.topology.count, args.topology.memory_bytes / GB
     args.devices = 1 if args.devices is None else args.devices
     args.device_gb = 80.0 if args.device_gb is None else args.device_gb
-    if args.devices < 0 or args.device_gb <= 0:
-        parser.error("--devices must be at least 0 and --device_gb positive")
     if flags and not flags[0].startswith("--config."):
         parser.error(f"unknown option {flags[0]}")
     return args, flags

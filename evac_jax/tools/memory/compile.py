@@ -28,7 +28,7 @@ from evac_jax.config.flags import DEFAULT_PRESET
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError
 from evac_jax.memory.parts import GB
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.memory.account import COLLECTIVES, Account, account
 from evac_jax.tools.memory.compiler import PROGRAMS, Request
 from evac_jax.tools.memory.topology import Topology
@@ -169,7 +169,7 @@ def options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--world_model_config", default="", help="config.json of a world model")
     parser.add_argument("--python", type=Path, default=ROOT / PYTHON, help="interpreter")
     parser.add_argument("--cache", type=Path, default=ROOT / CACHE, help="what was compiled")
-    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument("--out", type=Path, help="also write the figures to this new JSON file")
     args, flags = parser.parse_known_args(argv)
     if flags and not flags[0].startswith("--config."):
         parser.error(f"unknown option {flags[0]}")
@@ -179,6 +179,8 @@ def options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def run(argv: Sequence[str]) -> None:
     """Compile, print and write what is asked for."""
     args, flags = options(argv)
+    if args.out:
+        refuse_existing(args.out)
     topology = Topology.parse(args.topology)
     figures: dict[str, Any] = {
         "config": args.config,

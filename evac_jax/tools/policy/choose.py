@@ -7,7 +7,6 @@ does, learns nothing from them. Each folder is that of `launch.py --mode=eval`; 
 evaluated in the ground truth is copied if its success lies in the range.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from absl import logging
 from evac_jax.errors import DataError
 from evac_jax.files.atomic import whole_folder
 from evac_jax.telemetry.report import EVALUATION_FILE
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 
 
 def success_of(folder: Path) -> tuple[str, float]:
@@ -67,23 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--evaluations", required=True, nargs="+", type=Path, help="in order of preference")
     text = "least and most success, shares"
-    add("--between", nargs=2, type=_share, default=[0.15, 0.5], metavar=("LOW", "HIGH"), help=text)
+    add("--between", nargs=2, type="share", default=[0.15, 0.5], metavar=("LOW", "HIGH"), help=text)
     add("--out", required=True, type=Path, help="new folder, a copy of the chosen policy")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
-    if args.out.exists():
-        raise DataError(f"--out: {args.out} exists; choose another folder or remove it")
+    refuse_existing(args.out)
     chosen = choose(args.evaluations, *args.between)
     logging.info("%s", chosen)
     with whole_folder(args.out) as folder:
         shutil.copytree(chosen, folder)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from evac_jax.errors import CheckpointError
 from evac_jax.files import cards
 from evac_jax.policy_import import import_policy, told_as_checkpoint_error
 from evac_jax.telemetry import report
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, number, run_tool
 from evac_jax.tools.policy import model_card
 from policies.base import Tokenizer
 from policies.openvla_oft.checkpoint_files import CheckpointFiles, read_json
@@ -37,6 +37,7 @@ from policies.openvla_oft.export_hf import export_policy
 from policies.openvla_oft.import_hf import load_config
 from policies.openvla_oft.model import OpenVLAOFT
 from policies.openvla_oft.peft import find_adapter, save_adapter
+from policies.ranges import Range
 
 FOLDERS = ("checkpoint", "lora_adapter")  # of the policy; those may lie on the Hugging Face Hub
 NOTHING_TOLD = model_card.Told()
@@ -238,7 +239,9 @@ def main() -> None:
     """Command line."""
     parser = Parser("policy.export", __doc__)
     parser.add_argument("--run", required=True, type=Path, help="run, checkpoint or HF folder")
-    parser.add_argument("--step", type=int, default=-1, help="iteration; -1 = the newest")
+    parser.add_argument(
+        "--step", type=number(int, Range(-1)), default=-1, help="iteration; -1 = the newest"
+    )
     parser.add_argument(
         "--best", action="store_true", help="the iteration with the best ground-truth success"
     )

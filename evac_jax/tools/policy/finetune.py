@@ -9,6 +9,7 @@ import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,19 @@ from evac_jax.files.atomic import replacing, whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.tools import sizes
+from evac_jax.tools.command_line import refuse_existing
+from evac_jax.tools.finite import check_finite
 from evac_jax.tools.policy.data import GOAL_DIM, Batch, Chunks, action_statistics
 from evac_jax.tools.resume import check_same_run
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
 from policies.openvla_oft.export_hf import create_policy_folder, export_policy
-from policies.openvla_oft.import_hf import LoadedPolicy, load_policy
+from policies.openvla_oft.import_hf import LoadedPolicy, load_config, load_policy
 from policies.openvla_oft.model import OpenVLAOFT
 from policies.openvla_oft.peft import save_adapter
 from policies.openvla_oft.prompt import PromptTokenizer
 from policies.types import ObsBatch
 
+CHECK_EVERY = 100  # steps after which losses are fetched and checked, at least
 HELD_OUT_CHUNKS = 1024  # largest number of chunks that are scored, evenly spaced
 ANY_LENGTH = 10**6  # limit of a prompt's length while the longest one is determined
 # Arguments that must be the same when a run is resumed.
@@ -60,6 +64,35 @@ def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
     )
 
 
+def check_start(folder: str) -> None:
+    """Refuse a --start that is no policy's folder, before anything slow.
+
+    Raises:
+        CheckpointError: it is not there, or its config.json is not that of a policy.
+    """
+    with told_as_checkpoint_error(f"--start: cannot import {folder!r}"):
+        load_config(folder)
+
+
+def check_trained(step: int, losses: Sequence[Any], trained: Any, advice: str) -> None:
+    """Refuse losses or weights that are not finite. Call it every `CHECK_EVERY` steps, at least.
+
+    Args:
+        step: the last one, from 1 on.
+        losses: of all steps up to it, scalars or vectors; the last `CHECK_EVERY` are checked.
+        trained: tree of the weights after it.
+        advice: what the user can do.
+
+    Raises:
+        TrainingError: names the step.
+    """
+    latest = losses[-CHECK_EVERY:]
+    for number, loss in enumerate(latest, step - len(latest) + 1):
+        check_finite(number, advice, loss=float(np.sum(loss)))
+    largest = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(trained) if leaf.size]
+    check_finite(step, advice, largest_weight=float(np.max(largest)))  # `max` may hide a NaN
+
+
 def soft_targets(
     actions: jax.Array, statistics: ActionStatistics, sd_bins: float, num_bins: int = 256
 ) -> jax.Array:
@@ -79,8 +112,7 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
         CheckpointError: the progress beside `args.out` belongs to another run.
     """
     out = Path(args.out)
-    if out.exists():
-        raise DataError(f"--out: {out} exists; choose another folder or remove it")
+    refuse_existing(out)
     training, held_out = _episodes(args)
     stats = action_statistics(training, args.gripper)
     with tempfile.TemporaryDirectory() as scratch:
@@ -190,6 +222,12 @@ def _train(args, model, prompts, training: Chunks, held_out: Chunks, setup, prog
         state, loss = step(state, rest, *_inputs(training.read(which), prompts))
         losses.append(loss)
         last = i + 1 == args.steps
+        every = (CHECK_EVERY, args.score_every, args.save_every)
+        if last or any((i + 1) % count == 0 for count in every):
+            advice = f"Nothing of it was saved; try a lower --lr ({args.lr:g})"
+            if progress.exists():
+                advice += f" and remove {progress}"
+            check_trained(i + 1, losses, state[0], advice)
         if (i + 1) % 100 == 0:
             rate, mean = (i + 1 - done) / (time.perf_counter() - began), np.mean(losses[-100:])
             logging.info("step %d/%d  loss %.4f  %.2f steps/s", i + 1, args.steps, mean, rate)

@@ -30,19 +30,25 @@ from absl import logging
 from flax import nnx
 
 from evac_jax.devices.malloc import keep_freed_memory
-from evac_jax.errors import DataError
 from evac_jax.files import cards
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.env import to_policy_actions
-from evac_jax.miniature.expert import Expert, demonstrate
+from evac_jax.miniature.expert import KINDS, Expert, demonstrate
 from evac_jax.miniature.render import project, render
 from evac_jax.miniature.sizes import POLICY
 from evac_jax.miniature.tasks import COLORS, INSTRUCTIONS
 from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.tools import sizes
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.policy.data import GRIPPER_RULES
-from evac_jax.tools.policy.finetune import finetune, make_optimizer, soft_targets
+from evac_jax.tools.policy.finetune import (
+    CHECK_EVERY,
+    check_start,
+    check_trained,
+    finetune,
+    make_optimizer,
+    soft_targets,
+)
 from policies.openvla_oft.action_tokens import ActionStatistics
 from policies.openvla_oft.export_hf import create_policy_folder
 from policies.openvla_oft.import_hf import load_policy
@@ -124,7 +130,8 @@ def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, s
     def readout(outputs: int) -> jax.Array:
         return jnp.asarray(0.05 * rng.normal(size=(POLICY.hidden_size, outputs)), jnp.float32)
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 100, steps, 0.02 * lr)
+    warmup = min(100, steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, 0.02 * lr)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
     )
@@ -176,6 +183,9 @@ def pretrain(model: OpenVLAOFT, prompts, *, steps: int, batch: int, lr: float, s
     for i, drawn in enumerate(itertools.islice(batches(), steps)):
         trained, opt_state, error = step(trained, opt_state, *drawn)
         errors.append(error)
+        if (i + 1) % CHECK_EVERY == 0 or i + 1 == steps:
+            advice = f"Nothing was written; try a lower --lr ({lr:g})"
+            check_trained(i + 1, errors, trained, advice)
         if (i + 1) % 100 == 0:
             seen, read = 10 * np.mean(errors[-100:], axis=0)
             logging.info(
@@ -238,32 +248,35 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--start", help="policy folder to go on from; default: fresh weights")
     parser.add_argument(
         "--lora_rank",
-        type=int,
+        type="natural",
         default=0,
         help="train adapters of this rank alone; 0 = all weights",
     )
     parser.add_argument(
-        "--lora_alpha", type=float, default=0.0, help="adapters' scale x rank; 0 = a scale of 1"
+        "--lora_alpha",
+        type="not_negative",
+        default=0.0,
+        help="adapters' scale x rank; 0 = a scale of 1",
     )
-    parser.add_argument("--labels", default="expert", help="demonstrator: expert, sloppy ..")
+    parser.add_argument("--labels", choices=KINDS, default="expert", help="demonstrator")
     parser.add_argument(
-        "--pretrain_steps", type=int, default=0, help="of seeing and reading, first"
+        "--pretrain_steps", type="natural", default=0, help="of seeing and reading, first"
     )
-    parser.add_argument("--steps", type=int, default=6000, help="of the optimizer")
-    parser.add_argument("--batch", type=int, default=64, help="decisions per step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
-    parser.add_argument("--sd_bins", type=float, default=8.0, help="width of the soft targets")
+    parser.add_argument("--steps", type="count", default=6000, help="of the optimizer")
+    parser.add_argument("--batch", type="count", default=64, help="decisions per step")
+    parser.add_argument("--lr", type="positive", default=1e-3, help="highest learning rate")
+    parser.add_argument("--sd_bins", type="positive", default=8.0, help="width of the soft targets")
     text = "of the goal read-out; default: 1, with --data 0"
-    parser.add_argument("--goal_weight", type=float, help=text)
-    parser.add_argument("--score_scenes", type=int, default=512, help="played for a score")
-    parser.add_argument("--score_every", type=int, default=1000, help="steps between scores")
+    parser.add_argument("--goal_weight", type="not_negative", help=text)
+    parser.add_argument("--score_scenes", type="count", default=512, help="played for a score")
+    parser.add_argument("--score_every", type="count", default=1000, help="steps between scores")
     parser.add_seed("weights, scenes and batches")
     data = parser.add_argument_group("recorded episodes instead of the tabletop")
     data.add_argument("--data", nargs="+", metavar="RECORDING", help="folders of episodes")
     text = f"{sizes.HELP} a policy"
     data.add_argument("--sizes", metavar="NAME|FILE", help=text)
     data.add_argument("--unnorm_key", help="name of the recording's action statistics")
-    data.add_argument("--chunk", type=int, default=8, help="actions per decision")
+    data.add_argument("--chunk", type="count", default=8, help="actions per decision")
     text = "learn at every step, not only where a policy would decide"
     data.add_argument("--every_step", action="store_true", help=text)
     data.add_argument("--successful", action="store_true", help="leave failed episodes out")
@@ -271,14 +284,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--keep_stop_token", action="store_true", help="as the policy's own field")
     data.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     data.add_argument("--remat", action="store_true", help="recompute activations: less memory")
-    data.add_argument("--save_every", type=int, default=500, help="steps between saves")
+    data.add_argument("--save_every", type="count", default=500, help="steps between saves")
     args = parser.parse_args(argv)
     if args.lora_rank and not args.start:
         parser.error("--lora_rank needs --start, the policy folder that adapters are for")
     if args.data and bool(args.start) == bool(args.sizes):
         parser.error("--data needs either --start, a policy folder, or --sizes for random weights")
-    if args.lora_rank < 0 or args.lora_alpha < 0 or args.lora_alpha > 0 == args.lora_rank:
-        parser.error("--lora_rank must be 0 or more, and above 0 for --lora_alpha (0 or more)")
+    if args.lora_alpha > 0 == args.lora_rank:
+        parser.error("--lora_rank must be above 0 for --lora_alpha")
     if args.data and not args.unnorm_key:
         parser.error("--data needs --unnorm_key, a name for the action statistics")
     own = ("labels", "pretrain_steps", "score_scenes")
@@ -294,6 +307,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = _arguments(argv)
     logging.set_verbosity(logging.INFO)
+    refuse_existing(args.out)
+    if args.start:
+        check_start(args.start)
     if args.data:
         finetune(args)
     else:
@@ -304,8 +320,6 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
     """Train on fresh scenes, write the policy folder."""
     statistics = ActionStatistics.from_norm_stats(NORM_STATS, UNNORM_KEY)
     out = Path(args.out)
-    if out.exists():
-        raise DataError(f"--out: {out} exists; choose another folder or remove it")
     if args.start:
         with told_as_checkpoint_error(f"--start: cannot import {args.start!r}"):
             loaded = load_policy(
@@ -343,6 +357,7 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
     opt_state = optimizer.init(trained)
     step = make_step(graphdef, optimizer, statistics, args.sd_bins, args.goal_weight)
     scenes_per_draw = 4 * args.batch  # 4 moments each: 16 batches a draw
+    advice = f"Nothing was written; try a lower --lr ({args.lr:g})"
     began, losses, history, pool = time.perf_counter(), [], [], []
     for i in range(args.steps):
         if not pool:
@@ -360,6 +375,9 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
             trained, opt_state, rest, obs, jnp.asarray(actions, jnp.float32), jnp.asarray(goals)
         )
         losses.append(loss)
+        score_now = (i + 1) % args.score_every == 0 or i + 1 == args.steps
+        if (i + 1) % CHECK_EVERY == 0 or score_now:
+            check_trained(i + 1, losses, trained, advice)
         if (i + 1) % 100 == 0:
             rate = (i + 1) / (time.perf_counter() - began)
             token, goal = np.mean(losses[-100:], axis=0)
@@ -367,7 +385,7 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
                 "step %d/%d  loss %.4f  goals off by %.1f cm  %.2f steps/s",
                 *(i + 1, args.steps, token, 10 * goal, rate),
             )
-        if (i + 1) % args.score_every == 0 or i + 1 == args.steps:
+        if score_now:
             policy = nnx.merge(graphdef, jax.tree.map(jnp.copy, trained[0]), rest)
             starts = FRESH_SCENES + np.arange(args.score_scenes)
             score = {

@@ -343,39 +343,31 @@ def table(outcome: Mapping, scenes: int) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's values."""
     parser = Parser("recipes.coevolve", __doc__)
-    parser.add_argument("--config", default="configs/grpo.py", help="preset of every run")
-    parser.add_argument("--out", required=True, help="folder for all rounds; goes on where it was")
-    parser.add_argument(
-        "--data", nargs="+", required=True, help="recordings the world model was made from"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="at most")
-    parser.add_argument(
-        "--patience", type=int, default=1, help="rounds in a row that need not beat the best"
-    )
-    parser.add_argument("--iterations", type=int, help="of RL per round; default: the preset's")
-    parser.add_argument("--interval", type=int, default=4, help="iterations between evaluations")
-    parser.add_argument("--real_episodes", type=int, default=200, help="recorded per round")
-    parser.add_argument(
-        "--real_data", nargs="+", default=[], help="use these recordings instead, one per round"
-    )
     add = parser.add_argument
-    add("--world_model_steps", type=int, default=1500, help="fine-tuning per round")
-    add("--world_model_lr", type=float, default=5e-4, help="highest learning rate of it")
-    add("--world_model_batch", type=int, default=6, help="its windows per step")
-    add("--world_model_dropout", type=float, default=0.0, help="of its conditions")
+    add("--config", default="configs/grpo.py", help="preset of every run")
+    add("--out", required=True, help="folder for all rounds; goes on where it was")
+    add("--data", nargs="+", required=True, help="recordings the world model was made from")
+    add("--rounds", type="count", default=3, help="at most")
+    add("--patience", type="count", default=1, help="rounds in a row that need not beat the best")
+    add("--iterations", type="count", help="of RL per round; default: the preset's")
+    add("--interval", type="count", default=4, help="iterations between evaluations")
+    add("--real_episodes", type="count", default=200, help="recorded per round")
+    add("--real_data", nargs="+", default=[], help="use these recordings instead, one per round")
+    add("--world_model_steps", type="count", default=1500, help="fine-tuning per round")
+    add("--world_model_lr", type="positive", default=5e-4, help="highest learning rate of it")
+    add("--world_model_batch", type="count", default=6, help="its windows per step")
+    add("--world_model_dropout", type="dropout", default=0.0, help="of its conditions")
     add(
         "--few_steps",
         action="store_true",
         help="fine-tune on the timesteps of world_model.steps alone, for one that was made so",
     )
-    add("--imagined_episodes", type=int, default=800, help="for the classifier, per round")
-    add("--reward_steps", type=int, default=2000, help="of the classifier per round")
-    parser.add_argument("--scenes", type=int, default=512, help="per ground-truth evaluation")
-    parser.add_argument("--cores", type=int, help="default: up to 2")
+    add("--imagined_episodes", type="natural", default=800, help="for the classifier, per round")
+    add("--reward_steps", type="count", default=2000, help="of the classifier per round")
+    add("--scenes", type="count", default=512, help="per ground-truth evaluation")
+    add("--cores", type="count", help="default: up to 2")
     parser.add_seed("every training and recording")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="for every run"
-    )
+    add("--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="for every run")
     args = parser.parse_args(argv)
     if wrong := [entry for entry in args.set if "=" not in entry]:
         parser.error(f"--set: expected SECTION.FIELD=VALUE, got {wrong}")

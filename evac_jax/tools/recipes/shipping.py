@@ -22,7 +22,7 @@ from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.files import cards
 from evac_jax.files.atomic import whole_folder
 from evac_jax.telemetry import report
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, refuse_existing
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.stages import Stage, Workshop, needed_for
 
@@ -172,10 +172,14 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     add("stages", nargs="*", metavar="STAGE", help="run these alone, whose inputs are done")
     add("--until", metavar="STAGE", help="run this stage and all that it needs")
     add("--work", type=Path, default=recipe.work, help="all stages")
-    add("--out", type=Path, help="weights; default: the folder weights in --work")
+    add(
+        "--out",
+        type=Path,
+        help="new folder of the weights; default: weights in --work, written anew",
+    )
     add("--ship", action="store_true", help="replace the shipped weights by them")
-    add("--scale", type=float, default=1.0, help="0.01 for a smoke test")
-    add("--cores", type=int, help="default: up to 2")
+    add("--scale", type="share_above_0", default=1.0, help="0.01 for a smoke test")
+    add("--cores", type="count", help="default: up to 2")
     add("--list", action="store_true", help="show the stages and do nothing")
     add("--verify", action="store_true", help="compare the shipped files with their card instead")
     add("--weights", type=Path, default=recipe.weights, help="of --verify")
@@ -207,6 +211,8 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         shown = [stage for stage in stages if not chosen or stage.name in chosen]
         report.show("\n".join(f"{stage.name}: {stage.shown}" for stage in shown))
         return
+    if args.out:
+        refuse_existing(args.out)
     workshop = Workshop(args.work, args.cores)
     if chosen:
         workshop.run(stages, chosen)

@@ -23,6 +23,7 @@ from absl import logging
 from evac_jax.devices.malloc import KEEP_FREED_MEMORY
 from evac_jax.errors import ConfigError, DataError, EvacJaxError, nearest
 from evac_jax.files import cards
+from evac_jax.tools.resume import check_folder
 
 WORK = "{work}"
 ROOT = Path(__file__).resolve().parents[3]
@@ -111,11 +112,13 @@ class Workshop:
             None = all, up to 2.
 
     Raises:
-        DataError: another process, or a stage that one left behind, still uses the folder.
+        DataError: another process, or a stage that one left behind, still uses the folder; or it
+            holds other files.
     """
 
     def __init__(self, work: str | Path, cores: int | None = None):
         self.work = Path(work).absolute()
+        check_folder(self.work, "stamps")  # outputs of stages are removed before they run anew
         self._stamps, self._logs = self.work / "stamps", self.work / "logs"
         for folder in (self._stamps, self._logs):
             folder.mkdir(parents=True, exist_ok=True)

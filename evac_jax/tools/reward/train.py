@@ -30,7 +30,8 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.tools import torch_training
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
+from evac_jax.tools.finite import check_finite
 from evac_jax.tools.reward import calibration
 from evac_jax.tools.reward.margin import NO_MARGIN, near_change
 
@@ -190,6 +191,9 @@ def train(
     Args:
         margin: frames to leave out, see `margin.near_change`.
         disturbed: disturb frames, see `disturb`.
+
+    Raises:
+        TrainingError: loss or gradient is not finite.
     """
     torch.manual_seed(seed)
     sampler = FrameSampler(data, config.num_instructions, np.random.default_rng(seed), margin)
@@ -213,9 +217,11 @@ def train(
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         losses.append(loss.item())
+        advice = "Nothing was written; give another --seed, or look at the recordings"
+        check_finite(step + 1, advice, loss=losses[-1], norm_of_the_gradient=float(norm))
+        optimizer.step()
         if (step + 1) % 200 == 0:
             logging.info("step %d/%d  loss %.4f", step + 1, steps, np.mean(losses[-200:]))
     return model.eval()
@@ -248,18 +254,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="folders of recorded episodes")
     add("--imagined", nargs="+", default=[], help="folders of imagined episodes")
-    add("--out", required=True, help="folder for weights, config and card")
-    add("--steps", type=int, default=2000, help="of the optimizer")
-    add("--width", type=int, default=12, help="channels of the first stage; published ones have 64")
+    add("--out", required=True, help="new folder for weights, config and card")
+    add("--steps", type="count", default=2000, help="of the optimizer")
+    add(
+        "--width",
+        type="count",
+        default=12,
+        help="channels of the first stage; published ones have 64",
+    )
     add("--single_task", action="store_true", help="do not tell it the instruction, as published")
     add("--autoencoder", help="folder of the world model's codec")
-    add("--success_frames", type=int, default=2, help="in a row that make a success, as in RL")
-    add("--chunk", type=int, default=8, help="frames that are imagined together")
-    add("--judged_frames", type=int, default=0, help="last frames of a chunk judged; 0 = all")
-    add("--false_success", type=float, default=0.1, help="largest share of claims to be false")
+    add("--success_frames", type="count", default=2, help="in a row that make a success, as in RL")
+    add("--chunk", type="count", default=8, help="frames that are imagined together")
+    add("--judged_frames", type="natural", default=0, help="last frames of a chunk judged; 0 = all")
+    add(
+        "--false_success",
+        type="share_below_1",
+        default=0.1,
+        help="largest share of claims to be false",
+    )
     add(
         "--margin",
-        type=int,
+        type="natural",
         nargs=2,
         default=NO_MARGIN,
         metavar=("BEFORE", "AFTER"),
@@ -269,10 +285,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_threads()
     parser.add_seed("weights and batches")
     args = parser.parse_args(argv)
-    if not 0 <= args.false_success < 1:
-        parser.error(f"--false_success: expected a share in [0, 1), got {args.false_success}")
-    if min(args.margin) < 0:
-        parser.error(f"--margin: expected two numbers >= 0, got {args.margin}")
     if not args.success_frames <= (args.judged_frames or args.chunk) <= args.chunk:
         parser.error(
             "expected --success_frames <= --judged_frames <= --chunk, got "
@@ -301,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
+    refuse_existing(args.out)
     data = recordings.load(*args.data, *args.imagined)
     sampling = sampling_of(args.imagined)
     known = data.asked  # a card may list tasks that nobody played

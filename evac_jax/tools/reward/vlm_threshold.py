@@ -27,10 +27,11 @@ from evac_jax.config.vlm import PROMPT, VlmConfig
 from evac_jax.config.vlm_card import VlmCard
 from evac_jax.errors import ConfigError, TrainingError
 from evac_jax.files import cards, recordings
+from evac_jax.files.atomic import whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.vlm import VlmJudge
 from evac_jax.telemetry import report
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.reward import calibration
 from evac_jax.tools.reward.train import by_episode
 
@@ -107,24 +108,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="folder of a VLM of transformers, or hf://OWNER/NAME")
     add("--data", required=True, nargs="+", help="folders of recorded episodes")
     add("--imagined", nargs="+", default=[], help="folders of imagined episodes")
-    add("--out", required=True, help="folder for threshold and card")
-    add("--false_success", type=float, default=0.1, help="largest share of claims to be false")
-    add("--episodes", type=int, default=256, help="judged of each part at most; 0 = all")
-    add("--chunk", type=int, default=8, help="frames that are imagined together")
+    add("--out", required=True, help="new folder for threshold and card")
+    add(
+        "--false_success",
+        type="share_below_1",
+        default=0.1,
+        help="largest share of claims to be false",
+    )
+    add("--episodes", type="natural", default=256, help="judged of each part at most; 0 = all")
+    add("--chunk", type="count", default=8, help="frames that are imagined together")
     add("--prompt", default=PROMPT, help="as config.reward.vlm.prompt, and so on")
     for name in ("frames", "every", "average", "batch"):
-        add(f"--{name}", type=int, default=getattr(usual, name))
+        add(f"--{name}", type="count", default=getattr(usual, name))
     add("--dtype", choices=("bfloat16", "float32", "float16"), default=usual.dtype)
     parser.add_device()
     parser.add_threads()
     parser.add_seed("the draw of episodes")
-    args = parser.parse_args(argv)
-    if not 0 <= args.false_success < 1:
-        parser.error(f"--false_success: expected a share in [0, 1), got {args.false_success}")
-    for name in ("chunk", "frames", "every", "average", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -136,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     vlm = VlmConfig(**{name: getattr(args, name) for name in names})
     if problems := vlm.problems():
         raise ConfigError("\n".join(f"--{problem}" for problem in problems))
+    out = Path(args.out)
+    refuse_existing(out)
     kinds = {"real": recordings.load(*args.data)}
     if args.imagined:
         kinds["imagined"] = recordings.load(*args.imagined)
@@ -157,10 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind: calibration.judge(*judged(held_out), threshold, 1)
         for kind, (_, held_out) in parts.items()
     }
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     card = VlmCard.make(model, threshold, args.chunk, vlm)
-    card.write(out)
     facts = {
         "threshold": threshold,
         "allowed_false_success": args.false_success,
@@ -169,7 +168,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "held_out_episodes": {kind: part.num_episodes for kind, (_, part) in parts.items()},
         "model": hub.address_of(model),
     }
-    cards.write_json(out / "card.json", cards.card(**facts))
+    with whole_folder(out) as folder:
+        folder.mkdir()
+        card.write(folder)
+        cards.write_json(folder / "card.json", cards.card(**facts))
     _tell(out, card, chosen, scores, args.false_success)
 
 

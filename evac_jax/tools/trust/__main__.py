@@ -31,18 +31,22 @@ from evac_jax.config.flags import load_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, recordings
+from evac_jax.files.atomic import keep
 from evac_jax.files.recordings import Episodes
 from evac_jax.miniature.render import BLOCK_COLORS
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.simulators import world_model_specs
 from evac_jax.telemetry import report
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, number, run_tool
 from evac_jax.tools.episodes import collect
+from evac_jax.tools.resume import check_folder
 from evac_jax.tools.trust import page
 from evac_jax.tools.trust.replay import Film, make_environment, replay
 from evac_jax.tools.trust.scores import summarise
+from policies.ranges import Range
 
+REPORT, PAGE = "report.json", "report.html"
 ROOT = Path(__file__).parents[3]
 PRESETS = {"miniature": "configs/grpo.py:miniature"}
 TRAINED_POLICY = Path(MINIATURE_WEIGHTS) / "policy_trained"
@@ -204,13 +208,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's values."""
     parser = Parser("trust", __doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings, weights, recording")
-    parser.add_argument("--out", default="runs/trust", help="folder of the report, written anew")
+    parser.add_argument(
+        "--out",
+        default="runs/trust",
+        help="folder of the report; an earlier one there is kept as report_1, and so on",
+    )
     parser.add_argument("--data", nargs="+", help="recordings to compare with")
     parser.add_argument(
         "--part", choices=("held_out", "all"), default="held_out", help="episodes of --data to use"
     )
     parser.add_argument(
-        "--episodes", type=int, default=128, help="of every kind at most; 0 = all of --data"
+        "--episodes", type="natural", default=128, help="of every kind at most; 0 = all of --data"
     )
     parser.add_argument("--trained", type=Path, help="policy after training, a Hugging Face folder")
     parser.add_argument("--world_model", help="folder of weights; default: the preset's")
@@ -222,34 +230,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="another one to compare with, by the preset's or its own threshold and frames; all is "
         "imagined a second time",
     )
-    parser.add_argument("--veto", type=float, help="of several classifiers that disagree; 0 = none")
+    parser.add_argument(
+        "--veto", type="share", help="of several classifiers that disagree; 0 = none"
+    )
     parser.add_argument("--pose_model", help="likewise of the pose network")
-    parser.add_argument("--threshold", type=float, help="probability that counts as success")
-    parser.add_argument("--success_frames", type=int, help="frames in a row that must show it")
-    parser.add_argument("--judged_frames", type=int, help="last frames of a chunk judged; 0 = all")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--eta", type=float, help="denoising noise, 0..1")
+    parser.add_argument(
+        "--threshold", type=number(float, Range(-80, 1)), help="probability that counts as success"
+    )
+    parser.add_argument("--success_frames", type="count", help="frames in a row that must show it")
+    parser.add_argument(
+        "--judged_frames", type="natural", help="last frames of a chunk judged; 0 = all"
+    )
+    parser.add_argument("--steps", type="count", help="denoising steps")
+    parser.add_argument("--eta", type="share", help="denoising noise, 0..1")
     parser.add_argument("--dtype", help="precision of the world model")
     parser.add_device()
-    parser.add_argument("--batch", type=int, default=BATCH, help="episodes played side by side")
+    parser.add_argument("--batch", type="count", default=BATCH, help="episodes played side by side")
     parser.add_argument(
-        "--pictures", type=float, default=0.5, help="share of episodes whose pictures are compared"
+        "--pictures",
+        type="share_above_0",
+        default=0.5,
+        help="share of episodes whose pictures are compared",
     )
     parser.add_threads()
     parser.add_seed("imagination, scenes and players")
     args = parser.parse_args(argv)
     if not args.preset and not args.data:
         parser.error("expected --data RECORDING, or --preset to make one in its ground truth")
-    if not 0 < args.pictures <= 1:
-        parser.error(f"--pictures: expected a share in (0, 1], got {args.pictures}")
-    if args.batch < 1 or args.episodes < (0 if args.data else 1):
-        parser.error(f"--batch, --episodes: too small, got {args.batch}, {args.episodes}")
+    if not args.episodes and not args.data:
+        parser.error("--episodes: expected at least 1 without --data, got 0")
     return args
 
 
 def run(args: argparse.Namespace) -> dict:
     """Write the report of a command line; return it."""
-    began = time.process_time()
+    out, began = Path(args.out), time.process_time()
+    check_folder(out, REPORT)
     config = preset_config(args.preset) if args.preset else None
     settings, notes = settings_of(args, config), []
     if args.data:
@@ -273,10 +289,11 @@ def run(args: argparse.Namespace) -> dict:
             "overall": {name: judged["overall"][name] for name in ("episodes", *page.SHARES)},
         }
     result |= cards.card(cpu_seconds=round(time.process_time() - began), data=_provenance(data))
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    page.write(out / "report.html", result, films)
-    cards.write_json(out / "report.json", result)
+    for file in (out / PAGE, out / REPORT):
+        keep(file)
+    page.write(out / PAGE, result, films)
+    cards.write_json(out / REPORT, result)
     return result
 
 
@@ -292,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     result = run(args)
     said = [page.judge(result["overall"])[1], *page.findings(result), *result["notes"]]
-    report.show("\n".join([*said, f"\n{Path(args.out) / 'report.html'}", ""]))
+    report.show("\n".join([*said, f"\n{Path(args.out) / PAGE}", ""]))
     sys.stdout.write(last_line(result["figures"]) + "\n")
 
 

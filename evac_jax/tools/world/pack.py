@@ -38,7 +38,7 @@ from evac_jax.config.world import (
     Starts,
     World,
 )
-from evac_jax.errors import ConfigError, DataError
+from evac_jax.errors import ConfigError
 from evac_jax.evac.model_folders import CONFIG_FILE
 from evac_jax.files import cards, libero_facts, recordings, start_frames
 from evac_jax.files.atomic import whole_folder
@@ -46,7 +46,7 @@ from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.sim.initial_states import InitialStates, make_initial_states, pack_starts
 from evac_jax.sim.recorded_starts import RecordedStarts
 from evac_jax.telemetry import report
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.world import parts
 from evac_jax.tools.world.options import HELP, parse
 from policies.openvla_oft.prompt import PromptTokenizer
@@ -127,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(Parser("world.pack", __doc__), argv)
     logging.set_verbosity(logging.INFO)
     out = Path(args.out)
-    if out.exists():
-        raise DataError(f"--out: {out} exists; choose another folder or remove it")
+    refuse_existing(out)
     world = pack(args, out)
     report.show(
         f"{out}: a world of {', '.join(world.card.sha256)}\n"

@@ -3,17 +3,20 @@ r"""Draws held-out episodes as one picture: imagined frames above, real frames b
 The first frame and the poses are the same in both rows; the world model gets nothing else.
 
     python -m evac_jax.tools.world_model.filmstrip --world_model DIR --data DIR \
-        --out docs/imagined.png
+        --out imagined.png
 """
+
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from evac_jax.errors import DataError
 from evac_jax.evac import model_folders
 from evac_jax.files import recordings
 from evac_jax.telemetry.video import filmstrip
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.world_model.imagine import imagine_episodes
 
 GAP = 6  # pixels between episodes
@@ -58,18 +61,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("world_model.filmstrip", __doc__)
     parser.add_argument("--world_model", required=True, help="folder of weights")
     parser.add_argument("--data", required=True, nargs="+", help="folders of episodes")
-    parser.add_argument("--out", required=True, help="PNG file")
-    parser.add_argument("--episodes", type=int, nargs="+", default=[0, 1, 2], help="held-out ones")
-    parser.add_argument("--length", type=int, help="actions imagined; default: whole episodes")
-    parser.add_argument("--frames", type=int, default=9, help="frames shown of each episode")
-    parser.add_argument("--steps", type=int, default=3, help="denoising steps")
-    parser.add_argument("--eta", type=float, default=1.0, help="denoising noise, 0..1")
-    parser.add_argument("--scale", type=int, default=2, help="enlarge by")
+    parser.add_argument("--out", required=True, help="new PNG file")
+    parser.add_argument(
+        "--episodes", type="natural", nargs="+", default=[0, 1, 2], help="held-out ones"
+    )
+    parser.add_argument("--length", type="count", help="actions imagined; default: whole episodes")
+    parser.add_argument("--frames", type="count", default=9, help="frames shown of each episode")
+    parser.add_argument("--steps", type="count", default=3, help="denoising steps")
+    parser.add_argument("--eta", type="share", default=1.0, help="denoising noise, 0..1")
+    parser.add_argument("--scale", type="count", default=2, help="enlarge by")
     parser.add_device()
     parser.add_seed("the denoising noise")
     args = parser.parse_args(argv)
+    refuse_existing(args.out)
+    if Path(args.out).suffix.lower() != ".png":
+        parser.error(f"--out: expected a name that ends in .png, got {args.out}")
     model = model_folders.load_model(args.world_model, kind="EvacModel", device=args.device)
     _, held_out = recordings.load(*args.data).split()
+    if max(args.episodes) >= held_out.num_episodes:
+        raise DataError(
+            f"--episodes: expected numbers below {held_out.num_episodes}, the held-out episodes of "
+            f"--data, got {max(args.episodes)}"
+        )
     chosen = held_out.select(np.array(args.episodes))
     generator = torch.Generator(args.device).manual_seed(args.seed)
     imagined = imagine_episodes(

@@ -28,7 +28,7 @@ from evac_jax.evac import model_folders
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.reward import RewardConfig
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.reward import train as reward
 from evac_jax.tools.reward.margin import near_change
 from evac_jax.tools.world_model.places import project, squares
@@ -150,23 +150,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="folders of recorded episodes")
     add("--autoencoder", required=True, help="folder of the autoencoder")
-    add("--out", type=Path, help="folder for a card with the figures")
-    add("--episodes", type=int, default=400, help="largest number of those that train the networks")
-    add("--steps", type=int, default=1500, help="of the optimizer, for each network")
-    add("--width", type=int, default=12, help="channels of their first stage")
+    add("--out", type=Path, help="new folder for a card with the figures")
+    add(
+        "--episodes",
+        type="count",
+        default=400,
+        help="largest number of those that train the networks",
+    )
+    add("--steps", type="count", default=1500, help="of the optimizer, for each network")
+    add("--width", type="count", default=12, help="channels of their first stage")
     text = "frames left out on either side of a change of the label"
-    add("--margin", type=int, nargs=2, default=[3, 2], metavar=("BEFORE", "AFTER"), help=text)
+    add("--margin", type="natural", nargs=2, default=[3, 2], metavar=("BEFORE", "AFTER"), help=text)
     parser.add_device()
     parser.add_threads()
     parser.add_seed("the networks, and of which episodes train them")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
+    if args.out:
+        refuse_existing(args.out)
     began = time.perf_counter()
     codec = model_folders.load_model(args.autoencoder, kind="Autoencoder", device=args.device)
     figures = measure(recordings.load(*args.data), codec, args)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True)
         weights = cards.sha256(Path(args.autoencoder) / model_folders.WEIGHTS_FILE)
         seconds = time.perf_counter() - began
         facts = cards.card(scores=figures, autoencoder=weights, seconds=seconds)

@@ -19,7 +19,7 @@ from evac_jax.evac.cpu.packed import accelerate
 from evac_jax.evac.model import EvacModel
 from evac_jax.files import cards, libero_facts, recordings
 from evac_jax.files.recordings import Episodes, EpisodeWriter
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.world_model.imagine import imagine_episodes
 
 _BATCH = 32
@@ -80,15 +80,16 @@ def main() -> None:
     parser.add_argument("--world_model", required=True, help="folder of weights")
     parser.add_argument("--data", required=True, nargs="+", help="folders of real episodes")
     parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--episodes", type=int, default=0, help="random ones; 0 = all")
-    parser.add_argument("--steps", type=int, default=3, help="denoising steps")
-    parser.add_argument("--eta", type=float, default=0.0, help="denoising noise, 0..1")
+    parser.add_argument("--episodes", type="natural", default=0, help="random ones; 0 = all")
+    parser.add_argument("--steps", type="count", default=3, help="denoising steps")
+    parser.add_argument("--eta", type="share", default=0.0, help="denoising noise, 0..1")
     parser.add_device()
     parser.add_threads()
     parser.add_seed("the denoising noise, and of which episodes are taken")
     args = parser.parse_args()
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
+    refuse_existing(args.out)
     model = model_folders.load_model(Path(args.world_model), kind="EvacModel", device=args.device)
     weights = Path(args.world_model) / model_folders.WEIGHTS_FILE
     facts = cards.card(world_model=cards.sha256(weights))

@@ -10,7 +10,7 @@ from evac_jax.evac.autoencoder import Autoencoder
 from evac_jax.evac.model import EvacModel
 from evac_jax.files.recordings import Episodes
 from evac_jax.tools import sizes, torch_training
-from evac_jax.tools.command_line import Parser
+from evac_jax.tools.command_line import Parser, not_negative
 from evac_jax.tools.world_model.data import fitted_deltas
 
 # What --train may name -> child of EvacModel. The autoencoder never trains here.
@@ -43,34 +43,49 @@ def parse(argv: list[str] | None = None, doc: str | None = None) -> argparse.Nam
     add("--start", help="fine-tune: folder of a world model to go on from")
     add("--out", required=True, help="folder for weights, card, progress and events")
     add("--cache", help="folder of latents, may be shared by runs; default <out>/cache")
-    add("--encode_processes", type=int, default=1, help="that fill the cache, CPU only")
+    add("--encode_processes", type="count", default=1, help="that fill the cache, CPU only")
     add("--train", default="all", help=f"all, or parts joined by +: {', '.join(PARTS)}")
     add("--weight", type=_weight, nargs="+", default=[], help="source=factor, e.g. policy=2")
-    add("--steps", type=int, default=8000, help="of the optimizer")
-    add("--batch", type=int, default=16, help="windows per process and pass")
-    add("--accumulate", type=int, default=1, help="passes per step")
+    add("--steps", type="count", default=8000, help="of the optimizer")
+    add("--batch", type="count", default=16, help="windows per process and pass")
+    add("--accumulate", type="count", default=1, help="passes per step")
     add("--optimizer", choices=torch_training.OPTIMIZERS, default="adamw", help="muon: of matrices")
-    add("--lr", type=float, default=1.2e-3, help="highest learning rate")
-    add("--warmup", type=int, default=200, help="steps")
-    add("--weight_decay", type=float, default=0.01, help="of either optimizer")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--ema", type=float, default=0.997, help="decay of the moving average of the weights")
+    add("--lr", type="positive", default=1.2e-3, help="highest learning rate")
+    add("--warmup", type="natural", default=200, help="steps")
+    add("--weight_decay", type="not_negative", default=0.01, help="of either optimizer")
+    add("--clip", type="positive", default=1.0, help="largest gradient norm")
+    add(
+        "--ema",
+        type="share_below_1",
+        default=0.997,
+        help="decay of the moving average of the weights",
+    )
     add("--dtype", choices=tuple(torch_training.DTYPES), default="float32", help="of the passes")
-    add("--dropout", type=float, default=0.05, help="p of the condition dropout, 0 to 0.25")
+    add("--dropout", type="dropout", default=0.05, help="p of the condition dropout, 0 to 0.25")
     add(
         "--few_steps",
         action="store_true",
         help="train on the timesteps of --ddim_steps alone: for a model that is always sampled so",
     )
-    add("--moving_weight", type=float, default=5.0, help="of latent cells that move; 1 is none")
-    add("--patience", type=int, default=0, help="validations without a better one; 0: no stop")
-    add("--validation_windows", type=int, default=96, help="of the held-out loss")
-    add("--rollouts", type=int, default=48, help="held-out episodes imagined per validation")
-    add("--rollout_chunks", type=int, default=4, help="imagined of each of these episodes")
-    add("--ddim_steps", type=int, default=4, help="denoising steps of the roll-outs")
-    add("--eta", type=float, default=0.0, help="of the roll-outs")
-    add("--save_every", type=int, default=500, help="steps between validations")
-    add("--log_every", type=int, default=100, help="steps between lines of the log")
+    add(
+        "--moving_weight",
+        type="not_negative",
+        default=5.0,
+        help="of latent cells that move; 1 is none",
+    )
+    add(
+        "--patience",
+        type="natural",
+        default=0,
+        help="validations without a better one; 0: no stop",
+    )
+    add("--validation_windows", type="count", default=96, help="of the held-out loss")
+    add("--rollouts", type="count", default=48, help="held-out episodes imagined per validation")
+    add("--rollout_chunks", type="count", default=4, help="imagined of each of these episodes")
+    add("--ddim_steps", type="count", default=4, help="denoising steps of the roll-outs")
+    add("--eta", type="share", default=0.0, help="of the roll-outs")
+    add("--save_every", type="count", default=500, help="steps between validations")
+    add("--log_every", type="count", default=100, help="steps between lines of the log")
     parser.add_device()
     parser.add_threads()
     parser.add_seed("weights, batches and noise")
@@ -81,12 +96,6 @@ def parse(argv: list[str] | None = None, doc: str | None = None) -> argparse.Nam
         parser.error(
             "--sizes and --fit_deltas go with --autoencoder; with --start the folder has its own"
         )
-    counts = "steps batch accumulate save_every log_every rollouts rollout_chunks"
-    for name in (*counts.split(), "validation_windows", "encode_processes", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    if not 0 <= args.dropout <= 0.25:
-        parser.error(f"--dropout: expected 0 to 0.25, got {args.dropout}")
     args.weight = dict(args.weight)
     return args
 
@@ -94,9 +103,9 @@ def parse(argv: list[str] | None = None, doc: str | None = None) -> argparse.Nam
 def _weight(text: str) -> tuple[str, float]:
     source, _, factor = text.rpartition("=")
     try:
-        return source, float(factor)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected source=factor, got {text!r}") from error
+        return source, not_negative(factor)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} in {text!r}; give source=factor") from error
 
 
 def make_model(args: argparse.Namespace, data: Episodes) -> EvacModel:

@@ -11,7 +11,6 @@ run that was stopped, with the same numbers as without the interruption.
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from absl import logging
 
-from evac_jax.errors import TrainingError
 from evac_jax.evac import model_folders
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.diffusion_loss import LossOptions, training_loss
@@ -31,6 +29,8 @@ from evac_jax.telemetry.tensorboard import TensorBoardWriter
 from evac_jax.tools import torch_training
 from evac_jax.tools.command_line import run_tool
 from evac_jax.tools.distributed import Ranks
+from evac_jax.tools.finite import check_finite
+from evac_jax.tools.resume import check_folder
 from evac_jax.tools.world_model.data import (
     Corpus,
     Windows,
@@ -194,12 +194,11 @@ class Trainer:
         self._save()
 
     def _check(self, value: float, name: str) -> float:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"step {self.step + 1}: the {name} is {value}. Nothing of it was saved: "
-                f"{self._out} holds the state of step {self._saved}. Remove {PROGRESS} there and "
-                "try a lower --lr, a longer --warmup or --dtype float32"
-            )
+        advice = (
+            f"Nothing of it was saved: {self._out} holds the state of step {self._saved}. Remove "
+            f"{PROGRESS} there and try a lower --lr, a longer --warmup or --dtype float32"
+        )
+        check_finite(self.step + 1, advice, **{name: value})
         return value
 
     def _save(self) -> None:
@@ -233,6 +232,8 @@ class Trainer:
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     """Train as the arguments say, and write the data card."""
     out, folders = Path(args.out), [Path(folder) for folder in args.data]
+    # Those that a run makes before its first progress.
+    check_folder(out, PROGRESS, "tensorboard", "cache")
     out.mkdir(parents=True, exist_ok=True)
     data = recordings.load(*folders)
     model = make_model(args, data).to(ranks.device)

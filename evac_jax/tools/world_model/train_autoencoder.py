@@ -25,6 +25,8 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.tools import sizes, torch_training
 from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.finite import check_finite
+from evac_jax.tools.resume import check_folder
 from evac_jax.tools.world_model.imagine import camera_of, check_fits, to_images
 from evac_jax.tools.world_model.latent_cache import draw_pose_maps
 from evac_jax.tools.world_model.places import places, squares
@@ -121,7 +123,11 @@ def backgrounds(data: Episodes, config: EvacConfig, seed: int, device) -> Tensor
 
 
 def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: dict[str, Any]):
-    """Return the trained autoencoder and the reconstruction error of its last 100 steps."""
+    """Return the trained autoencoder and the reconstruction error of its last 100 steps.
+
+    Raises:
+        TrainingError: loss or gradient is not finite.
+    """
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     model = Autoencoder(config.autoencoder)
@@ -141,6 +147,10 @@ def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: d
         ema.load_state_dict(state["ema"])
         done, errors = state["step"], state["errors"]
         logging.info("resumed at step %d", done)
+    advice = (
+        f"Nothing of it was saved; remove {progress} if it is there, and try a lower --lr "
+        f"({args.lr:g}) or --dtype float32"
+    )
     began = time.perf_counter()
     for step in range(done, args.steps):
         # The step is the seed of all random numbers, so a resumed run repeats an uninterrupted one;
@@ -154,7 +164,9 @@ def train(data: Episodes, config: EvacConfig, args: argparse.Namespace, setup: d
         loss, error = _loss(model, colors, drawn, background, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        figures = {"loss": float(loss.detach()), "norm_of_the_gradient": float(norm)}
+        check_finite(step + 1, advice, **figures)
         optimizer.step()
         ema.update(model)
         errors = [*errors[-99:], float(error.detach())]
@@ -239,19 +251,16 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME|FILE",
         help=f"{sizes.HELP} an EvacConfig",
     )
-    parser.add_argument("--steps", type=int, default=2000, help="of the optimizer")
-    parser.add_argument("--batch", type=int, default=32, help="pictures per step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--save_every", type=int, default=500, help="steps between saves")
-    parser.add_argument(
-        "--foreground", type=float, default=4.0, help="more weight of pixels unlike the background"
-    )
-    parser.add_argument(
-        "--object_weight", type=float, default=0.0, help="more weight round the hand and things"
-    )
-    parser.add_argument(
-        "--square_error", type=float, default=0.0, help="of squares beside absolute differences"
-    )
+    parser.add_argument("--steps", type="count", default=2000, help="of the optimizer")
+    parser.add_argument("--batch", type="count", default=32, help="pictures per step")
+    parser.add_argument("--lr", type="positive", default=2e-3, help="highest learning rate")
+    parser.add_argument("--save_every", type="count", default=500, help="steps between saves")
+    text = "more weight of pixels unlike the background"
+    parser.add_argument("--foreground", type="not_negative", default=4.0, help=text)
+    text = "more weight round the hand and things"
+    parser.add_argument("--object_weight", type="not_negative", default=0.0, help=text)
+    text = "of squares beside absolute differences"
+    parser.add_argument("--square_error", type="not_negative", default=0.0, help=text)
     parser.add_argument(
         "--dtype", choices=tuple(torch_training.DTYPES), default="float32", help="of the networks"
     )
@@ -259,16 +268,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_threads()
     parser.add_seed("weights and batches")
     args = parser.parse_args(argv)
-    for name in ("foreground", "object_weight", "square_error"):
-        if not getattr(args, name) >= 0:
-            parser.error(f"--{name}: expected 0 or more, got {getattr(args, name)}")
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
+    out = Path(args.out)
+    check_folder(out, PROGRESS)
     data = recordings.load(*args.data)
     config = sizes.world_model(args.sizes).replace(n_view=data.frames.shape[1])
     check_fits(config, data)
     train_part, held_out = data.both_parts()
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     digests = [cards.sha256(Path(folder) / "card.json") for folder in args.data]
     setup = {name: getattr(args, name) for name in SETUP}

@@ -19,7 +19,8 @@ from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.tools import torch_training
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
+from evac_jax.tools.finite import check_finite
 
 UNROLL = 6  # steps predicted in a row while training
 # Lower bound of the standard deviation. Without it, entries that hardly vary (the quaternion of an
@@ -53,7 +54,11 @@ def train(
     seed: int = 0,
     device: str = "cpu",
 ) -> PoseModel:
-    """Return a model fitted to the transitions of `data`, on `device`."""
+    """Return a model fitted to the transitions of `data`, on `device`.
+
+    Raises:
+        TrainingError: loss or gradient is not finite.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = PoseModel(config).to(device)
@@ -80,7 +85,9 @@ def train(
         loss = error.abs().mean() + error.square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        advice = "Nothing was written; give another --seed, or look at the recordings"
+        check_finite(step + 1, advice, loss=loss.item(), norm_of_the_gradient=float(norm))
         optimizer.step()
         ema.update(model)
         if (step + 1) % 1000 == 0:
@@ -123,9 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = Parser("world_model.train_pose_model", __doc__)
     parser.add_argument("--data", required=True, nargs="+", help="folders of recorded episodes")
-    parser.add_argument("--out", required=True, help="folder for weights, config and card")
-    parser.add_argument("--steps", type=int, default=6000, help="of the optimizer")
-    parser.add_argument("--hidden", type=int, default=128, help="width of its layers")
+    parser.add_argument("--out", required=True, help="new folder for weights, config and card")
+    parser.add_argument("--steps", type="count", default=6000, help="of the optimizer")
+    parser.add_argument("--hidden", type="count", default=128, help="width of its layers")
     parser.add_argument(
         "--plain", action="store_true", help="the published network, without the linear skip"
     )
@@ -135,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
+    refuse_existing(args.out)
     train_part, held_out = recordings.load(*args.data).both_parts()
     began = time.process_time()
     config = PoseModelConfig(hidden=args.hidden, linear_skip=not args.plain)

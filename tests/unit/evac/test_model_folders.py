@@ -327,3 +327,11 @@ def test_folder_is_refused_when_it_is_not_the_expected_one(tmp_path):
 def test_saving_is_refused_when_the_class_is_not_known(tmp_path):
     with pytest.raises(CheckpointError, match="cannot save a Linear"):
         model_folders.save_model(tmp_path, nn.Linear(1, 1))
+
+
+def test_model_of_transformers_is_told_where_its_threshold_comes_from(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(CheckpointError, match=r"kind RewardNet.*'qwen3_vl'.*vlm_threshold --model"):
+        model_folders.load_model(tmp_path, kind="RewardNet")
+    with pytest.raises(CheckpointError, match=r"kind PoseModel, got None$"):
+        model_folders.load_model(tmp_path, kind="PoseModel")

@@ -34,3 +34,9 @@ def test_known_cameras_are_cameras():
 def test_matrices_that_are_no_camera_are_refused(intrinsic, c2w, told):
     with pytest.raises(ConfigError, match=told):
         resolve_camera({"intrinsic": intrinsic, "c2w": c2w}, None, 1)
+
+
+def test_setting_that_is_no_camera_is_not_printed_whole():
+    with pytest.raises(ConfigError) as told:
+        resolve_camera({name * 40: [0] * 999 for name in "abcdefgh"}, None, 1)
+    assert len(str(told.value)) < 500

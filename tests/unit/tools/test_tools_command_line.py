@@ -5,7 +5,7 @@ import re
 import pytest
 
 from evac_jax.errors import DataError
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import KINDS, Parser, refuse_existing, run_tool
 from tests import house
 
 TOOLS = [
@@ -114,3 +114,65 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
     args = parser.parse_args(["--out=~/a,~/b", "--mix", "a~/b=c~", "~/c", "x=~"])
     assert (args.out, args.mix) == ("/home/me/a,/home/me/b", "a~/b=c~")
     assert args.folders == ["/home/me/c", "x=~"]
+
+
+NUMBERS = {
+    "count": (["1", "40"], ["0", "-1", "1.5", "x", "nan"]),
+    "natural": (["0", "40"], ["-1", "1e3", "inf"]),
+    "positive": (["1e-3", "2"], ["0", "-1", "nan", "inf", ""]),
+    "not_negative": (["0", "0.5"], ["-0.1", "nan", "1e999"]),
+    "share": (["0", "1"], ["1.01", "nan"]),
+    "share_above_0": (["1"], ["0", "-inf"]),
+    "share_below_1": (["0"], ["1"]),
+    "dropout": (["0.25"], ["0.3"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_number_outside_of_its_range_or_not_finite_is_refused_by_name(kind, capsys):
+    parser = Parser("noun.verb", DOC)
+    parser.add_argument_group("more").add_argument("--number", type=kind)
+    good, bad = NUMBERS[kind]
+    assert [parser.parse_args([f"--number={text}"]).number for text in good] == [
+        float(text) for text in good
+    ]
+    for text in bad:
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([f"--number={text}"])
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert re.search(rf"argument --number: expected a (whole|finite) .*, got '{text}'\n", told)
+
+
+@pytest.mark.parametrize("flag", ["--seed=-1", "--seed=99999999999", "--threads=0"])
+def test_shared_numbers_have_bounds(flag):
+    parser = Parser("noun.verb", DOC)
+    parser.add_seed("all")
+    parser.add_threads()
+    with pytest.raises(SystemExit):
+        parser.parse_args([flag])
+
+
+def test_every_number_of_a_tool_has_bounds():
+    # world.pack's are checked against the card's fields; hub and runs check their own.
+    elsewhere = ("world/options.py", "hub/", "runs/")
+    for file in house.python_files("evac_jax/tools"):
+        if any(part in file for part in elsewhere):
+            continue
+        types = [
+            keyword.value.id
+            for node in house.nodes(file)
+            if isinstance(node, ast.Call)
+            for keyword in node.keywords
+            if keyword.arg == "type" and isinstance(keyword.value, ast.Name)
+        ]
+        assert not {"int", "float"} & set(types), f"{file}: use a kind of command_line.KINDS"
+
+
+def test_output_that_exists_is_refused_whether_file_or_folder(tmp_path):
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(DataError, match="--out: .* exists; choose another folder or remove it"):
+        refuse_existing(tmp_path)
+    with pytest.raises(DataError, match="card.json exists; choose another file or remove it"):
+        refuse_existing(str(tmp_path / "card.json"))
+    refuse_existing(tmp_path / "new")

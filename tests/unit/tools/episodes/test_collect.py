@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import shutil
 
@@ -119,3 +120,10 @@ def test_configuration_without_a_folder_is_refused():
     wanted = dataclasses.replace(config.collect, out="x")
     with pytest.raises(ConfigError, match="ground_truth"):
         collect.run(dataclasses.replace(config, collect=wanted))
+
+
+def test_share_or_temperature_that_is_not_finite_is_refused(tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError, match="shares of 0 or more, got 'noisy=nan'"):
+        collect.parse_mix("noisy=nan")
+    with pytest.raises(DataError, match="expected policy:FOLDER@TEMPERATURE"):
+        collect.collect(tmp_path / "out", 2, {"policy:x@nan": 1.0})

@@ -114,3 +114,22 @@ def test_size_is_asked_for_when_the_centre_is_not_that_of_the_pictures(tmp_path,
     camera.write_text(json.dumps(matrices | {"size": ["32", 32]}))
     with pytest.raises(ConfigError, match="expected .height, width."):
         importing.read_camera(str(camera), 1, (64, 64), 0)
+
+
+@pytest.mark.parametrize("content", [{"fps": 10, "features": {"a": [0] * 999}}, ["x" * 9999]])
+def test_file_that_is_no_camera_is_named_and_not_printed_whole(tmp_path, content):
+    path = tmp_path / "info.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as told:
+        importing.read_camera(str(path), 1, (16, 16), 0)
+    text = str(told.value)
+    assert text.startswith(f'--camera={path}: expected a JSON object of "intrinsic", "c2w"')
+    assert "initial states" not in text
+    assert len(text) < 300 + len(str(path))
+
+
+def test_matrix_that_is_wrong_is_told_with_its_file(tmp_path, camera):
+    matrices = json.loads(camera.read_text())
+    camera.write_text(json.dumps(matrices | {"c2w": [[1]]}))
+    with pytest.raises(ConfigError, match=f"--camera={camera}: camera.c2w: expected"):
+        importing.read_camera(str(camera), 1, (16, 24), 0)

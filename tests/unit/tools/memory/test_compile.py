@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from evac_jax.errors import ConfigError
+from evac_jax.errors import ConfigError, DataError
 from evac_jax.tools.memory import compile as ahead
 from evac_jax.tools.memory.topology import Topology
 from policies.openvla_oft.config import OpenVLAOFTConfig, VisionTowerConfig
@@ -125,3 +125,9 @@ def test_a_small_decision_compiles_for_chips_that_are_not_here(topology, tmp_pat
     again = ahead.compile_ahead(asked, PYTHON, tmp_path)
     assert again == told
     assert len(os.listdir(tmp_path)) == 2  # sizes, and one file of what was compiled
+
+
+def test_existing_file_of_figures_is_refused_before_anything_is_compiled(tmp_path):
+    (tmp_path / "account.json").write_text("mine")
+    with pytest.raises(DataError, match="account.json exists; choose another file"):
+        ahead.run(["--topology=nothing", f"--out={tmp_path / 'account.json'}"])

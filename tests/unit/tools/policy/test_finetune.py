@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from evac_jax.errors import CheckpointError, DataError
+from evac_jax.errors import CheckpointError, DataError, TrainingError
 from evac_jax.files import recordings
 from evac_jax.tools.policy import data as policy_data
 from evac_jax.tools.policy import finetune
@@ -221,3 +221,10 @@ def test_goals_are_where_things_are_and_every_step_can_be_one_of_decision(record
 def test_goals_that_nobody_tells_are_refused(start, recording, tmp_path):
     with pytest.raises(DataError, match="no recording tells where things are"):
         train_policy.main(_command(start, recording, tmp_path / "out", "--goal_weight", "1"))
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_written(start, recording, tmp_path):
+    command = _command(start, recording, tmp_path / "out", *RANK, "--lr", "1e38", "--steps", "5")
+    with pytest.raises(TrainingError, match=r"step \d: the .* is (nan|inf).*lower --lr \(1e\+38\)"):
+        train_policy.main(command)
+    assert not list(tmp_path.iterdir())

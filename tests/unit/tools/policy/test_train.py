@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evac_jax.errors import DataError
+from evac_jax.errors import CheckpointError, DataError, TrainingError
 from evac_jax.miniature import scene
 from evac_jax.miniature.render import project
 from evac_jax.tools.policy import train as train_policy
@@ -83,3 +83,48 @@ def test_pretraining_teaches_patches_what_they_show(monkeypatch):
 def test_existing_folder_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(DataError, match=f"--out: {tmp_path} exists"):
         train_policy.main(["--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--lr=nan", "--lr=0", "--steps=0", "--batch=0", "--pretrain_steps=-1", "--labels=me"]
+)
+def test_numbers_that_cannot_train_are_refused_by_name(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        train_policy.main(["--out", str(tmp_path / "out"), flag])
+    assert ended.value.code == 2
+    assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_start_that_is_no_policy_is_refused_by_its_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": "EvacModel", "config": {}}')
+    for folder, why in (("nowhere", "not a Hugging Face policy folder"), (tmp_path, "OpenVLA")):
+        with pytest.raises(CheckpointError, match=f"--start: cannot import '{folder}': .*{why}"):
+            train_policy.main(
+                ["--start", str(folder), "--out", str(tmp_path / "out"), "--data", "nothing"]
+                + ["--unnorm_key", "robot"]
+            )
+
+
+def test_losses_and_weights_that_are_not_finite_end_a_training():
+    good, bad = jnp.ones(2), jnp.array([1.0, jnp.nan])
+    train_policy.check_trained(2, [good, good], {"w": good, "none": jnp.ones(0)}, "")
+    with pytest.raises(TrainingError, match="step 4: the loss is nan. Lower it"):
+        train_policy.check_trained(5, [good, bad, good], {"w": good}, "Lower it")
+    with pytest.raises(TrainingError, match="step 5: the largest weight is nan"):
+        train_policy.check_trained(5, [good], {"v": good, "w": bad}, "")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 100])
+def test_few_steps_of_pretraining_have_a_schedule(monkeypatch, steps):
+    schedules = []
+    schedule = train_policy.optax.warmup_cosine_decay_schedule
+
+    def stop(*args):
+        schedules.append(schedule(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_policy.optax, "warmup_cosine_decay_schedule", stop)
+    model = OpenVLAOFT(train_policy.POLICY, STATISTICS, rngs=nnx.Rngs(0))
+    with pytest.raises(KeyboardInterrupt):
+        train_policy.pretrain(model, (), steps=steps, batch=1, lr=1e-3, seed=0)
+    assert len(schedules) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from evac_jax.config.flags import check_flags
+from evac_jax.errors import DataError
 from evac_jax.tools.recipes import libero_small, miniature, shipping
 from evac_jax.tools.recipes.stages import check
 
@@ -52,3 +53,12 @@ def test_recipe_makes_what_is_shipped_and_scored(recipe):
     assert {source.split("/")[0] for source in told.shipped.values()} <= made
     assert set(told.scored) <= made
     assert stages[-1].name == "world"
+
+
+def test_existing_folder_is_not_replaced_by_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipping.signal, "signal", lambda *_: None)
+    (tmp_path / "mine").mkdir()
+    arguments = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "mine")]
+    with pytest.raises(DataError, match="--out: .*mine exists"):
+        shipping.run(miniature.recipe(), arguments)
+    assert not (tmp_path / "work").exists()

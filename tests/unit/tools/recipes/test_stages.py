@@ -162,3 +162,10 @@ def test_record_of_bytes_that_are_no_text_is_refused_by_name(tmp_path):
     record.write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"a\.json: expected a JSON object"):
         workshop.record("a")
+
+
+def test_folder_of_other_files_is_no_workshop(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(DataError, match="exists and holds nothing to go on with"):
+        Workshop(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,10 +1,11 @@
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from evac_jax.errors import DataError
+from evac_jax.errors import DataError, TrainingError
 from evac_jax.evac import model_folders
 from evac_jax.files import recordings
 from evac_jax.sim.reward import RewardConfig, RewardNet
@@ -145,3 +146,14 @@ def test_classifier_learns_to_tell_success_apart(recording, tmp_path):
     values = train_reward.scores(model, recording)
     success = train_reward.by_episode(recording, recording.success)
     assert values[success].mean() > values[~success].mean() + 0.5
+
+
+def test_existing_folder_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(DataError, match=f"--out: {tmp_path} exists"):
+        train_reward.main(["--data", "nowhere", "--out", str(tmp_path)])
+
+
+def test_loss_that_is_not_finite_ends_the_training(recording):
+    config = RewardConfig(width=4, num_instructions=3)
+    with pytest.raises(TrainingError, match="step 2: the loss is nan"):
+        train_reward.train(recording, config, steps=3, batch=8, lr=math.inf)

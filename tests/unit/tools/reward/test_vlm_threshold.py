@@ -7,7 +7,7 @@ import torch
 from benchmarks import vlm_reward
 from evac_jax.config import vlm_card
 from evac_jax.config.vlm import VlmConfig
-from evac_jax.errors import ConfigError, TrainingError
+from evac_jax.errors import ConfigError, DataError, TrainingError
 from evac_jax.files import recordings
 from evac_jax.sim.vlm import VlmJudge
 from evac_jax.tools.reward import vlm_threshold
@@ -119,7 +119,9 @@ def test_command_writes_what_a_run_takes(recording, tmp_path, capsys):
     assert facts["scores"]["imagined"]["false_success"] == pytest.approx(false)
 
 
-@pytest.mark.parametrize("flag", ["--every=0", "--false_success=1", "--dtype=int8"])
+@pytest.mark.parametrize(
+    "flag", ["--every=0", "--false_success=1", "--false_success=nan", "--dtype=int8"]
+)
 def test_values_out_of_range_are_refused(flag):
     with pytest.raises(SystemExit):
         vlm_threshold.parse(["--model=a", "--data=b", "--out=c", flag])
@@ -128,3 +130,11 @@ def test_values_out_of_range_are_refused(flag):
 def test_prompt_without_a_place_for_the_task_is_refused():
     with pytest.raises(ConfigError, match=r"--prompt: expected \{instruction\} once"):
         vlm_threshold.main(["--model=a", "--data=b", "--out=c", "--prompt=Done? True"])
+
+
+def test_existing_folder_is_left_alone(tmp_path):
+    (tmp_path / "card.json").write_text("mine")
+    with pytest.raises(DataError, match=f"--out: {tmp_path} exists; choose another folder"):
+        vlm_threshold.main(["--model=a", "--data=b", f"--out={tmp_path}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["card.json"]
+    assert (tmp_path / "card.json").read_text() == "mine"

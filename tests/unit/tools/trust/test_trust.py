@@ -69,8 +69,14 @@ def test_report_is_written_when_a_recording_is_given(weights, recording, tmp_pat
         "device": "cpu",
     } | {name: weights / name for name in ("world_model", "reward", "pose_model")}
 
+    (tmp_path / "report").mkdir()
+    for name in ("report.json", "report.html"):
+        (tmp_path / "report" / name).write_text("an earlier one")
+
     trust.main([f"--{name}={value}" for name, value in flags.items()])
 
+    for name in ("report_1.json", "report_1.html"):
+        assert (tmp_path / "report" / name).read_text() == "an earlier one"
     last = capsys.readouterr().out.splitlines()[-1]
     number = r"(\d\.\d\d|nan)"
     assert re.fullmatch(
@@ -150,3 +156,16 @@ def _saved(data, folder):
                 source=int(data.source[n]),
             )
     return folder
+
+
+def test_folder_of_other_files_gets_no_report(tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(DataError, match="exists and holds nothing to go on with .no report.json"):
+        trust.main(["--data=nowhere", f"--out={tmp_path}"])
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ["--pictures=0", "--threshold=nan", "--steps=0", "--episodes=-1"])
+def test_numbers_out_of_range_are_refused(flag):
+    with pytest.raises(SystemExit):
+        trust.parse(["--data=x", flag])

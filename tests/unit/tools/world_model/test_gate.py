@@ -117,3 +117,5 @@ def test_command_ends_with_the_five_figures_and_writes_them(recording, tmp_path,
     assert list(told) == names
     scores = json.loads((tmp_path / "out" / "card.json").read_text())["scores"]
     assert {name: f"{scores[name]:.3f}" for name in names} == told
+    with pytest.raises(DataError, match="--out: .*out exists; choose another folder"):
+        gate.main(arguments.split())

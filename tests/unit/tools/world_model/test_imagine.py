@@ -98,3 +98,8 @@ def test_command_draws_held_out_episodes(folder, data, tmp_path, monkeypatch):
     filmstrip.main([p for name, value in options.items() for p in (f"--{name}", str(value))])
     with filmstrip.Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (3 * 64 + 4, 3 * (32 + 1 + 32) + 2 * 6)
+    with pytest.raises(DataError, match="a.png exists; choose another file"):
+        filmstrip.main([p for name, value in options.items() for p in (f"--{name}", str(value))])
+    options |= {"out": tmp_path / "b.png", "episodes": 99}
+    with pytest.raises(DataError, match="--episodes: expected numbers below .*, got 99"):
+        filmstrip.main([p for name, value in options.items() for p in (f"--{name}", str(value))])

@@ -295,3 +295,18 @@ def test_average_forgets_the_first_weights_and_swaps_back():
     ema.swap(layer)
     assert layer.weight.item() == 2.0
     np.testing.assert_allclose(torch_training.cosine_lr(9, 100, 1.0, 10), 1.0)
+
+
+def test_folder_of_another_model_is_not_trained_into(inputs, tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(DataError, match="exists and holds nothing to go on with .no progress.pt"):
+        _train(inputs, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--lr=nan", "--ema=1", "--warmup=-1", "--weight=policy=nan", "--eta=2", "--clip=0"]
+)
+def test_numbers_that_cannot_train_are_refused(inputs, tmp_path, flag):
+    with pytest.raises(SystemExit):
+        train_world_model.main([*_arguments(inputs, tmp_path), flag])

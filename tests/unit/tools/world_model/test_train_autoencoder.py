@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evac_jax.errors import CheckpointError
+from evac_jax.errors import CheckpointError, DataError, TrainingError
 from evac_jax.evac import model_folders
 from evac_jax.evac.autoencoder import Autoencoder
 from evac_jax.evac.config import AutoencoderConfig
@@ -102,4 +102,25 @@ def test_progress_of_another_loss_is_not_continued(data, tmp_path):
 def test_negative_weight_is_refused(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         _train(data, tmp_path / "out", object_weight=-1)
-    assert "--object_weight: expected 0 or more" in capsys.readouterr().err
+    assert (
+        "--object_weight: expected a finite number, at least 0, got '-1'" in capsys.readouterr().err
+    )
+
+
+def test_loss_that_is_not_finite_ends_the_training_and_is_not_saved(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_autoencoder, "_loss", lambda model, *_: (_nan(model), _nan(model)))
+    with pytest.raises(TrainingError, match=r"step 1: the loss is nan.*lower --lr \(0.002\)"):
+        _train(data, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def _nan(model):
+    return sum(parameter.sum() for parameter in model.parameters()) * float("nan")
+
+
+def test_folder_of_another_model_is_not_trained_into(data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("mine")
+    with pytest.raises(DataError, match="exists and holds nothing to go on with"):
+        _train(data, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "mine"

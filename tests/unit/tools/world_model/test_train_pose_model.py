@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from evac_jax.errors import DataError
+from evac_jax.errors import DataError, TrainingError
 from evac_jax.sim.pose_model import PoseModelConfig
 from evac_jax.tools.episodes import collect
 from evac_jax.tools.world_model import train_pose_model
@@ -26,3 +28,13 @@ def test_recording_without_held_out_episodes_is_refused_before_anything_is_train
     with pytest.raises(DataError, match="0 held-out episodes; both are needed"):
         train_pose_model.main(["--data", str(tmp_path / "few"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_existing_folder_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(DataError, match=f"--out: {tmp_path} exists"):
+        train_pose_model.main(["--data", "nowhere", "--out", str(tmp_path)])
+
+
+def test_loss_that_is_not_finite_ends_the_training(recording):
+    with pytest.raises(TrainingError, match="step 2: the loss is nan"):
+        train_pose_model.train(recording, PoseModelConfig(hidden=8), steps=3, batch=8, lr=math.inf)
