@@ -136,7 +136,7 @@ def test_lab_packs_a_world_trains_in_it_and_exports(repository, folder):
     tutorial = page(repository, "checkpoint")
     outputs = [tutorial.run(command, folder, repository) for command in tutorial.commands()]
     assert "its parts agree" in outputs[1]
-    assert "44.3 GB" in outputs[2]
+    assert "cheapest preset that fits: one_gpu_80gb" in outputs[2]
     config = json.loads((folder / "runs/lab/config.json").read_text())
     assert (config["world"], config["env"]["max_episode_steps"]) == (f"{folder}/world", 16)
     assert "apache-2.0" in (folder / "trained/README.md").read_text()
@@ -149,7 +149,8 @@ def test_authors_rule_is_grpo_where_the_page_says_so(repository, folder):
     for command in tutorial.commands():
         tutorial.run(command, folder, repository)
     grpo, softened = (metrics(folder / "runs" / f"as_{name}")[1] for name in ("grpo", "softened"))
-    timeless = {name for name in grpo if not name.startswith("time/")}
+    # Of the clock, and of what a run finds compiled already, nothing is promised.
+    timeless = {name for name in grpo if not name.startswith(("time/", "log/compilations"))}
     assert {name: grpo[name] for name in timeless} == {name: softened[name] for name in timeless}
     report = (folder / "runs/softened/report.html").read_text()
     assert all(f"algo.power {power}" in report or f"power={power}" in report for power in (0, 1))
