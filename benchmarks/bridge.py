@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from evac_jax.bridge.types import EnvSpec, StepResult
+from evac_jax.tools.command_line import KINDS
 from policies.spec import ActionSpec
 
 WARMUP, TURN = 5, 20
@@ -236,9 +237,9 @@ def measure(num_envs: int, size: int, repeats: int) -> dict[str, list[float]]:
 def main() -> None:
     """Print the table; the last line is for programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--num-envs", type=int, default=64)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--num-envs", type=KINDS["count"], default=64)
+    parser.add_argument("--size", type=KINDS["count"], default=256)
+    parser.add_argument("--repeats", type=KINDS["count"], default=100)
     parser.add_argument("--out", type=Path, help="also write the numbers to this file, JSON")
     args = parser.parse_args()
     from benchmarks import machine  # imports torch, which the baselines' children do not need

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import flops
 from evac_jax.evac.config import EvacConfig
+from evac_jax.tools.command_line import KINDS
 from evac_jax.tools.memory.topology import Topology
 from policies.openvla_oft.config import OpenVLAOFTConfig
 
@@ -271,9 +272,9 @@ def _options() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--chips", nargs="+", choices=HIDDEN, default=list(HIDDEN))
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64, 256, 512])
+    parser.add_argument("--counts", type=KINDS["count"], nargs="+", default=[1, 8, 64, 256, 512])
     parser.add_argument("--lora", action="store_true", help="adapters over a base that is whole")
-    parser.add_argument("--iterations", type=int, default=1000, help="of a training")
+    parser.add_argument("--iterations", type=KINDS["count"], default=1000, help="of a training")
     parser.add_argument("--out", type=Path, help="also write the numbers to this file")
     for group, kind in (("shares of the rates", Hardware), ("work of one chip", Work)):
         section = parser.add_argument_group(group)
@@ -283,9 +284,9 @@ def _options() -> argparse.Namespace:
             if isinstance(field.default, bool):
                 section.add_argument(f"--{field.name}", action="store_true")
             else:
-                section.add_argument(
-                    f"--{field.name}", type=type(field.default), default=field.default
-                )
+                kind = "count" if isinstance(field.default, int) else "positive"
+                kind = "share_above_0" if field.name.endswith("_share") else kind
+                section.add_argument(f"--{field.name}", type=KINDS[kind], default=field.default)
     return parser.parse_args()
 
 

@@ -307,6 +307,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the names and end")
     args = parser.parse_args()
     chosen = [c for c in cases() if not args.only or c.name.startswith(tuple(args.only))]
+    if not chosen:
+        parser.error(f"--only: no case begins with {args.only}; --list shows their names")
     if args.list:
         print("\n".join(case.name for case in chosen))
         return

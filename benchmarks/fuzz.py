@@ -303,11 +303,17 @@ def _pairs(readers: list[str], seconds: float, seed: int, work: Path) -> list[di
 
 def main() -> None:
     """Command line."""
+    from evac_jax.tools.command_line import KINDS  # not in the process that is limited
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=3.0, help="for all readers together")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--minutes", type=KINDS["positive"], default=3.0, help="for all readers together"
+    )
+    parser.add_argument("--seed", type=KINDS["natural"], default=0)
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
-    parser.add_argument("--only", type=int, help="repeat this input of one reader, told in full")
+    parser.add_argument(
+        "--only", type=KINDS["natural"], help="repeat this input of one reader, told in full"
+    )
     parser.add_argument("--out", type=Path, help="every input and its outcome, as JSON lines")
     for name, kind in (("work", str), ("seconds", float), ("first", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)

@@ -29,6 +29,7 @@ from evac_jax.config.flags import read_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
 from evac_jax.errors import ConfigError
 from evac_jax.telemetry import json_lines
+from evac_jax.tools.command_line import KINDS
 
 # Not the frames for which the world's classifier was calibrated.
 BAD = {"world": "", "reward.threshold": 0.1, "reward.success_frames": 1}
@@ -226,12 +227,12 @@ def prepare(variants: Sequence[str], work: Path) -> None:
 def main() -> None:
     """Print the table; the last line is for programs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--scenes", type=int, default=512, help="of every real success")
-    parser.add_argument("--twin_fraction", type=float, default=0.5)
+    parser.add_argument("--seeds", type=KINDS["natural"], nargs="+", default=[0])
+    parser.add_argument("--iterations", type=KINDS["count"], default=8)
+    parser.add_argument("--scenes", type=KINDS["count"], default=512, help="of every real success")
+    parser.add_argument("--twin_fraction", type=KINDS["share"], default=0.5)
     parser.add_argument(
-        "--last", type=int, default=3, help="iterations that the twin's means cover"
+        "--last", type=KINDS["count"], default=3, help="iterations that the twin's means cover"
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--work", type=Path, default=Path("runs/guards"))

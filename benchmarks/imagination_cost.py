@@ -26,6 +26,7 @@ from benchmarks.public_weights import SIZES
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import EvacModel
 from evac_jax.sim.reward import RewardConfig, RewardNet
+from evac_jax.tools.command_line import KINDS
 from evac_jax.tools.memory.simulator import peak_bytes, traffic_bytes
 
 
@@ -147,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--envs", type=int, default=16)
+    parser.add_argument("--envs", type=KINDS["count"], default=16)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=KINDS["count"], default=50)
     parser.add_argument("--sizes", choices=SIZES, default="full")
     args = parser.parse_args(argv)
     sizes, dtype = SIZES[args.sizes], getattr(torch, args.dtype)

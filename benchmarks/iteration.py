@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from evac_jax.tools.command_line import KINDS
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 2
@@ -61,7 +62,7 @@ def main() -> None:
     """Print a line per phase; the last line is for programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default="configs/grpo.py")
-    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--iterations", type=KINDS["count"], default=5)
     parser.add_argument("--out", type=Path, help="also write the numbers to this file, JSON")
     args, flags = parser.parse_known_args()
     if args.iterations <= WARM_UP:

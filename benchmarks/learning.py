@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from benchmarks.runs import GROUND_TRUTH, Runs
 from evac_jax.files.atomic import replacing
 from evac_jax.telemetry import report
+from evac_jax.tools.command_line import KINDS
 from evac_jax.tools.recipes.commands import REPORT, SELECTION
 
 # Arm -> preset and changed settings.
@@ -201,11 +202,17 @@ class Bench:
 def main() -> None:
     """Print the table; the last line is for programs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, help="of every run; default: the preset's")
-    parser.add_argument("--interval", type=int, default=4, help="iterations between evaluations")
-    parser.add_argument("--scenes", type=int, default=512, help="of every reported figure")
-    parser.add_argument("--selection_scenes", type=int, default=256)
+    parser.add_argument("--seeds", type=KINDS["natural"], nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--iterations", type=KINDS["count"], help="of every run; default: the preset's"
+    )
+    parser.add_argument(
+        "--interval", type=KINDS["count"], default=4, help="iterations between evaluations"
+    )
+    parser.add_argument(
+        "--scenes", type=KINDS["count"], default=512, help="of every reported figure"
+    )
+    parser.add_argument("--selection_scenes", type=KINDS["count"], default=256)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs/learning"))
     parser.add_argument(

@@ -35,7 +35,7 @@ from evac_jax.config.world import World, absent
 from evac_jax.errors import ConfigError
 from evac_jax.files import cards
 from evac_jax.telemetry import report
-from evac_jax.tools.command_line import run_tool
+from evac_jax.tools.command_line import KINDS, run_tool
 from evac_jax.tools.recipes import commands
 from evac_jax.tools.recipes.libero_small import SUPERVISED
 
@@ -307,16 +307,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, most = parser.add_argument, REPORT[1] - REPORT[0]
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--seeds", type=KINDS["natural"], nargs="+", default=[0, 1, 2])
     add("--world", default=LIBERO_SMALL_WEIGHTS, metavar="DIR", help="default: as shipped")
     add("--data", type=Path, nargs="+", default=[], help="recordings that the world was made from")
     add("--baselines", action="store_true", help="hours more, and 16 GB of memory; needs --data")
-    add("--iterations", type=int, help="of every run; default: the preset's")
-    add("--interval", type=int, default=4, help="iterations between evaluations")
-    add("--episodes", type=int, default=most, help=f"of every figure, up to {most}")
-    add("--recorded", type=int, default=most // 2, help="of each seed, compared with imagination")
-    add("--chosen_by", type=int, default=CHOICE[1] - CHOICE[0], help="episodes in each of these")
-    add("--envs", type=int, default=2, help="LIBERO processes at a time, up to 1.9 GB each")
+    add("--iterations", type=KINDS["count"], help="of every run; default: the preset's")
+    add("--interval", type=KINDS["count"], default=4, help="iterations between evaluations")
+    add("--episodes", type=KINDS["count"], default=most, help=f"of every figure, up to {most}")
+    add(
+        "--recorded",
+        type=KINDS["natural"],
+        default=most // 2,
+        help="of each seed, compared with imagination",
+    )
+    add(
+        "--chosen_by",
+        type=KINDS["count"],
+        default=CHOICE[1] - CHOICE[0],
+        help="episodes in each of these",
+    )
+    add(
+        "--envs",
+        type=KINDS["count"],
+        default=2,
+        help="LIBERO processes at a time, up to 1.9 GB each",
+    )
     add("--work", type=Path, default=Path("runs/libero"))
     add("--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="for every run")
     add("--json", type=Path, help="also write the numbers to this file")

@@ -34,6 +34,7 @@ import numpy as np
 from benchmarks import libero_expert, machine
 from evac_jax.config.libero import MAX_STEPS, LiberoConfig
 from evac_jax.sim.libero_pool import LiberoPool
+from evac_jax.tools.command_line import KINDS
 
 ROOT = Path(__file__).parents[1]
 CHUNK, ACTIONS = 8, 220
@@ -171,9 +172,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default=str(ROOT / ".venv-libero/bin/python"), help="LIBERO's")
-    parser.add_argument("--episodes", type=int, default=4, help="timed")
-    parser.add_argument("--tasks", type=int, default=1, help="started of each suite")
-    parser.add_argument("--expert", type=int, default=0, help="states of each task it plays")
+    parser.add_argument("--episodes", type=KINDS["count"], default=4, help="timed")
+    parser.add_argument("--tasks", type=KINDS["count"], default=1, help="started of each suite")
+    parser.add_argument(
+        "--expert", type=KINDS["natural"], default=0, help="states of each task it plays"
+    )
     args = parser.parse_args(argv)
     official = LiberoConfig(python=args.python)
     _say(str(machine.describe()))

@@ -19,6 +19,7 @@ from evac_jax.config.libero import LiberoConfig
 from evac_jax.sim.libero_players import KINDS, LiberoPlayer, scripted_tasks
 from evac_jax.sim.libero_pool import LiberoPool
 from evac_jax.telemetry.report import wilson_interval
+from evac_jax.tools.command_line import KINDS as NUMBERS
 from evac_jax.tools.command_line import add_libero, libero_of, run_tool
 
 Outcome = tuple[int, bool, int]  # start id, success, actions until it
@@ -100,13 +101,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_libero(parser)
-    parser.add_argument("--image_size", type=int, default=64, help="as config.libero.image_size")
-    parser.add_argument("--action_repeat", type=int, default=1, help="2: at 10 Hz")
+    parser.add_argument(
+        "--image_size", type=NUMBERS["count"], default=64, help="as config.libero.image_size"
+    )
+    parser.add_argument("--action_repeat", type=NUMBERS["count"], default=1, help="2: at 10 Hz")
     parser.add_argument("--kind", choices=KINDS, default="expert", help="of player")
     parser.add_argument(
-        "--per_task", type=int, help="initial states of every task; all if left out"
+        "--per_task", type=NUMBERS["count"], help="initial states of every task; all if left out"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the player")
+    parser.add_argument("--seed", type=NUMBERS["natural"], default=0, help="of the player")
     parser.add_argument("--out", type=Path, help="file of results, to go on later")
     args = parser.parse_args()
     config = libero_of(args, image_size=args.image_size, action_repeat=args.action_repeat)

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import policy_import
+from evac_jax.tools.command_line import KINDS
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = {"full": {}, "lora": {"lora_rank": 32, "lora_alpha": 32.0}}
@@ -126,8 +127,10 @@ def _in_process(arguments: list[str]) -> dict:
 def main() -> None:
     """Print a line per variant; the last line is the variant with the largest error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parameters", type=float, default=3e8, help="at least so many")
-    parser.add_argument("--micro_batch", type=int, default=8)
+    parser.add_argument(
+        "--parameters", type=KINDS["positive"], default=3e8, help="at least so many"
+    )
+    parser.add_argument("--micro_batch", type=KINDS["count"], default=8)
     parser.add_argument("--remat", default="full", help="see config.policy.remat")
     parser.add_argument("--xla", action="store_true", help="compile once more, for XLA's account")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)

@@ -31,6 +31,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.scaling import ROOT, miniature_config
+from evac_jax.tools.command_line import KINDS
 
 WIDTH = 256  # of the policy
 
@@ -174,10 +175,10 @@ def _turns(sides: dict[str, Side], turns: int, learn: bool) -> dict[str, Any]:
 def main() -> None:
     """Print the times; the last line is for programs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--envs", type=int, default=16)
-    parser.add_argument("--chunks", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=20, help="of the policy")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--envs", type=KINDS["count"], default=16)
+    parser.add_argument("--chunks", type=KINDS["count"], default=8)
+    parser.add_argument("--layers", type=KINDS["count"], default=20, help="of the policy")
+    parser.add_argument("--turns", type=KINDS["count"], default=5)
     parser.add_argument("--learn", action="store_true", help="time whole iterations as well")
     parser.add_argument("--out", type=Path, help="also write the numbers to this file, JSON")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)

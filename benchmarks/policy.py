@@ -38,6 +38,7 @@ from flax import nnx
 from benchmarks import machine
 from evac_jax.devices.malloc import keep_freed_memory
 from evac_jax.evac.lean_imports import ensure_torchvision
+from evac_jax.tools.command_line import KINDS
 from policies.openvla_oft import hf_keys
 from policies.openvla_oft.config import REMAT_POLICIES, OpenVLAOFTConfig, VisionTowerConfig
 from policies.openvla_oft.model import OpenVLAOFT
@@ -330,9 +331,9 @@ def show_remat(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Print a table per number of threads; the last line is for programs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=KINDS["count"], nargs="+", default=[2, 1])
+    parser.add_argument("--batch", type=KINDS["count"], default=8)
+    parser.add_argument("--repeats", type=KINDS["count"], default=7)
     parser.add_argument("--out", type=Path, help="also write the numbers to this file")
     parser.add_argument("--remat", action="store_true", help="ours by what it recomputes")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)

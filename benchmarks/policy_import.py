@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.public_weights import UNNORM_KEY, policy_shapes, write_policy
 from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.tools.command_line import KINDS
 
 ROOT = Path(__file__).parents[1]
 MAX_PROMPT = 48
@@ -263,7 +264,9 @@ def measure(work: Path, parameters: float) -> dict[str, dict]:
 def main() -> None:
     """Print a line per stage; the last line is for programs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=float, default=3e8, help="at least so many")
+    parser.add_argument(
+        "--parameters", type=KINDS["positive"], default=3e8, help="at least so many"
+    )
     parser.add_argument("--work", type=Path, help="folder that stays; default: a temporary one")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -32,6 +32,7 @@ from evac_jax.bridge.environment import IDLE
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.env import WorldModelEnv
 from evac_jax.sim.recorded_starts import RecordedStarts
+from evac_jax.tools.command_line import KINDS
 from evac_jax.tools.trust import __main__ as trust
 from evac_jax.tools.trust.replay import make_environment
 from evac_jax.tools.trust.scores import psnr
@@ -170,8 +171,10 @@ def cheapest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Print the table; the last line is for programs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per_kind", type=int, default=24, help="episodes of each of four kinds")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--per_kind", type=KINDS["count"], default=24, help="episodes of each of four kinds"
+    )
+    parser.add_argument("--seed", type=KINDS["natural"], default=0)
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
+from evac_jax.tools.command_line import KINDS
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("environments", "length", "devices")
@@ -160,8 +161,8 @@ def main() -> None:
     """Print a table per part; the last line is for programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--environments", type=int, nargs="+", default=ENVIRONMENTS)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--environments", type=KINDS["count"], nargs="+", default=ENVIRONMENTS)
+    parser.add_argument("--lengths", type=KINDS["count"], nargs="+", default=LENGTHS)
     parser.add_argument("--out", type=Path, help="also write the numbers to this file, JSON")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--values", nargs="+", help=argparse.SUPPRESS)

@@ -45,6 +45,7 @@ from evac_jax.miniature.scene import sample_scenes
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.shapes import expected_episode
 from evac_jax.sim.actions import apply_gripper_rule
+from evac_jax.tools.command_line import KINDS
 from policies.spec import ActionSpec
 
 ROOT = Path(__file__).parents[1]
@@ -148,8 +149,8 @@ def _answers(client: Client, frame: np.ndarray) -> bool:
 def main() -> None:
     """Print the figures; the last line is for programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=50, help="of each client")
+    parser.add_argument("--clients", type=KINDS["count"], default=2)
+    parser.add_argument("--requests", type=KINDS["count"], default=50, help="of each client")
     parser.add_argument("--policy", default=f"{MINIATURE_WEIGHTS}/policy", help="folder")
     parser.add_argument("--out", type=Path, help="also write the numbers to this file, JSON")
     args = parser.parse_args()

@@ -35,6 +35,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import machine
+from evac_jax.tools.command_line import KINDS
 
 ROOT = Path(__file__).parents[1]
 GOAL = 1e-5
@@ -392,7 +393,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the numbers to this file, JSON")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=KINDS["natural"], default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         _child(args.work, args.child, args.rank)

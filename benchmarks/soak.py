@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 from benchmarks import machine
+from evac_jax.tools.command_line import KINDS
 
 ROOT = Path(__file__).parents[1]
 Sample = dict[str, int]  # of one process at the end of one iteration
@@ -93,9 +94,11 @@ def growth(samples: list[Sample], field: str) -> float:
 def main() -> None:
     """Print every process's growth; the last line is for programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--chunks", type=int, default=5, help="per episode and iteration")
-    parser.add_argument("--envs", type=int, default=8)
+    parser.add_argument("--iterations", type=KINDS["count"], default=60)
+    parser.add_argument(
+        "--chunks", type=KINDS["count"], default=5, help="per episode and iteration"
+    )
+    parser.add_argument("--envs", type=KINDS["count"], default=8)
     parser.add_argument("--out", type=Path, help="also write the samples to this file, JSON")
     args = parser.parse_args()
     facts = machine.describe()

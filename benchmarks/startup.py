@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from evac_jax.tools.command_line import KINDS
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS = 3
@@ -89,9 +90,11 @@ def import_seconds(companions: str) -> float:
 def main() -> None:
     """Print both starts; the last line is for programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--envs", type=int, default=8)
-    parser.add_argument("--chunks", type=int, default=1)
-    parser.add_argument("--imports", type=int, default=0, help="turns; time imports instead")
+    parser.add_argument("--envs", type=KINDS["count"], default=8)
+    parser.add_argument("--chunks", type=KINDS["count"], default=1)
+    parser.add_argument(
+        "--imports", type=KINDS["natural"], default=0, help="turns; time imports instead"
+    )
     parser.add_argument("--out", type=Path, help="also write the numbers to this file, JSON")
     args = parser.parse_args()
     facts = machine.describe()

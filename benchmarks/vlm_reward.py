@@ -22,6 +22,7 @@ from benchmarks import machine
 from evac_jax.config.vlm import BLANK, PROMPT, VlmConfig
 from evac_jax.evac.lean_imports import ensure_torchvision
 from evac_jax.sim.vlm import VlmJudge
+from evac_jax.tools.command_line import KINDS
 
 TASKS = ("pick up the red block", "put the blue block on the plate and go back")
 MARKS = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
@@ -150,14 +151,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="", help="folder; '' = a tiny one is made")
-    parser.add_argument("--episodes", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=8, help="shown of an episode")
-    parser.add_argument("--size", type=int, default=64, help="pixels of a frame's side")
+    parser.add_argument("--episodes", type=KINDS["count"], default=8)
+    parser.add_argument("--frames", type=KINDS["count"], default=8, help="shown of an episode")
+    parser.add_argument("--size", type=KINDS["count"], default=64, help="pixels of a frame's side")
     parser.add_argument("--batches", default="1,4,8", help="episodes per call")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=KINDS["count"], default=5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=KINDS["count"], default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -42,6 +42,7 @@ from benchmarks.world_model_sides import (
     make_model,
 )
 from evac_jax.files import cards
+from evac_jax.tools.command_line import KINDS
 
 ENVS, STEPS = 4, 10
 TOLERANCE = 1e-3  # largest difference of a pixel in [-1, 1]; the float32 error is about a tenth
@@ -195,14 +196,20 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Print a table per picture size; the last line is for programs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--px", type=int, nargs="*", default=[64, 128], help="picture sizes")
-    parser.add_argument("--chunks", type=int, default=4, help="of an episode, the first included")
+    parser.add_argument(
+        "--px", type=KINDS["count"], nargs="*", default=[64, 128], help="picture sizes"
+    )
+    parser.add_argument(
+        "--chunks", type=KINDS["count"], default=4, help="of an episode, the first included"
+    )
     cores = len(os.sched_getaffinity(0))
     dealt = max(n for n in range(1, ENVS + 1) if ENVS % n == 0 and n <= cores)
-    parser.add_argument("--threads", type=int, default=cores, help="of this process")
-    parser.add_argument("--processes", type=int, default=dealt, help="of our path")
-    parser.add_argument("--flat", type=int, default=34, help="chunks of the long episode, 0: none")
-    parser.add_argument("--flat_px", type=int, default=64)
+    parser.add_argument("--threads", type=KINDS["count"], default=cores, help="of this process")
+    parser.add_argument("--processes", type=KINDS["count"], default=dealt, help="of our path")
+    parser.add_argument(
+        "--flat", type=KINDS["natural"], default=34, help="chunks of the long episode, 0: none"
+    )
+    parser.add_argument("--flat_px", type=KINDS["count"], default=64)
     parser.add_argument("--compile", action="store_true", help="see world_model.compile")
     parser.add_argument("--out", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()

@@ -8,8 +8,8 @@
     python launch.py --config=configs/grpo.py:one_gpu_80gb     # LoRA, one GPU
 
 `libero_spatial` holds the hyper-parameters of RLinf's EVAC run (configs/libero.py). It used 8
-GPUs. Time and score were not measured here, because the weights are not public. docs/presets.md
-describes each preset.
+GPUs. Time and score were not measured here, as neither the weights nor a GPU were at hand.
+docs/presets.md describes each preset.
 """
 
 from configs import libero, miniature

@@ -159,9 +159,12 @@ def read(folder: Path) -> Record:
             f"{str(folder)!r}: expected the folder of a run, with {CONFIG_FILE} and "
             f"{json_lines.METRICS_FILE}"
         )
+    config = cards.read_json(path)
+    if "algorithm" not in config:
+        raise DataError(f"{path}: expected the configuration of a run, with its algorithm")
     record = Record(
         path=folder,
-        config=cards.read_json(path),
+        config=config,
         lines=sorted(json_lines.read_metrics(folder), key=lambda line: line["iteration"]),
         launches=json_lines.read_lines(folder / launches.LAUNCHES_FILE),
         warnings=json_lines.read_lines(folder / warning_log.WARNINGS_FILE),

@@ -226,6 +226,8 @@ def fetch(
         DataError: something cannot be had, or is not what is needed.
         CheckpointError: a weight file cannot be imported.
     """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out: expected a folder, got the file {out}; name another")
     folder = Path(hub.local(data)).absolute()
     found, others = recognised(folder)
     files, problems = chosen(found, folder, recipe.named, given)

@@ -111,6 +111,8 @@ def compose(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{file} cannot be composed: {_message(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file} cannot be composed: a value of it holds itself") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file}, or a file that it includes: expected UTF-8 text ({error}); save it as UTF-8"
@@ -169,7 +171,11 @@ def translate(values: Mapping[str, Any], weights: str) -> list[Line]:
             "this is no configuration of an RLinf run in a simulator: expected the top-level keys "
             f"{', '.join(TOP)}; got {', '.join(found) or 'none'}; missing {', '.join(missing)}"
         )
-    if mistakes := rlinf_kinds.mistakes(values):
+    inner = [key for key in values if any(name.startswith(f"{key}.") for name in ROWS)]
+    mistakes = [
+        f"{key}: expected a section, got {values[key]!r}" for key in inner if key not in ROWS
+    ]
+    if mistakes := mistakes + rlinf_kinds.mistakes(values):
         raise ConfigError(
             "these are no values of RLinf's keys; change them in its file, or by an override:\n"
             + "\n".join(f"  {mistake}" for mistake in mistakes)

@@ -153,10 +153,10 @@ def test_shared_numbers_have_bounds(flag):
         parser.parse_args([flag])
 
 
-def test_every_number_of_a_tool_has_bounds():
+def test_every_number_of_tools_and_benchmarks_has_bounds():
     # world.pack's are checked against the card's fields; hub and runs check their own.
     elsewhere = ("world/options.py", "hub/", "runs/")
-    for file in house.python_files("evac_jax/tools"):
+    for file in (*house.python_files("evac_jax/tools"), *house.python_files("benchmarks")):
         if any(part in file for part in elsewhere):
             continue
         types = [

@@ -54,6 +54,12 @@ def test_damaged_configuration_is_told(tmp_path, text):
         record.read(tmp_path / "one")
 
 
+def test_configuration_of_something_else_is_told(tmp_path):
+    (make_run(tmp_path / "one") / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="expected the configuration of a run"):
+        record.read(tmp_path / "one")
+
+
 def test_runs_are_grouped_when_only_seed_and_places_differ(tmp_path):
     runs = [
         make_run(tmp_path / f"{clip}-{seed}", seed=seed, algo__clip_high=clip, log__run=f"{seed}")

@@ -126,6 +126,15 @@ def test_second_run_imports_nothing_again(published, tmp_path, sizes, monkeypatc
     assert f"--config.reward.checkpoint={tmp_path}/reward" in fetched(published, tmp_path)
 
 
+def test_place_that_is_a_file_is_refused_before_anything_is_fetched(
+    published, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(fetch.hub, "local", lambda _: pytest.fail("fetched"))
+    with pytest.raises(DataError, match="--out: expected a folder, got the file"):
+        fetched(published, tmp_path / "file")
+
+
 def test_folder_of_other_weights_is_not_taken_for_imported(published, tmp_path):
     fetch.import_weights(published / DATA / "best_model.pth", tmp_path / "reward")
     with pytest.raises(CheckpointError, match=r"reward exists and was not made from .*750\.pth"):

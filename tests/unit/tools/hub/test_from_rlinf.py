@@ -267,6 +267,7 @@ def mistakes_of(*overrides) -> str:
         ("actor.model.is_lora=maybe", "actor.model.is_lora: expected bool, got 'maybe'"),
         ("algorithm.gamma=x", "algorithm.gamma: expected float, got 'x'"),
         ("algorithm.adv_type=[1]", "algorithm.adv_type: expected str, got [1]"),
+        ("actor.optim=5", "actor.optim: expected a section, got 5"),
     ],
 )
 def test_value_of_another_type_is_refused_by_its_key(override, told):
@@ -340,6 +341,12 @@ def test_command_that_launch_would_refuse_is_not_printed(overrides, told, capsys
 def test_file_that_is_no_utf8_is_named(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"a: caf\xe9\n")
     with pytest.raises(ConfigError, match=r"run\.yaml, or a file .*: expected UTF-8 text"):
+        from_rlinf.compose(tmp_path / "run.yaml")
+
+
+def test_file_whose_value_holds_itself_is_told(tmp_path):
+    (tmp_path / "run.yaml").write_text("a: &a [*a]\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml cannot be composed: a value of it holds"):
         from_rlinf.compose(tmp_path / "run.yaml")
 
 
