@@ -274,9 +274,10 @@ def _other_kinds(needed: dict[str, tuple[str, str]], judge: str) -> list[str]:
             continue
         got = found.get("model") or found.get("model_type")
         hint = "; a vision-language model judges with --config.reward.judge=vlm"
+        foreign = kind == "RewardNet" and found.get("model_type") not in (None, "openvla")
         problems.append(
             f"config.{name}: expected a folder of kind {kind}, got {path!r} of kind {got}"
-            + hint * (kind == "RewardNet" and got not in (None, "openvla", *KINDS.values()))
+            + hint * foreign
         )
     return problems
 

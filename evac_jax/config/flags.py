@@ -7,6 +7,7 @@ nearest valid name. ml_collections does the rest (types, tuples, locking).
 import ast
 import dataclasses
 import importlib.util
+import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ PATHS = (
     *("policy.checkpoint", "policy.lora_adapter", "world_model.checkpoint", "reward.checkpoint"),
     *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
 )
-EXISTING = "."
+EXISTING = os.devnull  # it exists, and holds no config.json that could be compared
 
 
 def _flatten(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, type | None]:
@@ -57,9 +58,8 @@ def _module(path: str) -> ModuleType:
     except EvacJaxError:
         raise
     except Exception as error:  # whatever a preset of the user's own does
-        lines = [
-            at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
         line = f", line {lines[-1]}" if lines else ""  # a SyntaxError names its own
         raise ConfigError(f"--config: {path}{line}: {type(error).__name__}: {error}") from error
     if not hasattr(module, "get_config"):

@@ -16,7 +16,7 @@ from evac_jax import checkpoint
 from evac_jax.config import world
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.policy_import import check_policy, import_policy
+from evac_jax.policy_import import import_policy
 from evac_jax.shapes import expected_episode
 from evac_jax.tools.policy import export
 from policies.base import Tokenizer
@@ -111,7 +111,7 @@ class ServedPolicy:
         try:
             tokens, mask = self._tokenizer.encode([instruction])
         except ValueError as error:
-            raise DataError(f"{error} of the server") from error
+            raise DataError(f"the server's policy: {error}") from error
         obs = ObsBatch(
             images=jnp.asarray(frames[None]),
             prompt_tokens=jnp.asarray(tokens),
@@ -144,7 +144,6 @@ def load(config: TrainConfig) -> ServedPolicy:
     if run is None:
         # A value head decides nothing.
         start = dataclasses.replace(config.policy, value_head="none")
-        check_policy(start)
         loaded = import_policy(start, seed=config.seed, **options)
         return ServedPolicy(loaded.model, loaded.tokenizer, config, taught=_taught(source.parent))
     if config.checkpoint.restore:

@@ -22,6 +22,11 @@ ALIKE = (
     "--config.eval.ground_truth_envs=8 --config.video.save=False "
 )
 RUN = f"{PLACE} {ALIKE} --config.train.iterations=2"
+# Rewards must differ within a group, so the miniature's own parts play, and whole episodes.
+LEARNS = (
+    f"{ALIKE} --config.env.num_envs=16 --config.env.max_episode_steps=32 --config.rollout.epochs=2 "
+    "--config.algo.group_size=8 --config.algo.global_batch=64 --config.algo.micro_batch=32 "
+)
 # The tiny parts in the place of the miniature's.
 MINIATURE = (
     "--config.policy.checkpoint={folder}/policy --config.reward.checkpoint={folder}/reward "
@@ -45,8 +50,8 @@ SMALL = {
         "policy.export": "",
     },
     "algorithm": {
-        "launch.py": f"{PLACE} {ALIKE} {MINIATURE} --config.train.iterations=1",
-        "runs.sweep": f"{ALIKE} {MINIATURE} --config.train.iterations=1 --seeds 0",
+        "launch.py": f"{PLACE} {LEARNS} --config.train.iterations=1",
+        "runs.sweep": f"{LEARNS} --config.train.iterations=1 --seeds 0",
     },
     "robot": {
         "import_lerobot": "--camera {folder}/dataset/meta/camera.json "

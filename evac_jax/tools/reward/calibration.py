@@ -15,8 +15,17 @@ import torch.nn.functional as F
 from evac_jax.errors import TrainingError
 from evac_jax.sim.reward import RewardNet
 from evac_jax.telemetry.report import wilson_interval
+from evac_jax.tools.command_line import Parser
 
 LOGITS = np.linspace(-6.0, 6.0, 241)  # thresholds to try
+
+
+def add_options(parser: Parser) -> None:
+    """Add what every calibration of a judge is told."""
+    add = parser.add_argument
+    add("--chunk", type="count", default=8, help="frames that are imagined together")
+    text = "largest share of claims to be false"
+    add("--false_success", type="share_below_1", default=0.1, help=text)
 
 
 def judged_steps(steps: int, chunk: int, last: int) -> np.ndarray:

@@ -265,14 +265,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--single_task", action="store_true", help="do not tell it the instruction, as published")
     add("--autoencoder", help="folder of the world model's codec")
     add("--success_frames", type="count", default=2, help="in a row that make a success, as in RL")
-    add("--chunk", type="count", default=8, help="frames that are imagined together")
+    calibration.add_options(parser)
     add("--judged_frames", type="natural", default=0, help="last frames of a chunk judged; 0 = all")
-    add(
-        "--false_success",
-        type="share_below_1",
-        default=0.1,
-        help="largest share of claims to be false",
-    )
     add(
         "--margin",
         type="natural",

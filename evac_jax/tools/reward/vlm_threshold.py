@@ -109,14 +109,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", required=True, nargs="+", help="folders of recorded episodes")
     add("--imagined", nargs="+", default=[], help="folders of imagined episodes")
     add("--out", required=True, help="new folder for threshold and card")
-    add(
-        "--false_success",
-        type="share_below_1",
-        default=0.1,
-        help="largest share of claims to be false",
-    )
     add("--episodes", type="natural", default=256, help="judged of each part at most; 0 = all")
-    add("--chunk", type="count", default=8, help="frames that are imagined together")
+    calibration.add_options(parser)
     add("--prompt", default=PROMPT, help="as config.reward.vlm.prompt, and so on")
     for name in ("frames", "every", "average", "batch"):
         add(f"--{name}", type="count", default=getattr(usual, name))

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from evac_jax.config.flags import check_flags, preset_names, read_preset
+from evac_jax.config.flags import check_flags, preset_names, read_config, read_preset
 from evac_jax.errors import ConfigError
 
 
@@ -40,10 +40,21 @@ def test_missing_preset_file_is_named():
         ("import os\nos.nothing()\n", "mine.py, line 2: AttributeError: module 'os'"),
     ],
 )
-def test_preset_that_cannot_be_run_is_named_with_the_line(tmp_path, text, why):
+def test_preset_that_cannot_be_run_is_named_with_the_line(tmp_path, monkeypatch, text, why):
     (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(ConfigError, match=why):
-        check_flags([f"--config={tmp_path / 'mine.py'}"])
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "mine.py", "mine.py"):
+        with pytest.raises(ConfigError, match=why):
+            check_flags([f"--config={path}"])
+
+
+def test_paths_are_not_looked_at_when_a_configuration_is_only_read(
+    repository, tmp_path, monkeypatch
+):
+    (tmp_path / "config.json").write_text('{"model_type": "openvla"}')
+    monkeypatch.chdir(tmp_path)  # a folder of another model
+    config = read_config(str(repository / "configs/grpo.py:lora"))
+    assert config.world_model.checkpoint == ""
 
 
 def test_preset_that_is_suggested_exists_from_any_folder(tmp_path, monkeypatch, repository):

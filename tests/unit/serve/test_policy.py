@@ -135,7 +135,7 @@ def test_instruction_that_the_world_does_not_have_is_warned_of_once(run, weights
 
 def test_instruction_that_is_no_prompt_is_refused(weights):
     policy = load(config_of(weights / "policy"))
-    with pytest.raises(DataError, match="raise policy.max_prompt_length of the server"):
+    with pytest.raises(DataError, match="^the server's policy: .*raise policy.max_prompt_length"):
         policy.decide(FRAMES, "put the red block on the plate " * 20)
 
 
