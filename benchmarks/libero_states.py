@@ -1,6 +1,7 @@
 """Which initial states of LIBERO are for what, and whether a world keeps them apart.
 
-Of a suite of ten tasks with 50 states each, `id % 10` is the task and `id // 10` the state.
+Of the small LIBERO's four tasks with 100 states each, `id % 4` is the task and `id // 4` the state.
+States 0..49 are those of the benchmark, the others those that LIBERO made and left out of it.
 """
 
 import re
@@ -10,10 +11,10 @@ from pathlib import Path
 from evac_jax.errors import DataError
 from evac_jax.files import cards, recordings, start_frames
 
-ALL = (0, 500)
-REPORT = (0, 200)  # states 0..19 of every task: in no recording, no training, no choice
-TRAINING = (200, 450)
-CHOICE = (450, 500)
+ALL = (0, 400)
+REPORT = (0, 200)  # all of the benchmark's states: in no recording, no training, no choice
+TRAINING = (200, 360)
+CHOICE = (360, 400)
 # Mode of launch.py -> fields that say in which states of LIBERO it begins.
 BEGINS_IN = {
     "collect": ("env.train_starts",),

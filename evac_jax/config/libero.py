@@ -19,7 +19,7 @@ MAX_STEPS: dict[Suite, int] = {
 }
 # Fields whose other values depart from the official protocol.
 PROTOCOL = (
-    *("image_size", "crop", "oversample", "reflections"),
+    *("tasks", "extra_states", "image_size", "crop", "oversample", "reflections"),
     *("action_repeat", "max_steps", "wait_steps", "seed"),
 )
 
@@ -30,6 +30,11 @@ class LiberoConfig:
 
     Attributes:
         suite: which set of tasks of the benchmark.
+        tasks: numbers of the suite's tasks that are played, from 0 in the benchmark's order; () =
+            all. Start ids count these alone: id % number of tasks.
+        extra_states: after the initial states of the benchmark, number the others that LIBERO made
+            and left out, from its `.init` files: policies can be trained in these, and evaluated in
+            all of the benchmark's.
         root: folder libero/libero of a checkout of LIBERO, with its assets; "" = the package that
             `libero.python` has installed.
         states: folder of the initial states, <suite>/<task>.pruned_init or .pruned_init.npz; "" =
@@ -53,6 +58,8 @@ class LiberoConfig:
     """
 
     suite: Suite = "libero_spatial"
+    tasks: tuple[CountOrZero, ...] = ()
+    extra_states: bool = False
     root: str = ""
     states: str = ""
     python: str = ""
@@ -68,7 +75,8 @@ class LiberoConfig:
     camera: Literal["true", "reference"] = "true"
 
     def __post_init__(self):
-        object.__setattr__(self, "crop", tuple(self.crop))  # a list when it was JSON
+        for name in ("crop", "tasks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list when it was JSON
 
     @property
     def episode_steps(self) -> int:
@@ -118,10 +126,18 @@ def problems(config: LiberoConfig) -> list[str]:
             f"libero.crop {config.crop} set it to 'true'"
         )
     try:
-        found += config.files.problems(config.suite)
+        found += config.files.problems(config.suite, config.extra_states) or _unknown_tasks(config)
     except ConfigError as error:
         found.append(str(error))
     return list(dict.fromkeys(found))
+
+
+def _unknown_tasks(config: LiberoConfig) -> list[str]:
+    known, tasks = len(config.files.tasks(config.suite)), config.tasks
+    if len(set(tasks)) == len(tasks) and all(task < known for task in tasks):
+        return []
+    return [f"config.libero.tasks: expected different numbers of {config.suite}'s tasks, "
+            f"0..{known - 1}, got {tasks}"]  # fmt: skip
 
 
 def _missing_packages(config: LiberoConfig) -> list[str]:

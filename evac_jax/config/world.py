@@ -60,12 +60,14 @@ class GroundTruth:
 
     Attributes:
         name: as of `eval.ground_truth`; "none" where no program can play it, as with a robot.
-        suite, oversample, reflections: of LIBERO, as of the same fields of `libero`. The rest of
-            its settings is the camera's and `action_repeat`.
+        suite, tasks, extra_states, oversample, reflections: of LIBERO, as of the same fields of
+            `libero`. The rest of its settings is the camera's and `action_repeat`.
     """
 
     name: Literal["miniature", "libero", "none"]
     suite: Suite = "libero_spatial"
+    tasks: tuple[CountOrZero, ...] = ()
+    extra_states: bool = False
     oversample: Annotated[int, Range(0, 8)] = 0
     reflections: bool = True
 
@@ -340,13 +342,15 @@ class World:
         if card.ground_truth.name == "libero":
             libero = LiberoConfig(
                 suite=card.ground_truth.suite,
+                tasks=card.ground_truth.tasks,
+                extra_states=card.ground_truth.extra_states,
                 image_size=card.cameras[0].size[0],
                 crop=card.cameras[0].crop,
                 oversample=card.ground_truth.oversample,
                 reflections=card.ground_truth.reflections,
                 action_repeat=card.action_repeat,
             )
-        known = ("suite", *ALIKE)
+        known = ("suite", "tasks", "extra_states", *ALIKE)
         return {
             "policy.checkpoint": self.part("policy"),
             "policy.unnorm_key": card.policy.unnorm_key,

@@ -161,7 +161,7 @@ class LiberoPool:
 
     def __init__(self, config: LiberoConfig, num_envs: int):
         self._files = config.files
-        self.suite: Suite = load_suite(config.suite, self._files)
+        self.suite: Suite = load_suite(config.suite, self._files, config.tasks, config.extra_states)
         self.bddl_files = self._files.root / "bddl_files"
         self._camera: Matrices | None = None  # of the first episode
         self.one_camera = True  # so far; LIBERO's scenes may differ in theirs

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evac_jax.config.libero_files import LiberoFiles
+from evac_jax.config.libero_files import ALL_ENDINGS, LiberoFiles
 from evac_jax.errors import DataError
 from evac_jax.files.restricted_npy import unpickle
 from evac_jax.sim.camera import Matrices
@@ -85,17 +85,35 @@ def instruction_of(task: str) -> str:
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
 
 
-def load_suite(name: str, files: LiberoFiles) -> Suite:
+def load_suite(
+    name: str, files: LiberoFiles, chosen: Sequence[int] = (), extra_states: bool = False
+) -> Suite:
     """Return a suite: tasks in the benchmark's order, and the initial states that come with it.
+
+    Args:
+        name: of the suite.
+        files: where they lie.
+        chosen: numbers of the tasks that are wanted, in this order; () = all.
+        extra_states: number those that the benchmark left out behind its own.
 
     Raises:
         ConfigError: LIBERO's table of tasks cannot be read.
         DataError: a file of states is missing or damaged, or asks for more than NumPy.
     """
-    tasks = tuple(files.tasks(name))
+    known = files.tasks(name)
+    tasks = tuple(known[task] for task in chosen) or tuple(known)
     states = tuple(read_states(files.states_file(name, task)) for task in tasks)
+    if extra_states:
+        every = (read_states(files.states_file(name, task, ALL_ENDINGS)) for task in tasks)
+        states = tuple(_with_others(*both) for both in zip(states, every, strict=True))
     _check(name, tasks, states)
     return Suite(name, tasks, states)
+
+
+def _with_others(first: np.ndarray, every: np.ndarray) -> np.ndarray:
+    """Return `first` [n d] and behind it what else `every` [m d] has."""
+    known = {state.tobytes() for state in first}
+    return np.concatenate([first, [state for state in every if state.tobytes() not in known]])
 
 
 def read_states(path: Path) -> np.ndarray:

@@ -35,7 +35,9 @@ CARD = Card(
 LIBERO = {
     "cameras": (Camera((64, 64), (0.1, 0.9, 0.2, 1.0)),),
     "action_repeat": 2,
-    "ground_truth": GroundTruth("libero", "libero_goal", oversample=2, reflections=False),
+    "ground_truth": GroundTruth(
+        "libero", "libero_goal", (3,), True, oversample=2, reflections=False
+    ),
 }
 
 

@@ -3,8 +3,8 @@
     python -m evac_jax.tools.policy.libero_flags FOLDER --suite libero_spatial
 
 The card of a policy that was trained on recordings of LIBERO tells how frames were drawn, how often
-actions were played and how long episodes were. Nothing is printed for a policy whose card tells
-nothing: the official protocol is the default. `make libero-check` calls this.
+actions were played, how long episodes were and of which tasks. Nothing is printed for a policy
+whose card tells nothing: the official protocol is the default. `make libero-check` calls this.
 """
 
 import sys
@@ -18,7 +18,7 @@ from evac_jax.tools.command_line import Parser, run_tool
 
 
 def flags(policy: Path, suite: str) -> list[str]:
-    """Return the flags for a policy's folder; episodes' length only for the suite it learned.
+    """Return the flags for a policy's folder; tasks and length only for the suite it learned.
 
     Raises:
         CheckpointError: there is no such folder.
@@ -30,6 +30,7 @@ def flags(policy: Path, suite: str) -> list[str]:
     values = {name: known[name] for name in libero_facts.ALIKE if name in known}
     if known.get("suite") == suite:
         values["max_steps"] = known["episode_steps"]
+        values |= {name: known[name] for name in ("tasks", "extra_states") if known.get(name)}
     return [f"--config.libero.{name}={_shown(value)}" for name, value in values.items()]
 
 

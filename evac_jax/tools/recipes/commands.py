@@ -38,7 +38,10 @@ PACKED = IMAGINATION | {
 }
 PACKED_OF_LIBERO = {
     option: f"libero.{option}"
-    for option in ("suite", "crop", "oversample", "reflections", "action_repeat")
+    for option in (
+        *("suite", "tasks", "extra_states"),
+        *("crop", "oversample", "reflections", "action_repeat"),
+    )
 }
 
 
@@ -174,7 +177,7 @@ def pack(config: str, settings: Mapping[str, object], out: str) -> tuple[str, ..
     fields = PACKED | (PACKED_OF_LIBERO if text("eval.ground_truth") == "libero" else {})
     told = {option: text(field) for option, field in fields.items()}
     switches = {"True": "yes", "False": "no"}
-    told = {option: switches.get(value, value) for option, value in told.items()}
+    told = {option: switches.get(value, value) for option, value in told.items() if value}
     starts = text("env.initial_states_path") or text("env.initial_states")
     return tool("world.pack", out=out, starts=starts, **told)
 

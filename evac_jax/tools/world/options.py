@@ -24,6 +24,8 @@ HELP = {
     "prompt_length": "tokens that prompts are padded to; default: those of the longest",
     "temperature": "at which the policy is sampled; default: 1",
     "suite": "of LIBERO",
+    "tasks": "LIBERO's that can be played, as libero.tasks, with commas; default: all",
+    "extra_states": "yes or no, as libero.extra_states; default: no",
     "crop": "left, right, top and bottom end of what frames show, with commas",
     "oversample": "as libero.oversample",
     "reflections": "yes or no, as libero.reflections",
@@ -33,10 +35,10 @@ HELP = {
 }
 
 
-def _numbers(kind: type, count: int) -> Callable[[str], tuple]:
+def _numbers(kind: type, count: int | None = None) -> Callable[[str], tuple]:
     def numbers(text: str) -> tuple:
         values = tuple(map(kind, text.split(",")))
-        if len(values) != count:
+        if count is not None and len(values) != count:
             raise argparse.ArgumentTypeError(f"expected {count} numbers with commas, got {text!r}")
         return values
 
@@ -74,6 +76,8 @@ def add_options(made: Parser) -> None:
     told("--eta", type=float)
     told("--solver", choices=("ddim", "dpm++", "unipc"))
     told("--suite", choices=MAX_STEPS)
+    told("--tasks", type=_numbers(int))
+    told("--extra_states", choices=("yes", "no"))
     told("--crop", type=_numbers(float, 4))
     told("--oversample", type=int)
     told("--reflections", choices=("yes", "no"))
@@ -92,7 +96,7 @@ def parse(command_line: Parser, argv: Sequence[str] | None) -> argparse.Namespac
     missing = [f"--{part}" for part in (*PARTS, STARTS) if not getattr(args, part)]
     if missing and not args.base:
         command_line.error(f"{', '.join(missing)}: needed, or --base, a world that has them")
-    for switch in ("keep_stop_token", "reflections"):
+    for switch in ("keep_stop_token", "extra_states", "reflections"):
         if text := getattr(args, switch):
             setattr(args, switch, text == "yes")
     return args

@@ -60,6 +60,7 @@ NEEDED = (
     *("gripper", "unnorm_key", "keep_stop_token", "success_frames", "judged_frames", "threshold"),
     *("steps", "eta"),
 )
+PLAYED = ("suite", "tasks", "extra_states")  # of LIBERO, as its recordings' cards tell
 OF_LIBERO = {"crop": [0.0, 1.0, 0.0, 1.0], "action_repeat": 1, "oversample": 0, "reflections": True}
 # Part -> facts that hold only as long as it is the same.
 BELONGS_TO = {
@@ -205,8 +206,11 @@ def _given(args: argparse.Namespace, origin: Origin) -> parts.Facts:
         facts.add(STARTS, eval_starts=origin.eval)
     facts.add("--train_starts", train_starts=args.train_starts)
     facts.add("--eval_starts", eval_starts=args.eval_starts)
-    suite = libero_facts.told(origin.card).get("suite")
-    facts.add("--suite" if args.suite else STARTS, suite=args.suite or suite)
+    known = libero_facts.told(origin.card)
+    for name in PLAYED:
+        given = getattr(args, name)
+        who, what = (STARTS, known.get(name)) if given is None else (f"--{name}", given)
+        facts.add(who, **{name: what})
     facts.add("--horizon", horizon=args.horizon)
     facts.add("--ground_truth", ground_truth=args.ground_truth)
     return facts
@@ -225,7 +229,7 @@ def _add_base(facts: parts.Facts, base: World, args: argparse.Namespace) -> None
         "eval_starts": card.starts.eval,
         "horizon": card.horizon,
         "ground_truth": card.ground_truth.name,
-        "suite": card.ground_truth.suite,
+        **{name: getattr(card.ground_truth, name) for name in PLAYED},
     }
     for name, value in known.items():
         if name not in facts.told and name not in replaced:
@@ -254,7 +258,14 @@ def _card(facts: parts.Facts, origin: Origin, policy: Path) -> Card:
     camera = Camera((height, width), tuple(value("crop", OF_LIBERO["crop"])))
     truth = GroundTruth(value("ground_truth"))
     if is_libero:
-        truth = GroundTruth("libero", *map(value, ("suite", "oversample", "reflections")))
+        truth = GroundTruth(
+            "libero",
+            suite=value("suite"),
+            tasks=tuple(value("tasks", ())),
+            extra_states=value("extra_states", False),
+            oversample=value("oversample"),
+            reflections=value("reflections"),
+        )
     instructions = tuple(origin.source.instructions)
     card = Card(
         format=FORMAT,

@@ -141,11 +141,11 @@ def commands(monkeypatch):
 
 @pytest.fixture
 def world(tmp_path):
-    return _world(tmp_path / "world", [200, 449])
+    return _world(tmp_path / "world", [200, 359])
 
 
 def _world(folder, states, **changes):
-    world_folder.write(folder, **(world_folder.LIBERO | {"horizon": 64} | changes))
+    world_folder.write(folder, **(world_folder.LIBERO | {"horizon": 40} | changes))
     text = json.dumps({start_frames.STATES: states})
     (folder / "starts" / "card.json").write_text(text)
     card = json.loads((folder / "world.json").read_text())
@@ -168,7 +168,7 @@ def test_seeds_are_trained_chosen_and_reported_on_states_apart(commands, world, 
     assert commands.kinds == WHOLE + [kind for n, kind in enumerate(WHOLE) if n not in (1, 2)]
     told = [flags for kind, flags in commands.calls if kind == "train"]
     assert [flags["config.seed"] for flags in told] == ["3", "5"]
-    assert {flags["config.eval.ground_truth_starts"] for flags in told} == {"(450, 500)"}
+    assert {flags["config.eval.ground_truth_starts"] for flags in told} == {"(360, 400)"}
     assert not any("config.env.simulator" in flags for flags in told)
     told = [flags for kind, flags in commands.calls if kind == "eval"]
     assert {flags["config.eval.ground_truth_starts"] for flags in told} == {"(0, 200)"}
@@ -252,7 +252,7 @@ def test_baselines_learn_in_libero_itself_and_from_recordings_as_long(
     _main(*argv)
     real = [flags for kind, flags in commands.calls if kind == "train"][-1]
     assert real["config.env.simulator"] == "ground_truth"
-    assert real["config.env.train_starts"] == "(200, 450)"
+    assert real["config.env.train_starts"] == "(200, 360)"
     assert (real["config.env.num_envs"], real["config.rollout.epochs"]) == ("8", "16")
     assert real["config.seed"] == "0"
     steps = [int(flags["--steps"]) for kind, flags in commands.calls if kind == "policy.train"]

@@ -51,25 +51,25 @@ def write(folder, states=None, commands=()):
 def test_states_are_divided_without_a_rest():
     parts = [set(range(*ends)) for ends in (REPORT, TRAINING, CHOICE)]
     assert set.union(*parts) == set(range(*libero_states.ALL))
-    assert sum(map(len, parts)) == 500
+    assert sum(map(len, parts)) == 400
 
 
 @pytest.mark.parametrize(
     ("command", "states"),
     [
-        (f"{LAUNCH} --mode=collect --config.env.train_starts=(200,450)", range(200, 450)),
-        (f"{LAUNCH} --mode=collect --config.env.train_starts=(450, -1)", range(450, 500)),
-        (f"{LAUNCH} --mode=collect --config.eval.ground_truth_starts=(450,500)", range(500)),
+        (f"{LAUNCH} --mode=collect --config.env.train_starts=(200,360)", range(200, 360)),
+        (f"{LAUNCH} --mode=collect --config.env.train_starts=(360, -1)", range(360, 400)),
+        (f"{LAUNCH} --mode=collect --config.eval.ground_truth_starts=(360,400)", range(400)),
         (
-            f"{LAUNCH} --mode=eval --config.env.train_starts=(0,450) "
-            "--config.eval.ground_truth_starts=(450,500)",
-            range(450, 500),
+            f"{LAUNCH} --mode=eval --config.env.train_starts=(0,360) "
+            "--config.eval.ground_truth_starts=(360,400)",
+            range(360, 400),
         ),
         (
             f"{LAUNCH} --config.env.train_starts=(0,5) --config.eval.ground_truth_starts=(9,10)",
             [*range(5), 9],
         ),
-        (f"{LAUNCH} --mode=eval", range(500)),
+        (f"{LAUNCH} --mode=eval", range(400)),
         ("python -m evac_jax.tools.policy.train --data base_00", []),
     ],
 )
@@ -78,18 +78,18 @@ def test_command_uses_the_states_that_it_names_or_all(command, states):
 
 
 def test_world_and_recordings_without_a_reported_state_are_taken(tmp_path):
-    collect = f"{LAUNCH} --mode=collect --config.env.train_starts=(200,450)"
-    world = write(tmp_path / "world", [200, 449, 450], [collect, "python -m evac_jax.tools.trust"])
-    data = record(tmp_path / "base", [250, 499])
+    collect = f"{LAUNCH} --mode=collect --config.env.train_starts=(200,360)"
+    world = write(tmp_path / "world", [200, 359, 360], [collect, "python -m evac_jax.tools.trust"])
+    data = record(tmp_path / "base", [250, 399])
     assert check(world, [data]) == {
-        str(world / "starts"): {200, 449, 450},
-        f"{world / 'card.json'}, stage stage_0": set(range(200, 450)),
-        str(data): {250, 499},
+        str(world / "starts"): {200, 359, 360},
+        f"{world / 'card.json'}, stage stage_0": set(range(200, 360)),
+        str(data): {250, 399},
     }
 
 
 def test_every_place_with_a_reported_state_is_named(tmp_path):
-    collect = f"{LAUNCH} --mode=collect --config.env.train_starts=(0,450)"
+    collect = f"{LAUNCH} --mode=collect --config.env.train_starts=(0,360)"
     world = write(tmp_path / "world", [199, 200], [collect])
     data = record(tmp_path / "base", [7, 250, 3])
     with pytest.raises(DataError) as error:

@@ -66,6 +66,20 @@ def test_missing_file_of_a_task_is_told_by_name(package, tmp_path, gone, told):
     assert problem.endswith(gone.rpartition("/")[2])
 
 
+@pytest.mark.parametrize("tasks", [(0, 2), (1, 1)])
+def test_tasks_that_the_suite_does_not_have_are_refused(package, tasks):
+    assert libero.problems(dataclasses.replace(package, tasks=(1, 0))) == []
+    (told,) = libero.problems(dataclasses.replace(package, tasks=tasks))
+    assert "expected different numbers of libero_spatial's tasks, 0..1" in told
+
+
+def test_missing_file_of_the_states_that_were_left_out_is_told(package):
+    wanted = dataclasses.replace(package, extra_states=True)
+    (told,) = libero.problems(wanted)
+    assert told.startswith("config.libero.states: missing")
+    assert f"{libero_fakes.TASKS[0]}.init.npz" in told
+
+
 def test_reference_camera_has_no_crop(package):
     crop = {"crop": (0.0, 1.0, 0.1, 1.0)}
     assert libero.problems(dataclasses.replace(package, **crop)) == []

@@ -67,6 +67,8 @@ def test_world_of_libero_says_what_its_frames_and_actions_are(tmp_path):
     libero = {n.split(".")[1]: v for n, v in world.settings().items() if n.startswith("libero.")}
     assert libero == {
         "suite": "libero_goal",
+        "tasks": (3,),
+        "extra_states": True,
         "image_size": 64,
         "crop": (0.1, 0.9, 0.2, 1.0),
         "oversample": 2,

@@ -51,6 +51,28 @@ def test_states_come_in_the_benchmarks_order_from_either_kind_of_file(files):
         np.testing.assert_array_equal(stored, states[task])
 
 
+def test_chosen_tasks_alone_are_numbered(files):
+    write_map(files, "a", "b", "c")
+    for number, task in enumerate("abc"):
+        write_states(files, task, np.full((2, 3), float(number)))
+    suite = load_suite(SUITE, files, (2, 0))
+    assert suite.instructions == ("c", "a")
+    tasks, states = suite.locate(np.arange(suite.num_starts))
+    assert tasks.tolist() == [0, 1, 0, 1]
+    assert suite.states[tasks[2]][states[2]].tolist() == [2, 2, 2]
+
+
+def test_states_that_the_benchmark_left_out_come_behind_its_own(files):
+    write_map(files, "a_task")
+    every = np.arange(15.0).reshape(5, 3)
+    write_states(files, "a_task", every[[1, 4]])
+    with pytest.raises(DataError, match=r"a_task\.init\.npz"):
+        load_suite(SUITE, files, extra_states=True)
+    np.savez(files.states / SUITE / "a_task.init.npz", states=every)
+    suite = load_suite(SUITE, files, extra_states=True)
+    np.testing.assert_array_equal(suite.states[0], every[[1, 4, 0, 2, 3]])
+
+
 class _Code:
     def __reduce__(self):
         return print, ("code ran",)

@@ -39,7 +39,18 @@ def test_length_of_episodes_is_told_only_for_the_suite_that_was_learned(tmp_path
     assert "image_size=64" in (told := capsys.readouterr().out)
     assert "max_steps" not in told
     libero_flags.main([str(tmp_path), "--suite", "libero_goal"])
-    assert "max_steps=300" in capsys.readouterr().out
+    assert "max_steps=300" in (told := capsys.readouterr().out)
+    assert "tasks" not in told
+
+
+def test_chosen_tasks_are_told_for_the_suite_that_was_learned(tmp_path, capsys):
+    config = LiberoConfig(suite="libero_goal", tasks=(0, 3), extra_states=True)
+    write_card(tmp_path, libero=config.facts())
+    libero_flags.main([str(tmp_path), "--suite", "libero_goal"])
+    told = capsys.readouterr().out
+    assert "--config.libero.tasks=0,3 --config.libero.extra_states=True" in told
+    libero_flags.main([str(tmp_path)])
+    assert "tasks" not in capsys.readouterr().out
 
 
 def test_nothing_is_told_for_a_policy_without_such_a_card(tmp_path, capsys):

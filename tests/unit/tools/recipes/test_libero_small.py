@@ -21,11 +21,11 @@ def test_interrupted_recording_loses_one_piece_at_most():
 
 def test_no_stage_begins_in_a_state_that_is_reported():
     used = [libero_states.of_command(stage.shown) for stage in build.make_stages()]
-    assert set().union(*used) == set(range(200, 500))
+    assert set().union(*used) == set(range(200, 400))
 
 
 @pytest.mark.parametrize(
-    ("episodes", "expected"), [(20, (440, 460)), (100, (360, 460)), (200, (280, 480))]
+    ("episodes", "expected"), [(8, (356, 364)), (40, (328, 368)), (100, (280, 380))]
 )
 def test_short_recording_also_has_held_out_states(episodes, expected):
     assert build.starts_of(episodes) == expected
@@ -38,7 +38,7 @@ def test_shares_of_the_players_are_whole():
 
 def test_longer_training_of_the_world_model_leaves_recordings_and_policies(monkeypatch):
     before = stamps(build.make_stages())
-    monkeypatch.setitem(build.COUNTS, "world_model", 20001)
+    monkeypatch.setitem(build.COUNTS, "world_model", 12001)
     after = stamps(build.make_stages())
     changed = {name for name in before if before[name] != after[name]}
     late = {"world_model_full", "imagined_base", "reward", "trust", "world"}

@@ -112,12 +112,13 @@ def test_value_that_cannot_be_is_refused_before_anything_is_copied(
 
 
 def test_world_of_libero_is_told_by_the_recordings_card(weights, tmp_path):
-    recording = folders.record(tmp_path / "libero", libero=folders.LIBERO)
+    played = {"tasks": [3, 0], "extra_states": True}
+    recording = folders.record(tmp_path / "libero", libero=folders.LIBERO | played)
     argv = [*folders.of(weights), "--starts", str(recording), *folders.TOLD]
     out = tmp_path / "w"
     pack.main([*argv, "--ground_truth", "libero", "--out", str(out)])
     card = World.read(str(out)).card
-    assert card.ground_truth == GroundTruth("libero", "libero_goal", 2, reflections=False)
+    assert card.ground_truth == GroundTruth("libero", "libero_goal", (3, 0), True, 2, False)
     assert card.cameras[0].crop == (0.1, 0.9, 0.0, 1.0)
     assert card.action_repeat == 2
     assert check.problems(World.read(str(out))) == []
