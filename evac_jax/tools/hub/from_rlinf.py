@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bad = [line.key for line in lines if line.verdict in (UNKNOWN, UNSUPPORTED)]
     if bad and not args.allow_unknown:
         sys.stderr.write(
-            f"\nThe command is not the same run: {len(bad)} keys are unknown or not supported, "
+            "\nThe command is not the same run; unknown or not supported: "
             f"{', '.join(bad)}. --allow_unknown accepts that\n"
         )
         sys.exit(1)

@@ -385,4 +385,4 @@ def test_command_of_the_page_ends_well_when_the_file_names_the_policy_three_time
     assert "--config.policy.checkpoint=POLICY" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         from_rlinf.main([str(file), "actor.checkpoint_load_path=POLICY"])
-    assert "2 keys are unknown or not supported" in capsys.readouterr().err
+    assert "unknown or not supported: rollout.model" in capsys.readouterr().err
