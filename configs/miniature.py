@@ -38,7 +38,7 @@ def libero_small(config: config_dict.ConfigDict) -> None:
     config.policy.scan_layers = False
     config.env.initial_states = "npy"
     config.libero.python = ".venv-libero/bin/python"
-    config.libero.max_steps = 40
+    config.libero.max_steps = 48
     config.eval.ground_truth_envs = 1  # 1.9 GB each
     # The held-out states of all tasks.
     config.eval.ground_truth_starts = (360, 400)

@@ -41,6 +41,7 @@ class Grasp:
 GRASPS = {
     "akita_black_bowl": Grasp(aside=0.049, up=0.038),
 }
+STRIDE = 0.015  # metres that a full action moves the hand in 1/20 s
 # Kind of fixture -> height of its top above its origin, metres. The hand, 20 cm wide, keeps clear
 # of these; lower things matter to the fingers only.
 TALL = {"wooden_cabinet": 0.22}
@@ -185,7 +186,7 @@ class Manner:
             if it stood in one.
         carry: height above the place at which it is carried, at least.
         tolerance: distance from a goal within which it counts as reached.
-        gain: action per metre, played once; 1 moves the hand by some 15 mm in 1/20 s.
+        gain: action per metre, at most as much as moves the hand there at once; see `STRIDE`.
         turn_gain: action per radian, played once; a full action asks for half a radian.
         slack: radians that the wrist may be off before it is turned back. LIBERO's controller
             holds an orientation by itself while it is asked for no change, and better so: with a
@@ -211,8 +212,8 @@ class LiberoPlayer:
         kind: one of `KINDS`.
         task: what to do.
         rng: draws the flaws; the expert uses none.
-        repeat: how often LIBERO plays each action; movements are asked for smaller by that much,
-            and `turns_random` comes that much earlier.
+        repeat: how often LIBERO plays each action; turns are asked for smaller by that much, and
+            `turns_random` comes that much earlier.
     """
 
     def __init__(
@@ -251,7 +252,7 @@ class LiberoPlayer:
             self._since, self._stay = 0, pose[:3].copy()
         action = np.zeros(ACTION_DIM)
         way = self._goal(pose, places) - pose[:3]
-        action[:3] = self._manner.gain / self._repeat * way
+        action[:3] = min(self._manner.gain, 1 / (STRIDE * self._repeat)) * way
         turn = rotation_vector(pose[3:7], self._wrist)
         if np.linalg.norm(turn) > self._manner.slack:
             action[3:6] = self._manner.turn_gain / self._repeat * turn

@@ -29,8 +29,8 @@ def flags(policy: Path, suite: str) -> list[str]:
     known = libero_facts.told(cards.read(policy))
     values = {name: known[name] for name in libero_facts.ALIKE if name in known}
     if known.get("suite") == suite:
-        values["max_steps"] = known["episode_steps"]
-        values |= {name: known[name] for name in ("tasks", "extra_states") if known.get(name)}
+        names = {"max_steps": "episode_steps", "tasks": "tasks", "extra_states": "extra_states"}
+        values |= {field: known[name] for field, name in names.items() if known.get(name)}
     return [f"--config.libero.{name}={_shown(value)}" for name, value in values.items()]
 
 

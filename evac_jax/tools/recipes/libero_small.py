@@ -22,7 +22,7 @@ from evac_jax.tools.recipes.stages import WORK, Stage
 # These counts set the time and the quality of a build. `--scale` multiplies all of them.
 COUNTS = {
     # recordings, episodes
-    "base": 600,
+    "base": 480,
     "rollouts": 200,  # of the start policy, half of them greedy
     # offline training, optimiser steps
     "autoencoder": 6000,
@@ -34,22 +34,22 @@ COUNTS = {
     "reward": 3000,
     "evaluated": 40,  # episodes of each policy: the held-out states of all tasks
 }
-# Lower bounds of scaled counts (4 for all others). Of few recordings none that is held out would
+# Lower bounds of scaled counts (4 for all others). Of fewer recordings none that is held out would
 # show a bowl in the hand.
-FLOORS = {"base": 40, "rollouts": 8, "imagined": 8, "evaluated": 2}
+FLOORS = {"base": 100, "rollouts": 8, "imagined": 8, "evaluated": 2}
 # Episodes that an interruption may cost; no divisor of the number of starts, so that each player
 # gets other starts in every piece.
-PIECE = 150
+PIECE = 120
 # Bowls between plate and ramekin, in the table's middle, on the cookie box and on the stove.
 TASKS = (0, 2, 3, 7)
 # Start ids, one of each task for every state. 0..199 are all of the benchmark's own states: for
 # reports, and used nowhere here. 200..359 serve for training; 360..399 are held out of it, for
 # choices.
 FIRST, HELD_OUT, END = 200, 360, 400
-MIX = "expert=0.3,noisy=0.25,near_miss=0.2,sloppy=0.1,midway=0.1,random=0.05"
+MIX = "expert=0.3,noisy=0.3,near_miss=0.2,sloppy=0.08,midway=0.08,random=0.04"
 CONFIG = "configs/grpo.py"
 SIZES = "libero_small"
-HORIZON = 40  # decisions of an episode
+HORIZON = 48  # decisions of an episode
 # How LIBERO is shown and played; it departs from the official protocol (docs/libero.md).
 LIBERO = {
     "libero.python": LIBERO_PYTHON,
@@ -100,7 +100,7 @@ WORLD_MODEL = {
     "lr": 1e-3,
     "dropout": 0,
     "ddim_steps": DDIM_STEPS,
-    "rollout_chunks": 5,
+    "rollout_chunks": 6,
     "save_every": 1000,
     "cache": f"{WORK}/latents",
 }

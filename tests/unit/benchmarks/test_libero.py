@@ -145,7 +145,7 @@ def world(tmp_path):
 
 
 def _world(folder, states, **changes):
-    world_folder.write(folder, **(world_folder.LIBERO | {"horizon": 40} | changes))
+    world_folder.write(folder, **(world_folder.LIBERO | {"horizon": 48} | changes))
     text = json.dumps({start_frames.STATES: states})
     (folder / "starts" / "card.json").write_text(text)
     card = json.loads((folder / "world.json").read_text())

@@ -53,6 +53,14 @@ def test_chosen_tasks_are_told_for_the_suite_that_was_learned(tmp_path, capsys):
     assert "tasks" not in capsys.readouterr().out
 
 
+def test_length_that_recordings_do_not_share_is_not_told(tmp_path, capsys):
+    facts = LiberoConfig(suite="libero_goal", image_size=64).facts()
+    del facts["episode_steps"]
+    write_card(tmp_path, libero=facts)
+    libero_flags.main([str(tmp_path), "--suite", "libero_goal"])
+    assert "max_steps" not in capsys.readouterr().out
+
+
 def test_nothing_is_told_for_a_policy_without_such_a_card(tmp_path, capsys):
     libero_flags.main([str(tmp_path)])
     assert capsys.readouterr().out == "\n"
