@@ -339,15 +339,12 @@ class World:
     def settings(self) -> dict[str, Any]:
         """Return {field: value} of every field that a world knows; of all worlds the same ones."""
         card, libero = self.card, LiberoConfig()
-        if card.ground_truth.name == "libero":
+        truth = dataclasses.asdict(card.ground_truth)
+        if truth.pop("name") == "libero":
             libero = LiberoConfig(
-                suite=card.ground_truth.suite,
-                tasks=card.ground_truth.tasks,
-                extra_states=card.ground_truth.extra_states,
+                **truth,
                 image_size=card.cameras[0].size[0],
                 crop=card.cameras[0].crop,
-                oversample=card.ground_truth.oversample,
-                reflections=card.ground_truth.reflections,
                 action_repeat=card.action_repeat,
             )
         known = ("suite", "tasks", "extra_states", *ALIKE)

@@ -7,12 +7,13 @@ from typing import Any
 from evac_jax.errors import ConfigError
 from evac_jax.evac.config import EvacConfig
 from evac_jax.libero_small import sizes as libero_small
+from evac_jax.libero_small import sizes_128 as libero_128
 from evac_jax.miniature import sizes as miniature
 from policies.openvla_oft.config import OpenVLAOFTConfig
 
-NAMED = {"miniature": miniature, "libero_small": libero_small}
+NAMED = {"miniature": miniature, "libero_small": libero_small, "libero_128": libero_128}
 DEFAULT = "miniature"
-HELP = f"from scratch: {' or '.join(NAMED)}, or a JSON file of"
+HELP = f"from scratch: {', '.join(NAMED)}, or a JSON file of"
 
 
 def world_model(named: str | None) -> EvacConfig:
@@ -57,5 +58,5 @@ def _read(path: str) -> Any:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--sizes={path}: expected {' or '.join(NAMED)}, or a readable JSON file ({error})"
+            f"--sizes={path}: expected {', '.join(NAMED)}, or a readable JSON file ({error})"
         ) from error

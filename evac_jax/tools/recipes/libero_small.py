@@ -3,13 +3,14 @@
     python -m evac_jax.tools.recipes.libero_small --list             # the commands, one per stage
     python -m evac_jax.tools.recipes.libero_small --until gate       # a part of them
     python -m evac_jax.tools.recipes.libero_small --ship             # all, then the shipped weights
+    python -m evac_jax.tools.recipes.libero_small --pixels 128 --work DIR       # larger, on a GPU
 
 It needs `make libero`, and hours. Two stages run at a time, on one core each, or one on both.
 Finished stages are skipped, so an interrupted build continues; recordings are made in pieces and
 long trainings go on in their middle. docs/libero_small.md explains the stages.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from evac_jax.config.schema import LIBERO_SMALL_WEIGHTS
@@ -48,7 +49,7 @@ TASKS = (0, 2, 3, 7)
 FIRST, HELD_OUT, END = 200, 360, 400
 MIX = "expert=0.3,noisy=0.3,near_miss=0.2,sloppy=0.08,midway=0.08,random=0.04"
 CONFIG = "configs/grpo.py"
-SIZES = "libero_small"
+SIZES = {64: "libero_small", 128: "libero_128"}  # by the side of the pictures
 HORIZON = 48  # decisions of an episode
 # How LIBERO is shown and played; it departs from the official protocol (docs/libero.md).
 LIBERO = {
@@ -123,36 +124,38 @@ MAX_BYTES = 40_000_000
 Add = Callable[..., None]
 
 
-def make_stages(scale: float = 1.0) -> list[Stage]:
+def make_stages(scale: float = 1.0, pixels: int = 64) -> list[Stage]:
     """Return the recipe: stages, ordered so that every input is made before its use.
 
     A stage has the name of the folder under `{work}` that it makes. It reads the folders of its
     inputs.
     """
     n = scaled(COUNTS, scale, FLOORS)
+    libero = LIBERO | {"libero.image_size": pixels}
     stages: list[Stage] = []
 
     def add(name: str, command: Sequence[str], *inputs: str, cores=1, resumes=False) -> None:
         stages.append(Stage(name, tuple(command), inputs, name, cores, resumes))
 
-    base = add_recordings(add, "base", n["base"], MIX)
-    command = commands.tool("world_model.train_autoencoder", data=at(*base), sizes=SIZES)
+    base = add_recordings(add, "base", n["base"], MIX, libero)
+    command = commands.tool("world_model.train_autoencoder", data=at(*base), sizes=SIZES[pixels])
     command += commands.options(out=at("autoencoder")[0], steps=n["autoencoder"], **AUTOENCODER)
     add("autoencoder", command, *base, resumes=True)
     command = commands.tool("world_model.gate", data=at(*base), autoencoder=at("autoencoder")[0])
     command += commands.options(out=at("gate")[0], steps=n["gate"])
     add("gate", command, "autoencoder", *base)
     # A smoke test's policies succeed never, and its build should go on.
-    add_start_policy(add, n, base, (ENOUGH, TOO_MUCH) if scale == 1 else (0, 1))
+    between = (ENOUGH, TOO_MUCH) if scale == 1 else (0, 1)
+    add_start_policy(add, n, base, between, libero, SIZES[pixels])
     both = f"policy:{WORK}/policy@{POLICY['policy.temperature']}=0.5,policy:{WORK}/policy@0=0.5"
-    rollouts = add_recordings(add, "rollouts", n["rollouts"], both, "policy")
+    rollouts = add_recordings(add, "rollouts", n["rollouts"], both, libero, "policy")
     data = [*base, *rollouts]
     command = commands.tool("world_model.train_pose_model", data=at(*data))
     command += commands.options(out=at("pose_model")[0], steps=n["pose_model"])
     add("pose_model", command, *data)
     command = commands.tool("world_model.train", data=at(*data), autoencoder=at("autoencoder")[0])
     command += commands.options(
-        sizes=SIZES, out=at("world_model_full")[0], steps=n["world_model"], **WORLD_MODEL
+        sizes=SIZES[pixels], out=at("world_model_full")[0], steps=n["world_model"], **WORLD_MODEL
     )
     both = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     command = (*both, *command, "--few_steps", "--fit_deltas")
@@ -180,14 +183,16 @@ def at(*names: str) -> list[str]:
     return [f"{WORK}/{name}" for name in names]
 
 
-def add_recordings(add: Add, name: str, episodes: int, mix: str, *inputs: str) -> list[str]:
+def add_recordings(
+    add: Add, name: str, episodes: int, mix: str, libero: Mapping[str, object], *inputs: str
+) -> list[str]:
     """Add a recording in pieces; return their names.
 
     A piece's seed is its number, so it begins with the starts behind those of the last one.
     """
     names = []
     low, high = starts_of(episodes)
-    settings = LIBERO | {"env.train_starts": f"({low},{high})"} | (POLICY if inputs else {})
+    settings = {**libero, "env.train_starts": f"({low},{high})", **(POLICY if inputs else {})}
     for piece, begin in enumerate(range(0, episodes, PIECE)):
         names.append(f"{name}_{piece:02d}")
         count, out = min(PIECE, episodes - begin), at(names[-1])[0]
@@ -204,18 +209,25 @@ def starts_of(episodes: int) -> tuple[int, int]:
     return HELD_OUT - tasks * (states - held_out), HELD_OUT + tasks * held_out
 
 
-def add_start_policy(add: Add, n, base: Sequence[str], between: tuple[float, float]) -> None:
+def add_start_policy(
+    add: Add,
+    n: Mapping[str, int],
+    base: Sequence[str],
+    between: tuple[float, float],
+    libero: Mapping[str, object],
+    sizes: str,
+) -> None:
     """Supervised training in rounds, each evaluated on held-out states; one policy is chosen."""
     policies = [f"policy_{number}" for number in range(1, ROUNDS + 1)]
     evaluations = [f"success_{number}" for number in range(1, ROUNDS + 1)]
     for number, (policy, evaluation) in enumerate(zip(policies, evaluations, strict=True)):
         before = policies[number - 1 : number]
         command = commands.tool("policy.train", data=at(*base), out=at(policy)[0])
-        command += commands.options(**({"start": at(*before)[0]} if before else {"sizes": SIZES}))
+        command += commands.options(**({"start": at(*before)[0]} if before else {"sizes": sizes}))
         command += commands.options(seed=number, steps=n["policy"], **SUPERVISED)
         add(policy, (*command, "--successful", "--every_step"), *base, *before, resumes=True)
         held_out = f"({HELD_OUT},{END})"
-        settings = LIBERO | POLICY | {"policy.checkpoint": at(policy)[0]}
+        settings = {**libero, **POLICY, "policy.checkpoint": at(policy)[0]}
         settings |= {"env.train_starts": f"({FIRST},{HELD_OUT})", "eval.starts": held_out}
         settings |= {"eval.ground_truth_starts": held_out}
         command = commands.evaluate(CONFIG, WORK, evaluation, settings, n["evaluated"])
@@ -252,6 +264,7 @@ def recipe() -> Recipe:
         shipped=SHIPPED,
         max_bytes=MAX_BYTES,
         scored=("autoencoder", "gate"),
+        pixels=tuple(SIZES),
     )
 
 

@@ -37,22 +37,25 @@ class Recipe:
     Attributes:
         name: of the command, "recipes.miniature".
         doc: its docstring, for --help.
-        make_stages: scale of all counts, in (0, 1] -> stages; the last one makes `{work}/world`.
+        make_stages: scale of all counts, in (0, 1], and, if there is a choice, pixels -> stages;
+            the last one makes `{work}/world`.
         work: default folder of the stages.
         weights: folder of the shipped weights.
         shipped: folder of the shipped weights -> folder under `{work}` that it is a copy of.
         max_bytes: of all shipped files.
         scored: more folders under `{work}` whose scores the card tells.
+        pixels: sides of the pictures that it can be built for, the shipped ones first; () = one.
     """
 
     name: str
     doc: str | None
-    make_stages: Callable[[float], list[Stage]]
+    make_stages: Callable[..., list[Stage]]
     work: Path
     weights: Path
     shipped: Mapping[str, str]
     max_bytes: int
     scored: Sequence[str] = ()
+    pixels: Sequence[int] = ()
 
 
 def scaled(
@@ -179,6 +182,9 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     )
     add("--ship", action="store_true", help="replace the shipped weights by them")
     add("--scale", type="share_above_0", default=1.0, help="0.01 for a smoke test")
+    if recipe.pixels:
+        text = "side of the pictures; what is larger than the default is for a GPU"
+        add("--pixels", type=int, choices=recipe.pixels, default=recipe.pixels[0], help=text)
     add("--cores", type="count", help="default: up to 2")
     add("--list", action="store_true", help="show the stages and do nothing")
     add("--verify", action="store_true", help="compare the shipped files with their card instead")
@@ -186,6 +192,8 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     args = parser.parse_args(argv)
     if args.ship and args.scale != 1:
         parser.error("--ship: weights of a scaled-down build are no good; leave --scale out")
+    if args.ship and recipe.pixels and args.pixels != recipe.pixels[0]:
+        parser.error(f"--ship: weights for {recipe.pixels[0]} pixels are shipped; use --out")
     if bool(args.stages) + bool(args.until) + args.ship > 1:
         parser.error("expected one of --ship, which needs all stages, --until, or names of stages")
     return args
@@ -205,7 +213,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
             sys.exit("\n".join([f"{args.weights} differs from its card:", *problems]))
         report.show(f"{args.weights}: every file is the one in its card")
         return
-    stages = recipe.make_stages(args.scale)
+    stages = recipe.make_stages(args.scale, *([args.pixels] if recipe.pixels else []))
     chosen = needed_for(stages, [args.until]) if args.until else set(args.stages)
     if args.list:
         shown = [stage for stage in stages if not chosen or stage.name in chosen]

@@ -21,14 +21,16 @@ def test_every_named_setting_has_networks_that_fit_together():
         assert Autoencoder(config.autoencoder).config.factor == 8
 
 
-def test_small_libero_has_a_denoiser_of_its_latents():
-    model = EvacModel(sizes.world_model("libero_small")).eval()
-    state = model.start(tiny.start_frames(1).repeat(1, 1, 1, 2, 2), 1)
+@pytest.mark.parametrize(("name", "pixels"), [("libero_small", 64), ("libero_128", 128)])
+def test_small_libero_has_a_denoiser_of_its_latents(name, pixels):
+    model = EvacModel(sizes.world_model(name)).eval()
+    times = pixels // tiny.start_frames(1).shape[-1]
+    state = model.start(tiny.start_frames(1).repeat(1, 1, 1, times, times), 1)
     assert state.latents.shape[3] == LATENT_CHANNELS
     state, frames = model.imagine(
         state, tiny.poses(1, model.config.frames), tiny.camera(), steps=1, eta=0.0
     )
-    assert frames.shape == (1, 1, 8, 3, 64, 64)
+    assert frames.shape == (1, 1, 8, 3, pixels, pixels)
 
 
 def test_file_of_sizes_is_read_and_new_weights_are_sampled_as_they_are_trained(tmp_path):
@@ -51,7 +53,7 @@ def test_folder_of_before_keeps_its_scale():
 
 @pytest.mark.parametrize("read", [sizes.world_model, sizes.policy])
 def test_unknown_name_and_file_that_is_no_configuration_are_refused(read, tmp_path):
-    with pytest.raises(ConfigError, match="--sizes=libero: expected miniature or libero_small"):
+    with pytest.raises(ConfigError, match="--sizes=libero: expected miniature, libero_small, libero_128"):
         read("libero")
     cards.write_json(tmp_path / "other.json", {"steps": 3})
     with pytest.raises(ConfigError):

@@ -5,6 +5,7 @@ import pytest
 from benchmarks import libero_states
 from evac_jax.tools.episodes.collect import parse_mix
 from evac_jax.tools.recipes import libero_small as build
+from evac_jax.tools.recipes.shipping import run
 from evac_jax.tools.recipes.stages import stamps
 
 
@@ -30,6 +31,21 @@ def test_no_stage_begins_in_a_state_that_is_reported():
 def test_short_recording_also_has_held_out_states(episodes, expected):
     assert build.starts_of(episodes) == expected
     assert build.starts_of(build.COUNTS["base"]) == (build.FIRST, build.END)
+
+
+def test_larger_build_differs_in_pixels_and_sizes_alone():
+    small, large = (build.make_stages(1, pixels) for pixels in (64, 128))
+    assert [stage.name for stage in small] == [stage.name for stage in large]
+    for one, other in zip(small, large, strict=True):
+        shown = other.shown.replace("image_size=128", "image_size=64")
+        assert shown.replace("libero_128", "libero_small") == one.shown
+    assert any("libero_128" in stage.shown for stage in large)
+
+
+def test_larger_build_is_not_shipped(capsys):
+    with pytest.raises(SystemExit):
+        run(build.recipe(), ["--ship", "--pixels", "128"])
+    assert "weights for 64 pixels are shipped" in capsys.readouterr().err
 
 
 def test_shares_of_the_players_are_whole():
