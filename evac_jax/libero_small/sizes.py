@@ -10,7 +10,7 @@ from evac_jax.evac.config import AutoencoderConfig
 from evac_jax.miniature import sizes as miniature
 
 LATENT_CHANNELS = 16  # with 4, a bowl in the gripper or on the plate is blurred
-PROMPT_TOKENS = 60  # of the longest instruction in the miniature's vocabulary, <s> among them
+PROMPT_TOKENS = 32  # the longest instruction that is played has 29
 
 WORLD_MODEL = miniature.WORLD_MODEL.replace(
     # Without a scale, two denoising steps, or one, begin and end with latents as they are.
@@ -33,7 +33,7 @@ WORLD_MODEL = miniature.WORLD_MODEL.replace(
     ),
 )
 
-# A larger vocabulary holds the words of ten instructions, so their prompts are shorter.
+# A larger vocabulary holds the words of the instructions, so their prompts are shorter.
 POLICY = dataclasses.replace(
     miniature.POLICY, vocab_size=1024, pad_token_id=960, max_prompt_length=PROMPT_TOKENS
 )

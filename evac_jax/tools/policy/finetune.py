@@ -48,7 +48,7 @@ ANY_LENGTH = 10**6  # limit of a prompt's length while the longest one is determ
 # Arguments that must be the same when a run is resumed.
 SETUP = (
     *("steps", "batch", "lr", "sd_bins", "seed", "chunk", "gripper", "unnorm_key"),
-    *("start", "sizes", "successful", "every_step", "goal_weight", "keep_stop_token"),
+    *("start", "sizes", "sources", "successful", "every_step", "goal_weight", "keep_stop_token"),
     *("lora_rank", "lora_alpha", "compute_dtype"),
 )
 # Those that tell others how to read the policy.
@@ -160,6 +160,10 @@ def _finetune(args, start: str, training: Episodes, held_out: Episodes, stats, o
 
 def _episodes(args: argparse.Namespace) -> tuple[Episodes, Episodes]:
     data = recordings.load(*args.data)
+    if args.sources:
+        if unknown := sorted(set(args.sources) - set(data.sources)):
+            raise DataError(f"--sources: the recordings have {data.sources}, got {unknown}")
+        data = data.select(np.isin(np.array(data.sources)[data.source], args.sources))
     if args.successful:
         data = data.select(data.success_once())
     return data.both_parts()

@@ -279,6 +279,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--chunk", type="count", default=8, help="actions per decision")
     text = "learn at every step, not only where a policy would decide"
     data.add_argument("--every_step", action="store_true", help=text)
+    text = "leave out the episodes of others: a player's noise is no lesson"
+    data.add_argument("--sources", nargs="+", default=[], metavar="NAME", help=text)
     data.add_argument("--successful", action="store_true", help="leave failed episodes out")
     data.add_argument("--gripper", choices=GRIPPER_RULES, default="libero", help="as env.gripper")
     data.add_argument("--keep_stop_token", action="store_true", help="as the policy's own field")

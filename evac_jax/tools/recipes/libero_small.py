@@ -69,7 +69,7 @@ UNNORM_KEY = "libero_small"
 # Policies are taught with wide targets, hence the temperature; see recipes.miniature.
 POLICY = {
     "policy.unnorm_key": UNNORM_KEY,
-    "policy.max_prompt_length": 60,
+    "policy.max_prompt_length": 32,
     "policy.temperature": 0.5,
 }
 SUPERVISED = {
@@ -79,6 +79,8 @@ SUPERVISED = {
     "sd_bins": 6,
     "goal_weight": 1,
 }
+# Noise of a player cannot be foreseen, so it is no lesson.
+LESSONS = ("--sources", "expert", "--successful", "--every_step")
 ROUNDS = 4  # of supervised training; the first policy that succeeds often enough is taken
 ENOUGH, TOO_MUCH = 0.15, 0.5
 DDIM_STEPS = 1  # as good as two in a trial with base_scale 1, at half the cost
@@ -225,7 +227,7 @@ def add_start_policy(
         command = commands.tool("policy.train", data=at(*base), out=at(policy)[0])
         command += commands.options(**({"start": at(*before)[0]} if before else {"sizes": sizes}))
         command += commands.options(seed=number, steps=n["policy"], **SUPERVISED)
-        add(policy, (*command, "--successful", "--every_step"), *base, *before, resumes=True)
+        add(policy, (*command, *LESSONS), *base, *before, resumes=True)
         held_out = f"({HELD_OUT},{END})"
         settings = {**libero, **POLICY, "policy.checkpoint": at(policy)[0]}
         settings |= {"env.train_starts": f"({FIRST},{HELD_OUT})", "eval.starts": held_out}

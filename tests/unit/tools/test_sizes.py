@@ -53,7 +53,9 @@ def test_folder_of_before_keeps_its_scale():
 
 @pytest.mark.parametrize("read", [sizes.world_model, sizes.policy])
 def test_unknown_name_and_file_that_is_no_configuration_are_refused(read, tmp_path):
-    with pytest.raises(ConfigError, match="--sizes=libero: expected miniature, libero_small, libero_128"):
+    with pytest.raises(
+        ConfigError, match="--sizes=libero: expected miniature, libero_small, libero_128"
+    ):
         read("libero")
     cards.write_json(tmp_path / "other.json", {"steps": 3})
     with pytest.raises(ConfigError):

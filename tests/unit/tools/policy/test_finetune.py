@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,6 +146,17 @@ def test_rows_that_fill_the_last_batch_up_do_not_count(recording):
         finetune.validate(score, chunks, prompts, size)["loss"] for size in (len(chunks), 7)
     )
     assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_episodes_of_named_players_alone_are_learned_from(recording, tmp_path):
+    both = tiny_recording.write(tmp_path / "both", sources=("expert", "noisy"))
+    asked = SimpleNamespace(data=[both, recording], sources=["expert"], successful=False)
+    for part in finetune._episodes(asked):
+        assert part.num_episodes
+        assert {part.sources[number] for number in part.source} == {"expert"}
+    asked.sources = ["expert", "nobody"]
+    with pytest.raises(DataError, match="--sources: the recordings have .* got .'nobody'"):
+        finetune._episodes(asked)
 
 
 def test_existing_folder_and_recording_without_success_are_refused(start, recording, tmp_path):
