@@ -184,7 +184,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     add("--scale", type="share_above_0", default=1.0, help="0.01 for a smoke test")
     if recipe.pixels:
         text = "side of the pictures; what is larger than the default is for a GPU"
-        add("--pixels", type=int, choices=recipe.pixels, default=recipe.pixels[0], help=text)
+        add("--pixels", type="count", choices=recipe.pixels, default=recipe.pixels[0], help=text)
     add("--cores", type="count", help="default: up to 2")
     add("--list", action="store_true", help="show the stages and do nothing")
     add("--verify", action="store_true", help="compare the shipped files with their card instead")

@@ -27,4 +27,4 @@ def test_small_libero_takes_a_world_of_a_flag_instead(tmp_path):
     config = read_preset("configs/grpo.py:libero_small", [f"--config.world={folder}"])
     assert config.policy.checkpoint == f"{folder}/policy"
     assert config.libero.image_size == 64
-    assert config.eval.ground_truth_starts == (450, 500)
+    assert config.eval.ground_truth_starts == (360, 400)
