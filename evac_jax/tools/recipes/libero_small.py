@@ -81,7 +81,7 @@ SUPERVISED = {
 }
 # Noise of a player cannot be foreseen, so it is no lesson.
 LESSONS = ("--sources", "expert", "--successful", "--every_step")
-ROUNDS = 4  # of supervised training; the first policy that succeeds often enough is taken
+ROUNDS = 2  # of supervised training; the last policy that does not succeed too often is taken
 ENOUGH, TOO_MUCH = 0.15, 0.5
 DDIM_STEPS = 1  # as good as two in a trial with base_scale 1, at half the cost
 # How runs imagine and judge, as classifiers are calibrated for.
@@ -235,7 +235,7 @@ def add_start_policy(
         command = commands.evaluate(CONFIG, WORK, evaluation, settings, n["evaluated"])
         add(evaluation, command, policy)
     command = commands.tool("policy.choose", out=at("policy_start")[0])
-    command += ("--between", *map(str, between), "--evaluations", *at(*evaluations))
+    command += ("--between", *map(str, between), "--evaluations", *at(*evaluations[::-1]))
     add("policy_start", command, *evaluations)
     command = commands.store(*at("policy_start", "policy"), "bfloat16")
     add("policy", command, "policy_start")
