@@ -24,7 +24,7 @@ from evac_jax.tools.recipes.stages import WORK, Stage
 COUNTS = {
     # recordings, episodes
     "base": 480,
-    "rollouts": 200,  # of the start policy, half of them greedy
+    "rollouts": 200,  # of the first round's policy, half of them greedy
     # offline training, optimiser steps
     "autoencoder": 6000,
     "gate": 1500,  # of each of its two networks
@@ -149,8 +149,9 @@ def make_stages(scale: float = 1.0, pixels: int = 64) -> list[Stage]:
     # A smoke test's policies succeed never, and its build should go on.
     between = (ENOUGH, TOO_MUCH) if scale == 1 else (0, 1)
     add_start_policy(add, n, base, between, libero, SIZES[pixels])
-    both = f"policy:{WORK}/policy@{POLICY['policy.temperature']}=0.5,policy:{WORK}/policy@0=0.5"
-    rollouts = add_recordings(add, "rollouts", n["rollouts"], both, libero, "policy")
+    first = f"policy:{WORK}/policy_1"
+    both = f"{first}@{POLICY['policy.temperature']}=0.5,{first}@0=0.5"
+    rollouts = add_recordings(add, "rollouts", n["rollouts"], both, libero, "policy_1")
     data = [*base, *rollouts]
     command = commands.tool("world_model.train_pose_model", data=at(*data))
     command += commands.options(out=at("pose_model")[0], steps=n["pose_model"])
