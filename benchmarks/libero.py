@@ -37,7 +37,7 @@ from evac_jax.files import cards
 from evac_jax.telemetry import report
 from evac_jax.tools.command_line import KINDS, run_tool
 from evac_jax.tools.recipes import commands
-from evac_jax.tools.recipes.libero_small import LESSONS, SUPERVISED
+from evac_jax.tools.recipes.libero_small import BY_EXPERT, SUPERVISED
 
 PRESET = "configs/grpo.py:libero_small"
 MODES = ("greedy", "sampled")
@@ -199,7 +199,7 @@ class Proof:
 
     def taught(self, minutes: float, data: Sequence[Path]) -> Result:
         """Return what supervised training of the start policy gains in as many minutes."""
-        facts = [SUPERVISED, LESSONS, [cards.sha256(folder / "card.json") for folder in data]]
+        facts = [SUPERVISED, BY_EXPERT, [cards.sha256(folder / "card.json") for folder in data]]
         key = self._runs.key(PRESET, self._runs.settings, facts)
 
         def train(name: str, steps: int) -> Path:
@@ -210,7 +210,7 @@ class Proof:
                     "policy.train", data=list(map(str, data)), start=start, out=str(out)
                 )
                 command += commands.options(steps=steps, **SUPERVISED)
-                self._runs.call(out.name, (*command, *LESSONS))
+                self._runs.call(out.name, (*command, *BY_EXPERT, "--every_step"))
             return out
 
         # Both compile and are scored once, so the difference is of steps alone.

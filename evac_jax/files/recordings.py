@@ -7,7 +7,6 @@ nothing is ever unpickled.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,12 +19,12 @@ import numpy as np
 from evac_jax.errors import DataError
 from evac_jax.files import cards, libero_facts
 from evac_jax.files.atomic import whole_folder
+from evac_jax.files.held_out import is_held_out
 from evac_jax.files.instructions import numbers_in
 from evac_jax.files.meaning import check_poses
 from evac_jax.files.restricted_npy import load_array, map_array
 
 CARD = "card.json"
-HELD_OUT = 0.1  # share of the scenes that no training sees
 ACTION_DIM, POSE_DIM = 7, 8
 
 # Field -> type and shape; N episodes, F frames of all together, V views of H x W pixels.
@@ -43,8 +42,8 @@ PER_EPISODE = {
     "start": (np.int64, "N"),
     "held_out": (np.bool_, "N"),
 }
-# Few simulators tell it; the file is missing where it would say nothing.
-OPTIONAL = {"objects": (np.float32, "F 3 3")}
+# Few simulators and players tell these; a file is missing where it would say nothing.
+OPTIONAL = {"objects": (np.float32, "F 3 3"), "intended": (np.float32, "F 7")}
 OBJECTS = ("taken", "place", "alike")  # what a task moves, where to, and what looks like it
 STORED = PER_FRAME | OPTIONAL | PER_EPISODE
 SHARED = {"intrinsic": (np.float32, "V 3 3"), "c2w": (np.float32, "V 4 4")}
@@ -71,6 +70,8 @@ class Episodes:
         c2w: camera to world, +Z forward, float32 [V 4 4]; cameras are at rest.
         objects: xyz (m) of `OBJECTS`, float32 [F 3 3], NaN where that is not known. It tells where
             to look in a picture; no policy and no world model sees it.
+        intended: what the player would have done without its noise, as `actions`; NaN where that is
+            not known. Policies learn it.
         card: the data card.
     """
 
@@ -87,12 +88,18 @@ class Episodes:
     intrinsic: np.ndarray
     c2w: np.ndarray
     objects: np.ndarray
+    intended: np.ndarray
     card: dict = field(default_factory=dict)
 
     @property
     def num_episodes(self) -> int:
         """Episodes, N."""
         return len(self.first)
+
+    @property
+    def lessons(self) -> np.ndarray:
+        """What a policy should learn to do, float32 [F 7]: `intended`, or `actions`."""
+        return np.where(np.isnan(self.intended), self.actions, self.intended)
 
     @property
     def instructions(self) -> tuple[str, ...]:
@@ -273,19 +280,22 @@ class EpisodeWriter:
         start: int = -1,
         held_out: bool | None = None,
         objects: np.ndarray | None = None,
+        intended: np.ndarray | None = None,
     ) -> None:
-        """Append one episode of T actions: frames [T+1 V H W 3], actions [T 7], poses [T+1 8],
-        success [T+1], objects [T+1 3 3]; see `Episodes`. Without `held_out` a hash decides.
+        """Append one episode of T actions: frames [T+1 V H W 3], actions and intended [T 7], poses
+        [T+1 8], success [T+1], objects [T+1 3 3]; see `Episodes`. `held_out` None: by hash.
         """  # noqa: D205
         steps, where = len(actions), f"{self._out}: episode {len(self._parts['first'])}"
         frames, poses = np.asarray(frames), np.asarray(poses, np.float32)
-        objects = _unknown(steps + 1) if objects is None else objects
+        objects = _unknown("objects", steps + 1) if objects is None else objects
+        intended = _unknown("intended", steps) if intended is None else intended
         shapes = {
             "frames": (frames.shape, (steps + 1, *self._image_shape)),
             "actions": (np.shape(actions), (steps, ACTION_DIM)),
             "poses": (poses.shape, (steps + 1, POSE_DIM)),
             "success": (np.shape(success), (steps + 1,)),
             "objects": (np.shape(objects), (steps + 1, len(OBJECTS), 3)),
+            "intended": (np.shape(intended), (steps, ACTION_DIM)),
         }
         wrong = [f"{n}: expected {b}, got {a}" for n, (a, b) in shapes.items() if a != b]
         if frames.dtype != np.uint8:
@@ -306,6 +316,7 @@ class EpisodeWriter:
             "poses": poses,
             "success": np.asarray(success, np.bool_),
             "objects": objects,
+            "intended": np.concatenate((intended, _unknown("intended", 1))),
             "first": self._count,
             "length": steps,
             "task": task,
@@ -335,8 +346,7 @@ class EpisodeWriter:
             for name, (dtype, _) in (PER_FRAME | OPTIONAL).items()
             if name != "frames"
         }
-        if np.isnan(arrays["objects"]).all():
-            del arrays["objects"]
+        arrays = {n: a for n, a in arrays.items() if n not in OPTIONAL or not np.isnan(a).all()}
         arrays |= {n: np.array(self._parts[n], dtype) for n, (dtype, _) in PER_EPISODE.items()}
         for name, array in (arrays | self._shared).items():
             np.save(self._partial / f"{name}.npy", array, allow_pickle=False)
@@ -356,16 +366,6 @@ class EpisodeWriter:
             np.lib.format.write_array_header_1_0(out, facts)
             shutil.copyfileobj(frames, out, 1 << 24)
         raw.unlink()
-
-
-def is_held_out(beginning: np.ndarray, instruction: str) -> bool:
-    """Whether episodes that begin so are held out.
-
-    Args:
-        beginning: the first frame, or whatever else tells one scene from another.
-    """
-    digest = hashlib.sha256(np.ascontiguousarray(beginning).tobytes() + instruction.encode())
-    return int.from_bytes(digest.digest()[:8], "big") < HELD_OUT * 2**64
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -395,8 +395,7 @@ def _load_one(folder: Path) -> Episodes:
         if name in OPTIONAL and not path.exists():
             continue
         try:
-            # Frames may be larger than memory.
-            array = map_array(path) if name == "frames" else load_array(path)
+            array = (map_array if name == "frames" else load_array)(path)  # frames fill memories
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
             continue
@@ -418,11 +417,12 @@ def _load_one(folder: Path) -> Episodes:
     if problems:
         raise DataError(f"{folder}: not a complete recording: {'; '.join(problems)}")
     check_poses(arrays["poses"], f"{folder}: poses")
-    return Episodes(**{"objects": _unknown(sizes["F"]), **arrays}, card=card)
+    return Episodes(**{n: _unknown(n, sizes["F"]) for n in OPTIONAL} | arrays, card=card)
 
 
-def _unknown(frames: int) -> np.ndarray:
-    return np.full((frames, len(OBJECTS), 3), np.nan, np.float32)
+def _unknown(name: str, frames: int) -> np.ndarray:
+    dtype, axes = OPTIONAL[name]
+    return np.full((frames, *map(int, axes.split()[1:])), np.nan, dtype)
 
 
 def _join(parts: list[Episodes], folders: tuple) -> Episodes:

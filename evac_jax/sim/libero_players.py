@@ -232,6 +232,7 @@ class LiberoPlayer:
         self._phase, self._since = REACH, 0  # actions in this phase
         self._time = 0
         self._pick = ""
+        self.intended = np.zeros(ACTION_DIM, np.float32)  # the last action without its noise
 
     def act(self, pose: np.ndarray, places: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the next action float32 [7] as LIBERO takes it: in [-1, 1], gripper +1 closes.
@@ -257,6 +258,7 @@ class LiberoPlayer:
         if np.linalg.norm(turn) > self._manner.slack:
             action[3:6] = self._manner.turn_gain / self._repeat * turn
         action[6] = 1.0 if self._phase in (CLOSE, LIFT, CARRY, LOWER) else -1.0
+        self.intended = np.clip(action, -1, 1).astype(np.float32)
         action = self._spoil(np.clip(action, -1, 1))
         self._time, self._opening, self._height = self._time + 1, pose[7], self._object[2]
         return action.astype(np.float32)

@@ -157,8 +157,11 @@ class AskScripts:
         ]
 
         def decide(running: list[int], parts: list[Parts], t: int) -> list[np.ndarray]:
-            looked = zip(running, self._pool.look(running), strict=True)
-            return [players[n].act(parts[n]["poses"][-1][-1], places)[None] for n, places in looked]
+            moves = []
+            for n, places in zip(running, self._pool.look(running), strict=True):
+                moves.append(players[n].act(parts[n]["poses"][-1][-1], places)[None])
+                parts[n].setdefault("intended", []).append(players[n].intended[None])
+            return moves
 
         return decide
 

@@ -22,7 +22,8 @@ import numpy as np
 from evac_jax.config.libero import LiberoConfig
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, meaning
-from evac_jax.files.recordings import EpisodeWriter, is_held_out
+from evac_jax.files.held_out import is_held_out
+from evac_jax.files.recordings import EpisodeWriter
 from evac_jax.sim.camera import Matrices
 from evac_jax.sim.libero_pool import LiberoPool
 from evac_jax.sim.libero_tasks import instruction_of

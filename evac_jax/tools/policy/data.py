@@ -1,4 +1,8 @@
-"""Recorded episodes as training data of a policy: frames at each decision and the next actions."""
+"""Recorded episodes as training data of a policy: frames at each decision and the next actions.
+
+Where a recording tells what its player intended, that is learned instead of what noise made of it.
+Source: DART (Laskey et al. 2017): noise takes a demonstrator to states from which it returns.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +45,9 @@ def policy_actions(actions: np.ndarray, gripper: str) -> np.ndarray:
 
 
 def action_statistics(data: Episodes, gripper: str) -> dict[str, Any]:
-    """Return an entry of `norm_stats` from all actions of `data`; the gripper is not normalised."""
+    """Return an entry of `norm_stats` from all lessons of `data`; the gripper is not normalised."""
     steps = np.concatenate([f + np.arange(n) for f, n in zip(data.first, data.length, strict=True)])
-    actions = policy_actions(data.actions[steps], gripper)
+    actions = policy_actions(data.lessons[steps], gripper)
     low, high = np.quantile(actions, (0.01, 0.99), axis=0)
     facts = {"q01": low, "q99": high, "min": actions.min(0), "max": actions.max(0)}
     facts |= {"mean": actions.mean(0), "std": actions.std(0)}
@@ -79,6 +83,7 @@ class Chunks:
         every_step: bool = False,
     ):
         self._data, self._chunk, self._gripper = data, chunk, gripper
+        self._lessons = data.lessons
         self._statistics = {name: np.array(x) for name, x in statistics["action"].items()}
         stride = 1 if every_step else chunk
         counts = -(-data.length // stride)
@@ -107,7 +112,7 @@ class Chunks:
         steps = step[:, None] + np.arange(self._chunk)
         # For an action that does not exist, the (zero) row of the episode's last frame is read.
         rows = data.rows(episode[:, None], np.minimum(steps, data.length[episode][:, None]))
-        said = policy_actions(data.actions[rows], self._gripper)
+        said = policy_actions(self._lessons[rows], self._gripper)
         # The inverse of `action_tokens.action_table`, also for a dimension that never changes.
         scaled = 2 * (said - stats["q01"]) / (stats["q99"] - stats["q01"] + 1e-8) - 1
         goals = 10 * (self._places(data.rows(episode, step)) - self._middle)

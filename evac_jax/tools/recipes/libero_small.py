@@ -24,6 +24,7 @@ from evac_jax.tools.recipes.stages import WORK, Stage
 COUNTS = {
     # recordings, episodes
     "base": 480,
+    "lessons": 240,  # for the later rounds of the start policy
     "rollouts": 200,  # of the first round's policy, half of them greedy
     # offline training, optimiser steps
     "autoencoder": 6000,
@@ -37,7 +38,7 @@ COUNTS = {
 }
 # Lower bounds of scaled counts (4 for all others). Of fewer recordings none that is held out would
 # show a bowl in the hand.
-FLOORS = {"base": 100, "rollouts": 8, "imagined": 8, "evaluated": 2}
+FLOORS = {"base": 100, "lessons": 20, "rollouts": 8, "imagined": 8, "evaluated": 2}
 # Episodes that an interruption may cost; no divisor of the number of starts, so that each player
 # gets other starts in every piece.
 PIECE = 120
@@ -79,9 +80,10 @@ SUPERVISED = {
     "sd_bins": 6,
     "goal_weight": 1,
 }
-# Noise of a player cannot be foreseen, so it is no lesson.
-LESSONS = ("--sources", "expert", "--successful", "--every_step")
-ROUNDS = 2  # of supervised training; the last policy that does not succeed too often is taken
+# Noise leads to more states, of which the policy learns what was intended there.
+LESSONS = "noisy=0.8,expert=0.2"
+BY_EXPERT = ("--sources", "expert", "--successful")
+ROUNDS = 3  # of supervised training; the last policy that does not succeed too often is taken
 ENOUGH, TOO_MUCH = 0.15, 0.5
 DDIM_STEPS = 1  # as good as two in a trial with base_scale 1, at half the cost
 # How runs imagine and judge, as classifiers are calibrated for.
@@ -221,14 +223,17 @@ def add_start_policy(
     sizes: str,
 ) -> None:
     """Supervised training in rounds, each evaluated on held-out states; one policy is chosen."""
+    lessons = add_recordings(add, "lessons", n["lessons"], LESSONS, libero)
     policies = [f"policy_{number}" for number in range(1, ROUNDS + 1)]
     evaluations = [f"success_{number}" for number in range(1, ROUNDS + 1)]
     for number, (policy, evaluation) in enumerate(zip(policies, evaluations, strict=True)):
         before = policies[number - 1 : number]
-        command = commands.tool("policy.train", data=at(*base), out=at(policy)[0])
+        data = lessons if before else base
+        command = commands.tool("policy.train", data=at(*data), out=at(policy)[0])
         command += commands.options(**({"start": at(*before)[0]} if before else {"sizes": sizes}))
         command += commands.options(seed=number, steps=n["policy"], **SUPERVISED)
-        add(policy, (*command, *LESSONS), *base, *before, resumes=True)
+        command += (*BY_EXPERT * (not before), "--every_step")
+        add(policy, command, *data, *before, resumes=True)
         held_out = f"({HELD_OUT},{END})"
         settings = {**libero, **POLICY, "policy.checkpoint": at(policy)[0]}
         settings |= {"env.train_starts": f"({FIRST},{HELD_OUT})", "eval.starts": held_out}

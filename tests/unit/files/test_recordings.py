@@ -90,9 +90,36 @@ def test_objects_are_kept_where_they_are_known_and_nan_elsewhere(tmp_path):
     np.testing.assert_array_equal(both.objects, np.tile(told.objects, (2, 1, 1)))
 
 
+def test_what_a_player_intended_is_the_lesson_where_it_is_known(tmp_path):
+    intended = np.full((2, 7), 0.5, np.float32)
+    with recordings.EpisodeWriter(
+        tmp_path / "told",
+        image_shape=(1, 4, 4, 3),
+        instructions=["go"],
+        sources=("x",),
+        intrinsic=np.eye(3),
+        c2w=np.eye(4),
+        facts={},
+    ) as writer:
+        episode = {
+            "frames": np.zeros((3, 1, 4, 4, 3), np.uint8),
+            "actions": np.full((2, 7), 0.25),
+            "poses": np.tile(np.float32([0, 0, 0, 0, 0, 0, 1, 0]), (3, 1)),
+            "success": np.zeros(3, bool),
+        }
+        writer.add(**episode, task=0, source=0)
+        writer.add(**episode, task=0, source=0, intended=intended)
+        with pytest.raises(DataError, match=r"intended: expected \(2, 7\), got \(1, 7\)"):
+            writer.add(**episode, task=0, source=0, intended=intended[:1])
+    told = recordings.load(tmp_path / "told")
+    assert told.actions[:, 0].tolist() == [0.25, 0.25, 0, 0.25, 0.25, 0]
+    assert told.lessons[:, 0].tolist() == [0.25, 0.25, 0, 0.5, 0.5, 0]
+
+
 def test_a_recording_that_knows_no_objects_has_no_file_of_them(tmp_path):
     write(tmp_path / "data", [2])
     assert not (tmp_path / "data" / "objects.npy").exists()
+    assert not (tmp_path / "data" / "intended.npy").exists()
     assert np.isnan(recordings.load(tmp_path / "data").objects).all()
 
 
@@ -121,13 +148,6 @@ def test_joined_folders_merge_texts(tmp_path):
     assert [data.instructions[t] for t in data.task] == ["a", "b", "b"]
     assert [data.sources[s] for s in data.source] == ["x", "x", "y"]
     np.testing.assert_array_equal(data.frames[data.rows(2, np.arange(4))], added[0]["frames"])
-
-
-def test_a_scene_is_on_one_side_of_the_split_only():
-    frames = np.random.default_rng(0).integers(0, 256, (400, 1, 4, 4, 3), dtype=np.uint8)
-    sides = [recordings.is_held_out(frame, "go") for frame in frames]
-    assert sides == [recordings.is_held_out(frame, "go") for frame in frames]
-    assert 20 < sum(sides) < 60
 
 
 def test_an_exception_leaves_nothing_behind(tmp_path):

@@ -9,6 +9,7 @@ from evac_jax.errors import DataError
 from evac_jax.sim.libero_bddl import read_problem
 from evac_jax.sim.libero_players import (
     CLOSE,
+    FLAWS,
     KINDS,
     LiberoPlayer,
     UnknownTaskError,
@@ -123,6 +124,23 @@ def test_same_seed_gives_the_same_actions_and_another_one_others():
         first, again, other = (libero_toy.play(kind, seed)[1] for seed in (1, 1, 2))
         np.testing.assert_array_equal(first, again)
         assert first.shape != other.shape or not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("kind", ["expert", "noisy"])
+def test_what_was_intended_is_told_beside_what_noise_made_of_it(kind):
+    world = libero_toy.Toy()
+    player = LiberoPlayer(kind, TASK, np.random.default_rng(0))
+    played, intended = [], []
+    for _ in range(30):
+        played.append(player.act(world.pose, world.places))
+        intended.append(player.intended)
+        world.step(played[-1])
+    if kind == "expert":
+        np.testing.assert_array_equal(played, intended)
+    else:
+        noise = np.subtract(played, intended)[:, 3:6]  # turns, which are not asked for
+        np.testing.assert_allclose(noise.std(), FLAWS[kind].noise, rtol=0.2)
+        assert not np.any(np.array(intended)[:, 3:6])
 
 
 def test_unknown_kind_is_refused():

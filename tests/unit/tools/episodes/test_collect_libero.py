@@ -62,6 +62,11 @@ def test_scripts_decide_before_every_action_from_where_things_are(config, tmp_pa
 def test_where_things_are_is_recorded_for_every_player(config, tmp_path):
     data = run(config, tmp_path / "out", episodes=4, mix="expert=0.5,random=0.5")
     there = data.objects.reshape(data.num_episodes, -1, 3, 3)
+    random = np.repeat(data.source == data.sources.index("random"), data.length + 1)
+    known = np.isfinite(data.intended[:, 0])
+    assert known.sum() == data.length[data.source != data.sources.index("random")].sum()
+    assert not known[random].any()
+    np.testing.assert_array_equal(data.lessons, data.actions)  # the expert has no noise
     for task, places in zip(data.task, there, strict=True):
         if task == 0:
             np.testing.assert_array_equal(places[:, 0] - np.float32(libero_fakes.BOWL), 0)
