@@ -37,7 +37,7 @@ from evac_jax.files import cards
 from evac_jax.telemetry import report
 from evac_jax.tools.command_line import KINDS, run_tool
 from evac_jax.tools.recipes import commands
-from evac_jax.tools.recipes.libero_small import BY_EXPERT, SUPERVISED
+from evac_jax.tools.recipes.libero_small import BY_EXPERT, SUPERVISED, TASKS
 
 PRESET = "configs/grpo.py:libero_small"
 MODES = ("greedy", "sampled")
@@ -362,6 +362,13 @@ def run(args: argparse.Namespace) -> dict[str, dict[int, Result]]:
         raise ConfigError(
             f"--world: expected one whose ground truth is LIBERO, got "
             f"{world.card.ground_truth.name!r} in {args.world!r}"
+        )
+    truth = world.card.ground_truth
+    if (len(truth.tasks), truth.extra_states) != (len(TASKS), True):
+        raise ConfigError(
+            f"--world: start ids {REPORT[0]}..{REPORT[1] - 1} are the benchmark's states only of "
+            f"{len(TASKS)} tasks with libero.extra_states, got libero.tasks {truth.tasks} and "
+            f"extra_states {truth.extra_states}"
         )
     data = [recording.absolute() for recording in args.data]  # commands run elsewhere
     for where, states in check(folder, data).items():

@@ -14,6 +14,7 @@ from benchmarks.libero import Result, figures, last_line, table
 from evac_jax.config import libero as libero_config
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import read_preset
+from evac_jax.config.world import GroundTruth
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import start_frames
 from evac_jax.tools.policy import train
@@ -145,7 +146,9 @@ def world(tmp_path):
 
 
 def _world(folder, states, **changes):
-    world_folder.write(folder, **(world_folder.LIBERO | {"horizon": 48} | changes))
+    truth = GroundTruth("libero", "libero_spatial", (0, 2, 3, 7), True, 2, False)
+    facts = {"horizon": 48, "ground_truth": truth}
+    world_folder.write(folder, **(world_folder.LIBERO | facts | changes))
     text = json.dumps({start_frames.STATES: states})
     (folder / "starts" / "card.json").write_text(text)
     card = json.loads((folder / "world.json").read_text())
@@ -241,6 +244,14 @@ def test_world_of_another_ground_truth_is_refused(commands, tmp_path):
     world = world_folder.write(tmp_path / "w")
     with pytest.raises(ConfigError, match="ground truth is LIBERO, got 'none'"):
         _main(*_argv(tmp_path, world))
+
+
+def test_world_whose_start_ids_mean_other_states_is_refused(commands, tmp_path):
+    truth = GroundTruth("libero", "libero_spatial", (), False, 2, False)
+    world = _world(tmp_path / "w", [200], ground_truth=truth)
+    with pytest.raises(ConfigError, match="4 tasks with libero.extra_states, got"):
+        _main(*_argv(tmp_path, world))
+    assert commands.calls == []
 
 
 def test_baselines_learn_in_libero_itself_and_from_recordings_as_long(
