@@ -4,10 +4,10 @@ r"""Measures whether a policy gets better in genuine LIBERO (MuJoCo) by imagined
     python -m benchmarks.libero --world DIR                            # a build that is not shipped
     python -m benchmarks.libero --baselines --data data/libero_small/base_*
 
-Each seed trains in the world model only. The iteration is chosen on states kept apart, 450..499,
-including the start; success is reported on the states 0..199, which are in no recording, no
-training and no choice: the cards of the world and --data are checked for that. Then the chosen
-policy is recorded on reported states, and its actions are played in imagination
+Each seed trains in the world model only. The iteration, which may be the start, is chosen on the
+start ids 360..399. Success is reported on 0..199, all states of the benchmark. They are in no
+recording, no training and no choice: the cards of the world and --data are checked for that. Then
+the chosen policy is recorded on reported states, and its actions are played in imagination
 (`tools.trust`). --baselines adds, as far as one seed shows it, the same RL in LIBERO itself,
 and supervised training on --data for as long as a run of RL takes.
 
@@ -371,7 +371,8 @@ def run(args: argparse.Namespace) -> dict[str, dict[int, Result]]:
             f"extra_states {truth.extra_states}"
         )
     data = [recording.absolute() for recording in args.data]  # commands run elsewhere
-    for where, states in check(folder, data).items():
+    numbering = (truth.suite, list(truth.tasks), truth.extra_states)
+    for where, states in check(folder, data, numbering).items():
         print(f"apart from the reported states: {where}, {len(states)} states")
     runs = Runs(args.work, settings | {"world": str(folder)})
     proof = Proof(

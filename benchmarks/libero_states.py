@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evac_jax.errors import DataError
-from evac_jax.files import cards, recordings, start_frames
+from evac_jax.files import cards, libero_facts, recordings, start_frames
 
 ALL = (0, 400)
 REPORT = (0, 200)  # all of the benchmark's states: in no recording, no training, no choice
@@ -21,6 +21,8 @@ BEGINS_IN = {
     "eval": ("eval.ground_truth_starts",),
     "train": ("env.train_starts", "eval.ground_truth_starts"),
 }
+# Facts of LIBERO by which a start id is of one task and state or of another.
+NUMBERING = ("suite", "tasks", "extra_states")
 SHOWN = 3  # ids in a message
 
 
@@ -57,8 +59,14 @@ def told(world: Path, data: Sequence[Path] = ()) -> dict[str, set[int]]:
     return found | {str(folder): set(recordings.load(folder).start.tolist()) for folder in data}
 
 
-def check(world: Path, data: Sequence[Path] = ()) -> dict[str, set[int]]:
+def check(
+    world: Path, data: Sequence[Path] = (), numbering: Sequence[object] = ()
+) -> dict[str, set[int]]:
     """Return what `told` does, if none of these states is reported on.
+
+    Args:
+        world, data: see `told`.
+        numbering: what `NUMBERING` is in the world; the cards of `data` must tell the same.
 
     Raises:
         DataError: one is, or there are episodes of which nobody tells where they began.
@@ -71,6 +79,14 @@ def check(world: Path, data: Sequence[Path] = ()) -> dict[str, set[int]]:
             "with --data, or pack the world again (tools.world.pack)"
         )
     problems = []
+    for folder in data:
+        facts = libero_facts.told(cards.read(folder))
+        other = [facts.get(name) for name in NUMBERING]
+        if other != list(numbering):
+            problems.append(
+                f"{folder}: numbers states by {', '.join(NUMBERING)} = {other}, the world by "
+                f"{list(numbering)}"
+            )
     for where, states in found.items():
         if -1 in states:
             problems.append(f"{where}: does not tell where all of its episodes begin")

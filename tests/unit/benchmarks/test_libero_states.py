@@ -12,9 +12,11 @@ from evac_jax.files import start_frames
 from evac_jax.files.recordings import EpisodeWriter
 
 LAUNCH = "python launch.py --config=configs/grpo.py"
+NUMBERING = ["libero_spatial", [0, 2, 3, 7], True]
 
 
-def record(folder, starts):
+def record(folder, starts, numbering=NUMBERING):
+    facts = dict(zip(libero_states.NUMBERING, numbering, strict=True))
     with EpisodeWriter(
         folder,
         image_shape=(1, 8, 8, 3),
@@ -22,7 +24,7 @@ def record(folder, starts):
         sources=["a test"],
         intrinsic=np.eye(3)[None],
         c2w=np.eye(4)[None],
-        facts={},
+        facts={"libero": facts},
     ) as writer:
         for start in starts:
             writer.add(
@@ -81,7 +83,7 @@ def test_world_and_recordings_without_a_reported_state_are_taken(tmp_path):
     collect = f"{LAUNCH} --mode=collect --config.env.train_starts=(200,360)"
     world = write(tmp_path / "world", [200, 359, 360], [collect, "python -m evac_jax.tools.trust"])
     data = record(tmp_path / "base", [250, 399])
-    assert check(world, [data]) == {
+    assert check(world, [data], NUMBERING) == {
         str(world / "starts"): {200, 359, 360},
         f"{world / 'card.json'}, stage stage_0": set(range(200, 360)),
         str(data): {250, 399},
@@ -93,7 +95,7 @@ def test_every_place_with_a_reported_state_is_named(tmp_path):
     world = write(tmp_path / "world", [199, 200], [collect])
     data = record(tmp_path / "base", [7, 250, 3])
     with pytest.raises(DataError) as error:
-        check(world, [data])
+        check(world, [data], NUMBERING)
     message = str(error.value)
     assert f"{world / 'starts'}: has 1 of them, such as 199" in message
     assert "stage stage_0: has 200 of them, such as 0, 1, 2" in message
@@ -106,4 +108,11 @@ def test_episodes_of_unknown_states_are_refused(tmp_path):
         check(world)
     with pytest.raises(DataError, match="neither its starts nor a recipe's card tell"):
         check(write(tmp_path / "silent"))
-    assert check(tmp_path / "silent", [record(tmp_path / "base", [300])])
+    assert check(tmp_path / "silent", [record(tmp_path / "base", [300])], NUMBERING)
+
+
+@pytest.mark.parametrize("other", [["libero_spatial", [0, 2], True], [None, None, None]])
+def test_recordings_whose_start_ids_mean_other_states_are_refused(other, tmp_path):
+    data = record(tmp_path / "base", [300], other)
+    with pytest.raises(DataError, match=r"base: numbers states by suite, tasks, extra_states = "):
+        check(write(tmp_path / "world", [200]), [data], NUMBERING)

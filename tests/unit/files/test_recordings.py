@@ -9,6 +9,14 @@ from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import recordings
 
 SHAPE = (2, 8, 6, 3)
+SMALL = {
+    "frames": np.zeros((3, 1, 4, 4, 3), np.uint8),
+    "actions": np.full((2, 7), 0.25),
+    "poses": np.tile(np.float32([0, 0, 0, 0, 0, 0, 1, 0]), (3, 1)),
+    "success": np.zeros(3, bool),
+    "task": 0,
+    "source": 0,
+}
 
 
 def write(folder, lengths, *, instructions=("a", "b"), sources=("x",), shape=SHAPE, seed=0):
@@ -34,6 +42,19 @@ def write(folder, lengths, *, instructions=("a", "b"), sources=("x",), shape=SHA
             writer.add(**episode, task=task, source=index % len(sources), start=index)
             added.append(episode)
     return added
+
+
+def small_writer(folder):
+    """Return a writer for `SMALL`."""
+    return recordings.EpisodeWriter(
+        folder,
+        image_shape=SMALL["frames"].shape[1:],
+        instructions=("a",),
+        sources=("x",),
+        intrinsic=np.eye(3),
+        c2w=np.eye(4),
+        facts={},
+    )
 
 
 def poses_of(rng, count):
@@ -63,25 +84,11 @@ def test_what_was_written_is_read(tmp_path_factory, lengths):
 def test_objects_are_kept_where_they_are_known_and_nan_elsewhere(tmp_path):
     places = np.arange(27, dtype=np.float32).reshape(3, 3, 3)
     places[:, 2] = np.nan
-    with recordings.EpisodeWriter(
-        tmp_path / "told",
-        image_shape=(1, 4, 4, 3),
-        instructions=("a",),
-        sources=("x",),
-        intrinsic=np.eye(3),
-        c2w=np.eye(4),
-        facts={},
-    ) as writer:
-        episode = {
-            "frames": np.zeros((3, 1, 4, 4, 3), np.uint8),
-            "actions": np.zeros((2, 7)),
-            "poses": np.tile(np.float32([0, 0, 0, 0, 0, 0, 1, 0]), (3, 1)),
-            "success": np.zeros(3, bool),
-        }
-        writer.add(**episode, task=0, source=0, objects=places)
-        writer.add(**episode, task=0, source=0)
+    with small_writer(tmp_path / "told") as writer:
+        writer.add(**SMALL, objects=places)
+        writer.add(**SMALL)
         with pytest.raises(DataError, match=r"objects: expected \(3, 3, 3\), got \(3, 2, 3\)"):
-            writer.add(**episode, task=0, source=0, objects=places[:, :2])
+            writer.add(**SMALL, objects=places[:, :2])
     told = recordings.load(tmp_path / "told")
     np.testing.assert_array_equal(
         told.objects, np.concatenate((places, np.full((3, 3, 3), np.nan)))
@@ -92,25 +99,11 @@ def test_objects_are_kept_where_they_are_known_and_nan_elsewhere(tmp_path):
 
 def test_what_a_player_intended_is_the_lesson_where_it_is_known(tmp_path):
     intended = np.full((2, 7), 0.5, np.float32)
-    with recordings.EpisodeWriter(
-        tmp_path / "told",
-        image_shape=(1, 4, 4, 3),
-        instructions=["go"],
-        sources=("x",),
-        intrinsic=np.eye(3),
-        c2w=np.eye(4),
-        facts={},
-    ) as writer:
-        episode = {
-            "frames": np.zeros((3, 1, 4, 4, 3), np.uint8),
-            "actions": np.full((2, 7), 0.25),
-            "poses": np.tile(np.float32([0, 0, 0, 0, 0, 0, 1, 0]), (3, 1)),
-            "success": np.zeros(3, bool),
-        }
-        writer.add(**episode, task=0, source=0)
-        writer.add(**episode, task=0, source=0, intended=intended)
+    with small_writer(tmp_path / "told") as writer:
+        writer.add(**SMALL)
+        writer.add(**SMALL, intended=intended)
         with pytest.raises(DataError, match=r"intended: expected \(2, 7\), got \(1, 7\)"):
-            writer.add(**episode, task=0, source=0, intended=intended[:1])
+            writer.add(**SMALL, intended=intended[:1])
     told = recordings.load(tmp_path / "told")
     assert told.actions[:, 0].tolist() == [0.25, 0.25, 0, 0.25, 0.25, 0]
     assert told.lessons[:, 0].tolist() == [0.25, 0.25, 0, 0.5, 0.5, 0]
