@@ -31,7 +31,7 @@ COUNTS = {
     "gate": 1500,  # of each of its two networks
     "policy": 1500,  # of each of ROUNDS
     "pose_model": 8000,
-    "world_model": 12000,
+    "world_model": 7000,
     "imagined": 300,  # episodes for the classifiers, for each of two halves of the recordings
     "reward": 3000,
     "evaluated": 40,  # episodes of each policy: the held-out states of all tasks
