@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evac_jax.errors import TrainingError
+from evac_jax.errors import DataError, TrainingError
 from evac_jax.sim.reward import RewardNet
 from evac_jax.telemetry.report import wilson_interval
 from evac_jax.tools.command_line import Parser
@@ -104,6 +104,23 @@ def choose_threshold(
     return equals[len(equals) // 2]
 
 
+def check_labels(labels: np.ndarray) -> None:
+    """Check that held-out frames show what a calibration needs, before anything is trained.
+
+    Args:
+        labels: bool [N], of the frames that it will take.
+
+    Raises:
+        DataError: success or failure is missing.
+    """
+    if labels.all() or not labels.any():
+        raise DataError(
+            f"cannot calibrate: all {len(labels)} held-out frames that are judged are "
+            f"{'successes' if labels.all() else 'failures'}; record or imagine more episodes of "
+            "both kinds"
+        )
+
+
 def platt_scale(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Return slope and offset for which sigmoid(slope * logit + offset) fits the labels best.
 
@@ -112,13 +129,10 @@ def platt_scale(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         labels: bool [N]; both values must occur.
 
     Raises:
-        TrainingError: the logits do not depend on the labels, or one value is missing.
+        DataError: see `check_labels`.
+        TrainingError: the logits do not depend on the labels.
     """
-    if labels.all() or not labels.any():
-        raise TrainingError(
-            f"cannot calibrate: all {len(labels)} held-out frames are "
-            f"{'successes' if labels.all() else 'failures'}; record episodes of both kinds"
-        )
+    check_labels(labels)
     x = torch.tensor(np.clip(logits, -30, 30), dtype=torch.float64)
     y = torch.tensor(labels, dtype=torch.float64)
     line = torch.tensor((1.0, 0.0), dtype=torch.float64, requires_grad=True)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from absl import logging
 from torch import Tensor, nn
 
-from evac_jax.errors import DataError
+from evac_jax.errors import DataError, TrainingError
 from evac_jax.evac import model_folders
 from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import Episodes
@@ -318,6 +318,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     codec = None
     if args.autoencoder:
         codec = model_folders.load_model(args.autoencoder, kind="Autoencoder", device=args.device)
+    steps = int(held_out.length.max())
+    judged = calibration.judged_steps(steps, args.chunk, args.judged_frames)
+    judged = judged & by_episode(held_out, np.ones(len(held_out.success), bool))
+    success = by_episode(held_out, np.asarray(held_out.success))
+    clear = ~by_episode(held_out, near_change(held_out, *args.margin))
+    calibration.check_labels(success[judged & clear])
     instructions = () if args.single_task else known
     config = RewardConfig(width=args.width, num_instructions=len(instructions))
     model = train(
@@ -330,18 +336,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         margin=args.margin,
     )
 
-    steps = int(held_out.length.max())
-    judged = calibration.judged_steps(steps, args.chunk, args.judged_frames)
-    success = by_episode(held_out, np.asarray(held_out.success))
-    clear = ~by_episode(held_out, near_change(held_out, *args.margin))
-
     def judged_scores(model: RewardNet) -> np.ndarray:
         return np.where(judged, scores(model, held_out, codec), -np.inf)
 
-    fitted = calibration.calibrate(
-        model, judged_scores(model), success, args.success_frames, args.false_success, clear
-    )
     out = Path(args.out)
+    try:
+        fitted = calibration.calibrate(
+            model, judged_scores(model), success, args.success_frames, args.false_success, clear
+        )
+    except TrainingError as error:
+        aside = out.with_name(f"{out.name}.uncalibrated")
+        model_folders.save_model(aside, model)
+        raise TrainingError(f"{error}. It is kept in {aside}") from error
     # Half precision halves the file; the stored weights are those that are scored below.
     model_folders.save_model(out, model, torch.float16)
     stored = model_folders.load_model(out, kind="RewardNet", device=args.device)

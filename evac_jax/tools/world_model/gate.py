@@ -104,6 +104,10 @@ def psnr(data: Episodes, decoded: Episodes, rows: np.ndarray, place: np.ndarray 
 
 def probe(training: Episodes, held_out: Episodes, args: argparse.Namespace) -> float:
     """Return the balanced accuracy of a new network on held-out frames of its own kind."""
+    clear = ~reward.by_episode(held_out, near_change(held_out, *args.margin), empty=True)
+    done = reward.by_episode(held_out, np.asarray(held_out.success))
+    if not ((done & clear).any() and (~done & clear).any()):
+        raise DataError("held-out frames are all with or all without success; record more episodes")
     count = len(training.instructions)
     net = reward.train(
         training,
@@ -114,15 +118,10 @@ def probe(training: Episodes, held_out: Episodes, args: argparse.Namespace) -> f
         margin=args.margin,
         disturbed=False,
     )
-    clear = ~reward.by_episode(held_out, near_change(held_out, *args.margin), empty=True)
-    done = reward.by_episode(held_out, np.asarray(held_out.success))
     # Where both kinds are equally likely; in its batches success is rarer than failure.
     failures = 1 - reward.POSITIVES - (reward.OTHER_TASK if count > 1 else 0)
     said = reward.scores(net, held_out) > np.log(reward.POSITIVES / failures)
-    parts = [said[done & clear], ~said[~done & clear]]
-    if not all(part.size for part in parts):
-        raise DataError("held-out frames are all with or all without success; record more episodes")
-    return float(np.mean([part.mean() for part in parts]))
+    return float(np.mean([said[done & clear].mean(), (~said[~done & clear]).mean()]))
 
 
 def measure(data: Episodes, codec: nn.Module, args: argparse.Namespace) -> dict[str, float]:

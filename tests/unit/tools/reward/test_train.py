@@ -80,6 +80,31 @@ def test_command_writes_a_calibrated_classifier_and_its_card(folders, tmp_path, 
     assert (card["judged_frames"], card["chunk"], card["scores"]["success_frames"]) == (2, 8, 2)
 
 
+def test_held_out_frames_of_one_kind_are_refused_before_anything_is_trained(
+    folders, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_reward, "train", lambda *_, **__: pytest.fail("trained"))
+    data = recordings.load(folders / "imagined")
+    failed = data.select(np.flatnonzero(~data.success_once()))
+    _write_imagined(failed, tmp_path / "failed", (0, 1))
+    arguments = ["--data", folders / "real", "--imagined", tmp_path / "failed"]
+    with pytest.raises(DataError, match=r"held-out frames that are judged are failures"):
+        train_reward.main([str(part) for part in (*arguments, "--out", tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_trained_is_kept_where_it_cannot_be_calibrated(folders, tmp_path, monkeypatch):
+    def calibrate(*_):
+        raise TrainingError("cannot calibrate: a test")
+
+    monkeypatch.setattr(train_reward.calibration, "calibrate", calibrate)
+    arguments = ["--data", folders / "real", "--imagined", folders / "imagined", "--steps", "2"]
+    with pytest.raises(TrainingError, match=r"a test. It is kept in .*out.uncalibrated"):
+        train_reward.main([str(part) for part in (*arguments, "--out", tmp_path / "out")])
+    model_folders.load_model(tmp_path / "out.uncalibrated", kind="RewardNet")
+    assert not (tmp_path / "out").exists()
+
+
 def test_differently_imagined_recordings_are_refused(tmp_path):
     for name, steps in (("one", 2), ("alike", 2), ("other", 3)):
         (tmp_path / name).mkdir()
