@@ -37,8 +37,9 @@ COUNTS = {
     "evaluated": 40,  # episodes of each policy: the held-out states of all tasks
 }
 # Lower bounds of scaled counts (4 for all others). Of fewer recordings none that is held out would
-# show a bowl in the hand, of fewer imagined episodes none would succeed.
-FLOORS = {"base": 100, "lessons": 20, "rollouts": 8, "imagined": 60, "evaluated": 2}
+# show a bowl in the hand, of fewer imagined episodes none would succeed, and after fewer steps a
+# classifier that knows nothing cannot be calibrated.
+FLOORS = {"base": 100, "lessons": 20, "rollouts": 8, "imagined": 60, "reward": 300, "evaluated": 2}
 # Episodes that an interruption may cost; no divisor of the number of starts, so that each player
 # gets other starts in every piece.
 PIECE = 120
