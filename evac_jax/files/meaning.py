@@ -13,6 +13,8 @@ POSE = "xyz (metres), quaternion xyzw of length 1, gripper"
 QUATERNION_ERROR = 0.01
 REACH = 10.0  # metres; no arm is farther from its origin
 FINGER = 0.06  # metres; LIBERO's fingers stand at +-0.04 at most
+# Rounding and noise may pass 1 a little; degrees, millimetres and a gripper in 0..255 do by far.
+ACTION_BOUND = 2.0
 
 
 def check_poses(poses: np.ndarray, where: str) -> np.ndarray:
@@ -81,6 +83,25 @@ def check_frame(frame: np.ndarray, where: str) -> None:
         raise DataError(
             f"{where}: the picture holds no value from 2 to 254; expected uint8 of 0..255. Was it "
             "cast from 0..1 or -1..1? Scale it first"
+        )
+
+
+def check_actions(actions: np.ndarray, where: str) -> None:
+    """Refuse actions [T 7] that no environment could mean.
+
+    Raises:
+        DataError: not finite, or far outside of [-1, 1]; names the first one at fault.
+    """
+    if len(wrong := np.flatnonzero(~np.isfinite(actions).all(1))):
+        raise DataError(
+            f"{where}: {_at(wrong, actions)}actions: expected finite numbers, got "
+            f"{_shown(actions[wrong[0]])}"
+        )
+    if len(wrong := np.flatnonzero(np.abs(actions).max(1, initial=0) > ACTION_BOUND)):
+        raise DataError(
+            f"{where}: {_at(wrong, actions)}actions: expected changes of the pose scaled to "
+            f"[-1, 1], and a gripper in it, got {_shown(actions[wrong[0]])}; degrees, "
+            "millimetres, or a gripper in 0..255? Scale them first"
         )
 
 

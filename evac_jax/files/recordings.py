@@ -21,7 +21,7 @@ from evac_jax.files import cards, libero_facts
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.held_out import is_held_out
 from evac_jax.files.instructions import numbers_in
-from evac_jax.files.meaning import check_poses
+from evac_jax.files.meaning import check_actions, check_poses
 from evac_jax.files.restricted_npy import load_array, map_array
 
 CARD = "card.json"
@@ -300,14 +300,13 @@ class EpisodeWriter:
         wrong = [f"{n}: expected {b}, got {a}" for n, (a, b) in shapes.items() if a != b]
         if frames.dtype != np.uint8:
             wrong.append(f"frames: expected uint8, got {frames.dtype}")
-        if not np.isfinite(actions).all():
-            wrong.append("actions: expected finite numbers")
         for name, index in (("instructions", task), ("sources", source)):
             if not 0 <= index < len(self._card[name]):
                 wrong.append(f"{name}: there are {len(self._card[name])}, got index {index}")
         if wrong:
             raise DataError(f"{where}: {'; '.join(wrong)}")
         check_poses(poses, where)
+        check_actions(np.asarray(actions), where)
         if held_out is None:
             held_out = is_held_out(frames[0], self._card["instructions"][task])
         self._frames.write(np.ascontiguousarray(frames).data)
@@ -417,6 +416,7 @@ def _load_one(folder: Path) -> Episodes:
     if problems:
         raise DataError(f"{folder}: not a complete recording: {'; '.join(problems)}")
     check_poses(arrays["poses"], f"{folder}: poses")
+    check_actions(arrays["actions"], str(folder))
     return Episodes(**{n: _unknown(n, sizes["F"]) for n in OPTIONAL} | arrays, card=card)
 
 

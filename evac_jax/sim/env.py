@@ -252,6 +252,7 @@ class WorldModelEnv:
         """Put environments `rows` at the starts of the given ids."""
         with self._timed("starts"):
             loaded = self._source.load(starts)
+            self._pose_model.check_poses(loaded.poses)
             views = loaded.images.shape[1]
             if views != self._views:
                 raise DataError(f"world model has {self._views} views, start frames have {views}")

@@ -75,20 +75,20 @@ class PoseModel(nn.Module):
         return self(action, (pose - mean) / std) * std + mean
 
     def check_poses(self, poses: np.ndarray) -> None:
-        """Refuse poses [N 8] that all lie far from those that the network was fitted to.
+        """Refuse poses [N 8] if one lies far from all that the network was fitted to.
 
         Raises:
-            DataError: names the numbers that are far, and what they may be instead.
+            DataError: names the numbers that are far, and what the poses may be instead.
         """
         mean, std = (x[0].cpu().numpy() for x in (self.abs_action_mean, self.abs_action_std))
 
         def far(values: np.ndarray) -> np.ndarray:
-            distance = np.abs(values - mean) / np.maximum(std, LEAST_STD)
-            return distance.min(0) > FAR
+            return np.abs(values - mean) / np.maximum(std, LEAST_STD) > FAR
 
         if not (is_far := far(poses)).any():
             return
-        names = [name for name, flag in zip(POSE_NAMES, is_far, strict=True) if flag]
+        names = [name for name, flag in zip(POSE_NAMES, is_far.any(0), strict=True) if flag]
+        poses, count = poses[is_far.any(1)], len(poses)
         guesses = [what for what, ours in MISTAKEN.items() if not far(ours(poses)).any()]
         shown = "; ".join(
             f"{name} {poses[:, n].min():.3g} to {poses[:, n].max():.3g}, known {mean[n]:.3g} "
@@ -97,7 +97,8 @@ class PoseModel(nn.Module):
             if name in names
         )
         raise DataError(
-            f"initial poses: the pose model was fitted to others: {shown}. "
+            f"initial poses: the pose model was fitted to others than {len(poses)} of {count}: "
+            f"{shown}. "
             + (f"Are they {guesses[0]}? " if guesses else "Other units, or another robot? ")
             + "Convert the poses, or train a pose model on such ones "
             "(tools.world_model.train_pose_model)"

@@ -304,18 +304,25 @@ def make_judge(settings: WorldModelEnvConfig, instructions: Sequence[str]) -> Ju
 
 
 def _own_numbers(folder: str, known: int, instructions: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Return under which numbers a classifier of `known` instructions has a world's; and a note."""
-    if not known:
-        return np.zeros(len(instructions), np.int32), ""
+    """Return under which numbers a classifier of `known` instructions has a world's; and a note.
+
+    One that is told no instruction (0 known) has one number for all that it was trained on.
+    """
     texts = cards.read(Path(folder)).get("instructions", ())
-    if texts and len(texts) != known:
+    if known and texts and len(texts) != known:
         raise CheckpointError(
             f"{folder}: card.json lists {len(texts)} instructions, config.json says that the "
             f"classifier knows {known}; they belong to different trainings"
         )
     if texts:
         what = f"reward.checkpoint: the classifier {folder} (its card.json)"
-        return numbers_in(texts, instructions, what), ""
+        return numbers_in(texts, instructions, what) * bool(known), ""
+    if not known:
+        return np.zeros(len(instructions), np.int32), (
+            f"{folder} has no card.json that lists its instructions: its verdict is taken to count "
+            f"for {list(instructions)}; write those that it was trained on into a card.json, as "
+            '"instructions"'
+        )
     if len(instructions) != known:
         raise ConfigError(
             f"reward.checkpoint: {folder} knows {known} instructions and has no card.json that "

@@ -109,6 +109,26 @@ def test_what_a_player_intended_is_the_lesson_where_it_is_known(tmp_path):
     assert told.lessons[:, 0].tolist() == [0.25, 0.25, 0, 0.5, 0.5, 0]
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (90, r"expected changes of the pose scaled to \[-1, 1\].*degrees"),
+        (np.nan, "expected finite numbers"),
+    ],
+)
+def test_actions_that_no_environment_could_mean_are_neither_written_nor_read(value, told, tmp_path):
+    actions = SMALL["actions"].copy()
+    actions[1, 3] = value
+    with small_writer(tmp_path / "d") as writer:
+        writer.add(**SMALL)
+        with pytest.raises(DataError, match=told):
+            writer.add(**SMALL | {"actions": actions})
+    path = tmp_path / "d" / "actions.npy"
+    np.save(path, np.concatenate((actions, actions[:1])).astype(np.load(path).dtype))
+    with pytest.raises(DataError, match=f"d: frame 1 .*{told}"):
+        recordings.load(tmp_path / "d")
+
+
 def test_a_recording_that_knows_no_objects_has_no_file_of_them(tmp_path):
     write(tmp_path / "data", [2])
     assert not (tmp_path / "data" / "objects.npy").exists()

@@ -75,6 +75,9 @@ class FakePose:
     def __call__(self, action, pose):
         return pose + torch.nn.functional.pad(2 * action[:, :1], (0, 7))
 
+    def check_poses(self, poses):
+        assert poses.shape[1:] == (8,)
+
 
 class FakeStarts:
     """Start i is an image of grey level 10 i at x = 0, with task i modulo 2."""

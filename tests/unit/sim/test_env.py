@@ -228,6 +228,14 @@ def test_steps_before_a_reset_or_of_another_shape_are_refused():
         driver.reset(0, 0)
 
 
+def test_poses_of_every_start_are_compared_with_those_that_the_pose_model_knows():
+    driver, seen = Driver(auto_reset=True, max_episode_steps=2), []
+    driver.env._pose_model.check_poses = lambda poses: seen.append(len(poses))
+    driver.reset(1, 2, 3)
+    driver.step(0, 0, 0)
+    assert seen == [3, 3]
+
+
 def test_frames_that_are_not_finite_stop_the_simulator():
     driver = Driver()
     driver.reset(0, 0, 0)

@@ -33,5 +33,7 @@ def test_poses_unlike_those_of_the_fit_are_refused_with_what_they_may_be(change,
     model.abs_action_std.fill_(0.05)
     poses = known + 0.1 * np.random.default_rng(0).uniform(-1, 1, (5, 8)).astype(np.float32)
     model.check_poses(poses)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=f"others than 5 of 5: .*{told}"):
         model.check_poses(change(poses))
+    with pytest.raises(DataError, match=f"others than 1 of 5: .*{told}"):
+        model.check_poses(np.concatenate((poses[:4], change(poses[4:]))))

@@ -153,6 +153,14 @@ def test_card_of_another_training_is_refused(tmp_path):
         RewardEnsemble.load(folder, ("red",))
 
 
-def test_classifier_that_is_told_no_instruction_judges_any_task(tmp_path):
+def test_classifier_that_is_told_no_instruction_judges_what_it_was_trained_on(tmp_path):
     folder = _saved(tmp_path / "a", ())
+    card = tmp_path / "a" / "card.json"
+    card.write_text(json.dumps({"instructions": ["open the drawer", "close the drawer"]}))
     assert len(_told(folder, ("open the drawer",), ["open the drawer"] * 4)) == 4
+    assert RewardEnsemble.load(folder, ("close the drawer",)).notes == ()
+    with pytest.raises(ConfigError, match=r"unknown to it are\n  'push the block'"):
+        RewardEnsemble.load(folder, ("open the drawer", "push the block"))
+    card.unlink()
+    (note,) = RewardEnsemble.load(folder, ("push the block",)).notes
+    assert "verdict is taken to count for ['push the block']" in note
