@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
@@ -135,7 +136,8 @@ class NpyStarts(_StoredStarts):
     `image` (uint8 [H W 3] or [V H W 3]), the pose `init_ee_pose` (else `state`, else `abs_action`;
     8 numbers), and `instruction` or `task` (str or bytes). The arrays are pickles, so they go
     through an unpickler that admits numpy arrays and plain builtins and runs nothing else. The
-    files do not record their camera; a single view is taken to be the reference's fixed one.
+    files do not record their camera; a single view is taken to be the reference's fixed one, and
+    the log says so.
     Keyframe files, with `_kir` in their names, are left out: see `NpyKeyframes`.
 
     A packed folder, as `pack_starts` writes it, is plain arrays and knows its camera.
@@ -162,7 +164,15 @@ class NpyStarts(_StoredStarts):
                     "set config.env.initial_states_path to the folder that holds them"
                 )
             images, poses, instructions = _read_all(paths, first_frame, folder)
-            camera = libero_camera() if images.shape[1] == 1 else None
+            camera = None
+            if images.shape[1] == 1:
+                camera = libero_camera()
+                logging.warning(
+                    "%s: the files do not tell their camera; it is taken to be RLinf's fixed one "
+                    "for LIBERO. If it is another one, state it: make the starts anew by "
+                    "tools.episodes.import_starts or import_rlinf, with --camera",
+                    folder,
+                )
         super().__init__(images, poses, instructions, camera)
 
 
@@ -253,7 +263,8 @@ def _packed(folder: Path):
     }
     if wrong := [text for text, is_wrong in problems.items() if is_wrong]:
         raise DataError(f"{folder}: expected " + "; ".join(wrong))
-    meaning.check_frame(images[0], f"{folder}: start 0")
+    for n, image in enumerate(images):
+        meaning.check_frame(image, f"{folder}: start {n}")
     return images, meaning.check_poses(poses, str(folder)), texts, camera, size
 
 

@@ -11,6 +11,7 @@ demonstration" (arXiv:1812.03381).
 import dataclasses
 
 import numpy as np
+from absl import logging
 
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.errors import ConfigError, DataError
@@ -18,6 +19,7 @@ from evac_jax.files import recordings
 from evac_jax.files.instructions import numbers_in
 from evac_jax.files.recordings import Episodes
 from evac_jax.files.start_frames import keyframe_files
+from evac_jax.sim.camera import Matrices
 from evac_jax.sim.initial_states import InitialStates, NpyKeyframes, Starts
 
 
@@ -63,6 +65,7 @@ class Keyframes:
     Attributes:
         count: keyframes; they are named KEYFRAMES .. KEYFRAMES + count - 1.
         instructions: of the episodes.
+        camera: see `InitialStates`.
         data: the episodes.
 
     Raises:
@@ -79,7 +82,7 @@ class Keyframes:
         self._step = np.concatenate([np.arange(1, end) for end in ends] or [np.zeros(0, np.int64)])
         self.count = len(self._step)
         self._recorded = RecordedStarts(data)
-        self.instructions = self._recorded.instructions
+        self.instructions, self.camera = self._recorded.instructions, self._recorded.camera
         if not self.count:
             raise DataError(
                 f"env.keyframe_data: {folder} has no training episode with a frame between its "
@@ -116,7 +119,8 @@ class WithKeyframes:
     Their instructions are matched by text; those of keyframes alone stand behind the source's.
 
     Raises:
-        ConfigError: the recording's pictures are not like those of the source.
+        ConfigError: the keyframes' pictures or cameras are not like those of the source. A camera
+            that they do not know is taken for the source's, and the log says so.
     """
 
     def __init__(self, source: InitialStates, keyframes: Keyframes | NpyKeyframes):
@@ -130,6 +134,24 @@ class WithKeyframes:
             raise ConfigError(
                 f"env.keyframe_data: pictures of shape {shapes[1]} (views, height, width, RGB), "
                 f"the other initial states have {shapes[0]}; record them alike"
+            )
+        if source.camera is not None:
+            self._check_camera(source.camera)
+
+    def _check_camera(self, ours: Matrices) -> None:
+        theirs = self._keyframes.camera
+        if theirs is None:
+            logging.warning(
+                "env.keyframe_data: its files do not tell their camera; it is taken for that of "
+                "the other initial states"
+            )
+        # A world model is given one camera, and draws where the hand will be as that one sees it.
+        elif not all(np.allclose(a, b, atol=1e-3) for a, b in zip(ours, theirs, strict=True)):
+            told = [[np.round(m, 3).tolist() for m in camera] for camera in (ours, theirs)]
+            raise ConfigError(
+                "env.keyframe_data: expected the camera of the other initial states, intrinsic and "
+                f"c2w {told[0]}, got {told[1]}; record keyframes with the same camera, or correct "
+                "what is said of either (--camera of tools.episodes.import_starts, import_rlinf)"
             )
 
     def load(self, ids: np.ndarray) -> Starts:

@@ -5,8 +5,10 @@ r"""Makes a recording out of a LeRobot dataset (v2.0, v2.1 or v3.0), without the
 
 Pictures come from mp4 files or from PNGs inside the parquet files. A dataset has as many actions as
 frames; the last action of an episode leads to no frame and is left out. Success comes from the
-field `next.success` where the dataset has it. Episodes outside of its split "train" are held out;
-where that is the only one, a hash decides (docs/episodes.md).
+field `next.success` where the dataset has it. Numbers of states and actions whose names in
+meta/info.json are known are put into our order; names that say otherwise are refused. Episodes
+outside of its split "train" are held out; where that is the only one, a hash decides
+(docs/episodes.md).
 """
 
 import argparse
@@ -19,11 +21,13 @@ from evac_jax.errors import DataError
 from evac_jax.files import cards, meaning
 from evac_jax.files.recordings import EpisodeWriter
 from evac_jax.tools.command_line import run_tool
-from evac_jax.tools.episodes import importing
+from evac_jax.tools.episodes import importing, lerobot_names
 from evac_jax.tools.episodes.lerobot_dataset import LeRobotDataset, LeRobotEpisode
 
 TURN = 2 * np.pi + 0.01  # radians; no rotation vector is longer
 FINGER_TRAVEL = 0.04  # metres that each finger of LIBERO's gripper moves
+# Columns that tell the instruction anew in every frame, beside task_index.
+TEXTS = ("language_instruction", "natural_language_instruction", "instruction", "task")
 
 
 def poses_of(state: np.ndarray, kind: str, where: str = "--state") -> np.ndarray:
@@ -42,12 +46,7 @@ def poses_of(state: np.ndarray, kind: str, where: str = "--state") -> np.ndarray
     if state.ndim != 2 or state.shape[1] != 8:
         raise DataError(f"{where}: --state={kind}: expected 8 numbers per frame, got {state.shape}")
     if kind == "quaternion":
-        if (state[:, 7] < -0.001).any() or (state[:, 7] > 1.001).any():
-            raise DataError(
-                f"{where}: --state=quaternion: expected a gripper opening of 0..1, got "
-                f"{state[:, 7].min():.3f}..{state[:, 7].max():.3f}"
-            )
-        return state
+        return importing.check_opening(state, f"{where}: --state=quaternion")
     vector, fingers = state[:, 3:6], state[:, 6:]
     angle = np.linalg.norm(vector, axis=1, keepdims=True)
     turn, open_by = angle.max(), np.abs(fingers).max()
@@ -70,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     first = next(episodes, None)
     if first is None:
         raise DataError(f"--source={args.source}: no episodes")
+    rules = _Rules(data, args)
     views, *stored = data.frames(first).shape[1:4]
     intrinsic, c2w = importing.read_camera(args.camera, views, tuple(stored), args.image_size)
     size = (args.image_size, args.image_size) if args.image_size else stored
@@ -89,37 +89,50 @@ def run(args: argparse.Namespace) -> int:
                     f"episode {episode.index}: pictures {frames.shape[2:4]}, the first episode's "
                     f"are {stored}; one camera cannot fit both: import them apart"
                 )
-            meaning.check_frame(frames[0], f"episode {episode.index}")
-            read = _episode(episode, args)
+            importing.check_frames(frames, f"episode {episode.index}")
+            read = _episode(episode, args, rules)
             read["held_out"] = data.is_held_out(episode)
             writer.add(frames=importing.resize(frames, args.image_size), source=0, **read)
             count += 1
     return count
 
 
-def _episode(episode: LeRobotEpisode, args: argparse.Namespace) -> dict:
+class _Rules:
+    """What holds for all episodes of a dataset: how success is told, the order of numbers."""
+
+    def __init__(self, data: LeRobotDataset, args: argparse.Namespace):
+        self.success = importing.SuccessRule(args.success)
+        state = f"{args.state_key!r}, --state={args.state}"
+        kinds = lerobot_names.STATES[args.state]
+        self.state = lerobot_names.order_of(data.names(args.state_key), kinds, state)
+        names = data.names(args.action_key)
+        self.action = lerobot_names.order_of(names, lerobot_names.ACTION, repr(args.action_key))
+
+
+def _episode(episode: LeRobotEpisode, args: argparse.Namespace, rules: _Rules) -> dict:
     """Return actions [T-1 7], poses [T 8], success [T] and task of an episode of T rows."""
     where, count = f"episode {episode.index}", len(episode.rows)
     if count < 2:
         raise DataError(f"{where}: {count} frame(s); an episode needs two at least")
     if episode.column("frame_index") != list(range(count)):
         raise DataError(f"{where}: frame_index does not count 0..{count - 1}")
-    tasks = episode.column("task_index")
-    if changes := [n for n in range(1, count) if tasks[n] != tasks[0]]:
-        raise DataError(
-            f"{where}: the instruction changes at frame {changes[0]} (task_index {tasks[0]} to "
-            f"{tasks[changes[0]]}); a recording has one per episode: split it first"
-        )
-    rule = importing.success_rule(args.success, episode.rows.column_names)
-    marks = episode.column(rule) if rule in episode.rows.column_names else None
-    poses = poses_of(episode.numbers(args.state_key), args.state, where)
-    poses = meaning.check_poses(poses, where)
-    actions = importing.check_actions(episode.numbers(args.action_key), args.gripper, where)[:-1]
+    tasks, columns = episode.column("task_index"), episode.rows.column_names
+    for name in ("task_index", *TEXTS):
+        values = episode.rows[name].to_pylist() if name in columns else []
+        if changes := [n for n, value in enumerate(values) if value != values[0]]:
+            raise DataError(
+                f"{where}: the instruction changes at frame {changes[0]} ({name} {values[0]!r} to "
+                f"{values[changes[0]]!r}); a recording has one per episode: split it first"
+            )
+    state = lerobot_names.put_in_order(episode.numbers(args.state_key), rules.state)
+    poses = meaning.check_poses(poses_of(state, args.state, where), where)
+    actions = lerobot_names.put_in_order(episode.numbers(args.action_key), rules.action)
+    actions = importing.check_actions(actions, args.gripper, where)[:-1]
     meaning.check_deltas(actions, poses, where)
     return {
         "actions": actions,
         "poses": poses,
-        "success": importing.success_of(rule, marks, count, where),
+        "success": rules.success.of(columns, episode.column, count, where),
         "task": int(tasks[0]),
     }
 

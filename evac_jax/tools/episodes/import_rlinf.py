@@ -4,9 +4,9 @@ r"""Makes a recording out of RLinf's `.npy` episodes, one file per episode.
         --camera libero --image_size 256
 
 A file is an object array of one dict per frame: `image` (uint8 [H W 3] or [V H W 3]), a pose
-(`state` or `abs_action`, at the first frame also `init_ee_pose`: xyz, quaternion xyzw, gripper),
-`delta_action` (7 numbers) and, at the first frame, `instruction` or `task`. Files are read without
-running what may hide in their pickles.
+(`state` or `abs_action`, at the first frame also `init_ee_pose`: xyz, quaternion xyzw, opening of
+the gripper, 0..1 or -1..1), `delta_action` (7 numbers) and, at the first frame, `instruction` or
+`task`. Files are read without running what may hide in their pickles.
 
 Source: data layout of RLinf `EvacEnv` (revision c9f1d8471), which reads the first frame only; the
 action of a frame is taken to lead to the next one, and the last frame's to be without effect.
@@ -29,8 +29,13 @@ from evac_jax.tools.episodes import importing
 POSES = ("state", "abs_action")
 
 
-def read_episode(path: Path, success: str, gripper: str) -> dict:
+def read_episode(path: Path, success: importing.SuccessRule, gripper: str) -> dict:
     """Return frames [T+1 V H W 3], actions [T 7], poses [T+1 8] and success [T+1] of a file.
+
+    Args:
+        path: of the file.
+        success: the rule of --success for all files.
+        gripper: of --gripper.
 
     Raises:
         DataError: names the file and the frame that lacks something.
@@ -60,19 +65,28 @@ def read_episode(path: Path, success: str, gripper: str) -> dict:
     images = column("image", image.shape, range(last + 1), "u")
     if images.dtype != np.uint8:
         raise DataError(f"{path}: expected images of 0..255 as uint8, got {images.dtype}")
+    importing.check_frames(images, str(path))
     poses = np.concatenate((pose[None], column(key, (8,), range(1, last + 1))))
     _check_instruction(path, frames)
-    poses = meaning.check_poses(poses, str(path))
+    # Some of RLinf's files hold -1..1, as its pictures of the hand are drawn (docs/episodes.md).
+    poses = importing.check_opening(meaning.check_poses(poses, str(path)), str(path), closed=-1.0)
     actions = importing.check_actions(column("delta_action", (7,), range(last)), gripper, str(path))
     meaning.check_deltas(actions, poses, str(path))
-    marks = None
-    if all(success in frame for frame in frames):
-        marks = [frame[success] for frame in frames]
+
+    def marks(name: str) -> list:
+        if without := [n for n, frame in enumerate(frames) if name not in frame]:
+            raise DataError(
+                f"{path}: frame {without[0]} ({len(without)} in all) has no {name!r}, which others "
+                "have; mend the file, or say by --success what counts instead"
+            )
+        return [frame[name] for frame in frames]
+
+    names = set().union(*frames)
     return {
         "frames": images,
         "actions": actions,
         "poses": poses,
-        "success": importing.success_of(success, marks, len(frames), str(path)),
+        "success": success.of(names, marks, len(frames), str(path)),
     }
 
 
@@ -95,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     texts = [first_frame(path)[2] for path in paths]
     instructions = list(dict.fromkeys(texts))
     image = first_frame(paths[0])[0]
-    success = importing.success_rule(args.success, load_objects(paths[0])[0])
+    success = importing.SuccessRule(args.success)
     views, stored = len(image), image.shape[1:3]
     intrinsic, c2w = importing.read_camera(args.camera, views, stored, args.image_size)
     size = (args.image_size, args.image_size) if args.image_size else stored

@@ -3,7 +3,7 @@
 import argparse
 import json
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from absl import logging
 from PIL import Image
 
 from evac_jax.errors import ConfigError, DataError
+from evac_jax.files import meaning
 from evac_jax.sim.camera import Matrices, resolve_camera
 from evac_jax.tools.command_line import Parser
 
@@ -24,6 +25,11 @@ GRIPPERS = {
 AUTO, LAST, NEVER = "auto", "last", "never"
 # Fields that tell success, in the formats that are read here.
 TOLD_BY = ("next.success", "success", "is_success")
+# A reward may be dense, or for a part of the task: only the user knows whether it means success.
+REWARDS = ("next.reward", "reward", "rewards")
+# Share of a side by which a camera's centre may be off the middle of pictures whose size is not
+# told. Calibrated lenses are off by 1 to 2.5 %, intrinsics for 256 pixels on 240 by 3.3 %.
+OFF_CENTRE = 0.03
 
 
 def parser_of(tool: str, doc: str | None) -> Parser:
@@ -50,7 +56,8 @@ def parser_of(tool: str, doc: str | None) -> Parser:
         "--success",
         default=AUTO,
         help="last: every episode ends in success; never: none does; or the name of a field that "
-        f"is above 0 in successful frames; auto: {', '.join(TOLD_BY)} if there is one, else last",
+        f"is above 0 in successful frames; auto: {', '.join(TOLD_BY)} if there is one, else last; "
+        "refused where episodes differ in that, or where there is a reward alone",
     )
     return parser
 
@@ -101,11 +108,12 @@ def _size_of(
         )
     height, width = told or stored
     for x, y in intrinsic[:, :2, 2]:
-        # A crop may move the centre; by more than this without a word, another size is likelier.
-        if max(abs(x / width - 0.5), abs(y / height - 0.5)) > (0.5 if told else 0.15):
+        # A crop may move the centre anywhere; without a word, another size is likelier.
+        if max(abs(x / width - 0.5), abs(y / height - 0.5)) > (0.5 if told else OFF_CENTRE):
             raise ConfigError(
                 f"--camera={camera}: the centre ({x:g}, {y:g}) is not that of pictures of "
-                f'{width} x {height} pixels; give "size": [H, W] that the intrinsics are for'
+                f'{width} x {height} pixels; give "size": [H, W] that the intrinsics are for, also '
+                "where the camera is off centre"
             )
     return height, width
 
@@ -117,6 +125,35 @@ def resize(frames: np.ndarray, size: int) -> np.ndarray:
     flat = frames.reshape(-1, *frames.shape[-3:])
     small = [Image.fromarray(f).resize((size, size), Image.Resampling.LANCZOS) for f in flat]
     return np.stack([np.asarray(f) for f in small]).reshape(*frames.shape[:-3], size, size, 3)
+
+
+def check_frames(frames: np.ndarray, where: str) -> None:
+    """Refuse pictures uint8 [T .. H W 3] of which one was cast without scaling.
+
+    Raises:
+        DataError: see `meaning.check_frame`; names the first frame at fault.
+    """
+    for n, frame in enumerate(frames):
+        meaning.check_frame(frame, f"{where}: frame {n}")
+
+
+def check_opening(poses: np.ndarray, where: str, closed: float = 0.0) -> np.ndarray:
+    """Return poses [T 8] as they are; their last number is the gripper's opening.
+
+    Args:
+        closed: the least number that it may be.
+
+    Raises:
+        DataError: an opening that is not within `closed`..1.
+    """
+    opening = poses[:, 7]
+    if (opening < closed - 0.001).any() or (opening > 1.001).any():
+        raise DataError(
+            f"{where}: expected a gripper opening of {closed:.0f}..1 as the pose's last number, "
+            f"got {opening.min():.3f}..{opening.max():.3f}; scale it first, so that 0 is closed "
+            "and 1 is open"
+        )
+    return poses
 
 
 def check_actions(actions: np.ndarray, gripper: str, where: str) -> np.ndarray:
@@ -145,17 +182,67 @@ def check_actions(actions: np.ndarray, gripper: str, where: str) -> np.ndarray:
     return actions.clip(-1, 1)
 
 
-def success_rule(rule: str, names: Iterable[str]) -> str:
-    """Return the rule of --success that counts for a source with fields `names`; say it if chosen.
+class SuccessRule:
+    """What --success means in all episodes of one source; `auto` is decided by the first of them.
 
-    A field that tells success is used where there is one, because not every episode succeeds.
+    Args:
+        rule: of --success.
     """
-    if rule != AUTO:
-        return rule
-    rule = next((name for name in TOLD_BY if name in names), LAST)
-    told = "the end of every episode (no field tells)" if rule == LAST else f"the field {rule}"
-    logging.log_first_n(logging.INFO, "success: %s; --success changes it", 1, told)
-    return rule
+
+    def __init__(self, rule: str):
+        self._rule = rule
+        self._told: list[str] | None = None  # fields of the first episode that tell
+
+    def of(
+        self, names: Collection[str], column: Callable[[str], Sequence], length: int, where: str
+    ) -> np.ndarray:
+        """Return the success of an episode, bool [length].
+
+        Args:
+            names: the episode's fields.
+            column: gives the values of one of them, one per frame.
+            length: frames.
+            where: begins messages.
+
+        Raises:
+            DataError: the rule's field is missing or holds no flags; or, of `auto`: other fields
+                tell than in the first episode, one field says that the episode succeeds and
+                another that it does not, or a reward alone tells.
+        """
+        if self._rule != AUTO:
+            values = column(self._rule) if self._rule in names else None
+            return success_of(self._rule, values, length, where)
+        told = [name for name in TOLD_BY if name in names]
+        told = told or [name for name in REWARDS if name in names]
+        if self._told is None:
+            self._told = told
+            what = f"the field {told[0]}" if told else "the end of every episode (no field tells)"
+            logging.info("success: %s; --success changes it", what)
+        # Otherwise some episodes would succeed by a field, and others because they lack it.
+        if told != self._told:
+            raise DataError(
+                f"{where}: fields that tell success: expected {self._told or 'none'} as in the "
+                f"first episode, got {told or 'none'}; mend the data, or say by --success what "
+                f"counts in all episodes: a field's name, {LAST} or {NEVER}"
+            )
+        if told and told[0] in REWARDS:
+            raise DataError(
+                f"{where}: a reward, {told[0]!r}, need not mean success; expected one of "
+                f"{', '.join(TOLD_BY)}, or --success={told[0]} if it is above 0 in successful "
+                f"frames only, or --success={LAST} or {NEVER}"
+            )
+        if not told:
+            return success_of(LAST, None, length, where)
+        marks = [success_of(name, column(name), length, where) for name in told]
+        for name, mark in zip(told, marks, strict=True):
+            # By episode: some formats write the end's success into every frame.
+            if mark.any() != marks[0].any():
+                raise DataError(
+                    f"{where}: {told[0]!r} and {name!r} contradict each other, "
+                    f"{bool(marks[0].any())} and {bool(mark.any())}; choose one for all episodes: "
+                    f"--success={told[0]} or --success={name}"
+                )
+        return marks[0]
 
 
 def success_of(rule: str, values: Sequence | None, length: int, where: str) -> np.ndarray:

@@ -20,8 +20,11 @@ from PIL import Image
 from evac_jax.errors import DataError
 from evac_jax.files import cards
 from evac_jax.telemetry.video import decode_mp4
+from evac_jax.tools.episodes.lerobot_spans import Span, separate
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+LARGEST = 2**31  # no index, count or time in seconds of a dataset reaches it
+PLACE = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")  # of an episode in a video
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,14 @@ class LeRobotDataset:
         if missing := sorted(needed - self._info.keys()):
             raise DataError(f"{folder}/meta/info.json lacks {missing}")
         numbers = {name: self._info[name] for name in needed - {"features", "data_path"}}
-        if wrong := {n: v for n, v in numbers.items() if not isinstance(v, int | float) or v <= 0}:
+        if wrong := {
+            name: value
+            for name, value in numbers.items()
+            if not isinstance(value, int | float) or not 0 < value < LARGEST
+        }:
             raise DataError(
-                f"{folder}/meta/info.json: expected numbers above 0, got {reprlib.repr(wrong)}"
+                f"{folder}/meta/info.json: expected numbers above 0 and below {LARGEST}, got "
+                f"{reprlib.repr(wrong)}"
             )
         kinds = self._kinds_of_features()
         pictures = [name for name, kind in kinds.items() if kind in ("image", "video")]
@@ -113,6 +121,15 @@ class LeRobotDataset:
             raise DataError(f"{self._folder}/meta/info.json: features without a dtype: {without}")
         return kinds
 
+    def names(self, feature: str) -> list[str]:
+        """Return the names of a feature's numbers; [] where the dataset does not tell them."""
+        found = self._info["features"].get(feature, {}).get("names")
+        lists = list(found.values()) if isinstance(found, dict) else [found]  # {"motors": [..]}
+        if not all(isinstance(part, list) for part in lists):
+            return []
+        names = [name for part in lists for name in part]
+        return names if all(isinstance(name, str) for name in names) else []
+
     def _text(self, name: str) -> str:
         try:
             return (self._folder / name).read_text()
@@ -129,19 +146,47 @@ class LeRobotDataset:
         if not (self._folder / name).is_file():
             raise DataError(f"{self._folder / name}: the file is missing; copy or download it")
         try:
-            return pq.read_table(self._folder / name, columns=columns)
+            # Unlike pq.read_table, this passes over columns that are missing: _check names them.
+            with pq.ParquetFile(self._folder / name) as file:
+                return file.read(columns)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self._folder / name}: no readable parquet file ({error})") from error
 
+    def _check(
+        self, name: str, table: pa.Table, needed: Sequence[str], optional: Sequence[str] = ()
+    ) -> None:
+        """Refuse columns of other values than whole numbers from 0 on; times may have fractions.
+
+        Args:
+            optional: columns that may be missing, or empty in some rows.
+        """
+        for column in [*needed, *(name for name in optional if name in table.column_names)]:
+            is_time = column.endswith("_timestamp")
+            if column not in table.column_names:
+                wrong = ["no such column"]
+            elif not _holds_numbers(table[column].type, is_time):
+                wrong = [table[column].type]
+            else:
+                values = table[column] if column in needed else table[column].drop_null()
+                wrong = [v for v in values.to_pylist() if v is None or not 0 <= v < LARGEST]
+            if wrong:
+                raise DataError(
+                    f"{self._folder / name}: {column!r}: expected {'' if is_time else 'whole '}"
+                    f"numbers in 0..{LARGEST - 1}, got {wrong[0]}"
+                )
+
     def _path(self, template: str, **fields: object) -> str:
         """Return a path that info.json gives as a template."""
+        told = f"{self._folder}/meta/info.json: {template} = "
+        told += reprlib.repr(self._info.get(template))
         try:
-            return self._info[template].format(**fields)
+            path = self._info[template].format(**fields)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
-            told = f"{template} = {reprlib.repr(self._info.get(template))}"
-            raise DataError(
-                f"{self._folder}/meta/info.json: {told} cannot be filled with {fields} ({error!r})"
-            ) from error
+            raise DataError(f"{told} cannot be filled with {fields} ({error!r})") from error
+        parts = Path(path).parts
+        if not parts or ".." in parts or Path(path).is_absolute():
+            raise DataError(f"{told}: expected a path inside of the dataset, got {path!r}")
+        return path
 
     def _tasks(self) -> list[str]:
         name = "meta/tasks.parquet" if self._grouped else "meta/tasks.jsonl"
@@ -200,29 +245,58 @@ class LeRobotDataset:
             )
         for n in range(self._info["total_episodes"]):
             place = {"episode_chunk": n // size, "episode_index": n}
-            rows = self._table(self._path("data_path", **place))
+            name = self._path("data_path", **place)
+            rows = self._table(name)
+            if not len(rows):
+                raise DataError(f"{self._folder / name}: expected rows of episode {n}, got none")
+            self._check(name, rows, (), ("task_index",))
             yield LeRobotEpisode(rows, n, dict.fromkeys(self.views, (place, 0)))
 
     def _grouped_episodes(self) -> Iterator[LeRobotEpisode]:
-        files = sorted((self._folder / "meta" / "episodes").glob("**/*.parquet"))
-        for file in files:
-            for line in self._table(str(file.relative_to(self._folder))).to_pylist():
-                try:
-                    index = line["episode_index"]
-                    rows, videos = self._grouped_rows(line), self._places_in_videos(line)
-                except (KeyError, TypeError) as error:
-                    raise DataError(f"{file}: a column is missing or empty: {error}") from error
-                yield LeRobotEpisode(rows, index, videos)
+        lines = self._lines()
+        spans = {view: self._spans(view, lines) for view in self.views if self._is_video[view]}
+        for n, line in enumerate(lines):
+            rows, videos = self._grouped_rows(line), {}
+            for view, mine in spans.items():
+                count = mine[n].end - mine[n].begin
+                if abs(count - len(rows)) > 1:  # by one, the times may be rounded
+                    raise DataError(
+                        f"{self._folder}/meta/episodes: episode {mine[n].episode}: "
+                        f"'videos/{view}/from_timestamp' to '.../to_timestamp' are {count} frames "
+                        f"at fps = {self._info['fps']}, expected those of its {len(rows)} rows"
+                    )
+                videos[view] = mine[n].file, mine[n].begin
+            yield LeRobotEpisode(rows, line["episode_index"], videos)
 
-    def _places_in_videos(self, line: dict) -> dict[str, tuple[dict, int]]:
-        videos = {}
+    def _lines(self) -> list[dict]:
+        """Return what meta/episodes tells of where each episode is."""
+        columns = ["episode_index", "data/chunk_index", "data/file_index"]
         for view in self.views:
-            if self._is_video[view]:
-                names = ("chunk_index", "file_index")
-                where = {name: line[f"videos/{view}/{name}"] for name in names}
-                begin = round(line[f"videos/{view}/from_timestamp"] * self._info["fps"])
-                videos[view] = where, begin
-        return videos
+            columns += [f"videos/{view}/{name}" for name in PLACE if self._is_video[view]]
+        files = sorted((self._folder / "meta" / "episodes").glob("**/*.parquet"))
+        if not files:
+            raise DataError(
+                f"{self._folder}/meta/episodes: expected chunk-000/file-000.parquet and so on, got "
+                "no parquet file; copy or download them"
+            )
+        lines = []
+        for file in files:
+            name = str(file.relative_to(self._folder))
+            table = self._table(name, [*columns, "length"])
+            self._check(name, table, columns, ["length"])
+            lines += table.to_pylist()
+        return lines
+
+    def _spans(self, view: str, lines: Sequence[dict]) -> list[Span]:
+        """Return where each episode is in the videos of a view, no two in the same frames."""
+        spans = []
+        for line in lines:
+            chunk, number, *times = (line[f"videos/{view}/{name}"] for name in PLACE)
+            begin, end = (round(time * self._info["fps"]) for time in times)
+            file = {"chunk_index": chunk, "file_index": number}
+            spans.append(Span(line["episode_index"], file, begin, end))
+        separate(spans, self._folder, lambda file: self._path("video_path", video_key=view, **file))
+        return spans
 
     def _grouped_rows(self, line: dict) -> pa.Table:
         """Return an episode's rows, from the file that its metadata names or from a neighbour.
@@ -251,7 +325,9 @@ class LeRobotDataset:
 
     def _rows_in(self, path: str, episode: int) -> pa.Table:
         if self._last is None or self._last[0] != path:
-            self._last = path, self._table(path)
+            table = self._table(path)
+            self._check(path, table, ["episode_index"], ["task_index"])
+            self._last = path, table
         table = self._last[1]
         return table.filter(pc.equal(table["episode_index"], episode))
 
@@ -262,8 +338,9 @@ class LeRobotDataset:
             top = self._folder / Path(self._info["data_path"]).parts[0]
             for file in sorted(top.glob("**/*.parquet")):
                 name = str(file.relative_to(self._folder))
-                found = self._table(name, ["episode_index"])["episode_index"]
-                for n in pc.unique(found).to_pylist():
+                table = self._table(name, ["episode_index"])
+                self._check(name, table, ["episode_index"])
+                for n in pc.unique(table["episode_index"]).to_pylist():
                     self._elsewhere.setdefault(n, []).append(name)
         return self._elsewhere.get(episode, [])
 
@@ -318,6 +395,12 @@ class LeRobotDataset:
                     f"{frames[0].shape[:2]}; one camera cannot fit both"
                 )
         return np.stack(frames)
+
+
+def _holds_numbers(kind: pa.DataType, is_time: bool) -> bool:
+    """Whether a column is of whole numbers, of any ones for a time, or has no value at all."""
+    is_whole = pa.types.is_integer(kind) or pa.types.is_null(kind)
+    return is_whole or (is_time and pa.types.is_floating(kind))
 
 
 class _Film:

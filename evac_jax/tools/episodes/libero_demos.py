@@ -132,7 +132,7 @@ def _demo(group: h5py.Group, convention: str, where: str) -> Demo:
             f"{where}: obs/agentview_rgb: expected uint8 [{steps} H W 3], got {pictures.dtype} "
             f"{list(pictures.shape)}"
         )
-    meaning.check_frame(pictures[0], where)
+    importing.check_frames(pictures, where)
     parts = ("obs/ee_pos", 3), ("obs/ee_ori", 3), ("obs/gripper_states", 2)
     poses = np.concatenate([read(name, width) for name, width in parts], axis=1)
     marks = "rewards" if "rewards" in group else "dones"

@@ -137,6 +137,30 @@ def test_frames_that_were_cast_without_scaling_are_refused(tmp_path):
         NpyStarts(str(tmp_path))
 
 
+def test_later_frame_of_a_packed_folder_that_was_cast_is_refused(tmp_path):
+    write(tmp_path / "a.npy", frame(4))
+    write(tmp_path / "b.npy", frame(2))
+    packed = tmp_path / "packed"
+    pack_starts(NpyStarts(str(tmp_path)), np.array([0, 1]), packed)
+    images = np.load(packed / "images.npy")
+    images[1] = 1
+    np.save(packed / "images.npy", images)
+    with pytest.raises(DataError, match="start 1: the picture holds no value from 2 to 254"):
+        NpyStarts(str(packed))
+
+
+def test_camera_that_no_file_tells_is_said_to_be_assumed(tmp_path, caplog):
+    write(tmp_path / "a.npy", frame(4))
+    write(tmp_path / "b.npy", frame(2))
+    with caplog.at_level("WARNING", logger="absl"):
+        source = NpyStarts(str(tmp_path))
+        pack_starts(source, np.array([0]), tmp_path / "packed")
+        NpyStarts(str(tmp_path / "packed"))  # knows its camera
+    (line,) = caplog.messages
+    assert "taken to be RLinf's fixed one for LIBERO" in line
+    assert "import_starts" in line
+
+
 def test_keyframe_of_another_instruction_than_its_episode_is_refused(tmp_path):
     keyframe_file(tmp_path / "a_kir.npy", 9, instruction="close it")
     with pytest.raises(DataError, match="'instruction' changes within the episode"):

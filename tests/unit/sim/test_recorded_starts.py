@@ -94,6 +94,22 @@ def test_pictures_of_another_size_are_refused(folder):
         WithKeyframes(MiniatureStarts(image_size=32), Keyframes(str(folder)))
 
 
+def test_keyframes_of_another_camera_are_refused(folder):
+    source = MiniatureStarts()
+    intrinsic, c2w = source.camera
+    source.camera = intrinsic, c2w + 0.01 * np.eye(4, k=3)  # 1 cm beside it
+    with pytest.raises(ConfigError, match="expected the camera of the other initial states"):
+        WithKeyframes(source, Keyframes(str(folder)))
+
+
+def test_camera_of_keyframes_is_said_to_be_assumed_when_they_do_not_know_it(folder, caplog):
+    keyframes = Keyframes(str(folder))
+    keyframes.camera = None
+    with caplog.at_level("WARNING", logger="absl"):
+        WithKeyframes(MiniatureStarts(), keyframes)
+    assert ["taken for that of the other initial states" in m for m in caplog.messages] == [True]
+
+
 def test_ground_truth_begins_exactly_where_the_recording_was(folder):
     keyframes = Keyframes(str(folder))
     ids = KEYFRAMES + np.linspace(0, keyframes.count - 1, 6).astype(np.int64)

@@ -76,6 +76,7 @@ def write(folder, version, *, video, scale=1.0):
         if video:
             lines |= {f"videos/{key}/{name}": [0, 0] for name in ("chunk_index", "file_index")}
             lines[f"videos/{key}/from_timestamp"] = [0.0, LENGTHS[0] / 10]
+            lines[f"videos/{key}/to_timestamp"] = [LENGTHS[0] / 10, sum(LENGTHS) / 10]
             path = folder / info["video_path"].format(video_key=key, chunk_index=0, file_index=0)
             write_mp4(path, np.concatenate(films), fps=10)
         (folder / "meta/episodes/chunk-000").mkdir(parents=True)

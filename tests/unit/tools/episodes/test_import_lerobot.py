@@ -134,9 +134,62 @@ def test_end_counts_as_success_when_no_field_tells(source, camera):
     assert data.success.sum() == 2
 
 
-def test_instruction_that_changes_within_an_episode_is_refused(source, camera):
-    change(source, "task_index", [0, 0, 1, 1, 1])
-    assert "the instruction changes at frame 2 (task_index 0 to 1)" in told(source, camera)
+@pytest.mark.parametrize("column", ["next.success", "next.reward"])
+def test_success_is_told_in_all_episodes_or_in_none(source, camera, column):
+    for n in range(2):
+        change(source, "next.success", None, n)
+    change(source, column, [False] * LENGTHS[1], n=1)
+    expected = rf"episode 1: fields that tell success: expected none .* got \['{column}'\]"
+    assert re.search(expected, told(source, camera))
+
+
+@pytest.mark.parametrize(
+    ("column", "first", "then"),
+    [("task_index", 0, 1), ("language_instruction", *TASKS), ("task", *TASKS)],
+)
+def test_instruction_that_changes_within_an_episode_is_refused(source, camera, column, first, then):
+    change(source, column, [first] * 2 + [then] * 3)
+    expected = f"the instruction changes at frame 2 ({column} {first!r} to {then!r})"
+    assert expected in told(source, camera)
+
+
+def name(source, feature, names):
+    """Let the dataset name the numbers of a feature."""
+    path = source / "meta/info.json"
+    info = json.loads(path.read_text())
+    info["features"][feature] = {"dtype": "float32", "names": names}
+    path.write_text(json.dumps(info))
+
+
+def test_numbers_are_put_into_our_order_by_their_names(source, camera):
+    plain = run(import_lerobot, source, source.parent / "plain", camera, "--images", KEY)
+    names = {"action": ["dx", "dy", "dz", "roll", "pitch", "yaw", "gripper"]}
+    names["observation.state"] = ["x", "y", "z", "rx", "ry", "rz", "gripper", "gripper"]
+    for feature, order in names.items():
+        name(source, feature, {"motors": order[-1:] + order[:-1]})
+        for n in range(2):
+            change(source, feature, np.roll(column(source, feature, n), 1, axis=1).tolist(), n)
+    data = run(import_lerobot, source, source.parent / "out", camera, "--images", KEY)
+    np.testing.assert_array_equal(data.actions, plain.actions)
+    # Which of the two fingers comes first makes no difference.
+    np.testing.assert_array_equal(data.poses, plain.poses)
+
+
+def test_numbers_with_names_of_another_state_are_refused(source, camera):
+    name(source, "observation.state", ["x", "y", "z", "qx", "qy", "qz", "qw", "gripper"])
+    message = told(source, camera)
+    assert "'observation.state', --state=axis_angle: expected the numbers x y z rx" in message
+    assert "got 'qx' as number 3" in message
+
+
+def test_picture_that_was_cast_without_scaling_is_refused_in_the_middle_of_an_episode(
+    source, camera
+):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (1, 0, 1)).save(buffer, format="PNG")
+    cast = {"bytes": buffer.getvalue(), "path": None}
+    change(source, KEY, [*column(source, KEY)[:3], cast, cast])
+    assert "episode 0: frame 3: the picture holds no value from 2" in told(source, camera)
 
 
 STATE = [0.1, 0.2, 0.3, 0, 0, 1.5, 0.04, -0.04]

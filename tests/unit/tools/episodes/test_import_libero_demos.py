@@ -160,9 +160,15 @@ def spoil(name, value=None, attribute=None):
     return change
 
 
+def cast_last_picture(file):
+    """As if it had been of 0..1."""
+    file["data/demo_0/obs/agentview_rgb"][-1] = 1
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (cast_last_picture, r"frame \d+: the picture holds no value from 2 to 254"),
         (spoil("data"), "not a readable file"),
         (spoil("data/demo_0/states"), "states"),
         (spoil("data/demo_0/obs/ee_pos", np.zeros((3, 3))), "obs/ee_pos: expected"),

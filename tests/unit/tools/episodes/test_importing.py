@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from evac_jax.errors import ConfigError, EvacJaxError
+from evac_jax.errors import ConfigError, DataError, EvacJaxError
 from evac_jax.files.restricted_npy import load_objects
 from evac_jax.tools.episodes import import_rlinf, importing
 from tests.unit.tools.episodes.lerobot_folder import LENGTHS, TASKS, actions, frames, run
@@ -68,7 +68,10 @@ def test_frames_are_resized_and_intrinsics_with_them(camera):
     [
         ("image", np.full((16, 16, 3), 0.9), "frame 2 needs 'image' .* got float64"),
         ("image", np.zeros((3, 16, 16), np.uint8), r"frame 2 needs 'image' .* \(3, 16, 16\)"),
+        ("image", np.ones((16, 16, 3), np.uint8), "frame 2: the picture holds no value from 2"),
         ("state", np.zeros(8), "frame 2 .* quaternion's length is 0.000"),
+        ("state", np.eye(8)[6] * 1.0 + np.eye(8)[7] * 200, "opening of -1..1 .* got 0.500..200.000"),
+        ("state", np.eye(8)[6] - 2 * np.eye(8)[7], "opening of -1..1 .* got -2.000..0.500"),
     ],
 )
 def test_a_later_rlinf_frame_that_is_unlike_the_first_is_refused(
@@ -102,6 +105,80 @@ def test_rlinf_instruction_that_changes_within_an_episode_is_refused(rlinf, tmp_
 def test_gripper_of_another_range_than_told_is_refused(rlinf, tmp_path, camera):
     with pytest.raises(EvacJaxError, match="is it --gripper=zero_closes"):
         run(import_rlinf, rlinf, tmp_path / "out", camera)
+
+
+NEVER, END = [False] * 3, [False, False, True]
+
+
+def successes(rule, episodes):
+    """What one rule says of episodes of three frames, each {field: values}."""
+    rule = importing.SuccessRule(rule)
+    return [
+        rule.of(episode, episode.__getitem__, 3, f"episode {n}").tolist()
+        for n, episode in enumerate(episodes)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("episodes", "message"),
+    [
+        ([{}, {"next.success": NEVER}], "episode 1: .* expected none .* got .'next.success'."),
+        ([{"success": END}, {"done": END}], "episode 1: .* expected .'success'. .* got none"),
+        (
+            [{"next.success": END, "is_success": NEVER}],
+            "episode 0: 'next.success' and 'is_success' contradict each other, True and False",
+        ),
+        ([{"next.reward": NEVER}], "'next.reward', need not mean success"),
+    ],
+)
+def test_success_is_asked_for_when_fields_leave_it_in_doubt(episodes, message):
+    with pytest.raises(DataError, match=message):
+        successes("auto", episodes)
+    assert successes("last", episodes) == [END] * len(episodes)
+
+
+def test_reward_counts_as_success_when_it_is_named():
+    assert successes("next.reward", [{"next.reward": [0, 0.5, 0]}]) == [[False, True, False]]
+
+
+def test_fields_that_agree_tell_success_whatever_the_reward_is():
+    told = {"success": END, "is_success": [True] * 3, "reward": [9, 9, 9]}
+    assert successes("auto", [told, dict.fromkeys(told, NEVER)]) == [END, NEVER]
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [((0, 0), "0.npy: frame 0 .1 in all. has no 'success'"), ((1, None), "1.npy: fields that")],
+)
+def test_success_that_a_part_of_the_rlinf_frames_lacks_is_refused(
+    rlinf, tmp_path, camera, without, message
+):
+    for n in range(2):
+        episode = load_objects(rlinf / f"{n}.npy")
+        for t, frame in enumerate(episode):
+            if without not in ((n, t), (n, None)):
+                frame["success"] = False
+        np.save(rlinf / f"{n}.npy", episode, allow_pickle=True)
+    with pytest.raises(DataError, match=message):
+        run(import_rlinf, rlinf, tmp_path / "out", camera, *ZERO)
+    data = run(import_rlinf, rlinf, tmp_path / "out", camera, *ZERO, "--success", "never")
+    assert not data.success.any()
+
+
+@pytest.mark.parametrize("side", [200, 224, 240])
+def test_intrinsics_of_256_pixels_need_their_size_when_the_pictures_are_smaller(
+    tmp_path, camera, side
+):
+    matrices = json.loads(camera.read_text())
+    matrices["intrinsic"] = [[[300, 0, 128], [0, 300, 123], [0, 0, 1]]]  # a lens, off by 2 %
+    del matrices["size"]
+    camera.write_text(json.dumps(matrices))
+    importing.read_camera(str(camera), 1, (256, 256), 0)
+    with pytest.raises(ConfigError, match=r'give "size"'):
+        importing.read_camera(str(camera), 1, (side, side), 0)
+    camera.write_text(json.dumps(matrices | {"size": [256, 256]}))
+    intrinsic, _ = importing.read_camera(str(camera), 1, (side, side), 0)
+    np.testing.assert_allclose(intrinsic[0, 0, 0], 300 * side / 256)
 
 
 def test_size_is_asked_for_when_the_centre_is_not_that_of_the_pictures(tmp_path, camera):

@@ -26,7 +26,7 @@ LIBERO = {
 
 
 def record(folder: Path, *, size=64, instructions=INSTRUCTIONS, episodes=5, **facts) -> Path:
-    """Write short episodes; the first and the last are held out. Frame n is all of shade 10 n.
+    """Write short episodes, the first and last held out. Frame n is all of shade 10 (n + 1).
 
     Episode n began in state 100 + n of its ground truth.
     """
@@ -41,7 +41,7 @@ def record(folder: Path, *, size=64, instructions=INSTRUCTIONS, episodes=5, **fa
     ) as writer:
         for number in range(episodes):
             writer.add(
-                frames=np.full((3, 1, size, size, 3), 10 * number, np.uint8),
+                frames=np.full((3, 1, size, size, 3), 10 * (number + 1), np.uint8),
                 actions=np.zeros((2, 7)),
                 poses=np.tile([0.1, 0, 0.2, 0, 0, 0, 1, 1.0], (3, 1)),
                 success=np.zeros(3, bool),

@@ -46,7 +46,7 @@ def test_starts_are_first_frames_of_training_episodes_then_of_held_out_ones(worl
     assert (card.starts.train, card.starts.eval) == ((0, 3), (3, 5))
     source = make_initial_states("npy", str(world / "starts"))
     loaded = source.load(np.arange(5))
-    assert loaded.images[:, 0, 0, 0, 0].tolist() == [10, 20, 30, 0, 40]
+    assert loaded.images[:, 0, 0, 0, 0].tolist() == [20, 30, 40, 10, 50]
     assert [source.instructions[task] for task in loaded.task] == [
         INSTRUCTIONS[number % 2] for number in (1, 2, 3, 0, 4)
     ]
