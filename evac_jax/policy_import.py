@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ from absl import logging
 from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.errors import CheckpointError, ConfigError
 from evac_jax.files import cards, libero_facts
+from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.telemetry.reading import ReadProgress
 from policies import POLICIES
 from policies.base import LoadedPolicy
 from policies.openvla_oft.config import OpenVLAOFTConfig
-from policies.openvla_oft.import_hf import load_config, read_norm_stats
+from policies.openvla_oft.import_hf import NO_NOOPS, load_config, read_norm_stats
+
+# Facts in the card of a policy, or in that of the policy it was trained from.
+OF_CARD = ("gripper", "unnorm_key", "chunk", "keep_stop_token")
 
 
 def check_policy(policy: PolicyConfig, tasks: Sequence[str] = ()) -> None:
@@ -47,16 +51,26 @@ def _check_units(policy: PolicyConfig) -> None:
 
 
 def known_tasks(config: TrainConfig) -> list[str]:
-    """Return the instructions that the cards of a run's folders tell, before anything starts.
+    """Return the instructions of a run as far as they are known before anything starts.
 
-    Other sources of initial states tell theirs when they run.
+    The miniature and LIBERO have their own, others are told by the cards of the run's folders.
+    Further sources, such as code of the user's own, tell theirs when they run.
+
+    Raises:
+        ConfigError: LIBERO's table of tasks cannot be read.
+        DataError: a card is damaged.
     """
+    texts: list[str] = []
+    imagined = config.env.simulator == "world_model"
+    if "miniature" in (config.eval.ground_truth, config.env.initial_states if imagined else ""):
+        texts += INSTRUCTIONS
+    if config.eval.ground_truth == "libero":
+        texts += config.libero.instructions
     folders = [config.env.keyframe_data] if config.env.keyframes else []
-    if config.env.simulator == "world_model" and config.env.initial_states_path:
+    if imagined and config.env.initial_states_path:
         folders.append(config.env.initial_states_path)
-    texts = [
-        text for folder in folders for text in cards.read(Path(folder)).get("instructions", ())
-    ]
+    for folder in folders:
+        texts += cards.read(Path(folder)).get("instructions", ())
     return list(dict.fromkeys(texts))
 
 
@@ -81,6 +95,58 @@ def check_libero(config: TrainConfig) -> None:
                 f"{unlike}. `python -m evac_jax.tools.policy.libero_flags FOLDER` prints the flags "
                 "for it"
             )
+
+
+def told_by(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a policy's card says of how it was trained, or the card of what it started from.
+
+    Args:
+        card: of the policy's folder, {} if it has none.
+
+    Returns:
+        {name: value} of those of `OF_CARD` that are told.
+    """
+    found = {}
+    for name in OF_CARD:
+        one: Any = card
+        while isinstance(one, Mapping) and one.get(name) is None:
+            one = one.get("start")
+        if isinstance(one, Mapping):
+            found[name] = one[name]
+    return found
+
+
+def check_card(policy: PolicyConfig, **asked: tuple[str, Any]) -> None:
+    """Check that a policy is asked as its card says it was trained; published ones have no card.
+
+    Args:
+        policy: of the configuration. The card of its adapter counts before that of the checkpoint.
+        asked: name of `OF_CARD` -> (field that sets it, value), beyond what `policy` itself says.
+
+    Raises:
+        ConfigError: names every field that differs.
+        DataError: the card is damaged.
+    """
+    folder = Path(policy.lora_adapter or policy.checkpoint)
+    if not cards.read(folder):
+        folder = Path(policy.checkpoint)
+    asked |= {"keep_stop_token": ("policy.keep_stop_token", policy.keep_stop_token)}
+    if policy.unnorm_key:  # else `_check_units` tells which there are
+        asked |= {"unnorm_key": ("policy.unnorm_key", policy.unnorm_key)}
+    known, problems = told_by(cards.read(folder)), []
+    for name, (field, value) in asked.items():
+        expected = known.get(name, value)
+        if _plain(expected) != _plain(value):
+            problems.append(
+                f"config.{field}: expected {name} {expected!r}, with which the policy was trained "
+                f"({folder}/card.json), got {value!r}; change the field, or the card if it is wrong"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _plain(value: Any) -> Any:
+    return value.removesuffix(NO_NOOPS) if isinstance(value, str) else value
 
 
 def import_policy(
@@ -113,10 +179,10 @@ def read_sizes(policy: PolicyConfig, **more: Any) -> OpenVLAOFTConfig:
         more: fields that the simulator tells (chunk, num_images).
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or it tells other settings than `more`.
     """
     with told_as_checkpoint_error(_what(policy)):
-        return policy_sizes(policy, load_config(policy.checkpoint), **more)
+        return policy_sizes(policy, load_config(policy.checkpoint, **more), **more)
 
 
 def policy_sizes(

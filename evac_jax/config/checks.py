@@ -9,7 +9,7 @@ from pathlib import Path
 from algos import optim
 from evac_jax.config import addresses, hub, import_string, libero, vlm_card, world
 from evac_jax.config.algorithms import load_algorithm
-from evac_jax.config.cluster import parse_devices
+from evac_jax.config.cluster import device_problems, parse_devices
 from evac_jax.config.fields import value_problems
 from evac_jax.config.schema import ServeConfig, TrainConfig
 from evac_jax.errors import ConfigError, DataError
@@ -205,7 +205,8 @@ def _cluster_problems(c: TrainConfig) -> list[str]:
             f"config.cluster.offload: {' and '.join(sorted(busy))} work during updates with "
             "train.max_staleness = 1; expected at most ('optimizer',)"
         )
-    if cluster.placement.env and not c.simulator.devices[0].startswith("cuda"):
+    problems += device_problems(c.simulator.devices)
+    if cluster.placement.env and not any(d.startswith("cuda") for d in c.simulator.devices):
         problems.append(
             f"config.cluster.placement.env: names CUDA devices, but simulator.devices is "
             f"{c.simulator.devices}; set it to ('cuda',), or leave placement.env empty"

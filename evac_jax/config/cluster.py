@@ -1,6 +1,7 @@
 """Settings for hosts and devices, and which device does what. Plain data."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -74,6 +75,17 @@ class ClusterConfig:
     memory_fraction: Annotated[float, Range(0, 1, open="high")] = 0.0
     compilation_cache: str = "auto"
     cpu_beside_gpu: bool = False
+
+
+def device_problems(devices: Iterable[str]) -> list[str]:
+    """Return one line if any of `simulator.devices` is no torch device that simulators know."""
+    unknown = [d for d in devices if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]*))?", d)]
+    if not unknown:
+        return []
+    return [
+        'config.simulator.devices: expected "cpu", "cuda" or "cuda:N" with N from 0, got '
+        f"{unknown}; set it as in --config.simulator.devices='(\"cuda:0\",)'"
+    ]
 
 
 def parse_devices(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from evac_jax.config.libero_files import PACKAGES, LiberoFiles, packages
+from evac_jax.config.libero_files import PACKAGES, LiberoFiles, instruction_of, packages
 from evac_jax.errors import ConfigError
 from policies.ranges import Count, CountOrZero, Range, Share
 
@@ -91,6 +91,16 @@ class LiberoConfig:
             ConfigError: nowhere.
         """
         return LiberoFiles.find(self.root, self.states, self.python)
+
+    @property
+    def instructions(self) -> list[str]:
+        """Instructions of the tasks that are played.
+
+        Raises:
+            ConfigError: LIBERO's table of tasks cannot be read.
+        """
+        names = self.files.tasks(self.suite)
+        return [instruction_of(names[number]) for number in self.tasks or range(len(names))]
 
     @property
     def departures(self) -> list[str]:

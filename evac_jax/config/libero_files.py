@@ -42,6 +42,14 @@ print(json.dumps({name: folders[0] for name, folders in places.items()}))
 """
 
 
+def instruction_of(task: str) -> str:
+    """Return a task's name as a sentence, without the scene's name in front.
+
+    Source: LIBERO's benchmark takes the sentence from the file name, too (revision 8f1084e).
+    """
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
+
+
 def packages(python: str) -> dict[str, str]:
     """Return {package: folder} of LIBERO's packages that an interpreter has, importing none.
 

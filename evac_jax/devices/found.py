@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from evac_jax.config.cluster import device_problems
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
 
@@ -50,26 +51,35 @@ class Found:
     torch_version: str
     torch_cuda: str
 
+    @property
+    def passes_over_gpus(self) -> bool:
+        """Whether JAX computes on the CPU although there is a GPU."""
+        return self.gpus > 0 and self.jax_platform == "cpu"
+
 
 def describe(found: Found, simulator_devices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """Return one line on what is used, and one warning for each thing that is there in vain.
 
     Args:
         found: by `look`.
-        simulator_devices: torch devices of the simulator processes, such as ("cuda:0", "cpu").
+        simulator_devices: torch devices of the simulator processes, such as ("cuda:0", "cpu"); ()
+            where none runs, so that torch does not matter.
     """
     kinds = sorted(set(found.jax_devices))
     devices = ", ".join(f"{found.jax_devices.count(kind)} x {kind}" for kind in kinds)
     build = f"CUDA {found.torch_cuda}" if found.torch_cuda else "CPU"
-    line = (
-        f"devices: JAX computes on {devices} ({found.jax_platform}); simulators on "
-        f"{', '.join(sorted(set(simulator_devices)))}; torch {found.torch_version} "
-        f"({build} build); this host has {found.gpus or 'no'} NVIDIA GPU{'s' * (found.gpus > 1)}"
-    )
+    line = f"devices: JAX computes on {devices} ({found.jax_platform}); "
+    if simulator_devices:
+        line += (
+            f"simulators on {', '.join(sorted(set(simulator_devices)))}; torch "
+            f"{found.torch_version} ({build} build); "
+        )
+    line += f"this host has {found.gpus or 'no'} NVIDIA GPU{'s' * (found.gpus > 1)}"
     warnings = []
-    if found.gpus:
-        there = f"although this host has {found.gpus} NVIDIA GPU{'s' * (found.gpus > 1)}"
-        warnings += [_jax_on_cpu(found, there)] if found.jax_platform == "cpu" else []
+    there = f"although this host has {found.gpus} NVIDIA GPU{'s' * (found.gpus > 1)}"
+    if found.passes_over_gpus:
+        warnings.append(_jax_on_cpu(found, there))
+    if found.gpus and simulator_devices:
         if not found.torch_cuda:
             warnings.append(
                 f"torch {found.torch_version} is no CUDA build {there}, so simulators compute on "
@@ -145,10 +155,10 @@ def problems(found: Found, config: TrainConfig, simulator_devices: tuple[str, ..
     """Return why a run cannot, or should not, begin with what this host has.
 
     Args:
-        simulator_devices: torch device of each simulator process.
+        simulator_devices: torch device of each simulator process, () where none runs.
     """
-    told = []
-    wanted = sorted({d for d in simulator_devices if d.startswith("cuda")})
+    told = device_problems(simulator_devices)
+    wanted = sorted({d for d in simulator_devices if not told and d.startswith("cuda")})
     hidden = Path("/dev/dxg").exists()  # WSL2 has GPUs without device files of their own
     missing = [d for d in wanted if int(d.partition(":")[2] or 0) >= found.gpus and not hidden]
     if wanted and not found.torch_cuda:
@@ -162,15 +172,27 @@ def problems(found: Found, config: TrainConfig, simulator_devices: tuple[str, ..
             f"config.simulator.devices: there is no {missing}; this host shows {found.gpus} NVIDIA "
             "GPUs, numbered from 0 (CUDA_VISIBLE_DEVICES hides others)"
         )
-    if found.gpus and found.jax_platform == "cpu" and not config.cluster.cpu_beside_gpu:
+    if found.passes_over_gpus and not config.cluster.cpu_beside_gpu:
         size = parameters_in(Path(config.policy.checkpoint))
-        if size > LARGE:
-            told.append(
-                f"config.policy.checkpoint: {size / 1e9:.1f} billion parameters would be computed "
-                f"on the CPU. {_jax_on_cpu(found, f'although there is a GPU ({found.gpus})')}; or "
-                "set --config.cluster.cpu_beside_gpu=True"
-            )
+        switch = "--config.cluster.cpu_beside_gpu=True"
+        told += policy_problems(found, "config.policy.checkpoint", size, switch)
     return told
+
+
+def policy_problems(found: Found, field: str, parameters: int, switch: str) -> list[str]:
+    """Return why JAX should not compute a policy on this host, [] if it may.
+
+    Args:
+        field: that names the policy.
+        parameters: of the policy.
+        switch: flag that admits it all the same.
+    """
+    if not found.passes_over_gpus or parameters <= LARGE:
+        return []
+    return [
+        f"{field}: {parameters / 1e9:.1f} billion parameters would be computed on the CPU. "
+        f"{_jax_on_cpu(found, f'although there is a GPU ({found.gpus})')}; or set {switch}"
+    ]
 
 
 def parameters_in(folder: Path) -> int:
@@ -222,15 +244,36 @@ def check_devices(config: TrainConfig, simulator_devices: tuple[str, ...]) -> No
     """Log what JAX and torch use on this host, with a warning for each thing there in vain.
 
     Args:
-        simulator_devices: torch device of each simulator process (`placement.env_devices`).
+        simulator_devices: torch device of each simulator process (`placement.env_devices`), ()
+            where none runs.
 
     Raises:
         ConfigError: a CUDA device is missing, or a large policy would leave a GPU unused.
     """
+    found = _logged(simulator_devices)
+    if told := problems(found, config, simulator_devices):
+        raise ConfigError("\n".join(told))
+
+
+def check_tool(field: str, parameters: int, *, cpu_beside_gpu: bool) -> None:
+    """Do what `check_devices` does, for a tool that computes a policy and has no configuration.
+
+    Args:
+        field, parameters: as of `policy_problems`.
+        cpu_beside_gpu: the tool's own switch of this name.
+
+    Raises:
+        ConfigError: a large policy would leave a GPU unused.
+    """
+    told = policy_problems(_logged(()), field, parameters, "--cpu_beside_gpu")
+    if told and not cpu_beside_gpu:
+        raise ConfigError("\n".join(told))
+
+
+def _logged(simulator_devices: tuple[str, ...]) -> Found:
     found = look()
     line, warnings = describe(found, simulator_devices)
     logging.info("%s", line)
     for warning in warnings:
         logging.warning("%s", warning)
-    if told := problems(found, config, simulator_devices):
-        raise ConfigError("\n".join(told))
+    return found

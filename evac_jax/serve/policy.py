@@ -16,7 +16,7 @@ from evac_jax import checkpoint
 from evac_jax.config import world
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.policy_import import import_policy
+from evac_jax.policy_import import check_card, import_policy
 from evac_jax.shapes import expected_episode
 from evac_jax.tools.policy import export
 from policies.base import Tokenizer
@@ -133,15 +133,15 @@ def load(config: TrainConfig) -> ServedPolicy:
 
     Raises:
         CheckpointError: there is none, or it cannot be imported.
-        ConfigError: the run had another chunk or another number of cameras.
+        ConfigError: the run had another chunk or another number of cameras, or the policy's card
+            says that it was trained otherwise.
     """
     serve = config.serve
     options: dict[str, Any] = {"num_images": len(serve.image_keys), "chunk": serve.chunk}
-    source = Path(config.policy.checkpoint)
-    if config.checkpoint.restore:
-        source = checkpoint.named_run(config)
-    run = export.find_run(source, config.checkpoint.step)
+    source, run = find(config)
     if run is None:
+        gripper = ("env.gripper", config.env.gripper)
+        check_card(config.policy, gripper=gripper, chunk=("serve.chunk", serve.chunk))
         # A value head decides nothing.
         start = dataclasses.replace(config.policy, value_head="none")
         loaded = import_policy(start, seed=config.seed, **options)
@@ -153,6 +153,18 @@ def load(config: TrainConfig) -> ServedPolicy:
     if model.action_spec.chunk != serve.chunk:  # its value head tells
         raise _other_chunk(model.action_spec.chunk, serve.chunk)
     return ServedPolicy(model, tokenizer, config, iteration, _taught(run.folder))
+
+
+def find(config: TrainConfig) -> tuple[Path, export.Run | None]:
+    """Return where the served policy lies, and the run there, None for a Hugging Face folder.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    source = Path(config.policy.checkpoint)
+    if config.checkpoint.restore:
+        source = checkpoint.named_run(config)
+    return source, export.find_run(source, config.checkpoint.step)
 
 
 def _taught(folder: Path) -> tuple[str, ...]:

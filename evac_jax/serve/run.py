@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
 import signal
 import socket
@@ -13,8 +14,9 @@ from absl import logging
 
 from evac_jax.config.schema import ServeConfig, TrainConfig
 from evac_jax.devices import hosts
+from evac_jax.devices.found import check_devices
 from evac_jax.errors import ConfigError
-from evac_jax.serve.policy import ServedPolicy, load
+from evac_jax.serve.policy import ServedPolicy, find, load
 from evac_jax.serve.server import PolicyServer
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -27,11 +29,15 @@ def run(config: TrainConfig) -> None:
 
     Raises:
         CheckpointError: the policy cannot be imported.
-        ConfigError: the address cannot be listened on.
+        ConfigError: the address cannot be listened on, or a large policy would leave a GPU unused;
+            or see `load`.
     """
     settings = config.serve
     with contextlib.closing(_bound(settings)) as listener:
         hosts.keep_programs(config)
+        _, trained = find(config)
+        imported = dataclasses.replace(config, policy=trained.policy) if trained else config
+        check_devices(imported, ())  # nothing is simulated
         logging.info("the policy decides on %s", jax.devices()[0])
         policy = load(config)
         policy.warm_up(len(settings.image_keys), settings.frame_shapes)

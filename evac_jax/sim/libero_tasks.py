@@ -5,7 +5,6 @@ the state. So the first ids contain every task once, and 500 ids cover a suite o
 """
 
 import io
-import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evac_jax.config.libero_files import ALL_ENDINGS, LiberoFiles
+from evac_jax.config.libero_files import ALL_ENDINGS, LiberoFiles, instruction_of
 from evac_jax.errors import DataError
 from evac_jax.files.restricted_npy import unpickle
 from evac_jax.sim.camera import Matrices
@@ -75,14 +74,6 @@ class Suite:
         # Multiples of the golden ratio fill [0, 1) evenly; the n-th smallest is that of state n.
         turn = np.argsort(np.arange(len(states)) * _GOLDEN % 1.0)
         return np.asarray(starts)[np.argsort(turn[which], kind="stable")]
-
-
-def instruction_of(task: str) -> str:
-    """Return a task's name as a sentence, without the scene's name in front.
-
-    Source: LIBERO's benchmark takes the sentence from the file name, too (revision 8f1084e).
-    """
-    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
 
 
 def load_suite(

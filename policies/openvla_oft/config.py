@@ -244,7 +244,8 @@ class OpenVLAOFTConfig:
         Every field is used, known to change nothing, or refused: see `hf_fields`.
 
         Raises:
-            ValueError: an architecture that this code does not have, or an unknown field.
+            ValueError: an architecture that this code does not have, an unknown field, or an
+                override that contradicts a setting of the training (`hf_fields.SETTINGS`).
         """
         config, text = hf_fields.read_config(config)
         ids = config.get("timm_model_ids", list(TIMM_TOWERS))
@@ -279,6 +280,11 @@ class OpenVLAOFTConfig:
             ]
         vocab = text.get("vocab_size", cls.vocab_size)
         padding = config.get("pad_to_multiple_of", cls.vocab_padding)
+        if config.get("vocab_size", vocab) not in (vocab, vocab - padding):
+            raise ValueError(
+                f"config.json: vocab_size = {config['vocab_size']}: expected {vocab} of text_config"
+                f", or {vocab - padding} without its padding"
+            )
         fields = {
             "dinov2": towers[0],
             "siglip": towers[1],
@@ -297,7 +303,7 @@ class OpenVLAOFTConfig:
             "stop_token_id": text.get("eos_token_id", cls.stop_token_id),
             "pad_token_id": config.get("pad_token_id", text.get("pad_token_id", vocab - padding)),
         }
-        return cls(**(fields | overrides))
+        return cls(**(fields | hf_fields.read_settings(config, overrides) | overrides))
 
     def to_hf(self) -> dict[str, Any]:
         """Return a config.json that `from_hf` reads back to the same sizes.

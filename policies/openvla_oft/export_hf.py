@@ -61,8 +61,8 @@ def export_policy(
             value head that the source lacks is written to a separate file, which no index names.
         dtype: "float32" or "bfloat16" on disk; None = as the parameters are, or as `source` has
             them with `like_source`.
-        norm_stats: statistics of further datasets; they are added to those of the source and
-            replace those of the same name.
+        norm_stats: statistics of further datasets, which the policy was trained with; they are
+            added to those of the source and replace those of the same name.
         extra: further files, name -> content.
         max_shard_bytes: size from which a new safetensors file starts; not with `like_source`.
 
@@ -81,6 +81,8 @@ def export_policy(
         config.setdefault("text_config", {})["torch_dtype"] = own
         files["config.json"] = _json_bytes(config)
     if norm_stats:
+        if config.pop("unnorm_key", None):  # it names the statistics of the source's training
+            files["config.json"] = _json_bytes(config)
         statistics = read_json(source / "dataset_statistics.json") or {}
         files["dataset_statistics.json"] = _json_bytes(statistics | norm_stats)
     tensors = _Tensors(model, dtype or model.config.param_dtype)

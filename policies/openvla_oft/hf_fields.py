@@ -1,8 +1,9 @@
 """Fields of config.json, preprocessor_config.json and adapter_config.json, one by one.
 
 Each field is either used, or changes no number here (idle), or may only have the values that this
-code computes with (fixed). A field that is none of these is refused, unless it is off (null, false,
-empty): what it would change, nobody knows. A null counts as a field that is not there.
+code computes with (fixed). A field that is none of these is refused, also one that is false, 0 or
+empty: `do_normalize` is none the less for being off. A null counts as a field that is not there.
+The lists hold all that transformers 4.40 to 5.23, PEFT 0.10 to 0.21 and RLinf write.
 """
 
 import math
@@ -67,7 +68,7 @@ class Fields:
                 if not any(type(v) is type(value) and v == value for v in self.fixed[name]):
                     expected = " or ".join(map(repr, self.fixed[name]))
                     lines.append(f"{told} is not supported; expected {expected}")
-            elif value and name not in self.idle and not name.startswith("_"):
+            elif name not in self.idle:
                 lines.append(f"{told}: not known here; remove the field if it changes no result")
         return lines
 
@@ -84,7 +85,8 @@ def _shown(value: Any) -> str:
 # What every configuration of transformers may hold: bookkeeping, training, text generation.
 TRANSFORMERS = _names(
     """
-    architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
+    attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
     chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range
@@ -92,25 +94,43 @@ TRANSFORMERS = _names(
     max_position_embeddings min_length no_repeat_ngram_size num_beam_groups num_beams
     num_return_sequences output_attentions output_hidden_states output_scores prefix pretraining_tp
     problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version trust_remote_code typical_p use_bfloat16 use_cache
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tokenizer_class top_k top_p torch_dtype torchscript transformers_version trust_remote_code
+    typical_p use_bfloat16 use_cache
     """
 )
+# Networks that none of OpenVLA's parts is.
+OTHER_NETWORKS: dict[str, tuple] = {"add_cross_attention": (False,), "pruned_heads": ({},)}
 # Names of OpenVLA's parts, which its tensors tell, and settings of the run that RLinf writes along.
+# Its `center_crop` is true in nearly all of them and crops nothing: no policy of RLinf reads it.
 OPENVLA = _names(
     """
-    action_dim add_value_head center_crop ckpt_path hf_llm_id hidden_size image_size
-    implement_version is_lora llm_backbone_id llm_max_length lora_path lora_rank max_prompt_length
-    model_path num_action_chunks num_images_in_input output_projector_states policy_setup precision
-    proprio_dim tie_word_embeddings unnorm_key use_wrist_image value_type vh_mode
+    add_value_head center_crop ckpt_path hf_llm_id hidden_size image_size is_lora llm_backbone_id
+    llm_max_length lora_path lora_rank max_prompt_length model_path output_projector_states
+    policy_setup precision proprio_dim tie_word_embeddings use_wrist_image value_type vh_mode
     vision_backbone_id
     """
 )
+# Layouts of RLinf -> whether they keep the stop token.
+VERSIONS = {"rlinf": False, "official": True}
+# Settings of the training -> the field of `OpenVLAOFTConfig` that they are, and who sets it here.
+SETTINGS = {
+    "action_dim": ("action_dim", "the action statistics (policy.unnorm_key) or the recording"),
+    "implement_version": ("keep_stop_token", "policy.keep_stop_token or --keep_stop_token"),
+    "num_action_chunks": ("chunk", "the simulator, serve.chunk or --chunk"),
+    "num_images_in_input": ("num_images", "the cameras of the simulator or of serve.image_keys"),
+}
 CONFIG = Fields(
     used={
+        "action_dim": COUNT,
         "image_sizes": SIZES,
+        "implement_version": Kind(
+            f"one of {[*VERSIONS]}", lambda v: isinstance(v, str) and v in VERSIONS
+        ),
         "n_action_bins": COUNT,
         "norm_stats": OBJECT,
+        "num_action_chunks": COUNT,
+        "num_images_in_input": COUNT,
         "pad_to_multiple_of": INDEX,
         "pad_token_id": INDEX,
         "text_config": OBJECT,
@@ -120,8 +140,11 @@ CONFIG = Fields(
         "tiny_vision_overrides": Kind(
             "a list of 2 objects", lambda v: PAIR.fits(v) and all(map(OBJECT.fits, v))
         ),
+        "unnorm_key": TEXT,
+        "vocab_size": COUNT,
     },
-    fixed={
+    fixed=OTHER_NETWORKS
+    | {
         "arch_specifier": ("no-align+fused-gelu-mlp",),
         "image_resize_strategy": ("resize-naive",),
         "model_type": ("openvla", "openvla_oft"),
@@ -148,7 +171,8 @@ LLAMA = Fields(
         "rope_theta": NUMBER,
         "vocab_size": COUNT,
     },
-    fixed={
+    fixed=OTHER_NETWORKS
+    | {
         "attention_bias": (False,),
         "attention_dropout": (0.0, 0),
         "hidden_act": ("silu",),
@@ -175,6 +199,10 @@ PREPROCESSOR = Fields(
     used={"means": PAIR, "stds": PAIR, "tvf_normalize_params": PAIR, "input_sizes": PAIR,
           "tvf_crop_params": PAIR, "tvf_resize_params": PAIR},
     fixed={
+        "do_center_crop": (False,),
+        "do_normalize": (True,),
+        "do_rescale": (True,),
+        "do_resize": (True,),
         "image_resize_strategy": ("resize-naive",),
         "interpolations": (["bicubic", "bicubic"],),
         "tvf_do_letterbox": (False,),
@@ -196,10 +224,16 @@ ADAPTER = Fields(
               "conversion writes true)",
               lambda v: any(type(v) is type(one) and v == one for one in PLAIN_STARTS))},
     fixed={
+        "alpha_pattern": ({},),
         "bias": ("none",),
         "fan_in_fan_out": (False,),
+        "layer_replication": ([],),
         "lora_bias": (False,),
+        "modules_to_save": ([],),
         "peft_type": ("LORA",),
+        "rank_pattern": ({},),
+        "target_parameters": ([],),
+        "trainable_token_indices": ([], {}),
         "use_dora": (False,),
         "use_qalora": (False,),
     },
@@ -251,6 +285,30 @@ def read_config(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     if "rope_theta" in text.get("rope_parameters", {}):
         text["rope_theta"] = text["rope_parameters"]["rope_theta"]
     return config, text
+
+
+def read_settings(config: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `OpenVLAOFTConfig` that config.json tells as settings of the training.
+
+    Args:
+        config: of `read_config`.
+        asked: fields that the caller sets; where config.json tells them, they must be the same.
+
+    Raises:
+        ValueError: they are not; all are listed.
+    """
+    told, problems = {}, []
+    for name, (own, by) in SETTINGS.items():
+        if name not in config:
+            continue
+        told[own] = VERSIONS[config[name]] if name == "implement_version" else config[name]
+        if (got := asked.get(own, told[own])) != told[own]:
+            problems.append(
+                f"{name} = {config[name]!r}: expected {own} = {told[own]}, got {got} by {by}; "
+                "change that, or this field if the policy is to learn it anew"
+            )
+    refuse("config.json", problems)
+    return told
 
 
 def _rope_problems(text: dict[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """Reads a policy from a Hugging Face folder; each tensor is read once and placed at once."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +69,16 @@ def read_statistics(
 
     Raises:
         KeyError: no such dataset.
-        ValueError: its statistics are incomplete.
+        ValueError: its statistics are incomplete, or config.json names others.
     """
     folder, notes = Path(folder), []
     stats = read_norm_stats(folder)
+    told = (read_json(folder / "config.json") or {}).get("unnorm_key")
+    if told and told.removesuffix(NO_NOOPS) != unnorm_key.removesuffix(NO_NOOPS):
+        raise ValueError(
+            f"{folder}: config.json: unnorm_key = {told!r}: expected these statistics, got "
+            f"{unnorm_key!r} by policy.unnorm_key; change that, or the field if it is wrong"
+        )
     names = (unnorm_key, f"{unnorm_key}{NO_NOOPS}", unnorm_key.removesuffix(NO_NOOPS))
     key = next((name for name in names if name in stats), unnorm_key)
     if key != unnorm_key:
@@ -219,7 +224,8 @@ def _open(
     if unnorm_key:
         statistics, notes = read_statistics(folder, unnorm_key, normalization)
         if "action_dim" not in fields:
-            config = dataclasses.replace(config, action_dim=len(statistics.low))
+            fields["action_dim"] = len(statistics.low)
+            config = load_config(folder, max_prompt_length=max_prompt_length, **fields)
     tokenizer = PromptTokenizer(folder, max_prompt_length)
     tokenizer.check_vocabulary(config.tokenizer_vocab, config.vocab_size)
     adapter = LoraAdapter(lora_adapter) if lora_adapter else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from policies.openvla_oft import hf_fields, hf_keys
 from policies.openvla_oft.checkpoint_files import FLOATS, entries, read_json, read_tensor
@@ -191,6 +191,7 @@ def save_adapter(model: nnx.Module, folder: str | Path, *, base: str | Path) -> 
 
     Raises:
         FileExistsError: `folder` exists already.
+        OSError: it cannot be written, such as to a full disk.
         ValueError: the policy has no adapters.
     """
     folder, config = Path(folder), model.config
@@ -209,10 +210,13 @@ def save_adapter(model: nnx.Module, folder: str | Path, *, base: str | Path) -> 
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         (temporary / CONFIG).write_text(json.dumps(_adapter_config(config, base), indent=2))
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        # Not by `save_file`, whose error of a full disk is no OSError.
+        (temporary / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         temporary.chmod(0o755)
-        (temporary / WEIGHTS).chmod(0o644)
         os.replace(temporary, folder)
+    except OSError as error:
+        error.filename = error.filename or str(folder)  # a full disk's names none
+        raise
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)

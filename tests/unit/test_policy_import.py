@@ -15,11 +15,20 @@ from evac_jax.config.build import default_config
 from evac_jax.config.libero import LiberoConfig
 from evac_jax.config.schema import PolicyConfig
 from evac_jax.errors import CheckpointError, ConfigError
-from evac_jax.policy_import import check_libero, check_policy, import_policy, known_tasks
-from evac_jax.tools.episodes.collect_libero import policy_player
+from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.policy_import import (
+    check_card,
+    check_libero,
+    check_policy,
+    import_policy,
+    known_tasks,
+    read_sizes,
+)
+from evac_jax.tools.episodes.collect_libero import check_player
 from policies.openvla_oft.checkpoint_files import INDEX
 from tests.unit.policies.tiny import NORM_STATS
 from tests.unit.policy_folder import load, rewrite, shards, told, write
+from tests.unit.sim import libero_fakes
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +228,29 @@ def test_key_of_statistics_is_found_with_and_without_its_suffix(folder):
         assert loaded.notes == (f"statistics '{there}' stand in for '{asked}'",)
 
 
+def test_settings_that_the_config_tells_of_the_training_must_be_those_of_the_run(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+
+    def tell(**settings):
+        path.write_text(json.dumps(config | settings))
+
+    tell(unnorm_key="tiny_no_noops", num_action_chunks=2, num_images_in_input=2, action_dim=3)
+    load(folder)
+    for settings, message in (
+        ({"unnorm_key": "robot"}, "unnorm_key = 'robot': expected these statistics, got 'tiny'"),
+        ({"num_action_chunks": 25}, "num_action_chunks = 25: expected chunk = 25, got 2"),
+        ({"num_images_in_input": 1}, "num_images_in_input = 1: expected num_images = 1, got 2"),
+        ({"action_dim": 7}, "action_dim = 7: expected action_dim = 7, got 3 by the action stat"),
+    ):
+        tell(**settings)
+        assert message in told(folder)
+    policy = PolicyConfig(checkpoint=str(folder), unnorm_key="tiny", max_prompt_length=24)
+    tell(num_action_chunks=25)
+    with pytest.raises(CheckpointError, match="num_action_chunks"):
+        read_sizes(policy, chunk=8)
+
+
 def test_statistics_may_stand_in_the_config_and_the_file_wins(folder):
     config = json.loads((folder / "config.json").read_text())
     other = {"tiny": {"action": {"q01": [-9.0] * 3, "q99": [9.0] * 3}}}
@@ -281,7 +313,25 @@ def test_prompt_that_is_too_long_is_told_before_anything_is_made_or_started(fold
         check_policy(config.policy, known_tasks(config))
 
 
-def test_policy_of_another_libero_is_refused_before_anything_starts(folder):
+@pytest.mark.parametrize("ground_truth", ["miniature", "libero"])
+@pytest.mark.parametrize("starts", ["miniature", "npy"])
+@pytest.mark.parametrize("simulator", ["world_model", "ground_truth"])
+def test_instructions_are_known_before_anything_starts(tmp_path, ground_truth, starts, simulator):
+    config = default_config("grpo")
+    config = dataclasses.replace(
+        config,
+        libero=dataclasses.replace(libero_fakes.write(tmp_path), tasks=(1,)),
+        env=dataclasses.replace(config.env, initial_states=starts, simulator=simulator),
+        eval=dataclasses.replace(config.eval, ground_truth=ground_truth),
+    )
+    in_miniature = ground_truth == "miniature" or (starts, simulator) == (
+        *("miniature", "world_model"),
+    )
+    expected = list(INSTRUCTIONS) * in_miniature + ["close the drawer"] * (ground_truth == "libero")
+    assert known_tasks(config) == expected
+
+
+def test_policy_of_another_libero_is_refused_before_anything_starts(folder, monkeypatch):
     seen = LiberoConfig(image_size=64, action_repeat=2)
     config = default_config("grpo")
     config = dataclasses.replace(
@@ -295,8 +345,51 @@ def test_policy_of_another_libero_is_refused_before_anything_starts(folder):
     check_libero(config)
     with pytest.raises(ConfigError, match=r"policy\.checkpoint.*action_repeat \(2 and 1\)"):
         check_libero(other := dataclasses.replace(config, libero=LiberoConfig(image_size=64)))
+    monkeypatch.setattr(LiberoConfig, "instructions", ["close the drawer"])
+    player = dataclasses.replace(config.policy, unnorm_key="tiny")
     with pytest.raises(ConfigError, match="action_repeat"):
-        policy_player(dataclasses.replace(other, policy=PolicyConfig()), config.policy, ())
+        check_player(dataclasses.replace(other, policy=PolicyConfig()), player)
+
+
+CARD = {"gripper": "none", "unnorm_key": "tiny_no_noops", "chunk": 2, "keep_stop_token": True}
+
+
+def test_policy_is_asked_as_its_card_says(folder, tmp_path):
+    policy = PolicyConfig(checkpoint=str(folder), unnorm_key="tiny", keep_stop_token=True)
+    asked = {"gripper": ("env.gripper", "none"), "chunk": ("serve.chunk", 2)}
+    others = {"gripper": ("env.gripper", "libero"), "chunk": ("serve.chunk", 8)}
+    check_card(policy, **others)  # no card, as published policies
+    for card in (CARD, {"start": CARD}, {"gripper": None, "chunk": 2, "start": CARD}):
+        (folder / "card.json").write_text(json.dumps(card))
+        check_card(policy, **asked)
+        with pytest.raises(ConfigError) as error:
+            check_card(PolicyConfig(checkpoint=str(folder), unnorm_key="robot"), **others)
+        told = str(error.value).splitlines()
+        assert sorted(line.partition(": expected ")[0] for line in told) == [
+            "config.env.gripper",
+            "config.policy.keep_stop_token",
+            "config.policy.unnorm_key",
+            "config.serve.chunk",
+        ]
+        assert "config.env.gripper: expected gripper 'none', with which" in str(error.value)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "card.json").write_text(json.dumps(CARD | {"gripper": "libero"}))
+    adapted = dataclasses.replace(policy, lora_adapter=str(tmp_path / "adapter"))
+    check_card(adapted, gripper=("env.gripper", "libero"))
+
+
+@pytest.mark.parametrize("start", [train.run, train.evaluate_only])
+def test_card_that_the_run_contradicts_is_told_before_anything_starts(folder, tmp_path, start):
+    (folder / "card.json").write_text(json.dumps({"gripper": "none"}))
+    config = default_config("grpo")
+    config = dataclasses.replace(
+        config,
+        policy=PolicyConfig(checkpoint=str(folder), unnorm_key="tiny", max_prompt_length=128),
+        log=dataclasses.replace(config.log, dir=str(tmp_path / "runs")),
+        cluster=dataclasses.replace(config.cluster, compilation_cache=""),
+    )
+    with pytest.raises(ConfigError, match=r"env\.gripper: expected gripper 'none'.*got 'libero'"):
+        start(config)
 
 
 def test_tokenizer_of_another_model_is_refused(folder):

@@ -10,9 +10,11 @@ success. The recording is a pure function of its arguments.
 """
 
 import argparse
+import dataclasses
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,16 +23,16 @@ from absl import logging
 
 from evac_jax.config import hub
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.files import recordings
+from evac_jax.files import claim, recordings
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.expert import KINDS, Expert, demonstrate
 from evac_jax.miniature.render import camera, render
 from evac_jax.miniature.scene import Scenes
 from evac_jax.miniature.tasks import INSTRUCTIONS
-from evac_jax.tools.command_line import Parser, not_negative, run_tool
+from evac_jax.tools.command_line import Parser, not_negative, refuse_existing, run_tool
 
 if TYPE_CHECKING:
-    from evac_jax.config.schema import TrainConfig
+    from evac_jax.config.schema import PolicyConfig, TrainConfig
 
 DEFAULT_MIX = {
     "noisy": 0.18,
@@ -57,6 +59,7 @@ def collect(
     seed: int = 0,
     steps: int = STEPS,
     image_size: int = 64,
+    policy: "PolicyConfig | None" = None,
 ) -> recordings.Episodes:
     """Record episodes into the new folder `out` and return them.
 
@@ -69,9 +72,12 @@ def collect(
         seed: recordings of different seeds share no scene.
         steps: actions per episode.
         image_size: pixels.
+        policy: how policies are imported; its adapter is that of its own checkpoint. None = by
+            the defaults.
 
     Raises:
         DataError: the folder exists, or the mixture is not one.
+        CheckpointError: a policy cannot be imported.
     """
     out = Path(out)
     mix = dict(DEFAULT_MIX if mix is None else mix)
@@ -87,13 +93,14 @@ def collect(
 
     began = time.perf_counter()
     counts = _counts(mix, num_episodes)
-    players = [_player(kind, steps) for kind in counts]
+    players = [_player(kind, steps, policy) for kind in counts]
     scene_seeds = FIRST_SCENE + seed * SCENES_PER_SEED + np.arange(num_episodes)
     intrinsic, c2w = camera(image_size)
     facts = {
         "command": "python -m evac_jax.tools.episodes.collect --out DIR "
         f"--episodes {num_episodes} --mix {_shown(mix)} --seed {seed} --steps {steps} "
-        f"--image_size {image_size}",
+        f"--image_size {image_size}"
+        + (f" --unnorm_key {policy.unnorm_key}" if policy and policy.unnorm_key else ""),
         "pose": "xyz in metres, quaternion xyzw, gripper opening 0..1",
         "action": "delta_ee_7 in [-1, 1]; gripper -1 opens, +1 closes",
         "versions": {"python": sys.version.split()[0], "numpy": np.__version__},
@@ -135,15 +142,23 @@ def _write(writer, scenes, seeds, actions, states, source: int, image_size: int)
         )
 
 
-def _player(kind: str, steps: int) -> Player:
+def _player(kind: str, steps: int, policy: "PolicyConfig | None") -> Player:
     if not kind.startswith(POLICY):
         return lambda scenes, rng: demonstrate(scenes, Expert(kind, rng), steps)
     # JAX is only imported when a policy plays.
-    from evac_jax.tools.episodes.policy_player import PolicyPlayer
+    from evac_jax.tools.episodes.policy_player import SETTINGS, PolicyPlayer
 
+    player = PolicyPlayer(_asked(kind, policy or SETTINGS))
+    return lambda scenes, rng: player.play(scenes, steps, seed=int(rng.integers(2**31)))
+
+
+def _asked(kind: str, policy: "PolicyConfig") -> "PolicyConfig":
+    """Return how "policy:FOLDER@T" is imported and sampled; an adapter belongs to its own base."""
     folder, temperature = _policy(kind)
-    policy = PolicyPlayer(folder, temperature=temperature)
-    return lambda scenes, rng: policy.play(scenes, steps, seed=int(rng.integers(2**31)))
+    adapter = policy.lora_adapter if folder == policy.checkpoint else ""
+    return dataclasses.replace(
+        policy, checkpoint=folder, temperature=temperature, lora_adapter=adapter
+    )
 
 
 def _policy(kind: str) -> tuple[str, float]:
@@ -186,11 +201,16 @@ def run(config: "TrainConfig") -> None:
     """Record what `config.collect` asks for; "policy" is the configured policy and temperature.
 
     Raises:
-        ConfigError: no folder, no mixture, or no ground truth to record in.
+        ConfigError: no new folder, no mixture, or no ground truth to record in.
+        StorageError: the folder cannot be written to.
     """
     wanted = config.collect
     if not wanted.out:
         raise ConfigError("config.collect.out: expected a new folder for the episodes, got nothing")
+    out = Path(wanted.out)
+    claim.check_writable(out, "set --config.collect.out to a folder that can")
+    if os.path.lexists(out):
+        raise ConfigError(f"config.collect.out: expected a new folder, got {wanted.out!r}")
     if config.eval.ground_truth == "none":
         raise ConfigError(
             "config.eval.ground_truth: episodes are recorded in a ground truth, got 'none'"
@@ -199,8 +219,18 @@ def run(config: "TrainConfig") -> None:
         mix = parse_mix(wanted.mix)
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"config.collect.mix: {error}") from error
+    with claim.told_as_storage_error(out):
+        _record(config, mix)
+
+
+def _record(config: "TrainConfig", mix: Mapping[str, float]) -> None:
+    from evac_jax.devices.found import check_devices
+
     own = f"{POLICY}{config.policy.checkpoint}@{config.policy.temperature}"
     mix = {own if kind == "policy" else kind: share for kind, share in mix.items()}
+    for kind in mix:
+        if kind.startswith(POLICY):
+            check_devices(dataclasses.replace(config, policy=_asked(kind, config.policy)), ())
     if config.eval.ground_truth == "libero":
         _run_libero(config, mix)
         return
@@ -210,8 +240,13 @@ def run(config: "TrainConfig") -> None:
             f"have players; got {config.eval.ground_truth!r}. Record your own by a script of your "
             "own: docs/episodes.md has a writer"
         )
-    steps = config.env.max_episode_steps
-    data = collect(wanted.out, wanted.episodes, mix, seed=config.seed, steps=steps)
+    wanted, steps = config.collect, config.env.max_episode_steps
+    data = collect(
+        *(wanted.out, wanted.episodes, mix),
+        seed=config.seed,
+        steps=steps,
+        policy=config.policy,
+    )
     logging.info("success by source: %s", data.card["success_once"])
 
 
@@ -230,7 +265,7 @@ def _run_libero(config: "TrainConfig", mix: Mapping[str, float]) -> None:
     collect_libero.run(config, kinds, counts)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = Parser("episodes.collect", __doc__)
     parser.add_argument("--out", required=True, help="new folder")
@@ -241,8 +276,16 @@ def main() -> None:
     parser.add_seed("scenes and players; recordings of different seeds share no scene")
     parser.add_argument("--steps", type="count", default=STEPS, help="actions of an episode")
     parser.add_image_size(64)
-    args = parser.parse_args()
+    text = "action statistics of policies whose folders have several"
+    parser.add_argument("--unnorm_key", default="", help=text)
+    args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
+    refuse_existing(args.out)
+    policy = None
+    if args.unnorm_key:
+        from evac_jax.tools.episodes.policy_player import SETTINGS
+
+        policy = dataclasses.replace(SETTINGS, unnorm_key=args.unnorm_key)
     data = collect(
         args.out,
         args.episodes,
@@ -250,6 +293,7 @@ def main() -> None:
         seed=args.seed,
         steps=args.steps,
         image_size=args.image_size,
+        policy=policy,
     )
     logging.info("success by source: %s", data.card["success_once"])
 

@@ -22,13 +22,14 @@ from flax import nnx
 from evac_jax.devices import sharding
 from evac_jax.errors import ConfigError, DataError
 from evac_jax.files import cards, recordings
-from evac_jax.policy_import import check_libero, import_policy
+from evac_jax.policy_import import check_card, check_libero, check_policy, import_policy
 from evac_jax.sim.libero import ACTION_DIM, LiberoEnvConfig, to_libero
 from evac_jax.sim.libero_bddl import followed, read_problem
 from evac_jax.sim.libero_players import KINDS, LiberoPlayer, PickAndPlace, scripted_tasks
 from evac_jax.sim.libero_pool import LiberoPool
 from evac_jax.sim.libero_tasks import Suite
 from evac_jax.starts import noise_seed, range_of
+from policies.openvla_oft.import_hf import read_statistics
 from policies.types import ObsBatch
 
 if TYPE_CHECKING:
@@ -50,11 +51,6 @@ Decide = Callable[[list[int], list[Parts], int], list[np.ndarray]]
 class Source(Protocol):
     """Who plays."""
 
-    @property
-    def tasks(self) -> Collection[int]:
-        """The numbers of the tasks that it can do."""
-        ...
-
     def begin(self, starts: np.ndarray, seed: int) -> Decide:
         """Return how the episodes from `starts` [n] are played."""
         ...
@@ -68,6 +64,26 @@ def play_random(frames: np.ndarray, tasks: np.ndarray, seed: int) -> np.ndarray:
     return actions.repeat(CHUNK, axis=1)
 
 
+def check_player(config: "TrainConfig", policy: "PolicyConfig") -> None:
+    """Check that a policy can play LIBERO, as far as possible without reading weights.
+
+    Raises:
+        CheckpointError: it cannot be imported.
+        ConfigError: its actions are others, or belong to another LIBERO.
+    """
+    check_policy(policy, config.libero.instructions)
+    gripper = ("env.gripper", config.env.gripper)
+    check_card(policy, gripper=gripper, chunk=("policy.checkpoint", CHUNK))
+    check_libero(dataclasses.replace(config, policy=policy))
+    if policy.unnorm_key:
+        dim = len(read_statistics(policy.checkpoint, policy.unnorm_key)[0].low)
+        if dim != ACTION_DIM:
+            raise ConfigError(
+                f"config.policy.unnorm_key: expected statistics of {ACTION_DIM} numbers, as LIBERO "
+                f"is moved by, got {dim} of {policy.unnorm_key!r} in {policy.checkpoint!r}"
+            )
+
+
 def policy_player(
     config: "TrainConfig", policy: "PolicyConfig", instructions: Sequence[str]
 ) -> Player:
@@ -75,9 +91,8 @@ def policy_player(
 
     Raises:
         CheckpointError: the policy cannot be imported.
-        ConfigError: it decides on another number of actions, or belongs to another LIBERO.
+        ConfigError: it decides on another number of actions.
     """
-    check_libero(dataclasses.replace(config, policy=policy))
     mesh = sharding.make_mesh(config.mesh.data or 1, config.mesh.fsdp)
     shardings = partial(sharding.leaf_sharding, mesh)
     loaded = import_policy(policy, seed=config.seed, chunk=CHUNK, num_images=1, shardings=shardings)
@@ -117,7 +132,6 @@ class AskPolicy:
     """
 
     def __init__(self, player: Player, suite: Suite, batch: int, gripper: str):
-        self.tasks = range(len(suite.tasks))
         self._player, self._suite, self._batch, self._gripper = player, suite, batch, gripper
 
     def begin(self, starts: np.ndarray, seed: int) -> Decide:
@@ -144,7 +158,6 @@ class AskScripts:
     """
 
     def __init__(self, kind: str, pool: LiberoPool, known: Mapping[int, PickAndPlace], repeat: int):
-        self.tasks = tuple(known)
         self._kind, self._pool, self._known, self._repeat = kind, pool, known, repeat
 
     def begin(self, starts: np.ndarray, seed: int) -> Decide:
@@ -212,16 +225,18 @@ def _objects(pool: LiberoPool, task: int) -> tuple[str, str, str]:
 def record(
     config: "TrainConfig",
     pool: LiberoPool,
-    sources: Mapping[str, Callable[[], Source]],
+    sources: Mapping[str, tuple[Collection[int], Callable[[], Source]]],
     counts: Sequence[int],
 ) -> recordings.Episodes:
     """Record `counts` episodes of the sources into `config.collect.out`.
 
     Args:
-        sources: name -> what makes the source, one after another: policies are large.
+        sources: name -> the tasks that it can do, and what makes it; one is made after another,
+            because policies are large.
 
     Raises:
-        ConfigError: there are no such starts, or a source can play none of them.
+        ConfigError: there are no such starts, or a source can play none of them; told before any
+            of them plays, as is what follows.
         DataError: the folder exists, or the tasks' cameras differ.
     """
     suite, batch = pool.suite, config.eval.ground_truth_envs
@@ -229,8 +244,21 @@ def record(
     low, high = range_of("env.train_starts", ends, suite.num_starts, suite.name)
     order = suite.spread(np.arange(low, high))
     order = np.roll(order, -config.seed * sum(counts))  # the next seed goes on with other starts
+    edges, chosen = np.cumsum([0, *counts]), {}
+    for number, (name, (tasks, _)) in enumerate(sources.items()):
+        if not counts[number]:
+            continue
+        able = order[np.isin(suite.locate(order)[0], list(tasks))]
+        if not len(able):
+            raise ConfigError(
+                f"config.env.train_starts: {name} can do no task of the starts {low}..{high - 1}; "
+                "choose others"
+            )
+        mine = able[np.arange(edges[number], edges[number + 1]) % len(able)]
+        # Task by task: building a scene takes longer than a short episode.
+        chosen[number] = mine[np.argsort(suite.locate(mine)[0], kind="stable")]
+    _look_at_cameras(config, pool, np.concatenate(list(chosen.values())))
     size = config.libero.image_size
-    pool.start([0], order[:1])  # the simulator knows where its camera is, nobody else
     with recordings.EpisodeWriter(
         config.collect.out,
         image_shape=(1, size, size, 3),
@@ -240,35 +268,38 @@ def record(
         c2w=pool.camera[1],
         facts=_facts(config),
     ) as writer:
-        edges = np.cumsum([0, *counts])
-        for number, make in enumerate(sources.values()):
-            if not counts[number]:
+        for number, (_, make) in enumerate(sources.values()):
+            if number not in chosen:
                 continue
             source = make()
-            able = order[np.isin(suite.locate(order)[0], list(source.tasks))]
-            if not len(able):
-                raise ConfigError(
-                    f"config.env.train_starts: {list(sources)[number]} can do no task of the "
-                    f"starts {low}..{high - 1}; choose others"
-                )
-            chosen = able[np.arange(edges[number], edges[number + 1]) % len(able)]
-            # Task by task: building a scene takes longer than a short episode.
-            chosen = chosen[np.argsort(suite.locate(chosen)[0], kind="stable")]
             for at in range(edges[number], edges[number + 1], batch):
-                mine = chosen[at - edges[number] :][:batch]
+                mine = chosen[number][at - edges[number] :][:batch]
                 decide = source.begin(mine, noise_seed(config.seed, at))
                 episodes = play_batch(pool, decide, mine, steps=config.libero.episode_steps)
                 tasks, held_out = suite.locate(mine)[0].tolist(), suite.is_held_out(mine).tolist()
                 for episode, task, start, held in zip(episodes, tasks, mine, held_out, strict=True):
                     facts = {"task": task, "start": int(start), "held_out": held}
                     writer.add(**episode, **facts, source=number)
-                if not pool.one_camera:
-                    raise DataError(
-                        f"{suite.name}: its tasks have cameras in several places, a recording has "
-                        "one; narrow config.env.train_starts, or set config.libero.camera to "
-                        '"reference"'
-                    )
     return recordings.load(config.collect.out)
+
+
+def _look_at_cameras(config: "TrainConfig", pool: LiberoPool, starts: np.ndarray) -> None:
+    """Begin an episode of every task of `starts` [n]: LIBERO alone knows where its camera is.
+
+    Raises:
+        DataError: the cameras differ.
+    """
+    first = starts[np.unique(pool.suite.locate(starts)[0], return_index=True)[1]]
+    if config.libero.camera != "true":  # then it is one for all
+        first = first[:1]
+    for at in range(0, len(first), config.eval.ground_truth_envs):
+        some = first[at:][: config.eval.ground_truth_envs]
+        pool.start(list(range(len(some))), some)
+    if not pool.one_camera:
+        raise DataError(
+            f"{pool.suite.name}: its tasks have cameras in several places, a recording has one; "
+            'narrow config.env.train_starts, or set config.libero.camera to "reference"'
+        )
 
 
 def _facts(config: "TrainConfig") -> dict:
@@ -288,7 +319,22 @@ def run(config: "TrainConfig", mix: Mapping[str, tuple[str, float]], counts: Seq
     Args:
         mix: shown name -> (policy folder, temperature), or (one of `PLAYERS`, 0).
         counts: episodes of each.
+
+    Raises:
+        CheckpointError: a policy cannot be imported; told before LIBERO starts.
+        ConfigError: see `record`.
     """
+    policies = {}
+    for name, (folder, temperature) in mix.items():
+        if name not in PLAYERS:
+            own = folder == config.policy.checkpoint
+            policies[name] = dataclasses.replace(
+                config.policy,
+                checkpoint=folder,
+                temperature=temperature,
+                lora_adapter=config.policy.lora_adapter if own else "",
+            )
+            check_player(config, policies[name])
     pool, gripper = LiberoPool(config.libero, config.eval.ground_truth_envs), config.env.gripper
     asked = partial(
         AskPolicy, suite=pool.suite, batch=config.eval.ground_truth_envs, gripper=gripper
@@ -296,23 +342,18 @@ def run(config: "TrainConfig", mix: Mapping[str, tuple[str, float]], counts: Seq
     try:
         scripts = [name for name in mix if name in KINDS]
         known = scripted_tasks(pool.bddl_files, pool.suite) if scripts else {}
-        sources: dict[str, Callable[[], Source]] = {}
-        for name, (folder, temperature) in mix.items():
+        sources: dict[str, tuple[Collection[int], Callable[[], Source]]] = {}
+        every = range(len(pool.suite.tasks))
+        for name in mix:
             if name in scripts:
-                sources[name] = partial(AskScripts, name, pool, known, config.libero.action_repeat)
+                make = partial(AskScripts, name, pool, known, config.libero.action_repeat)
+                sources[name] = known, make
                 continue
-            if folder == RANDOM:
-                sources[name] = partial(asked, play_random)
+            if name == RANDOM:
+                sources[name] = every, partial(asked, play_random)
                 continue
-            own = folder == config.policy.checkpoint
-            policy = dataclasses.replace(
-                config.policy,
-                checkpoint=folder,
-                temperature=temperature,
-                lora_adapter=config.policy.lora_adapter if own else "",
-            )
-            player = partial(policy_player, config, policy, pool.suite.instructions)
-            sources[name] = lambda player=player: asked(player())
+            player = partial(policy_player, config, policies[name], pool.suite.instructions)
+            sources[name] = every, lambda player=player: asked(player())
         data = record(config, pool, sources, counts)
     finally:
         pool.close()

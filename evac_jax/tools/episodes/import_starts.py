@@ -22,7 +22,7 @@ from PIL import Image
 from evac_jax.errors import DataError
 from evac_jax.files import cards, meaning
 from evac_jax.sim.initial_states import Starts, pack_starts
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 from evac_jax.tools.episodes import importing
 
 LIST_FILE = "starts.json"
@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--camera", required=True, help="as for import_rlinf: a JSON file, or libero")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
+    refuse_existing(args.out)
     source = PictureStarts(args.source, args.image_size, args.camera)
     pack_starts(source, np.arange(source.num_starts), args.out, **cards.card())
     logging.info("%d starts -> %s", source.num_starts, args.out)

@@ -1,5 +1,6 @@
 """Plays a policy folder in the tabletop's ground truth, as reinforcement learning would ask it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from evac_jax.config.schema import PolicyConfig
 from evac_jax.errors import CheckpointError
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.render import render
 from evac_jax.miniature.scene import Scenes
 from evac_jax.miniature.tasks import INSTRUCTIONS
+from evac_jax.policy_import import import_policy, told_as_checkpoint_error
 from policies.openvla_oft import peft
-from policies.openvla_oft.import_hf import load_policy
+from policies.openvla_oft.import_hf import read_norm_stats
 from policies.types import ObsBatch
 
-MAX_PROMPT_LENGTH = 28
+SETTINGS = PolicyConfig(max_prompt_length=28)  # where no configuration tells
 
 
 def _base_and_adapter(folder: Path) -> tuple[Path, Path | str]:
@@ -33,28 +36,35 @@ class PolicyPlayer:
     """A policy that is asked once per chunk.
 
     Args:
-        folder: Hugging Face folder of a policy for the miniature, or a LoRA adapter in PEFT's
-            layout whose base lies beside it under the name that the adapter gives.
-        temperature: of sampling; 0 = greedy.
+        policy: how it is imported and sampled. `checkpoint` is the Hugging Face folder of a policy
+            for the miniature, or a LoRA adapter in PEFT's layout whose base lies beside it under
+            the name that the adapter gives; `temperature` 0 = greedy. `unnorm_key` may be "" where
+            the folder has statistics of one name only.
 
     Raises:
-        CheckpointError: the folder holds no policy that can be loaded.
+        CheckpointError: the folder holds no policy that can be loaded, or not these statistics.
     """
 
-    def __init__(self, folder: str | Path, *, temperature: float):
-        try:
-            base, adapter = _base_and_adapter(Path(folder))
-            statistics = json.loads((base / "dataset_statistics.json").read_text())
-            if not isinstance(statistics, dict) or not statistics:
-                raise ValueError("dataset_statistics.json holds no statistics")
-            loaded = load_policy(
-                base,
-                unnorm_key=next(iter(statistics)),
-                max_prompt_length=MAX_PROMPT_LENGTH,
-                lora_adapter=adapter,
+    def __init__(self, policy: PolicyConfig):
+        with told_as_checkpoint_error(f"cannot load a policy from {policy.checkpoint!r}"):
+            base, adapter = _base_and_adapter(Path(policy.checkpoint))
+            keys = [policy.unnorm_key] if policy.unnorm_key else list(read_norm_stats(base))
+        if len(keys) != 1:
+            raise CheckpointError(
+                f"config.policy.unnorm_key: expected one of {keys}, the action statistics of "
+                f"{str(base)!r}, got ''; set it, or --unnorm_key of tools.episodes.collect"
             )
-        except (OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"cannot load a policy from {str(folder)!r}: {error}") from error
+        loaded = import_policy(
+            dataclasses.replace(
+                policy,
+                checkpoint=str(base),
+                lora_adapter=str(adapter or policy.lora_adapter),
+                unnorm_key=keys[0],
+                value_head="none",
+            ),
+            seed=0,
+        )
+        temperature, top_k = policy.temperature, policy.top_k
         self._image_size = loaded.model.config.image_size
         self._chunk = loaded.model.action_spec.chunk
         self._prompts = [jnp.asarray(x) for x in loaded.tokenizer.encode(list(INSTRUCTIONS))]
@@ -63,7 +73,7 @@ class PolicyPlayer:
         def act(state, obs, key):
             model = nnx.merge(graphdef, state)
             return model.sample(
-                obs, key, temperature=temperature or 1.0, greedy=temperature == 0
+                obs, key, temperature=temperature or 1.0, top_k=top_k, greedy=temperature == 0
             ).actions
 
         self._act = jax.jit(act)

@@ -26,7 +26,7 @@ from evac_jax import checkpoint
 from evac_jax.config import hub
 from evac_jax.config.schema import PolicyConfig, TrainConfig
 from evac_jax.errors import CheckpointError
-from evac_jax.files import cards
+from evac_jax.files import cards, claim
 from evac_jax.policy_import import import_policy, told_as_checkpoint_error
 from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser, number, run_tool
@@ -148,10 +148,15 @@ def stored_model(folder: Path, lora_adapter: str = "") -> OpenVLAOFT:
         CheckpointError: it cannot be imported.
     """
     with told_as_checkpoint_error("policy to export"):
-        load_config(folder)  # refuses another kind of folder
+        published = load_config(folder)  # refuses another kind of folder
         dtypes = {entry.dtype for entry in CheckpointFiles(folder).entries.values()}
     dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
-    policy = PolicyConfig(checkpoint=str(folder), param_dtype=dtype, lora_adapter=lora_adapter)
+    policy = PolicyConfig(
+        checkpoint=str(folder),
+        param_dtype=dtype,
+        lora_adapter=lora_adapter,
+        keep_stop_token=published.keep_stop_token,
+    )
     return _imported(policy, seed=0, acts=False)[0]
 
 
@@ -183,7 +188,9 @@ def export(
         told: what the model card says besides what is known here.
 
     Raises:
-        CheckpointError: there is nothing to export, `out` exists, or it cannot be written.
+        CheckpointError: there is nothing to export, it is damaged, `out` exists, or it cannot be
+            made.
+        StorageError: the disk takes no more.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; remove it or name another export folder")
@@ -212,7 +219,7 @@ def export(
             chosen=chosen,
         )
     readme = model_card.text(out.name, story, told)
-    with told_as_checkpoint_error(f"cannot export {source}"):
+    with told_as_checkpoint_error(f"cannot export {source}"), claim.told_as_storage_error(out):
         if adapter:
             save_adapter(model, out, base=start)
             cards.write_json(out / "card.json", card)
@@ -229,10 +236,11 @@ def export(
 
 
 def run(config: TrainConfig, export_dir: str) -> None:
-    """Export `config.policy.checkpoint`, for launch.py."""
+    """Export `config.policy.checkpoint`, of a run `checkpoint.step`, for launch.py."""
     policy = config.policy
     out = Path(export_dir).expanduser()
-    export(Path(policy.checkpoint), out, lora_adapter=policy.lora_adapter)
+    step = config.checkpoint.step
+    export(Path(policy.checkpoint), out, step=step, lora_adapter=policy.lora_adapter)
 
 
 def main() -> None:

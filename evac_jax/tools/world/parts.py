@@ -19,15 +19,13 @@ from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model_folders import CONFIG_FILE, WEIGHTS_FILE, load_model
 from evac_jax.files import cards, libero_facts
 from evac_jax.files.instructions import numbers_in
-from evac_jax.policy_import import check_policy
+from evac_jax.policy_import import check_policy, told_by
 from evac_jax.sim.initial_states import InitialStates
 from evac_jax.sim.pose_model import PoseModel
 
 MODELS = {"world_model": "EvacModel", "reward": "RewardNet", "pose_model": "PoseModel"}
 STATISTICS_FILE = "dataset_statistics.json"
 DRAWN = ("oversample", "reflections")  # of LIBERO, in the card's ground truth
-# Facts in the card of a policy, or in that of the policy it was trained from.
-OF_POLICY = ("gripper", "unnorm_key", "chunk", "keep_stop_token")
 POSES_COMPARED = 16
 
 
@@ -121,11 +119,7 @@ def weights_file(folder: Path) -> str:
 
 
 def _add_policy(facts: Facts, folder: Path, card: Mapping[str, Any]) -> None:
-    for name in OF_POLICY:
-        one: Any = card
-        while isinstance(one, Mapping) and one.get(name) is None:
-            one = one.get("start")
-        facts.add("policy/card.json", **{name: one[name] if one else None})
+    facts.add("policy/card.json", **told_by(card))
     path = folder / STATISTICS_FILE
     known = cards.read_json(path) if path.is_file() else {}
     if len(known) == 1 and not facts.told.get("unnorm_key"):

@@ -6,14 +6,18 @@ import sys
 import pytest
 
 from evac_jax.config.build import default_config
+from evac_jax.config.checks import validate
+from evac_jax.devices import found as found_devices
 from evac_jax.devices.found import (
     Found,
+    check_tool,
     count_gpus,
     describe,
     parameters_in,
     problems,
     read_torch_build,
 )
+from evac_jax.errors import ConfigError
 
 LAPTOP = Found(
     gpus=0,
@@ -51,6 +55,13 @@ def test_one_line_is_enough_when_there_is_no_gpu():
         "devices: JAX computes on 1 x cpu (cpu); simulators on cpu; torch 2.13.0+cpu (CPU build); "
         "this host has no NVIDIA GPU"
     )
+    assert warnings == ()
+
+
+def test_torch_is_not_spoken_of_when_nothing_is_simulated():
+    found = dataclasses.replace(SERVER, torch_version="2.13.0+cpu", torch_cuda="")
+    line, warnings = describe(found, ())
+    assert line == ("devices: JAX computes on 2 x NVIDIA H200 (gpu); this host has 2 NVIDIA GPUs")
     assert warnings == ()
 
 
@@ -144,6 +155,47 @@ def test_run_is_refused_when_a_device_of_its_simulators_is_missing(found, simula
     told = "\n".join(problems(found, config_of(), simulators))
     assert bool(told) == bool(expected)
     assert [part for part in expected if part not in told] == []
+
+
+@pytest.mark.parametrize(
+    "device", ["cuda:-1", "CUDA:5", "cuda0", "gpu", "cuda:one", "cuda:", "cuda:01", "cpu:0", ""]
+)
+def test_device_that_is_none_is_told_by_the_field_before_and_at_the_start(device):
+    expected = (
+        f'config.simulator.devices: expected "cpu", "cuda" or "cuda:N" with N from 0, got '
+        f"[{device!r}]; set it as in --config.simulator.devices='(\"cuda:0\",)'"
+    )
+    assert problems(SERVER, config_of(), ("cuda:1", device)) == [expected]
+    config = config_of()
+    simulator = dataclasses.replace(config.simulator, devices=(device,))
+    assert expected in validate(dataclasses.replace(config, simulator=simulator))
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ("cuda",), ("cuda:0",), ("cuda:12",)])
+def test_devices_of_torch_are_valid(devices):
+    config = config_of()
+    simulator = dataclasses.replace(config.simulator, devices=devices)
+    told = validate(dataclasses.replace(config, simulator=simulator))
+    assert [line for line in told if "simulator.devices" in line] == []
+
+
+def test_no_device_at_all_is_told_where_a_placement_needs_some():
+    placement = dataclasses.replace(config_of().cluster.placement, env="0")
+    config = config_of(placement=placement)
+    simulator = dataclasses.replace(config.simulator, devices=())
+    told = validate(dataclasses.replace(config, simulator=simulator))
+    assert [line for line in told if "config.cluster.placement.env: names CUDA" in line]
+
+
+def test_tool_refuses_a_large_policy_when_it_would_leave_a_gpu_unused(monkeypatch):
+    unused = dataclasses.replace(SERVER, jax_platform="cpu", jax_cuda="")
+    monkeypatch.setattr(found_devices, "look", lambda: unused)
+    check_tool("--start", 10**9, cpu_beside_gpu=False)
+    check_tool("--start", 10**9 + 1, cpu_beside_gpu=True)
+    with pytest.raises(ConfigError, match=r"--start: 1\.0 billion .*; or set --cpu_beside_gpu"):
+        check_tool("--start", 10**9 + 1, cpu_beside_gpu=False)
+    monkeypatch.setattr(found_devices, "look", lambda: SERVER)
+    check_tool("--start", 10**10, cpu_beside_gpu=False)
 
 
 def test_large_policy_is_refused_when_it_would_leave_a_gpu_unused(tmp_path, monkeypatch):

@@ -12,9 +12,11 @@ from flax import nnx
 from evac_jax import checkpoint
 from evac_jax.config.build import default_config, to_dict
 from evac_jax.config.schema import MINIATURE_WEIGHTS
+from evac_jax.devices import found
 from evac_jax.errors import CheckpointError, ConfigError, DataError
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.policy_import import import_policy
+from evac_jax.serve import run as serve_run
 from evac_jax.serve.policy import GRIPPER_RULES, load
 from evac_jax.sim.actions import GRIPPER_RULES as SIMULATORS
 from evac_jax.sim.actions import apply_gripper_rule
@@ -109,6 +111,34 @@ def test_chunk_is_told_when_the_world_model_of_a_run_is_gone(run, tmp_path, monk
     assert told == [
         "config.serve.chunk: taken to be 8; the run's world model is not at 'gone' any more"
     ]
+
+
+def test_policy_folder_is_served_as_its_card_says(weights, tmp_path):
+    folder = shutil.copytree(weights / "policy", tmp_path / "policy")
+    (folder / "card.json").write_text('{"gripper": "none", "chunk": 8, "keep_stop_token": false}')
+    assert load(config_of(folder)).chunk == 8
+    for asked, field in (
+        ({"gripper": "libero"}, r"env\.gripper"),
+        ({"keep_stop_token": True}, r"policy\.keep_stop_token"),
+        ({"serve": {"chunk": 4}}, r"serve\.chunk"),
+    ):
+        with pytest.raises(ConfigError, match=field):
+            load(config_of(folder, **asked))
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_large_policy_is_refused_when_it_would_leave_a_gpu_unused(
+    run, weights, monkeypatch, restored
+):
+    unused = dataclasses.replace(found.look(), gpus=1, jax_platform="cpu")
+    monkeypatch.setattr(found, "look", lambda: unused)
+    monkeypatch.setattr(found, "LARGE", 10)
+    config = config_of(run if restored else weights / "policy", serve={"port": 0})
+    config = dataclasses.replace(
+        config, cluster=dataclasses.replace(config.cluster, compilation_cache="")
+    )
+    with pytest.raises(ConfigError, match=r"policy\.checkpoint: .* computed on the CPU"):
+        serve_run.run(config)
 
 
 def test_what_is_neither_run_nor_policy_is_refused(tmp_path):

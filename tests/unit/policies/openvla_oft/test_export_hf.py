@@ -90,6 +90,18 @@ def test_export_has_keys_files_and_dtypes_of_its_source(source, tmp_path):
     assert {entry.dtype for entry in CheckpointFiles(wide).entries.values()} == {"F32"}
 
 
+def test_export_with_new_statistics_no_longer_names_those_of_its_source(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"unnorm_key": "tiny"}))
+    model = load_policy(source, **SETTINGS | {"value_type": "none"}).model
+    named = {"like_source": True, "source": source}
+    again = export_policy(model, tmp_path / "again", **named)
+    assert json.loads((again / "config.json").read_text())["unnorm_key"] == "tiny"
+    new = {"new": NORM_STATS["tiny"]}
+    tuned = export_policy(model, tmp_path / "tuned", norm_stats=new, **named)
+    assert load_policy(tuned, **SETTINGS | {"value_type": "none", "unnorm_key": "new"})
+
+
 def test_trained_value_head_rides_in_its_own_file_and_comes_back(source, tmp_path):
     settings = SETTINGS | {"param_dtype": "bfloat16"}
     model = load_policy(source, **settings).model

@@ -14,6 +14,7 @@ from policies.openvla_oft import lora, peft
 from policies.openvla_oft.export_hf import create_policy_folder, export_policy
 from policies.openvla_oft.import_hf import load_config, load_policy
 from policies.openvla_oft.model import OpenVLAOFT
+from tests.unit.full_disk import full_disk
 from tests.unit.policies.tiny import CONFIG, NORM_STATS, TASKS, make_model, make_obs
 
 GOLDENS = Path(__file__).parents[3] / "goldens" / "openvla_oft"
@@ -153,6 +154,13 @@ def test_adapter_for_another_base_is_refused(base, tmp_path):
         _load(base, **RANK, lora_adapter=folder)
     with pytest.raises(ValueError, match="LoRA pairs that do not fit"):
         _load(base, lora_adapter=folder)
+
+
+def test_full_disk_is_told_and_leaves_no_adapter(base, tmp_path):
+    model = _trained(base)
+    with pytest.raises(OSError, match=f"File too large: '{tmp_path}/adapter'"), full_disk(2_000):
+        peft.save_adapter(model, tmp_path / "adapter", base=base)
+    assert not list(tmp_path.iterdir())
 
 
 def test_policy_without_adapters_saves_none(base, tmp_path):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from evac_jax.config.build import default_config
-from evac_jax.errors import ConfigError
+from evac_jax.config.schema import PolicyConfig
+from evac_jax.errors import CheckpointError, ConfigError, DataError
 from evac_jax.files import recordings
 from evac_jax.sim.libero_players import LiberoPlayer, scripted_tasks
 from evac_jax.sim.libero_pool import LiberoPool
-from evac_jax.tools.episodes import collect
+from evac_jax.tools.episodes import collect, collect_libero
+from tests.unit import policy_folder
 from tests.unit.sim import libero_fakes
 
 
@@ -119,7 +121,79 @@ def test_player_that_does_not_exist_is_refused(config, tmp_path):
         run(config, tmp_path / "out", mix="perfect=1")
 
 
+def test_prompt_that_is_too_long_is_refused_before_libero_starts(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect_libero, "LiberoPool", None)
+    folder = policy_folder.write(tmp_path / "policy")
+    policy = PolicyConfig(checkpoint=str(folder), unnorm_key="tiny", max_prompt_length=8)
+    with pytest.raises(CheckpointError, match=r"raise policy\.max_prompt_length"):
+        run(dataclasses.replace(config, policy=policy), tmp_path / "out", mix="policy=1")
+
+
+def test_policy_of_another_gripper_is_refused_before_libero_starts(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect_libero, "LiberoPool", None)
+    folder = policy_folder.write(tmp_path / "policy")
+    (folder / "card.json").write_text('{"gripper": "none"}')
+    policy = PolicyConfig(checkpoint=str(folder), unnorm_key="tiny")
+    with pytest.raises(ConfigError, match=r"env\.gripper: expected gripper 'none'"):
+        run(dataclasses.replace(config, policy=policy), tmp_path / "out", mix="policy=1")
+
+
 def test_starts_without_a_task_for_scripts_are_refused(config, tmp_path):
     env = dataclasses.replace(config.env, train_starts=(1, 2))
     with pytest.raises(ConfigError, match=r"train_starts: expert can do no task"):
         run(dataclasses.replace(config, env=env), tmp_path / "out", mix="expert=1", episodes=2)
+
+
+@pytest.fixture
+def nobody_plays(monkeypatch):
+    monkeypatch.setattr(collect_libero, "play_batch", lambda *_, **__: pytest.fail("played"))
+
+
+def test_last_player_is_checked_before_the_first_plays(config, tmp_path, nobody_plays):
+    env = dataclasses.replace(config.env, train_starts=(1, 2))
+    with pytest.raises(ConfigError, match=r"train_starts: expert can do no task"):
+        run(
+            dataclasses.replace(config, env=env),
+            tmp_path / "out",
+            mix="random=0.5,expert=0.5",
+            episodes=2,
+        )
+    with pytest.raises(CheckpointError, match="cannot import '/missing'"):
+        run(config, tmp_path / "out", mix="expert=0.5,policy:/missing@1=0.5", episodes=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_policy_of_other_actions_is_refused_before_anyone_plays(config, tmp_path, nobody_plays):
+    folder = policy_folder.write(tmp_path / "policy")
+    policy = dataclasses.replace(config.policy, unnorm_key="tiny", max_prompt_length=128)
+    with pytest.raises(ConfigError, match="expected statistics of 7 numbers, .*got 3 of 'tiny'"):
+        run(
+            dataclasses.replace(config, policy=policy),
+            tmp_path / "out",
+            mix=f"expert=0.5,policy:{folder}@1=0.5",
+            episodes=2,
+        )
+
+
+@pytest.mark.parametrize("camera", ["true", "reference"])
+def test_cameras_of_all_tasks_are_looked_at_before_anyone_plays(
+    config, tmp_path, monkeypatch, camera
+):
+    begin = LiberoPool.start
+
+    def start(pool, envs, starts):
+        answer = begin(pool, envs, starts)
+        pool.one_camera &= camera == "reference" or 1 not in pool.suite.locate(starts)[0]
+        return answer
+
+    def play(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LiberoPool, "start", start)
+    monkeypatch.setattr(collect_libero, "play_batch", play)
+    libero = dataclasses.replace(config.libero, camera=camera)
+    eval_config = dataclasses.replace(config.eval, ground_truth_envs=1)
+    config = dataclasses.replace(config, libero=libero, eval=eval_config)
+    differ = pytest.raises(DataError, match="cameras in several places")
+    with differ if camera == "true" else pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "out", mix="random=1", episodes=4)

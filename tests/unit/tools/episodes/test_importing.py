@@ -70,7 +70,7 @@ def test_frames_are_resized_and_intrinsics_with_them(camera):
         ("image", np.zeros((3, 16, 16), np.uint8), r"frame 2 needs 'image' .* \(3, 16, 16\)"),
         ("image", np.ones((16, 16, 3), np.uint8), "frame 2: the picture holds no value from 2"),
         ("state", np.zeros(8), "frame 2 .* quaternion's length is 0.000"),
-        ("state", np.eye(8)[6] * 1.0 + np.eye(8)[7] * 200, "opening of -1..1 .* got 0.500..200.000"),
+        ("state", np.eye(8)[6] + 200 * np.eye(8)[7], "opening of -1..1 .* got 0.500..200.000"),
         ("state", np.eye(8)[6] - 2 * np.eye(8)[7], "opening of -1..1 .* got -2.000..0.500"),
     ],
 )
