@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.checks import validate, validate_serving
-from evac_jax.config.flags import DEFAULT_PRESET, check_flags, resolved
+from evac_jax.config.flags import DEFAULT_PRESET, arguments, check_flags, parse, resolved
 from evac_jax.config.paths import INPUT_PATHS, RUN_PATHS, WORDS, WORLD, with_absolute
 from evac_jax.config.reference import help_text
 from evac_jax.config.schema import TrainConfig
@@ -38,7 +38,7 @@ _EXPORT_DIR = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Resolve the configuration and hand over."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        raise ConfigError(f"expected flags alone, such as --config.seed=1, got {argv[1:]}")
     logging.set_verbosity(logging.INFO)
     preset = flags.FLAGS["config"]
     check = validate_serving if _MODE.value == "serve" else validate
@@ -82,13 +82,17 @@ def cli() -> None:
     """
     global __doc__  # what absl's --help begins with
     try:
-        check_flags(sys.argv[1:])
-        __doc__ += help_text(sys.argv[1:])
+        argv = [sys.argv[0], *arguments(sys.argv[1:])]
+        check_flags(argv[1:])
+        __doc__ += help_text(argv[1:])
         # Only now, because this reads the command line and breaks off at a field that is unknown.
         config_flags.DEFINE_config_file(
-            "config", DEFAULT_PRESET, "Preset file, with a preset after a colon."
+            "config",
+            DEFAULT_PRESET,
+            "Preset file, with a preset after a colon.",
+            sys_argv=argv,
         )
-        app.run(main)
+        app.run(main, argv, flags_parser=parse)
     except EvacJaxError as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
         if isinstance(error, StoppedError):

@@ -92,7 +92,7 @@ class Learner:
                 one simulator only, so each has prompts of its own instructions.
 
         Raises:
-            ConfigError: policy and simulator do not fit together.
+            ConfigError: policy and simulator do not fit together, or a prompt is too long.
         """
         for spec in (env, *others):
             if self._action_spec != spec.action:
@@ -105,10 +105,13 @@ class Learner:
             raise ConfigError(
                 f"simulator: expected {self._episode} from world_model.checkpoint, got {came}"
             )
-        self._prompts = {
-            texts: tuple(jnp.asarray(part) for part in self._tokenizer.encode(list(texts)))
-            for texts in {spec.instructions for spec in (env, *others)}
-        }
+        try:
+            self._prompts = {
+                texts: tuple(jnp.asarray(part) for part in self._tokenizer.encode(list(texts)))
+                for texts in {spec.instructions for spec in (env, *others)}
+            }
+        except ValueError as error:  # `known_tasks` does not know all instructions beforehand
+            raise ConfigError(f"config.policy: {error}") from error
 
     def begin_to_compile(self) -> None:
         """Compile the update in a thread, while simulators start and imagine the first episodes.

@@ -116,7 +116,7 @@ LAYERS = (
         ("evac_jax.errors", "evac_jax.config", "evac_jax.devices"),
     ),
     # Simulators are reached through the bridge, as processes. What a world model's sizes are, its
-    # config.json tells anyone.
+    # config.json tells anyone; what the miniature's tasks are, a table does.
     Layer(
         11,
         "evac_jax/*.py",
@@ -124,6 +124,7 @@ LAYERS = (
         (
             *("evac_jax.errors", "policies", "algos", "evac_jax.config", "evac_jax.files"),
             *("evac_jax.telemetry", "evac_jax.devices", "evac_jax.bridge", "evac_jax.evac.config"),
+            "evac_jax.miniature.tasks",
         ),
     ),
     Layer(

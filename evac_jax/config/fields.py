@@ -23,9 +23,10 @@ from policies.ranges import Range
 def with_home(text: str) -> str:
     """Return a path, or several joined by commas, with the home folder in the place of "~".
 
-    A shell does so only at the beginning of a word, not behind `--flag=`.
+    Also in "--flag=~/path", where no shell does so, and in "policy:~/path" of a mixture of players.
     """
-    return re.sub(r"(^|,)~(?=/|,|$)", lambda found: found[1] + os.path.expanduser("~"), text)
+    begins = r"(^|^--?[\w.]+=|,|policy:)~(?=/|,|$)"
+    return re.sub(begins, lambda found: found[1] + os.path.expanduser("~"), text)
 
 
 @dataclass(frozen=True)

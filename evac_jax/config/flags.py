@@ -19,6 +19,7 @@ from ml_collections import config_dict, config_flags
 
 from evac_jax.config import addresses, world
 from evac_jax.config.build import from_config_dict
+from evac_jax.config.fields import with_home
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, EvacJaxError, nearest
 
@@ -29,6 +30,8 @@ PATHS = (
     *("env.pose_model", "env.initial_states_path", "env.keyframe_data"),
 )
 EXISTING = os.devnull  # it exists, and holds no config.json that could be compared
+# Type of a field -> what reads its value; it raises ValueError.
+READERS = {int: int, float: float, bool: flags.BooleanParser().parse}
 
 
 def _flatten(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, type | None]:
@@ -142,17 +145,28 @@ def read_config(file: str, flags: Sequence[str] = ()) -> TrainConfig:
     return config
 
 
-def _problem(flag: str, value: str | None, valid: dict[str, type | None]) -> str | None:
-    """What is wrong with the override of a field "a.b", or None."""
-    name, bracket, _ = flag.partition("[")
+def _problem(
+    flag: str, given: str | None, follows: str | None, valid: dict[str, type | None]
+) -> str | None:
+    """What is wrong with "--config.a.b" or "--noconfig.a.b", or None.
+
+    Args:
+        given: what stands behind its "=", None if there is none.
+        follows: the next argument, the value of a flag without "=" unless it is a bool's.
+    """
+    switch, _, field = flag.partition(".")
+    name, bracket, _ = field.partition("[")
     if name not in valid:
         leaf = {field.rsplit(".", 1)[-1]: field for field in valid}
         by_leaf = leaf.get(name.rsplit(".", 1)[-1])
         hint = f" Did you mean {by_leaf!r}?" if by_leaf else nearest(name, valid)
-        return f"--config.{name}: unknown field.{hint}"
+        return f"{switch}.{name}: unknown field.{hint}"
     if bracket:  # ml_collections takes this as an entry of a list and fails
-        return f'--config.{flag}: expected the whole value, as --config.{name}="(A, B)"'
+        return f'{flag}: expected the whole value, as --config.{name}="(A, B)"'
     kind = valid[name]
+    if switch == "--noconfig" and (kind is not bool or given is not None):
+        return f"{flag}: sets a bool to False and takes no value; use --config.{name}=VALUE"
+    value = follows if given is None and kind is not bool else given
     if value and kind is tuple and value.startswith(("(", "[")):
         try:
             ast.literal_eval(value)
@@ -162,9 +176,9 @@ def _problem(flag: str, value: str | None, valid: dict[str, type | None]) -> str
             return (
                 f"--config.{name}: in {value!r} text needs quotes, as --config.{name}='({quoted})'"
             )
-    if value is not None and kind in (int, float):
+    if value is not None and kind in READERS:
         try:
-            kind(value)
+            READERS[kind](value)
         except ValueError:
             return f"--config.{name}: expected {kind.__name__}, got {value!r}"
     return None
@@ -180,16 +194,44 @@ def preset_file(argv: Sequence[str]) -> str:
     return file
 
 
+def arguments(argv: Sequence[str]) -> list[str]:
+    """Return the arguments of a command line, those in a `--flagfile` included; "~/" is replaced.
+
+    Raises:
+        ConfigError: such a file cannot be read.
+    """
+    try:
+        found = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+    except flags.Error as error:
+        raise ConfigError(f"--flagfile: {error}") from error
+    return [with_home(argument) for argument in found]
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parse absl's flags in the place of absl's own parser, which ends with status 1.
+
+    Returns:
+        What is no flag; the program's name is first, as in `argv`.
+
+    Raises:
+        ConfigError: a flag is unknown, or its value cannot be read.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, ValueError) as error:  # a plain ValueError for "--nomode=value"
+        raise ConfigError(f"the command line cannot be used: {error}") from error
+
+
 def check_flags(argv: Sequence[str]) -> None:
-    """Raise one ConfigError that lists every bad `--config.` flag of `argv`."""
+    """Raise one ConfigError that lists every bad `--config.` and `--noconfig.` flag of `argv`."""
     overrides = []
     for index, argument in enumerate(argv):
         flag, has_value, value = argument.partition("=")
         flag = "--" + flag.lstrip("-")
-        if flag.startswith("--config."):
+        if flag.startswith(("--config.", "--noconfig.")):
             follows = argv[index + 1] if index + 1 < len(argv) else None
-            overrides.append((flag.removeprefix("--config."), value if has_value else follows))
+            overrides.append((flag, value if has_value else None, follows))
     valid = _flatten(load_preset(preset_file(argv)))
-    problems = [p for name, value in overrides if (p := _problem(name, value, valid))]
+    problems = [p for override in overrides if (p := _problem(*override, valid))]
     if problems:
         raise ConfigError("these overrides cannot be used:\n  " + "\n  ".join(problems))

@@ -341,7 +341,8 @@ class VideoConfig:
     Attributes:
         save: write mp4 files at every evaluation.
         overlay: draw instruction, reward and success into them.
-        dir: folder of the videos; "" = <run folder>/videos.
+        dir: folder of the videos, below which each run or evaluation has one of its own name; "" =
+            <run folder>/videos.
         episodes: episodes filmed per evaluation; at most the number of environments of one process.
         fps: frames per second.
     """

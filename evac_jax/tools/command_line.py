@@ -6,6 +6,7 @@ The help shows the docstring of the tool without reformatting, and the default o
 import argparse
 import copy
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 from evac_jax.config.fields import value_problems, with_home
 from evac_jax.config.libero import MAX_STEPS, LiberoConfig, problems
 from evac_jax.errors import ConfigError, DataError, EvacJaxError
+from evac_jax.files import claim
 from policies.ranges import Range
 
-DEVICES = ("cpu", "cuda")
 LIBERO_PYTHON = ".venv-libero/bin/python"  # where `make libero` installs it
 _LIBERO = ("suite", "root", "states", "python", "renderer", "crop", "oversample", "reflections")
 
@@ -62,14 +63,16 @@ KINDS = {
 
 
 def refuse_existing(out: str | Path) -> None:
-    """Refuse an --out that is there already: nothing of the user's is written over.
+    """Refuse an --out that is there already, or that cannot be made, before any work is done.
 
     Raises:
-        DataError: there is such a file or folder.
+        DataError: there is such a file or folder: nothing of the user's is written over.
+        StorageError: it lies below a file, or in a folder that cannot be written to.
     """
-    if (path := Path(out)).exists():
+    if os.path.lexists(path := Path(out)):  # a link that leads nowhere is in the way, too
         kind = "folder" if path.is_dir() else "file"
         raise DataError(f"--out: {out} exists; choose another {kind} or remove it")
+    claim.check_writable(path, "choose another --out")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -89,12 +92,6 @@ def _shown(action: argparse.Action) -> str:
     if default is None or default is False or default == argparse.SUPPRESS:
         return ""
     return " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
-
-
-def _parted(argument: str) -> tuple[str, str, str]:
-    """Return (flag, "=", value) of "--flag=value", and anything else as the value alone."""
-    flag, equals, value = argument.partition("=")
-    return (flag, equals, value) if equals and flag.startswith("-") else ("", "", argument)
 
 
 def add_libero(parser: argparse.ArgumentParser) -> None:
@@ -148,20 +145,28 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, *rest: Any, **named: Any) -> Any:
         """Parse as usual; paths may begin with "~/", also behind "--option="."""
-        argv = [
-            flag + equals + with_home(value)
-            for flag, equals, value in map(_parted, sys.argv[1:] if args is None else args)
-        ]
-        return super().parse_known_args(argv, *rest, **named)
+        argv = map(with_home, sys.argv[1:] if args is None else args)
+        return super().parse_known_args(list(argv), *rest, **named)
 
     def add_device(self) -> None:
         """Add `--device` of a tool that computes in PyTorch."""
         # Tools without this option compute in JAX and do not need PyTorch.
         import torch
 
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        text = "where PyTorch computes; cuda where there is one"
-        self.add_argument("--device", choices=DEVICES, default=default, help=text)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        known = ["cpu", *["cuda"] * (count > 0), *(f"cuda:{number}" for number in range(count))]
+
+        def device(name: str) -> str:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"expected one of {', '.join(known)}, got {name!r}; "
+                    f"PyTorch {torch.__version__} sees {count} CUDA devices"
+                )
+            return name
+
+        default = "cuda" if count else "cpu"
+        text = "where PyTorch computes, cpu, cuda or cuda:N; cuda where there is one"
+        self.add_argument("--device", type=device, default=default, help=text)
 
     def add_threads(self) -> None:
         """Add `--threads` of a tool that computes in PyTorch."""

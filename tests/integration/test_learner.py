@@ -90,6 +90,14 @@ def test_simulators_with_other_actions_or_episodes_are_refused(tiny_config, lear
         learner.meet(dataclasses.replace(env, max_episode_steps=24))
 
 
+def test_prompt_that_is_too_long_is_refused(tiny_config, learner):
+    frames = expected_episode(tiny_config).image_shape
+    env = EnvSpec(8, frames, 8, ActionSpec(), INSTRUCTIONS, 1, 16)
+    longer = dataclasses.replace(env, instructions=(INSTRUCTIONS[0] * 9,))
+    with pytest.raises(ConfigError, match=r"config\.policy: .*raise policy\.max_prompt_length"):
+        learner.meet(env, longer)
+
+
 def test_prompts_are_those_of_the_simulator_that_names_the_tasks(tiny_config, learner):
     frames = expected_episode(tiny_config).image_shape
     env = EnvSpec(2, frames, 8, ActionSpec(), INSTRUCTIONS, 1, 16)

@@ -19,6 +19,15 @@ MOST_NAMED = 3  # settings that name a group of runs
 LONGEST = 40  # letters of such a setting
 
 
+def videos_of(run: Path, shared: str | None) -> Path:
+    """Return where the films of the run in the folder `run` lie.
+
+    Args:
+        shared: `video.dir`, in which each run has a folder of its own name; "" = in its folder.
+    """
+    return Path(shared, run.absolute().name) if shared else run / "videos"
+
+
 @dataclasses.dataclass(frozen=True)
 class Measure:
     """A success rate that a run logs: its title and its metrics, rate and number of episodes."""
@@ -114,7 +123,7 @@ class Record:
     @property
     def videos(self) -> Path:
         """Folder of its films."""
-        return Path(self.setting("video.dir") or self.path / "videos")
+        return videos_of(self.path, self.setting("video.dir"))
 
     def series(self, name: str) -> dict[int, float | None]:
         """Return {iteration: value} of a metric; None where it was not finite."""

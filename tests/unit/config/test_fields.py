@@ -143,4 +143,8 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
         "/home/me/policy,/home/me/other"
     )
     assert Kind(str).convert("a~/b", "log.run", problems) == "a~/b"
+    mix = "noisy=0.5,policy:~/x@1=0.3,policy:~/y=0.2"
+    assert Kind(str).convert(mix, "collect.mix", problems) == (
+        "noisy=0.5,policy:/home/me/x@1=0.3,policy:/home/me/y=0.2"
+    )
     assert not problems

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from evac_jax.config.flags import check_flags, preset_names, read_config, read_preset
+from evac_jax.config.flags import arguments, check_flags, preset_names, read_config, read_preset
 from evac_jax.errors import ConfigError
 
 
@@ -26,6 +26,39 @@ def test_valid_fields_pass(repository, monkeypatch):
     with pytest.raises(ConfigError) as error:
         check_flags([*flags, "--config.sed=1"])
     assert str(error.value).count("--config.") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        (
+            "--noconfig.log.tensorbord",
+            "--noconfig.log.tensorbord: unknown field. Did you mean 'log.tensorboard'?",
+        ),
+        ("--noconfig.optim.lr", "sets a bool to False and takes no value; use --config.optim.lr="),
+        ("--noconfig.video.save=1", "--noconfig.video.save: sets a bool to False and takes no val"),
+        ("--config.video.save=maybe", "--config.video.save: expected bool, got 'maybe'"),
+    ],
+)
+def test_switch_is_refused_when_it_is_mistyped(repository, monkeypatch, flag, why):
+    monkeypatch.chdir(repository)
+    with pytest.raises(ConfigError) as error:
+        check_flags([flag, "--mode=eval"])
+    assert why in str(error.value)
+
+
+def test_switch_takes_no_value_from_the_next_argument(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    check_flags(["--config.video.save", "--noconfig.log.tensorboard", "--mode=eval"])
+
+
+def test_arguments_are_read_from_flag_files_and_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "flags").write_text("--config=~/my.py:lora\n--config.seed=1\n")
+    given = [f"--flagfile={tmp_path}/flags", "--config.log.run=a~/b"]
+    assert arguments(given) == ["--config=/home/me/my.py:lora", "--config.seed=1", given[1]]
+    with pytest.raises(ConfigError, match="--flagfile: .*No such file"):
+        arguments(["--flagfile=nothing"])
 
 
 def test_missing_preset_file_is_named():
@@ -99,7 +132,7 @@ def test_preset_is_changed_by_flags_as_launch_reads_them(repository, monkeypatch
 @pytest.mark.parametrize("flag", ["--config.video.save=perhaps", "rest", "--devices=2"])
 def test_preset_is_refused_when_a_flag_cannot_be_read(repository, monkeypatch, flag):
     monkeypatch.chdir(repository)
-    with pytest.raises(ConfigError, match="these overrides cannot be used: "):
+    with pytest.raises(ConfigError, match=r"these overrides cannot be used:\s"):
         read_preset("configs/grpo.py", [flag])
 
 
@@ -123,6 +156,30 @@ def test_mistyped_field_is_refused_when_no_preset_is_named(repository):
     )
     assert "--config.optim.lrr: unknown field. Did you mean 'optim.lr'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--mode=trian", "value should be one of <train|eval|collect|export|serve>"),
+        ("--mod=train", "Unknown command line flag 'mod'. Did you mean: mode ?"),
+        ("--nologtostderr=3", "--nologtostderr=3 does not take an argument"),
+        ("train", "expected flags alone, such as --config.seed=1, got ['train']"),
+    ],
+)
+def test_argument_that_is_no_flag_is_refused_with_one_message(repository, flag, why):
+    done = launch(repository, flag)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("ConfigError: ")
+    assert why in line
+
+
+def test_preset_is_found_at_home(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.py").write_text("from configs.grpo import get_config\n")
+    done = launch(repository, "--config=~/my.py", "--export_dir=nowhere")
+    assert done.stderr.splitlines()[0].endswith(f"train grpo with the preset {tmp_path}/my.py")
 
 
 def test_first_line_says_what_is_trained_when_no_preset_is_named(repository):

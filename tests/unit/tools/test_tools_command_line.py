@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from evac_jax.errors import DataError
+from evac_jax.errors import DataError, StorageError
 from evac_jax.tools.command_line import KINDS, Parser, refuse_existing, run_tool
 from tests import house
 
@@ -64,13 +64,29 @@ def test_help_states_a_default_when_there_is_one(monkeypatch, option, told):
     assert "hidden" not in lines
 
 
-def test_device_has_one_default_and_one_spelling():
+@pytest.mark.parametrize(
+    ("count", "known", "unknown"),
+    [
+        (0, ["cpu"], ["cuda", "cuda:0", "gpu"]),
+        (2, ["cuda", "cpu", "cuda:0", "cuda:1"], ["cuda:2", "cuda:01", "gpu"]),
+    ],
+)
+def test_device_is_refused_when_pytorch_has_none_of_this_name(
+    monkeypatch, capsys, count, known, unknown
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     parser = Parser("noun", None)
     parser.add_device()
-    assert parser.parse_args([]).device in ("cpu", "cuda")
-    assert parser.parse_args(["--device", "cpu"]).device == "cpu"
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--device", "gpu"])
+    assert parser.parse_args([]).device == known[0]
+    assert [parser.parse_args(["--device", name]).device for name in known] == known
+    for name in unknown:
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(["--device", name])
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert f"argument --device: expected one of cpu{', cuda' * (count > 0)}" in told
+        assert re.search(rf"got '{name}'; PyTorch \S+ sees {count} CUDA devices\n", told)
 
 
 @pytest.mark.parametrize("error", [DataError("no pose"), OSError(28, "No space left", "out")])
@@ -176,3 +192,15 @@ def test_output_that_exists_is_refused_whether_file_or_folder(tmp_path):
     with pytest.raises(DataError, match="card.json exists; choose another file or remove it"):
         refuse_existing(str(tmp_path / "card.json"))
     refuse_existing(tmp_path / "new")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="link exists; choose another file or remove it"):
+        refuse_existing(tmp_path / "link")
+
+
+def test_output_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file' is a file, .*; choose another --out"):
+        refuse_existing(tmp_path / "file" / "x" / "out")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may do all
+    with pytest.raises(StorageError, match="cannot be written to; choose another --out"):
+        refuse_existing(tmp_path / "new" / "out")
