@@ -88,7 +88,8 @@ def longer(stages: list[Stage]) -> list[Stage]:
     """Return the stages of plain RL with the length of both rounds, and of its evaluation."""
     settings = SIMULATED | {"train.iterations": 2 * ITERATIONS}
     inputs = ("pose_model", "world_model", "reward")
-    run = Stage("long", commands.train(CONFIG, WORK, "long", settings, 4), inputs, "long", cores=2)
+    command = commands.train(CONFIG, WORK, "long", settings, 4)
+    run = Stage("long", command, inputs, "long", cores=2, resumes=True)
     best = commands.export(f"{WORK}/long", f"{WORK}/long_policy")
     judged = {"policy.checkpoint": f"{WORK}/long_policy", "eval.starts": commands.REPORT}
     command = commands.evaluate(CONFIG, f"{WORK}/success", "long_report", judged, SCENES)

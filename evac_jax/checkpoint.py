@@ -9,8 +9,11 @@ import. Orbax writes each checkpoint under a temporary name and renames it, so a
 the previous one whole.
 """
 
+import contextlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from logging import WARNING, getLogger
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int | None):
         self.directory = directory.absolute()
+        self._damaged: set[int] = set()  # those that were found to be
         self._manager = ocp.CheckpointManager(
             self.directory,
             # Named here because a process that only restores has not saved with them before.
@@ -117,12 +121,11 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the stored arrays are not those of `like`, or are another run's.
-            DamagedCheckpointError: they cannot be read.
+            DamagedCheckpointError: they cannot be read; names the other checkpoints.
         """
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
-        try:
-            problems = _differences(self.shapes(iteration), template)
-            if problems:
+        with self._reading(iteration):
+            if problems := _differences(self.shapes(iteration), template):
                 raise CheckpointError(
                     f"checkpoint {self.directory}/{iteration} does not fit this configuration:\n  "
                     + "\n  ".join(problems)
@@ -133,12 +136,6 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
                 ),
             )
-        except (EvacJaxError, MemoryError):
-            raise
-        except Exception as error:  # of many types, by which file is damaged and how
-            raise DamagedCheckpointError(
-                f"checkpoint {self.directory}/{iteration} cannot be read: {error}"
-            ) from error
         meta = restored["meta"]
         if run_id is not None and meta.get("run", run_id) != run_id:
             raise CheckpointError(
@@ -155,24 +152,17 @@ class Checkpoints:
             DamagedCheckpointError: they cannot be read.
         """
         template = _flat(like)
-        try:
+        with self._reading(iteration, "the episodes of "):
             stored = dict(self._manager.item_metadata(iteration)[EPISODES])
             if problems := _differences(stored, template):
-                told = "\n  ".join(problems)
                 logging.warning(
                     "the episodes saved with checkpoint %d are of other settings, so they are "
                     "collected again, by the newest policy:\n  %s",
-                    *(iteration, told),
+                    *(iteration, "\n  ".join(problems)),
                 )
                 return None
             items = {EPISODES: ocp.args.StandardRestore(template)}
             restored = self._manager.restore(iteration, args=ocp.args.Composite(**items))
-        except MemoryError:
-            raise
-        except Exception as error:  # of many types, as in `restore`
-            raise DamagedCheckpointError(
-                f"the episodes of checkpoint {self.directory}/{iteration} cannot be read: {error}"
-            ) from error
         leaves = [restored[EPISODES][name] for name in template]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -181,7 +171,7 @@ class Checkpoints:
     ) -> tuple[int, Any, dict[str, Any], Any]:
         """Return (iteration, state, meta, episodes) of a checkpoint; a run goes on from it.
 
-        Later checkpoints are renamed to <iteration>.later, or .damaged, and never read again.
+        Nothing is changed yet: once the run is known to go on, it calls `set_aside_after`.
 
         Args:
             iteration: of the checkpoint; -1 = the newest that can be read. Several hosts do not
@@ -194,38 +184,34 @@ class Checkpoints:
         """
         search = iteration == -1 and jax.process_count() == 1
         choice = self.iterations if search else [self.existing(iteration)]
-        damaged = []
         for found in reversed(choice):
             try:
                 state, meta = self.restore(found, like, run_id=run_id)
                 wanted = episodes_like is not None and "ahead" in meta
                 episodes = self._restore_episodes(found, episodes_like) if wanted else None
             except DamagedCheckpointError as error:
-                damaged.append(found)
                 if found == choice[0]:
-                    raise DamagedCheckpointError(
-                        f"{error}\nThere are those of {self.iterations}; choose one with "
-                        "--config.checkpoint.step"
-                    ) from error
-                logging.warning("%s; going on from the one before", error)
+                    raise
+                logging.warning("%s; going on from the one before", str(error).partition("\n")[0])
                 continue
-            later = [n for n in self.iterations if n > found]
-            self._set_aside({n: "damaged" if n in damaged else "later" for n in later})
             return found, state, meta, episodes
         raise CheckpointError(f"{self.directory} has no checkpoint")
 
-    def _set_aside(self, names: dict[int, str]) -> None:
-        if not names:
+    def set_aside_after(self, iteration: int) -> None:
+        """Rename later checkpoints to <iteration>.later, or .damaged; they are never read again."""
+        if not (later := [n for n in self.iterations if n > iteration]):
             return
         if hosts.is_first_host():
-            for iteration, name in names.items():
-                path, number = self.directory / f"{iteration}.{name}", 1
+            for n in later:
+                name, number = f"{n}.{'damaged' if n in self._damaged else 'later'}", 1
+                path = self.directory / name
                 while path.exists():
                     number += 1
-                    path = self.directory / f"{iteration}.{name}{number}"
-                os.replace(self.directory / str(iteration), path)
-                logging.warning("checkpoint %d is kept as %s", iteration, path)
+                    path = self.directory / f"{name}{number}"
+                os.replace(self.directory / str(n), path)
+                logging.warning("checkpoint %d is kept as %s", n, path)
         together.wait_for_all("checkpoints set aside")
+        self._damaged.clear()  # none of them is there any more
         self._manager.reload()
 
     def restore_part(self, iteration: int, name: str, like: Any) -> Any:
@@ -233,6 +219,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the stored arrays of that part are not those of `like`.
+            DamagedCheckpointError: they cannot be read; names the other checkpoints.
         """
         stored = self.shapes(iteration)
         wanted = {f"{name}/{path}": leaf for path, leaf in _flat(like).items()}
@@ -247,7 +234,7 @@ class Checkpoints:
             for path, array in part.items()
         }
         # The manager's own handler reads whole states; the optimiser's is larger than the policy.
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with self._reading(iteration), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             restored = reader.restore(
                 self.directory / str(iteration) / "state",
                 args=ocp.args.PyTreeRestore(
@@ -262,15 +249,31 @@ class Checkpoints:
         """Return what an iteration's state holds: path -> something with shape and dtype.
 
         Raises:
-            DamagedCheckpointError: it does not tell.
+            DamagedCheckpointError: it does not tell; names the other checkpoints.
         """
-        metadata = self._manager.item_metadata(iteration)["state"]
-        if not metadata:
+        with self._reading(iteration):
+            metadata = self._manager.item_metadata(iteration)["state"]
+            if not metadata:
+                raise ValueError("it does not say which arrays it has")
+            return dict(metadata)
+
+    @contextlib.contextmanager
+    def _reading(self, iteration: int, what: str = "") -> Iterator[None]:
+        """Tell damage that the block meets, in one line, and the other checkpoints in the next."""
+        try:
+            yield
+        except (EvacJaxError, MemoryError):
+            raise
+        except Exception as error:  # of many types, by which file is damaged and how
+            self._damaged.add(iteration)
+            # Orbax wraps TensorStore's reason, which ends with all its settings.
+            reason = re.split(r"\n|\[tensorstore_spec", str(error.__cause__ or error))[0]
+            others = [n for n in self.iterations if n not in self._damaged]
+            choice = f"{others}; choose one with --config.checkpoint.step, or a tool's --step"
             raise DamagedCheckpointError(
-                f"checkpoint {self.directory}/{iteration} cannot be read: it does not say which "
-                "arrays it has"
-            )
-        return dict(metadata)
+                f"{what}checkpoint {self.directory}/{iteration} cannot be read: {reason}\n"
+                f"Others that are there: {choice if others else 'none'}"
+            ) from error
 
     def close(self) -> None:
         """Wait for writes under way."""
@@ -348,11 +351,13 @@ def find_run(config: TrainConfig) -> Path | None:
     if config.log.run:
         candidates = [root / config.log.run]
     else:
-        candidates = sorted(root.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        ages = {path: path.stat(follow_symlinks=path.exists()).st_mtime for path in root.glob("*")}
+        candidates = sorted(ages, key=ages.__getitem__, reverse=True)
     passed = []
     for folder in candidates:
         saved = saved_config(folder)
-        if saved is None and not (folder / CONFIG_FILE).exists():
+        lost = folder.is_symlink() and not folder.exists()  # a link that leads nowhere
+        if saved is None and not (lost or (folder / CONFIG_FILE).exists()):
             continue
         if saved is None or saved["algorithm"] == config.algorithm:
             if saved and iterations_in(folder_of(config, folder)):
@@ -392,8 +397,7 @@ def named_run(config: TrainConfig) -> Path:
     Raises:
         CheckpointError: as `resumable_run`, or "auto" finds none.
     """
-    run = resumable_run(config)
-    if run is None:
+    if (run := resumable_run(config)) is None:
         raise CheckpointError(
             f"config.checkpoint.restore=auto: {str(Path(config.log.dir, config.log.run))!r} has no "
             "checkpoint yet"
@@ -409,8 +413,7 @@ def resumable_run(config: TrainConfig) -> Path | None:
     Raises:
         CheckpointError: there is no such run, or its arrays have other shapes.
     """
-    path = find_run(config)
-    if path is not None:
+    if (path := find_run(config)) is not None:
         check_resumable(saved_config(path) or {}, to_dict(config))
     return path
 

@@ -80,6 +80,7 @@ class Run:
         # Older checkpoints do not tell the last evaluation.
         self._evaluated = meta.get("evaluated", 0)
         self._after = meta.get("after", self._before or {})
+        self._checkpoints.set_aside_after(iteration)  # last: what is refused above loses nothing
         logging.info("restored %s at iteration %d", self._folder.path, iteration)
 
     @property
@@ -102,6 +103,7 @@ class Run:
 
         Raises:
             TrainingError: the policy diverged; it is not saved.
+            CheckpointError: another run saves where this one does.
             StorageError: it cannot be written, or the run's folder was deleted or moved.
         """
         folder = self._folder.path
@@ -111,6 +113,7 @@ class Run:
                 f"{str(folder)!r} was deleted or moved while the run was at work: it has no "
                 f"{CONFIG_FILE}, so iteration {done} was not saved"
             )
+        self._folder.refuse_another_runs_checkpoints()
         if not self._learner.is_sound():
             raise self._diverged(
                 f"the policy of iteration {done} diverged (its parameters or what it decides are "

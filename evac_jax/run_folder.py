@@ -44,7 +44,7 @@ class RunFolder:
     Attributes:
         config: of the run.
         path: the run's own folder.
-        checkpoints, videos: below it, unless the configuration says otherwise.
+        checkpoints, videos: of this run, below its folder unless the configuration says otherwise.
         resumed: whether the run continues an earlier one.
         unnamed: the folder is new, and its name gets a number where another one took it.
         writes: whether this host writes logs, videos and reports.
@@ -66,7 +66,7 @@ class RunFolder:
             config=config,
             path=path,
             checkpoints=checkpoint.folder_of(config, path) if what.get("resumed") else own,
-            videos=Path(config.video.dir or path / "videos"),
+            videos=record.videos_of(path, config.video.dir),
             writes=hosts.is_first_host(),
             **({"resumed": False, "unnamed": False} | what),
         )
@@ -77,7 +77,8 @@ class RunFolder:
 
         Raises:
             CheckpointError: there is nothing to restore, the run has arrays of other shapes or
-                another world, or a new run's folder, or its checkpoint.dir, holds a run already.
+                another world, or a new run's folder, or its checkpoint.dir, holds a run already,
+                or its video.dir another one's films.
             StorageError: nothing can be written there.
         """
         run = checkpoint.resumable_run(config) if config.checkpoint.restore else None
@@ -92,6 +93,7 @@ class RunFolder:
             folder._refuse_what_is_there()
         claim.check_writable(folder.path)
         claim.check_writable(folder.checkpoints)
+        folder._check_videos()
         return folder
 
     def _refuse_what_is_there(self) -> None:
@@ -111,6 +113,18 @@ class RunFolder:
             f"--config.checkpoint.restore={self.path}, or choose another --config.log.run"
         )
 
+    def _check_videos(self) -> None:
+        """Refuse a folder of films that cannot be written to, or holds those of another run."""
+        if not (self.writes and self.config.video.save):
+            return
+        claim.check_writable(self.videos)
+        began = self.resumed or checkpoint.saved_config(self.path) is not None
+        if self.config.video.dir and not began and any(self.videos.glob("*.mp4")):
+            raise CheckpointError(
+                f"{str(self.videos)!r} holds the films of another run of this name; choose another "
+                "--config.video.dir or --config.log.run"
+            )
+
     def _refuse_another_world(self) -> None:
         """Refuse to go on where the world says anything else than when the run began."""
         path, named = self.path / CARD_FILE, self.config.world
@@ -129,17 +143,29 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator["RunFolder"]:
-        """Make the folder and keep other processes out of it; what wrote nothing leaves no folder.
+    def claimed(self, *, saves: bool = True) -> Iterator["RunFolder"]:
+        """Make the folder and that of the checkpoints, and keep other processes out of both.
+
+        What wrote nothing leaves no folder.
+
+        Args:
+            saves: False if no checkpoint is written, so that a run may be at work on its own.
 
         Raises:
-            StorageError: another process is at work in it, or it cannot be made.
+            StorageError: another process is at work in one of them, or it cannot be made.
         """
         if not self.writes:
             yield self
             return
-        with claim.claimed(self.path, numbered=self.unnamed) as path:
+        with contextlib.ExitStack() as stack:
+            path = stack.enter_context(claim.claimed(self.path, numbered=self.unnamed))
             folder = RunFolder.at(self.config, path, resumed=self.resumed)
+            # Two runs with one checkpoint.dir would replace each other's checkpoints.
+            if saves and folder.checkpoints.resolve() != path.resolve():
+                try:
+                    stack.enter_context(claim.claimed(folder.checkpoints))
+                except StorageError as error:
+                    raise StorageError(f"config.checkpoint.dir: {error}") from error
             try:
                 with (
                     claim.told_as_storage_error(path),
@@ -163,6 +189,8 @@ class RunFolder:
             if not (self.path / RUN_ID_FILE).exists():
                 with replacing(self.path / RUN_ID_FILE) as temporary:
                     temporary.write_text(secrets.token_hex(8))
+            with replacing(self.checkpoints / RUN_ID_FILE) as temporary:
+                temporary.write_text(self.run_id)
             (self.path / CARD_FILE).unlink(missing_ok=True)
             if self.config.world:
                 with replacing(self.path / CARD_FILE) as temporary:
@@ -175,8 +203,19 @@ class RunFolder:
     @property
     def run_id(self) -> str:
         """What tells this run from any other, also after its folder was moved; "" = not told."""
-        path = self.path / RUN_ID_FILE
-        return path.read_text(errors="replace") if path.is_file() else ""
+        return _run_id_in(self.path)
+
+    def refuse_another_runs_checkpoints(self) -> None:
+        """Refuse to save where another run began to: some file systems have no locks.
+
+        Raises:
+            CheckpointError: the folder of the checkpoints is that run's now.
+        """
+        if _run_id_in(self.checkpoints) not in ("", self.run_id):
+            raise CheckpointError(
+                f"config.checkpoint.dir: another run began to save in {str(self.checkpoints)!r}, "
+                f"which {str(self.path)!r} saves in; give each run a folder of its own"
+            )
 
     @property
     def is_finished(self) -> bool:
@@ -219,7 +258,16 @@ class RunFolder:
         """Write the evaluations' films as mp4; return ("<place>/<number>", path, facts) of each.
 
         Beside each lies its film strip as PNG, and what they show is in iteration_<number>.json.
+
+        Raises:
+            StorageError: they cannot be written.
         """
+        with claim.told_as_storage_error(self.videos):
+            return self._write_films(iteration, outcome)
+
+    def _write_films(
+        self, iteration: int, outcome: Mapping[str, Evaluation]
+    ) -> list[tuple[str, Path, video.Facts]]:
         options, written, listed = self.config.video, [], []
         for place, result in outcome.items() if self.writes else ():
             # The files of imagined episodes carry no place: most videos are of those.
@@ -264,7 +312,8 @@ class RunFolder:
             restored: the run that is evaluated; its own folder is never taken.
 
         Raises:
-            CheckpointError: the folder named by log.run holds a run or an evaluation.
+            CheckpointError: the folder named by log.run holds a run or an evaluation, or that of
+                its films those of another one.
             StorageError: nothing can be written there.
         """
         folder = cls.at(config, Path(config.log.dir, config.log.run))
@@ -279,6 +328,7 @@ class RunFolder:
                     "for this evaluation"
                 )
         claim.check_writable(folder.path)
+        folder._check_videos()
         return folder
 
     def finish_evaluation(
@@ -315,3 +365,8 @@ class RunFolder:
             by_task={place: result.by_task for place, result in outcome.items()},
             settings=settings,
         )
+
+
+def _run_id_in(folder: Path) -> str:
+    path = folder / RUN_ID_FILE
+    return path.read_text(errors="replace") if path.is_file() else ""

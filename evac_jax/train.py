@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+import jax
 from absl import logging
 
 from evac_jax import checkpoint
@@ -11,10 +12,11 @@ from evac_jax.checkpoint import Checkpoints
 from evac_jax.config import hub
 from evac_jax.config.schema import TrainConfig
 from evac_jax.devices import hosts, together
+from evac_jax.errors import BridgeTimeoutError, SimulatorError, TrainingError
 from evac_jax.evaluate import Evaluators
 from evac_jax.learner import Learner
 from evac_jax.memory import mesh
-from evac_jax.policy_import import check_libero, check_policy, known_tasks
+from evac_jax.policy_import import check_card, check_libero, check_policy, known_tasks
 from evac_jax.rollout import Collector, iteration_key
 from evac_jax.run import Run, is_due
 from evac_jax.run_folder import RunFolder
@@ -38,7 +40,7 @@ def run(config: TrainConfig) -> None:
     """
     began = time.perf_counter()
     hosts.start(config)
-    chosen = RunFolder.choose(config)
+    chosen = together.all_or_none("choosing the run's folder", lambda: RunFolder.choose(config))
     if chosen.is_finished:
         logging.info(
             "%s is done: it has its %d iterations and its summary. To train on, raise "
@@ -48,7 +50,7 @@ def run(config: TrainConfig) -> None:
         )
         return
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(chosen.claimed())
+        folder = _claimed(stack, chosen)
         folder.announce()
         stopping = Stopping(config.train.stop_grace_s, folder.how_to_go_on)
         stack.enter_context(stopping)
@@ -97,12 +99,21 @@ def iterate(
                 with watch.timed("actor"):
                     update = learner.start_update(batch, iteration_key(config.seed, iteration))
                 collector.begin(done)
-                run.cut_short(collector.collect_ahead)
+                failed = None
+                try:
+                    run.cut_short(collector.collect_ahead)
+                except (TrainingError, SimulatorError, BridgeTimeoutError) as error:
+                    if jax.process_count() > 1:  # the other hosts wait for this one
+                        raise
+                    failed = error
                 updating = told_if_long(f"iteration {done}: updating the policy")
                 with watch.timed("actor"), updating:
                     figures |= learner.finish_update(update)
                 figures[COMPILATIONS] = float(compiled.count - programs)
             run.log(done, figures, watch.take())
+            if failed:  # only now is this iteration finished, and can be saved
+                with run.saved_if_it_ends(done):
+                    raise failed
             last = done == config.train.iterations or run.stuck or twin.must_stop
             if last or is_due(done, config.checkpoint.interval):
                 run.save(done)
@@ -131,9 +142,13 @@ def evaluate_only(config: TrainConfig) -> None:
     restored = None
     if config.checkpoint.restore:
         restored = RunFolder.at(config, checkpoint.named_run(config), resumed=True)
+        # Asked again below: a run that goes on meanwhile may have a newer one then.
+        checkpoint.existing(restored.checkpoints, config.checkpoint.step)
     with contextlib.ExitStack() as stack:
-        chosen = RunFolder.for_evaluation(config, restored)
-        folder = stack.enter_context(chosen.claimed())
+        chosen = together.all_or_none(
+            "choosing the evaluation's folder", lambda: RunFolder.for_evaluation(config, restored)
+        )
+        folder = _claimed(stack, chosen, saves=False)
         stack.enter_context(Stopping(config.train.stop_grace_s, begin_again))
         learner, imagined, real = stack.enter_context(_ready(config, None))
         iteration = 0
@@ -144,6 +159,14 @@ def evaluate_only(config: TrainConfig) -> None:
             learner.sync()
         outcome = Evaluators(config, learner, imagined, real).run()
         folder.finish_evaluation(iteration, outcome, restored)
+
+
+def _claimed(stack: contextlib.ExitStack, folder: RunFolder, *, saves: bool = True) -> RunFolder:
+    """Claim a folder until `stack` ends: host 0 does, and the others hear of it if it cannot."""
+    return together.all_or_none(
+        f"claiming {str(folder.path)!r}",
+        lambda: stack.enter_context(folder.claimed(saves=saves)),
+    )
 
 
 @contextlib.contextmanager
@@ -160,6 +183,10 @@ def _ready(
     check_policy(config.policy, known_tasks(config))
     check_libero(config)
     episode = expected_episode(config)
+    asked = {"gripper": ("env.gripper", config.env.gripper)}
+    if episode:
+        asked |= {"chunk": ("world_model.checkpoint", episode.chunk)}
+    check_card(config.policy, **asked)
     config = mesh.for_devices(config, episode, hosts.devices_for(config, "actor"))
     meshes = hosts.make_meshes(config)
     if episode and folder:

@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed  # the client of the service has no public name
 
+from evac_jax.config.addresses import FROM_HUB
 from evac_jax.config.build import to_dict
+from evac_jax.config.paths import RUN_PATHS, WORLD, with_absolute
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError, HostError
 
@@ -26,6 +28,8 @@ WAIT_S = 900.0  # hosts may be minutes apart: they compile, read weights and sta
 SHARED_S = 30.0  # until a file that one host made is seen by the others
 POLL_S = 0.5
 OWN_FIELDS = ("cluster.node",)  # what may differ from host to host
+SHARED = ("log.dir", "checkpoint.dir")  # folders that must be the same on all of them
+T = TypeVar("T")
 _numbers = itertools.count()  # every name is used once; hosts make the same calls in one order
 
 
@@ -89,16 +93,43 @@ def compare(what: str, value: object) -> None:
         )
 
 
+def all_or_none(what: str, work: Callable[[], T]) -> T:
+    """Return what `work` returns where it fails on no host; all of them make this call.
+
+    Else all fail at once. A host that ended alone would leave the others waiting for it.
+
+    Args:
+        what: is done, for the message.
+        work: tells the others nothing itself.
+
+    Raises:
+        HostError: it failed on another host; where it failed its own error is raised.
+    """
+    try:
+        result = work()
+    except Exception as error:
+        tell_all(what, f"{type(error).__name__}: {error}")
+        raise
+    for host, failure in enumerate(tell_all(what, "")):
+        if failure:
+            raise HostError(f"{what} failed on host {host}: {failure}")
+    return result
+
+
 def check_same(config: TrainConfig) -> None:
-    """Refuse hosts with other settings, or whose log.dir is not one folder.
+    """Refuse hosts with other settings, or whose `SHARED` folders are not one folder each.
+
+    Paths of what is read are compared as absolute ones: a relative one means another file in
+    another folder.
 
     Raises:
         ConfigError: names every field that differs, with the value of each host; or the hosts that
-            do not see a file in log.dir that host 0 made.
+            do not see a file in such a folder that host 0 made.
     """
     if jax.process_count() == 1:
         return
-    told = [json.loads(text) for text in tell_all("settings", json.dumps(_flat(to_dict(config))))]
+    own = _flat(to_dict(with_absolute(config, (*RUN_PATHS, *FROM_HUB, WORLD))))
+    told = [json.loads(text) for text in tell_all("settings", json.dumps(own))]
     differing = [
         f"config.{name}: {[values.get(name) for values in told]}"
         for name in told[0]
@@ -109,21 +140,33 @@ def check_same(config: TrainConfig) -> None:
             "the hosts of a run need the same settings; by host, 0 first, they have\n  "
             + "\n  ".join(differing)
         )
-    folder = Path(config.log.dir)
+    for name in SHARED:
+        if own[name]:
+            _check_shared(name, Path(own[name]))
+
+
+def _check_shared(name: str, folder: Path) -> None:
     token = tell_all("mark", secrets.token_hex(8))[0]
     mark = folder / f".hosts-{token}"
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+
+    def make() -> None:
+        if jax.process_index() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+            except OSError as error:
+                raise ConfigError(f"config.{name}: cannot be written to: {error}") from error
+
+    all_or_none(f"writing to {name}", make)
     deadline = time.monotonic() + SHARED_S
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    sees = tell_all("view of log.dir", str(mark.exists()))
+    sees = tell_all(f"view of {name}", str(mark.exists()))
     if jax.process_index() == 0:
         mark.unlink()
     if blind := [host for host, seen in enumerate(sees) if seen != "True"]:
         raise ConfigError(
-            f"config.log.dir: {str(folder)!r} must be one folder that all hosts share; hosts "
+            f"config.{name}: {str(folder)!r} must be one folder that all hosts share; hosts "
             f"{blind} do not see what host 0 wrote there"
         )
 

@@ -2,7 +2,8 @@
 
 A line holds "began" (time with its zone), "iteration" (finished ones that it went on from),
 "command" (arguments), "folder" (where it was given), "preset" ("" = not known) and "changed":
-settings that differ from the preset in the run's world, each with both values.
+settings that differ from the preset in the run's world, each with both values; "judged_by" ({name:
+value}): settings on which the success of an evaluation depends.
 """
 
 import json
@@ -15,10 +16,23 @@ from absl import logging
 
 from evac_jax.config import commands
 from evac_jax.config.flags import load_preset, preset_file, read_preset
+from evac_jax.config.libero import PROTOCOL
 from evac_jax.config.presets import differences
 from evac_jax.errors import ConfigError, DataError
 
 LAUNCHES_FILE = "launches.jsonl"
+# Beside the policy's weights; sections are named without a field.
+JUDGED_BY = (
+    *("seed", "env.simulator", "env.initial_states", "env.initial_states_path"),
+    *("env.max_episode_steps", "env.gripper", "env.pose_model", "simulator.dtype"),
+    *("world_model.checkpoint", "world_model.steps", "world_model.eta", "world_model.solver"),
+    *("world_model.reference_compat", "policy.unnorm_key", "policy.keep_stop_token"),
+    *("policy.eval_temperature", "policy.top_k"),
+    *("reward.judge", "reward.checkpoint", "reward.veto", "reward.threshold", "reward.vlm"),
+    *("reward.success_frames", "reward.judged_frames", "eval.episodes", "eval.starts"),
+    *("eval.ground_truth", "eval.ground_truth_starts", "eval.ground_truth_episodes"),
+    *(f"libero.{name}" for name in ("suite", *PROTOCOL)),
+)
 ROOT = Path(__file__).parents[2]  # a host that Ray chose has no presets in its own folder
 
 
@@ -40,9 +54,16 @@ def record(folder: Path, config: Mapping[str, Any], finished: int, *, resumed: b
         "folder": str(Path.cwd()),
         "preset": preset,
         "changed": changed,
+        "judged_by": {name: _value(config, name) for name in JUDGED_BY},
     }
     with (folder / LAUNCHES_FILE).open("a" if resumed else "w") as file:
         file.write(f"{json.dumps(line)}\n")
+
+
+def _value(config: Mapping[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        config = config.get(part, {})
+    return config
 
 
 def _origin(file: str, config: Mapping[str, Any]) -> tuple[str, dict[str, list[Any]]]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from absl import logging
+
 from evac_jax.config.build import to_dict
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
@@ -84,12 +86,19 @@ class JsonlWriter:
     Args:
         path: the file; it is created, or continued.
         resume_step: finished iterations of the restored checkpoint. Lines of later iterations are
-            removed atomically; the resumed run writes them again.
+            moved to the end of <path>.later; the resumed run writes them again.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
         self._path = path
-        lines = [line for line in read_metrics(path.parent) if line["iteration"] <= resume_step]
+        found = read_metrics(path.parent)
+        lines = [line for line in found if line["iteration"] <= resume_step]
+        if later := [line for line in found if line["iteration"] > resume_step]:
+            kept = path.with_name(f"{path.name}.later")
+            with kept.open("a") as file:
+                file.writelines(f"{json.dumps(line)}\n" for line in later)
+            ends = later[0]["iteration"], later[-1]["iteration"]
+            logging.info("the metrics of iterations %d to %d are kept in %s", *ends, kept)
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         self._line: dict[str, Any] = lines[-1] if lines else {}
@@ -286,7 +295,7 @@ def make_writer(folder: Path, config: TrainConfig, *, resume_step: int = 0) -> M
     Args:
         folder: the run's own folder.
         config: of the run; W&B and TensorBoard show it.
-        resume_step: finished iterations of a resumed run; what was logged after them is dropped.
+        resume_step: finished iterations of a resumed run; what was logged after them is set aside.
 
     Raises:
         ConfigError: Weights & Biases cannot start.

@@ -11,6 +11,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from evac_jax.checkpoint import iterations_in
 from evac_jax.telemetry import video
 from tests.integration.launcher import TWO_SIMULATORS
 
@@ -143,7 +144,7 @@ def test_run_whose_simulator_dies_has_saved_what_it_had_learned(launcher):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 2, output
     assert "SimulatorError" in output
-    saved = [int(path.name) for path in (launcher.runs / "orphan" / "checkpoints").iterdir()]
+    saved = iterations_in(launcher.runs / "orphan" / "checkpoints")
     assert saved == [max(launcher.metrics("orphan"))]
 
 
@@ -156,7 +157,7 @@ def test_signal_ends_a_run_with_a_checkpoint_and_the_command_that_goes_on(launch
     folder = launcher.runs / "signal"
     flags = ("--config.log.run=signal", "--config.train.iterations=99", *QUICK)
     output = stop(launcher.start(*flags), folder, signal.SIGTERM)
-    saved = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+    saved = iterations_in(folder / "checkpoints")
     assert saved == [max(launcher.metrics("signal"))]
     assert f"that of iteration {saved[0]}; go on from there with" in output
     assert f"--config.checkpoint.restore={folder}" in resume(output)

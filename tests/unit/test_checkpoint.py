@@ -102,6 +102,15 @@ def test_latest_passes_over_runs_when_they_have_no_checkpoint_or_another_algorit
         checkpoint.find_run(_restoring(tmp_path))
 
 
+def test_latest_passes_over_a_link_that_leads_nowhere_and_names_it(tmp_path, caplog):
+    _run(tmp_path / "a", "grpo", (1,))
+    os.utime(tmp_path / "a", (1000, 1000))
+    (tmp_path / "b").symlink_to(tmp_path / "gone")
+    with caplog.at_level("WARNING", logger="absl"):
+        assert checkpoint.find_run(_restoring(tmp_path)).name == "a"
+    assert str(tmp_path / "b") in caplog.text
+
+
 def test_named_run_is_refused_when_it_has_no_checkpoint(tmp_path):
     _run(tmp_path / "a", "grpo")
     with pytest.raises(CheckpointError, match="no checkpoint .* so nothing to go on from"):
@@ -154,22 +163,76 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_checkpoint_before_is_taken_when_the_newest_is_damaged(tmp_path, damage, caplog):
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+def _two_of_which_one_is_damaged(folder, damage):
+    checkpoints = checkpoint.Checkpoints(folder, keep=3)
     for iteration in (1, 2):
         checkpoints.save(iteration, _state(iteration), {"run": "r"})
     checkpoints.close()
-    assert DAMAGES[damage](tmp_path / "2")
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    assert DAMAGES[damage](folder / "2")
+    return checkpoint.Checkpoints(folder, keep=3)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_checkpoint_before_is_taken_when_the_newest_is_damaged(tmp_path, damage, caplog):
+    checkpoints = _two_of_which_one_is_damaged(tmp_path, damage)
     with caplog.at_level("WARNING", logger="absl"):
         found, state, *_ = checkpoints.go_back_to(-1, _state(0), "r")
+        checkpoints.set_aside_after(found)
     assert found == 1
     jax.tree.map(np.testing.assert_array_equal, state, _state(1))
     assert f"{tmp_path}/2 cannot be read" in caplog.text
+    assert "choose one" not in caplog.text  # it was chosen
     assert (tmp_path / "2.damaged").is_dir()
     checkpoints.save(2, _state(2), {"run": "r"})
     assert checkpoints.iterations == [1, 2]
+
+
+PARAMS = {"w": jax.ShapeDtypeStruct((3, 4), jnp.float32)}
+READS = {
+    "whole": lambda checkpoints, iteration: checkpoints.restore(iteration, _state(0)),
+    "part": lambda checkpoints, iteration: checkpoints.restore_part(iteration, "params", PARAMS),
+}
+
+
+@pytest.mark.parametrize(
+    ("read", "damage"),
+    # A part is read without the progress.
+    [
+        (read, damage)
+        for read in READS
+        for damage in DAMAGES
+        if (read, damage) != ("part", "progress")
+    ],
+)
+def test_damage_is_told_with_the_other_checkpoints_when_one_alone_is_read(tmp_path, read, damage):
+    checkpoints = _two_of_which_one_is_damaged(tmp_path, damage)
+    with pytest.raises(DamagedCheckpointError) as error:
+        READS[read](checkpoints, 2)
+    first, last = str(error.value).splitlines()
+    assert first.startswith(f"checkpoint {tmp_path}/2 cannot be read: ")
+    assert "tensorstore_spec" not in first
+    assert last == (
+        "Others that are there: [1]; choose one with --config.checkpoint.step, or a tool's --step"
+    )
+    READS[read](checkpoints, 1)
+
+
+def test_array_that_was_cut_short_is_named_without_the_settings_of_its_reader(tmp_path):
+    def state(seed):  # its array is the largest file by far
+        return {"params": {"w": jax.random.normal(jax.random.key(seed), (100, 100))}}
+
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    checkpoints.save(1, state(1), {})
+    _cut_largest(tmp_path / "1")
+    for read in (
+        lambda: checkpoints.restore(1, state(0)),
+        lambda: checkpoints.restore_part(1, "params", state(0)["params"]),
+    ):
+        with pytest.raises(DamagedCheckpointError) as error:
+            read()
+        assert "params/w" in str(error.value)
+        assert str(error.value).endswith("\nOthers that are there: none")
+        assert len(str(error.value)) < 500
 
 
 def test_later_checkpoints_are_kept_aside_when_an_older_one_is_restored(tmp_path):
@@ -178,10 +241,12 @@ def test_later_checkpoints_are_kept_aside_when_an_older_one_is_restored(tmp_path
         checkpoints.save(iteration, _state(iteration), {})
     found, state, *_ = checkpoints.go_back_to(1, _state(0), "")
     jax.tree.map(np.testing.assert_array_equal, state, _state(1))
-    assert (found, checkpoints.iterations) == (1, [1])
+    assert (found, checkpoints.iterations) == (1, [1, 2, 3])  # the run may yet be refused
+    checkpoints.set_aside_after(1)
+    assert checkpoints.iterations == [1]
     assert (tmp_path / "2.later").is_dir()
     checkpoints.save(2, _state(5), {})
-    checkpoints.go_back_to(1, _state(0), "")
+    checkpoints.set_aside_after(1)
     assert (tmp_path / "2.later2").is_dir()
 
 
@@ -191,7 +256,7 @@ def test_checkpoint_is_not_replaced_by_another_when_it_was_named(tmp_path):
         checkpoints.save(iteration, _state(iteration), {})
     _cut_largest(tmp_path / "2" / "state")
     with pytest.raises(
-        DamagedCheckpointError, match=r"those of \[1, 2\]; choose one with --config"
+        DamagedCheckpointError, match=r"that are there: \[1\]; choose one with --config"
     ):
         checkpoints.go_back_to(2, _state(0), "")
     assert (tmp_path / "2").is_dir()

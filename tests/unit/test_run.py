@@ -8,23 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evac_jax.errors import StorageError
+from evac_jax.errors import CheckpointError, ConfigError, StorageError
 from evac_jax.evaluate import Evaluation
 from evac_jax.run import Run
 from evac_jax.run_folder import RunFolder
 from tests.unit.test_run_folder import _config, restoring
 
 
-def _run(folder, restore="") -> Run:
-    config = restoring(_config(folder, run="one"), restore)
+def _run(folder, restore="", starts=lambda _: None, threshold=0.5, **checkpoint) -> Run:
+    config = restoring(_config(folder, run="one"), restore, **checkpoint)
     config = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, iterations=10),
         eval=dataclasses.replace(config.eval, interval=2),
+        reward=dataclasses.replace(config.reward, threshold=threshold),
     )
     learner = SimpleNamespace(state={"w": jnp.zeros(3)}, is_sound=lambda: True, sync=lambda: None)
     collector = SimpleNamespace(
-        state_dict=dict, load_state_dict=lambda _: None, ahead=lambda: None, ahead_like=lambda: None
+        state_dict=dict, load_state_dict=starts, ahead=lambda: None, ahead_like=lambda: None
     )
     twin = SimpleNamespace(state_dict=list, load_state_dict=lambda _: None)
     return Run(RunFolder.choose(config), learner, collector, twin, stopping=None)
@@ -53,6 +54,47 @@ def test_resumed_run_owes_nothing_when_no_evaluation_was_due(tmp_path):
     run.save(3)
     run.close()
     assert not _run(tmp_path, tmp_path / "one").owes_evaluation
+
+
+def test_later_checkpoints_stay_when_the_run_cannot_go_on(tmp_path):
+    run = _run(tmp_path)
+    for iteration in (2, 4):
+        run.save(iteration)
+    run.close()
+
+    def refuse(_):
+        raise ConfigError("cannot resume the start sampler with other settings")
+
+    with pytest.raises(ConfigError, match="other settings"):
+        _run(tmp_path, tmp_path / "one", refuse, step=2)
+    assert _run(tmp_path, tmp_path / "one").finished == 4
+    assert _run(tmp_path, tmp_path / "one", step=2).finished == 2
+    assert (tmp_path / "one" / "checkpoints" / "4.later").is_dir()
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_summary_of_a_resumed_run_tells_when_evaluations_go_by_other_settings(
+    tmp_path, threshold, capsys
+):
+    run = _run(tmp_path)
+    run.log_evaluation(0, _outcome(1))
+    run.save(4)
+    run.close()
+    run = _run(tmp_path, tmp_path / "one", threshold=threshold)
+    run.log_evaluation(4, _outcome(4))
+    run.summarise(3.0)
+    told = "config.reward.threshold was 0.5, now 0.9"
+    assert (told in capsys.readouterr().out) == (threshold == 0.9)
+    assert (told in (tmp_path / "one" / "report.html").read_text()) == (threshold == 0.9)
+
+
+def test_nothing_is_saved_when_another_run_began_to_save_in_the_same_folder(tmp_path):
+    """As on a file system without locks."""
+    one = _run(tmp_path / "a", dir=str(tmp_path / "shared"))
+    other = _run(tmp_path / "b", dir=str(tmp_path / "shared"))
+    with pytest.raises(CheckpointError, match=r"config.checkpoint.dir: another run .*a/one'"):
+        one.save(4)
+    other.save(4)
 
 
 def test_nothing_is_saved_when_the_folder_of_a_run_was_deleted(tmp_path):

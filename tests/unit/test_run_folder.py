@@ -10,7 +10,7 @@ from evac_jax.errors import CheckpointError, ConfigError, StoppedError, StorageE
 from evac_jax.evaluate import Evaluation, Film
 from evac_jax.run_folder import RunFolder
 from evac_jax.telemetry import writers
-from evac_jax.telemetry.pages import run_report
+from evac_jax.telemetry.pages import record, run_report
 from tests.unit import world_folder
 
 
@@ -135,6 +135,29 @@ def test_second_process_is_refused_when_a_run_lives(tmp_path):
         RunFolder.choose(_config(tmp_path, run="one")).claimed().__enter__()
 
 
+@pytest.mark.parametrize("theirs", ["elsewhere", "runs/two/checkpoints"])
+def test_second_run_is_refused_when_one_that_lives_saves_in_the_same_folder(tmp_path, theirs):
+    def run(name, where):
+        config = _config(tmp_path / "runs", run=name)
+        own = dataclasses.replace(config.checkpoint, dir=where and str(tmp_path / where))
+        return dataclasses.replace(config, checkpoint=own)
+
+    first, second = run("one", theirs), run("two", "" if "two" in theirs else theirs)
+    with RunFolder.choose(first).claimed():
+        with pytest.raises(StorageError, match=r"config.checkpoint.dir: '.*process \d+ on "):
+            RunFolder.choose(second).claimed().__enter__()
+        with RunFolder.for_evaluation(second, None).claimed(saves=False):
+            pass
+
+
+def test_checkpoints_may_lie_in_the_runs_own_folder(tmp_path):
+    config = _config(tmp_path, run="one")
+    own = dataclasses.replace(config.checkpoint, dir=str(tmp_path / "one"))
+    with RunFolder.choose(dataclasses.replace(config, checkpoint=own)).claimed() as run:
+        run.make()
+        assert run.run_id == (tmp_path / "one" / "run_id").read_text()
+
+
 def test_full_disk_is_told_with_the_command_that_goes_on(tmp_path):
     run = make_run(tmp_path, iterations=(1, 2))
     with (
@@ -167,7 +190,7 @@ def test_parts_lie_where_the_configuration_says(tmp_path):
         config, video=dataclasses.replace(config.video, dir=str(tmp_path / "films"))
     )
     folder = RunFolder.choose(config)
-    assert folder.videos == tmp_path / "films"
+    assert folder.videos == tmp_path / "films" / "one"
     assert folder.checkpoints == tmp_path / "one" / "checkpoints"
     assert not folder.resumed
 
@@ -235,11 +258,15 @@ def raiser(error: Exception):
     return fail
 
 
-def test_films_are_listed_with_what_they_show(tmp_path):
-    folder = make_run(tmp_path)
+def evaluation():
+    """An evaluation with one film."""
     frames = np.zeros((3, 2, 8, 8, 3), np.uint8)
     film = Film("lift it", 7, frames, np.zeros(3), np.array([False, False, True]))
-    outcome = Evaluation(success=np.ones(1, bool), by_task={}, metrics={}, films=[film])
+    return Evaluation(success=np.ones(1, bool), by_task={}, metrics={}, films=[film])
+
+
+def test_films_are_listed_with_what_they_show(tmp_path):
+    folder, outcome = make_run(tmp_path), evaluation()
     written = folder.write_films(4, {"imagined": outcome, "ground_truth": outcome})
     assert [name for name, _, _ in written] == ["imagined/0", "ground_truth/0"]
     listed = json.loads((folder.videos / "iteration_00004.json").read_text())
@@ -250,6 +277,56 @@ def test_films_are_listed_with_what_they_show(tmp_path):
         assert {name: film[name] for name in facts} == facts
         assert (folder.videos / film["video"]).is_file()
         assert (folder.videos / film["strip"]).is_file()
+
+
+def filmed(config, folder, **video):
+    """The configuration with its films in `folder`."""
+    return dataclasses.replace(
+        config, video=dataclasses.replace(config.video, dir=str(folder), **video)
+    )
+
+
+CHOICES = (RunFolder.choose, lambda config: RunFolder.for_evaluation(config, None))
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+def test_folder_of_the_films_is_refused_when_it_cannot_be_written(tmp_path, choose):
+    (tmp_path / "file").touch()
+    config = filmed(_config(tmp_path, run="one"), tmp_path / "file" / "films")
+    with pytest.raises(StorageError, match=r"file' is a file, .*video\.dir"):
+        choose(config)
+    choose(filmed(config, tmp_path / "file" / "films", save=False))
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+def test_films_of_runs_with_one_folder_are_kept_apart(tmp_path, choose):
+    films, outcome = tmp_path / "films", {"imagined": evaluation()}
+    first = choose(filmed(_config(tmp_path / "here", run="one"), films))
+    first.write_films(0, outcome)
+    second = choose(filmed(_config(tmp_path / "here", run="two"), films))
+    written = {path for folder in (first, second) for _, path, _ in folder.write_films(0, outcome)}
+    assert written == {films / name / "iteration_00000_0.mp4" for name in ("one", "two")}
+    elsewhere = filmed(_config(tmp_path / "there", run="one"), films)
+    with pytest.raises(CheckpointError, match=r"films of another run .*another --config\.video\.d"):
+        choose(elsewhere)
+
+
+def test_films_are_found_and_written_again_by_a_run_with_a_folder_for_them(tmp_path):
+    config = filmed(_config(tmp_path, run="one"), tmp_path / "films")
+    for _ in range(2):  # the first saved no checkpoint
+        run = RunFolder.choose(config)
+        run.make()
+        run.make_writer(finished=0).write(0, {"a": 1.0})
+        run.write_films(0, {"imagined": evaluation()})
+    (films,) = record.read(run.path).films
+    assert (record.read(run.path).videos / films["films"][0]["video"]).is_file()
+
+
+def test_film_that_cannot_be_written_is_told(tmp_path):
+    run = RunFolder.choose(filmed(_config(tmp_path, run="one"), tmp_path / "films"))
+    (tmp_path / "films").touch()  # since the run began
+    with pytest.raises(StorageError, match="films/one.*cannot write"):
+        run.write_films(0, {"imagined": evaluation()})
 
 
 def test_what_comes_next_is_told_as_commands(tmp_path):

@@ -1,8 +1,10 @@
 """The learning signals of a run's report: what to look for in each, and what is wrong for sure."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
+from evac_jax.config.presets import differences
 from evac_jax.telemetry.pages.record import Record
 
 
@@ -83,7 +85,7 @@ def ranges(iterations: Iterable[int]) -> str:
 
 
 def alarms(record: Record) -> list[str]:
-    """Return what a run's metrics show to be wrong, one sentence each."""
+    """Return what a run's metrics and its launches show to be wrong, one sentence each."""
 
     def where(metric: str, least: float) -> str:
         values = record.series(metric).items()
@@ -99,4 +101,26 @@ def alarms(record: Record) -> list[str]:
         where("rollout/group_std_zero_fraction", 1.0),
         "figures were not finite": where("log/non_finite", 1.0),
     }  # fmt: skip
-    return [f"Iteration {place}: {what}." for what, place in found.items() if place]
+    told = [f"Iteration {place}: {what}." for what, place in found.items() if place]
+    return told + _judged_otherwise(record)
+
+
+def _judged_otherwise(record: Record) -> list[str]:
+    """Return a sentence for each launch whose evaluations cannot be compared with those before."""
+    launches = [
+        launch
+        for index, launch in enumerate(record.launches)
+        # What followed a launch that was gone back behind is no part of the run any more.
+        if all(launch["iteration"] < later["iteration"] for later in record.launches[index + 1 :])
+    ]
+    found = []
+    for before, now in itertools.pairwise(launch for launch in launches if "judged_by" in launch):
+        known = {k: v for k, v in now["judged_by"].items() if k in before["judged_by"]}
+        changed = differences({k: before["judged_by"][k] for k in known}, known)
+        if changed:
+            told = "; ".join(f"config.{k} was {a!r}, now {b!r}" for k, (a, b) in changed.items())
+            found.append(
+                f"From iteration {now['iteration']} on evaluations go by other settings, so their "
+                f"success may not compare with that before: {told}."
+            )
+    return found

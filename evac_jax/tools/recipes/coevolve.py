@@ -31,7 +31,7 @@ from evac_jax.files import cards
 from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser, run_tool
 from evac_jax.tools.recipes import commands
-from evac_jax.tools.recipes.stages import WORK, Stage, Workshop
+from evac_jax.tools.recipes.stages import ROOT, WORK, Stage, Workshop
 
 RECORDINGS = 50  # first seed of the recordings; no other recording has their scenes
 
@@ -109,6 +109,7 @@ def training_stages(number: int, models: Models, options: Options) -> list[Stage
         before,
         f"round_{number}/run",
         cores=2,
+        resumes=True,
     )
     out = f"round_{number}/policy"
     export = commands.export(f"{folder}/run", f"{WORK}/{out}", best=options.ground_truth)
@@ -421,6 +422,13 @@ def main() -> None:
     logging.set_verbosity(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running stages as well
     start, options = options_of(args)
+    from evac_jax.tools.recipes import given_data  # and PyTorch, for which --help need not wait
+
+    given_data.check(
+        ROOT / Path(start.world_model).expanduser(),
+        (*start.data, *options.real_data),
+        more_of_miniature=options.ground_truth and not options.real_data,
+    )
     workshop = Workshop(args.out, args.cores)
     outcome = coevolve(workshop, start, options)
     facts = cards.card(**outcome, hours=workshop.clock() / 3600)

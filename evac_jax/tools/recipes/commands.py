@@ -57,11 +57,15 @@ def launch(
 def train(
     config: str, folder: str, run: str, settings: Mapping[str, object], interval: int
 ) -> tuple[str, ...]:
-    """A run that keeps a checkpoint of every evaluation, so that the best one can be used."""
+    """A run that keeps a checkpoint of every evaluation, so that the best one can be used.
+
+    Begun before and interrupted, it goes on; its stage should say so (`Stage.resumes`).
+    """
     kept = {
         "eval.interval": interval,
         "checkpoint.interval": interval,
         "checkpoint.keep": 1_000_000,
+        "checkpoint.restore": "auto",
     }
     return launch(config, folder, run, kept | dict(settings))
 

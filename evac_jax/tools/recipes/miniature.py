@@ -174,7 +174,8 @@ def add_trained_policy(add, n) -> None:
         "eval.episodes": 0,
     }
     inputs = ("policy", "world_model", "reward", "pose_model")
-    add("rl", commands.train(CONFIG, WORK, "rl", settings, interval=4), *inputs, cores=2)
+    command = commands.train(CONFIG, WORK, "rl", settings, interval=4)
+    add("rl", command, *inputs, cores=2, resumes=True)
     add("adapter", (*commands.export(at("rl"), at("adapter")), "--adapter"), "rl")
     add("policy_trained", commands.store(at("adapter"), at("policy_trained"), "float16"), "adapter")
 

@@ -5,8 +5,9 @@ r"""Trains one run after another, with every seed and every combination of setti
         --set optim.lr=1e-4,3e-4 --config.train.iterations=4
 
 Flags of the form --config.SECTION.FIELD=VALUE go to every run. The same command goes on where a
-stopped one was; more seeds and values may be added. A run that fails does not keep the others from
-their turn. At the end OUT/report.html shows all runs side by side (docs/watch.md).
+stopped one was; more seeds and values may be added, and as long as no run has begun, other flags
+be given. A run that fails does not keep the others from their turn. At the end OUT/report.html
+shows all runs side by side (docs/watch.md).
 """
 
 import contextlib
@@ -183,8 +184,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args.config, common, runs)
     with claim.claimed(args.out) as out:
         plan = {"config": args.config, "flags": sorted(common)}
-        if (out / PLAN_FILE).is_file():
-            check_same_run(out / PLAN_FILE, cards.read_json(out / PLAN_FILE), plan)
+        saved = cards.read_json(out / PLAN_FILE) if (out / PLAN_FILE).is_file() else plan
+        if any(out.glob(f"*/{json_lines.METRICS_FILE}")):  # else nothing was made by them
+            check_same_run(out / PLAN_FILE, saved, plan)
         cards.write_json(out / PLAN_FILE, plan)
         failed = train(out.absolute(), args.config, common, runs)
         begun = [out / t.name for t in runs if (out / t.name / json_lines.METRICS_FILE).is_file()]

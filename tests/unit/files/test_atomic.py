@@ -1,6 +1,22 @@
+import signal
+import subprocess
+import sys
+
 import pytest
 
-from evac_jax.files.atomic import replacing, whole_folder
+from evac_jax.errors import StorageError
+from evac_jax.files.atomic import keep, replacing, whole_folder
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from evac_jax.files.atomic import whole_folder
+with whole_folder(Path(sys.argv[1])) as partial:
+    partial.mkdir()
+    (partial / "file").write_text("content")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_old_file_stays_when_replacing_it_fails(tmp_path):
@@ -70,3 +86,47 @@ def test_old_folder_stays_when_it_is_not_to_be_replaced(tmp_path):
     write(replace=True)
     assert [file.name for file in path.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_second_writer_of_a_folder_is_refused_and_the_first_ends_well(tmp_path, repository):
+    path = tmp_path / "folder"
+
+    def begin():
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITE, str(path)],
+            cwd=repository,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert writer.stdout.readline() == b"writing\n"
+        return writer
+
+    killed = begin()
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    first = begin()  # takes the place of the killed one
+    try:
+        with (
+            pytest.raises(
+                StorageError,
+                match=f"folder' is written to by another process .process {first.pid} on",
+            ),
+            whole_folder(path),
+        ):
+            pytest.fail("two write")
+    finally:
+        first.communicate()
+    assert (path / "file").read_text() == "content"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_in_the_way_is_kept_under_the_next_number(tmp_path):
+    path = tmp_path / "out.aside"
+    for name in ("one", "two"):
+        keep(path)
+        path.mkdir()
+        (path / name).touch()
+    assert {file.parent.name: file.name for file in tmp_path.glob("*/*")} == {
+        "out_1.aside": "one",
+        "out.aside": "two",
+    }

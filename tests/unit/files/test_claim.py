@@ -60,8 +60,9 @@ def test_full_or_read_only_disk_is_told_with_the_file(tmp_path, reason):
         raise OSError(reason, os.strerror(reason), "x/metrics")
     with pytest.raises(FileNotFoundError), claim.told_as_storage_error(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "gone", "/elsewhere/weights")
-    with pytest.raises(StorageError), claim.told_as_storage_error(tmp_path):
-        raise FileNotFoundError(errno.ENOENT, "gone", str(tmp_path / "metrics"))
+    for file in (tmp_path / "metrics", tmp_path.with_name(f"{tmp_path.name}.partial") / "frames"):
+        with pytest.raises(StorageError), claim.told_as_storage_error(tmp_path):
+            raise FileNotFoundError(errno.ENOENT, "gone", str(file))
 
 
 def test_place_is_refused_before_any_work_when_it_cannot_be_written(tmp_path, monkeypatch):
@@ -73,8 +74,33 @@ def test_place_is_refused_before_any_work_when_it_cannot_be_written(tmp_path, mo
         claim.check_writable(tmp_path / "runs" / "one")
 
 
+def test_name_that_no_folder_can_have_is_told_when_it_is_made(tmp_path):
+    claim.check_writable(tmp_path / ("x" * 300))
+    with (
+        pytest.raises(StorageError, match="File name too long"),
+        claim.claimed(tmp_path / ("x" * 300)),
+    ):
+        pass
+
+
 def test_lock_is_told_when_its_text_is_damaged(tmp_path):
     with claim.claimed(tmp_path):
         (tmp_path / claim.LOCK_FILE).write_bytes(b"\xff")
         with pytest.raises(StorageError, match="another process"), claim.claimed(tmp_path):
             pass
+
+
+def test_lock_that_its_holder_has_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    lock, opened = claim._lock, []
+
+    def removed_at_first(file, what):
+        lock(file, what)
+        if not opened:
+            os.unlink(file.name)
+        opened.append(file.name)
+
+    monkeypatch.setattr(claim, "_lock", removed_at_first)
+    with claim.written_alone(tmp_path / "out"):
+        assert len(opened) == 2
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock-out").read_text()
+    assert not list(tmp_path.iterdir())

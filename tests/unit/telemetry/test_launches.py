@@ -29,6 +29,11 @@ def test_launch_tells_command_preset_and_what_differs(tmp_path, monkeypatch, con
     assert line["command"] == [sys.executable, "launch.py", "--config=configs/grpo.py"]
     assert (line["preset"], line["iteration"]) == ("configs/grpo.py", 0)
     assert line["changed"] == {"algo.clip_high": [0.28, 0.3]}
+    told = {name: line["judged_by"][name] for name in ("eval.starts", "reward.threshold")}
+    assert told == {
+        "eval.starts": list(config["eval"]["starts"]),
+        "reward.threshold": config["reward"]["threshold"],
+    }
 
 
 def test_only_the_name_of_another_world_and_own_settings_are_told(

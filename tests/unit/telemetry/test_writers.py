@@ -51,7 +51,7 @@ def test_line_is_completed_when_an_iteration_is_written_twice(tmp_path):
     writer.close()
 
 
-def test_later_lines_are_dropped_when_a_run_resumes(tmp_path):
+def test_later_lines_are_moved_aside_when_a_run_resumes(tmp_path, caplog):
     path = tmp_path / writers.METRICS_FILE
     first = writers.JsonlWriter(path)
     for step in range(5):
@@ -59,13 +59,24 @@ def test_later_lines_are_dropped_when_a_run_resumes(tmp_path):
     first.close()
     with path.open("a") as file:
         file.write('{"iteration": 5, "a"')  # killed while writing
-    second = writers.JsonlWriter(path, resume_step=2)
+    with caplog.at_level("INFO", logger="absl"):
+        second = writers.JsonlWriter(path, resume_step=2)
     assert [line["iteration"] for line in _lines(tmp_path)] == [0, 1, 2]
+    kept = tmp_path / f"{writers.METRICS_FILE}.later"
+    assert f"metrics of iterations 3 to 4 are kept in {kept}" in caplog.text
     second.write(2, {"b": 7.0})
     second.write(3, {"a": 30.0})
     second.close()
     assert _lines(tmp_path)[2:] == [
         {"iteration": 2, "a": 2.0, "b": 7.0},
+        {"iteration": 3, "a": 30.0},
+    ]
+    writers.JsonlWriter(path, resume_step=1).close()
+    writers.JsonlWriter(path, resume_step=1).close()
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == [
+        {"iteration": 3, "a": 3.0},
+        {"iteration": 4, "a": 4.0},
+        {"iteration": 2, "a": 2.0, "b": 7.0},  # of the second time
         {"iteration": 3, "a": 30.0},
     ]
 

@@ -1,5 +1,7 @@
 import re
 
+import pytest
+
 from evac_jax.telemetry.pages import record, signals
 from tests.unit.telemetry.pages.run_folders import make_run, write_lines
 
@@ -30,3 +32,28 @@ def test_alarms_name_the_iterations_in_which_something_was_wrong(tmp_path):
     twin, skipped = signals.alarms(record.read(folder))
     assert twin.startswith("Iteration 2 to 3: the twin's alarm")
     assert skipped.startswith("Iteration 3: updates were skipped")
+
+
+A, B = {"eval.starts": [0, 8], "reward.threshold": 0.5}, {"eval.starts": [8, 16], "new": 1}
+OTHERWISE = (
+    "From iteration {} on evaluations go by other settings, so their success may not compare with "
+    "that before: config.eval.starts was {}, now {}."
+)
+
+
+@pytest.mark.parametrize(
+    ("launches", "expected"),
+    [
+        ([(0, A), (4, A)], []),
+        ([(0, A), (2, B), (4, B)], [(2, "[0, 8]", "[8, 16]")]),
+        ([(0, A), (2, B), (4, A)], [(2, "[0, 8]", "[8, 16]"), (4, "[8, 16]", "[0, 8]")]),
+        ([(0, A), (4, B), (2, A)], []),  # it went back behind the change
+        ([(0, None), (4, B)], []),  # an older version did not tell
+    ],
+)
+def test_alarm_tells_that_evaluations_go_by_other_settings(tmp_path, launches, expected):
+    folder = make_run(tmp_path / "one")
+    lines = [{"iteration": i, **({"judged_by": told} if told else {})} for i, told in launches]
+    write_lines(folder / "launches.jsonl", lines)
+    found = signals.alarms(record.read(folder))
+    assert found == [OTHERWISE.format(*values) for values in expected]

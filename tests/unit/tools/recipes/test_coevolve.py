@@ -9,7 +9,7 @@ from evac_jax.errors import DataError
 from evac_jax.files import recordings
 from evac_jax.telemetry import report
 from evac_jax.tools.command_line import Parser
-from evac_jax.tools.recipes import coevolve, commands
+from evac_jax.tools.recipes import coevolve, commands, miniature
 from evac_jax.tools.recipes.coevolve import Models, Options, rounds_to_go
 from evac_jax.tools.recipes.stages import check
 from evac_jax.tools.world.options import add_options
@@ -87,6 +87,14 @@ def test_every_round_starts_from_what_the_one_before_left_and_keeps_old_recordin
     data = fine_tuning[fine_tuning.index("--data") + 1 :][:3]
     assert data == third.data == ("old", "{work}/round_1/episodes", "{work}/round_2/episodes")
     assert fine_tuning[fine_tuning.index("--start") + 1] == "{work}/round_1/world_model"
+
+
+def test_interrupted_training_goes_on_when_the_recipe_is_run_again():
+    train = coevolve.training_stages(1, START, Options("configs/grpo.py", {}))[0]
+    rl = next(stage for stage in miniature.make_stages() if stage.name == "rl")
+    for stage in (train, rl):
+        assert stage.resumes
+        assert "--config.checkpoint.restore=auto" in stage.command
 
 
 class _Recorded:

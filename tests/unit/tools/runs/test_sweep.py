@@ -122,6 +122,17 @@ def test_same_command_goes_on_and_more_seeds_may_be_added(tmp_path, trainer):
         _sweep(out, "--config.optim.lr=1")
 
 
+def test_flags_may_be_corrected_while_no_run_has_begun(tmp_path, trainer):
+    out = tmp_path / "sweep"
+    trainer(fail=[0])
+    with pytest.raises(EvacJaxError, match="2 of 2 runs failed"):
+        _sweep(out, "--config.optim.lr=1e-3")
+    trainer()
+    _sweep(out, "--config.optim.lr=1e-4")
+    assert json.loads((out / "sweep.json").read_text())["flags"] == ["--config.optim.lr=1e-4"]
+    assert len(list(out.glob("*/summary.json"))) == 2
+
+
 def test_others_have_their_turn_when_a_run_fails(tmp_path, trainer):
     out = tmp_path / "sweep"
     trainer(fail=[0])
