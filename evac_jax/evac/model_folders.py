@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evac_jax.errors import CheckpointError
 from evac_jax.evac.config import JsonConfig
-from evac_jax.evac.weight_files import FLOATS, SHOWN, cast, read_weights, write_weights
+from evac_jax.evac.weight_files import FLOATS, SHOWN, cast, find_file, read_weights, write_weights
 from evac_jax.files.atomic import replacing
 
 CONFIG_FILE = "config.json"
@@ -249,22 +250,13 @@ def load_model(
         ConfigError: if the sizes in it are not valid.
     """
     path = Path(folder) / CONFIG_FILE
-    try:
-        description = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} is not a model folder: cannot read {CONFIG_FILE}"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    description = _described(path)
     name = description.get("model") if isinstance(description, dict) else None
     if name not in MODELS or (kind is not None and name != kind):
         expected = kind or " or ".join(sorted(MODELS))
         told = f"{path}: expected a model of kind {expected}, got {reprlib.repr(name)}"
         raise CheckpointError(told + _foreign_hint(description, kind))
-    weights = description.get("weights", WEIGHTS_FILE)
-    if not isinstance(weights, str) or weights != Path(weights).name:
-        raise CheckpointError(f'{path}: "weights": expected a file\'s name, got {weights!r}')
+    weights = _weights_beside(path, description)
     cls, config_cls = map(_imported, MODELS[name])
     config = config_cls.from_dict(description.get("config", {}))
     try:
@@ -272,8 +264,36 @@ def load_model(
             model = cls(config)
     except (RuntimeError, ValueError, ZeroDivisionError) as error:  # torch's words about a size
         raise CheckpointError(f"{path}: no {name} has the sizes {config}: {error}") from error
-    load_weights(model, path.with_name(weights), device, dtype)
+    load_weights(model, weights, device, dtype)
     return model.to(device).eval()
+
+
+def weights_file(folder: str | Path) -> Path:
+    """Return the file of weights that the `config.json` of a model folder names.
+
+    Raises:
+        CheckpointError: it is no model folder, or that file is not in it.
+    """
+    path = Path(folder) / CONFIG_FILE
+    return find_file(_weights_beside(path, _described(path)))
+
+
+def _described(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.parent} is not a model folder: cannot read {CONFIG_FILE}"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+
+
+def _weights_beside(path: Path, description: Any) -> Path:
+    told = description.get("weights", WEIGHTS_FILE) if isinstance(description, dict) else None
+    if not isinstance(told, str) or told != Path(told).name:
+        raise CheckpointError(f'{path}: "weights": expected a file\'s name, got {told!r}')
+    return path.with_name(told)
 
 
 def _foreign_hint(description: object, kind: str | None) -> str:

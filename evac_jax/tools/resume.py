@@ -1,10 +1,40 @@
-"""Checks that what a training tool continues from is that of the same run."""
+"""The progress of a training tool: written whole or not at all, and continued by the same run."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from evac_jax.errors import CheckpointError, DataError
+from evac_jax.errors import CheckpointError, DataError, StorageError
+from evac_jax.files import claim
+from evac_jax.files.atomic import replacing
+
+
+@contextlib.contextmanager
+def saving(path: Path, *errors: type[Exception]) -> Iterator[Path]:
+    """Yield a temporary path for a progress file, see `replacing`; an earlier one stays till then.
+
+    Args:
+        path: of the progress.
+        errors: what a writer raises instead of an OSError.
+
+    Raises:
+        StorageError: it cannot be written, such as to a full disk.
+    """
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except (OSError, *errors) as error:
+        raise StorageError(
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; make room, or "
+            "let the folder be written to, and give the command again: it goes on from the last "
+            "progress, if one was saved"
+        ) from error
+
+
+def damaged(path: Path, why: object) -> CheckpointError:
+    """Return the error that a progress file is not whole."""
+    return CheckpointError(f"{path} is damaged ({why}): remove it to begin anew")
 
 
 def check_same_run(path: Path, saved: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
@@ -39,13 +69,15 @@ def check_folder(out: Path, *marks: str) -> None:
 
     Raises:
         DataError: `out` is a file, or holds files and none of `marks`.
+        StorageError: nothing can be written there.
     """
+    is_ours = not out.exists()
     if out.is_dir():
         names = {path.name for path in out.iterdir() if path.name[0] != "."}
-        if not names or names & set(marks):
-            return
-    if out.exists():
+        is_ours = not names or bool(names & set(marks))
+    if not is_ours:
         raise DataError(
             f"{out} exists and holds nothing to go on with (no {marks[0]}); choose another folder "
             "or remove it"
         )
+    claim.check_writable(out, "choose another folder")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from evac_jax.errors import CheckpointError
+from evac_jax.errors import CheckpointError, StorageError
 from evac_jax.files import cards
 from evac_jax.files.atomic import whole_folder
 from evac_jax.tools.command_line import Parser, run_tool
@@ -27,7 +27,9 @@ def store(source: Path, out: Path, dtype: str) -> None:
     In a policy folder, config.json then names the new precision. `stored_as` is added to the card.
 
     Raises:
-        CheckpointError: `out` exists, there are no weights, or a value does not fit.
+        CheckpointError: `out` exists, there are no weights, they are damaged, or a value does not
+            fit.
+        StorageError: `out` cannot be written.
     """
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; choose another folder or remove it")
@@ -37,10 +39,16 @@ def store(source: Path, out: Path, dtype: str) -> None:
     with whole_folder(out) as partial:
         partial.mkdir()
         for file in weights:
-            with safe_open(file, "numpy") as stream:
-                names = stream.keys()
-                tensors = {name: _cast(name, stream.get_tensor(name), dtype) for name in names}
-                save_file(tensors, partial / file.name, metadata=stream.metadata())
+            try:
+                with safe_open(file, "numpy") as stream:
+                    names, metadata = stream.keys(), stream.metadata()
+                    tensors = {name: _cast(name, stream.get_tensor(name), dtype) for name in names}
+            except SafetensorError as error:
+                raise CheckpointError(f"{file} is damaged ({error}); copy it anew") from error
+            try:
+                save_file(tensors, partial / file.name, metadata=metadata)
+            except SafetensorError as error:
+                raise StorageError(f"{out} cannot be written: {error}; make room there") from error
         for file in sorted(source.glob("*.json")):
             shutil.copyfile(file, partial / file.name)
         _name_precision(partial / "config.json", dtype)

@@ -1,6 +1,7 @@
 """Common parts of the PyTorch training tools: schedule, optimizers, moving average, progress."""
 
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from evac_jax.errors import CheckpointError, ConfigError
-from evac_jax.files.atomic import replacing
-from evac_jax.tools.resume import check_same_run
+from evac_jax.tools import resume
 
 MUON_SMALLEST = 16  # for a narrower matrix orthogonalisation has no use
 OPTIMIZERS = ("adamw", "muon")
@@ -136,17 +136,34 @@ def load_trainable(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def save_progress(path: Path, state: dict[str, Any]) -> None:
-    """Write a resumable training state (tensors and plain values) atomically."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    """Write a resumable training state (tensors and plain values) atomically.
+
+    Raises:
+        StorageError: it cannot be written; an earlier one stays.
+    """
+    with resume.saving(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # of torch's own end of the file, after the disk's error
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise error.__context__ from error
 
 
 def load_progress(path: Path, setup: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a state that `save_progress` wrote; its "setup" must be that of this run.
 
     Raises:
-        CheckpointError: it was made with other arguments.
+        CheckpointError: it is damaged, or was made with other arguments.
     """
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()  # compares the checksums, which torch does not
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise resume.damaged(path, error) from error
+    if bad:
+        raise resume.damaged(path, f"its part {bad} has changed")
     state = torch.load(path, weights_only=True, map_location=device)
-    check_same_run(path, state["setup"], setup)
+    resume.check_same_run(path, state["setup"], setup)
     return state

@@ -20,23 +20,28 @@ import numpy as np
 import optax
 from absl import logging
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from algos.types import path_name
+from evac_jax.devices.found import check_tool, parameters_in
 from evac_jax.errors import DataError
 from evac_jax.files import cards, libero_facts, recordings
-from evac_jax.files.atomic import replacing, whole_folder
+from evac_jax.files.atomic import whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.policy_import import told_as_checkpoint_error
-from evac_jax.tools import sizes
+from evac_jax.tools import resume, sizes
 from evac_jax.tools.command_line import refuse_existing
 from evac_jax.tools.finite import check_finite
 from evac_jax.tools.policy.data import GOAL_DIM, Batch, Chunks, action_statistics
-from evac_jax.tools.resume import check_same_run
 from policies.openvla_oft.action_tokens import ActionStatistics, bin_centres
 from policies.openvla_oft.export_hf import create_policy_folder, export_policy
-from policies.openvla_oft.import_hf import LoadedPolicy, load_config, load_policy
+from policies.openvla_oft.import_hf import (
+    LoadedPolicy,
+    abstract_model,
+    load_config,
+    load_policy,
+)
 from policies.openvla_oft.model import OpenVLAOFT
 from policies.openvla_oft.peft import save_adapter
 from policies.openvla_oft.prompt import PromptTokenizer
@@ -64,14 +69,22 @@ def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
     )
 
 
-def check_start(folder: str) -> None:
-    """Refuse a --start that is no policy's folder, before anything slow.
+def check_start(args: argparse.Namespace) -> None:
+    """Refuse a --start or --sizes that cannot be trained here, before anything slow.
 
     Raises:
-        CheckpointError: it is not there, or its config.json is not that of a policy.
+        CheckpointError: --start is not there, or its config.json is not that of a policy.
+        ConfigError: a large policy would be trained on the CPU beside a GPU.
     """
-    with told_as_checkpoint_error(f"--start: cannot import {folder!r}"):
-        load_config(folder)
+    field, parameters = "--start", 0
+    if args.start:
+        with told_as_checkpoint_error(f"--start: cannot import {args.start!r}"):
+            load_config(args.start)
+        parameters = parameters_in(Path(args.start))
+    if args.sizes:
+        state = nnx.state(abstract_model(sizes.policy(args.sizes)))
+        field, parameters = "--sizes", sum(leaf.size for leaf in jax.tree.leaves(state))
+    check_tool(field, parameters, cpu_beside_gpu=args.cpu_beside_gpu)
 
 
 def check_trained(step: int, losses: Sequence[Any], trained: Any, advice: str) -> None:
@@ -115,13 +128,17 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
     refuse_existing(out)
     training, held_out = _episodes(args)
     stats = action_statistics(training, args.gripper)
-    with tempfile.TemporaryDirectory() as scratch:
+    progress = out.with_name(out.name + ".progress.safetensors")
+    # The folder is held from here on: two processes would write one progress.
+    with whole_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
         start = args.start or str(_new_policy(args, training, Path(scratch, "policy")))
-        return _finetune(args, start, training, held_out, stats, out)
+        scores = _finetune(args, start, training, held_out, stats, progress, folder)
+    progress.unlink(missing_ok=True)
+    return scores
 
 
-def _finetune(args, start: str, training: Episodes, held_out: Episodes, stats, out: Path):
-    """Train the policy of the folder `start`."""
+def _finetune(args, start: str, training: Episodes, held_out: Episodes, stats, progress, folder):
+    """Train the policy of the folder `start`, write it to the new one and return its scores."""
     loaded = _load(args, start, training)
     prompts = tuple(jnp.asarray(x) for x in loaded.tokenizer.encode(list(training.instructions)))
     parts = [
@@ -136,25 +153,23 @@ def _finetune(args, start: str, training: Episodes, held_out: Episodes, stats, o
     logging.info("%d chunks for training, %d held out", *map(len, parts))
     digests = [cards.sha256(Path(folder) / "card.json") for folder in args.data]
     setup = {name: getattr(args, name) for name in SETUP} | {"data": digests}
-    progress = out.with_name(out.name + ".progress.safetensors")
     began = time.perf_counter()
     model, history = _train(args, loaded.model, prompts, *parts, setup, progress)
-
-    with whole_folder(out) as folder:
-        export_policy(model, folder, source=start, norm_stats={args.unnorm_key: stats})
-        if args.lora_rank:
-            save_adapter(model, folder / "adapter", base=start)
-        facts = cards.card(
-            data=digests,
-            libero=libero_facts.told(training.card),
-            **{name: getattr(args, name) for name in TOLD},
-            start=cards.read(Path(start)),
-            history=history,
-            scores=history[-1],
-            seconds=time.perf_counter() - began,
-        )
-        cards.write_json(folder / "card.json", facts)
-    progress.unlink(missing_ok=True)
+    export_policy(model, folder, source=start, norm_stats={args.unnorm_key: stats})
+    if args.lora_rank:
+        save_adapter(model, folder / "adapter", base=start)
+    facts = cards.card(
+        data=digests,
+        libero=libero_facts.told(training.card),
+        **{name: getattr(args, name) for name in TOLD},
+        start=cards.read(Path(start)),
+        history=history,
+        scores=history[-1],
+        seconds=time.perf_counter() - began,
+    )
+    cards.write_json(folder / "card.json", facts)
+    if args.lora_rank:
+        cards.write_json(folder / "adapter" / "card.json", facts)
     return history[-1]
 
 
@@ -220,6 +235,16 @@ def _train(args, model, prompts, training: Chunks, held_out: Chunks, setup, prog
         done, history = facts["step"], facts["history"]
         logging.info("resumed at step %d", done)
     step, score = _compile(graphdef, optimizer, args.sd_bins, args.goal_weight)
+
+    def score_if_due(number: int) -> None:
+        due = number % args.score_every == 0 or number == args.steps
+        if due and number not in [entry["step"] for entry in history]:
+            scores = validate(partial(score, state[0], rest), held_out, prompts, args.batch)
+            history.append({"step": number, **scores})
+            logging.info("held-out: %s", history[-1])
+
+    if done:  # it was saved before it was scored
+        score_if_due(done)
     losses, began = [], time.perf_counter()
     for i in range(done, args.steps):
         which = np.random.default_rng((args.seed, i)).integers(len(training), size=args.batch)
@@ -235,12 +260,9 @@ def _train(args, model, prompts, training: Chunks, held_out: Chunks, setup, prog
         if (i + 1) % 100 == 0:
             rate, mean = (i + 1 - done) / (time.perf_counter() - began), np.mean(losses[-100:])
             logging.info("step %d/%d  loss %.4f  %.2f steps/s", i + 1, args.steps, mean, rate)
-        if (i + 1) % args.score_every == 0 or last:
-            scores = validate(partial(score, state[0], rest), held_out, prompts, args.batch)
-            history.append({"step": i + 1, **scores})
-            logging.info("held-out: %s", history[-1])
         if (i + 1) % args.save_every == 0 or last:
             save_progress(progress, setup, state, {"step": i + 1, "history": history})
+        score_if_due(i + 1)
     return nnx.merge(graphdef, state[0][0], rest), history
 
 
@@ -313,11 +335,15 @@ def validate(score, chunks: Chunks, prompts, size: int) -> dict[str, float]:
 
 
 def save_progress(path: Path, setup: dict[str, Any], state: Any, facts: dict[str, Any]) -> None:
-    """Write a tree of arrays, `facts` and the arguments of the run."""
+    """Write a tree of arrays, `facts` and the arguments of the run.
+
+    Raises:
+        StorageError: it cannot be written; an earlier one stays.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {path_name(name): np.asarray(leaf) for name, leaf in leaves}
     texts = {"setup": setup, "facts": facts}
-    with replacing(path) as temporary:
+    with resume.saving(path, SafetensorError) as temporary:
         save_file(arrays, temporary, metadata={k: json.dumps(v) for k, v in texts.items()})
 
 
@@ -325,12 +351,15 @@ def load_progress(path: Path, setup: dict[str, Any], like: Any) -> tuple[Any, di
     """Return (state, facts) of `save_progress`, shaped as `like`.
 
     Raises:
-        CheckpointError: it was made with other arguments.
+        CheckpointError: it is damaged, or was made with other arguments.
     """
-    with safe_open(path, "numpy") as file:
-        metadata = file.metadata()
-        check_same_run(path, json.loads(metadata["setup"]), setup)
-        state = jax.tree_util.tree_map_with_path(
-            lambda name, _: jnp.asarray(file.get_tensor(path_name(name))), like
-        )
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+            resume.check_same_run(path, json.loads(metadata["setup"]), setup)
+            state = jax.tree_util.tree_map_with_path(
+                lambda name, _: jnp.asarray(file.get_tensor(path_name(name))), like
+            )
+    except SafetensorError as error:
+        raise resume.damaged(path, error) from error
     return state, json.loads(metadata["facts"])

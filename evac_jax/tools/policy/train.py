@@ -19,6 +19,7 @@ import argparse
 import itertools
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from flax import nnx
 
 from evac_jax.devices.malloc import keep_freed_memory
 from evac_jax.files import cards
+from evac_jax.files.atomic import whole_folder
 from evac_jax.miniature import scene as world
 from evac_jax.miniature.env import to_policy_actions
 from evac_jax.miniature.expert import KINDS, Expert, demonstrate
@@ -46,7 +48,9 @@ from evac_jax.tools.policy.finetune import (
     check_start,
     check_trained,
     finetune,
+    load_progress,
     make_optimizer,
+    save_progress,
     soft_targets,
 )
 from policies.openvla_oft.action_tokens import ActionStatistics
@@ -64,12 +68,19 @@ NORM_STATS = {
         "action": {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
     }
 }
+STATISTICS = ActionStatistics.from_norm_stats(NORM_STATS, UNNORM_KEY)
 FIRST_SCENE = 100_000_000  # seeds of supervised scenes, above those of RL and of recordings
 FRESH_SCENES = 2_000_000  # seeds of the scores below, used nowhere else
 ASKED_AT = (0, 8, 16, 24)  # steps of an episode at which the policy decides
 # Which player acts until then: mostly the demonstrator, sometimes one that leaves its path.
 PLAYERS = ((0.5, None), (0.3, "noisy"), (0.2, "near_miss"))
 OBJECTS = len(COLORS) + 2
+BATCHES = 16  # of a draw of scenes
+# Arguments that must be the same when a run on the tabletop is resumed.
+SETUP = (
+    *("steps", "batch", "lr", "sd_bins", "seed", "labels", "pretrain_steps"),
+    *("goal_weight", "start", "lora_rank", "lora_alpha"),
+)
 
 
 def samples(labels: str, num_scenes: int, seed: int, chunk: int):
@@ -271,6 +282,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--score_scenes", type="count", default=512, help="played for a score")
     parser.add_argument("--score_every", type="count", default=1000, help="steps between scores")
     parser.add_seed("weights, scenes and batches")
+    text = "let a policy of more than 1e9 parameters be computed on the CPU although there is a GPU"
+    parser.add_argument("--cpu_beside_gpu", action="store_true", help=text)
     data = parser.add_argument_group("recorded episodes instead of the tabletop")
     data.add_argument("--data", nargs="+", metavar="RECORDING", help="folders of episodes")
     text = f"{sizes.HELP} a policy"
@@ -310,8 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
     logging.set_verbosity(logging.INFO)
     refuse_existing(args.out)
-    if args.start:
-        check_start(args.start)
+    check_start(args)
     if args.data:
         finetune(args)
     else:
@@ -320,8 +332,28 @@ def main(argv: list[str] | None = None) -> None:
 
 def _train_on_tabletop(args: argparse.Namespace) -> None:
     """Train on fresh scenes, write the policy folder."""
-    statistics = ActionStatistics.from_norm_stats(NORM_STATS, UNNORM_KEY)
-    out = Path(args.out)
+    out, began = Path(args.out), time.perf_counter()
+    progress = out.with_name(out.name + ".progress.safetensors")
+    # The folder is held from here on: two processes would write one progress.
+    with whole_folder(out) as folder:
+        model, tokenizer, prompts = _first_policy(args)
+        policy, history = _fitted(args, model, prompts, progress)
+        create_policy_folder(
+            policy, folder, tasks=INSTRUCTIONS, tokenizer=tokenizer, norm_stats=NORM_STATS
+        )
+        if args.lora_rank:
+            save_adapter(policy, folder / "adapter", base=args.start)
+        told = {"gripper": "libero", "unnorm_key": UNNORM_KEY, "chunk": POLICY.chunk}
+        told["keep_stop_token"] = POLICY.keep_stop_token
+        facts = cards.card(history=history, seconds=time.perf_counter() - began, **told)
+        cards.write_json(folder / "card.json", facts)
+        if args.lora_rank:
+            cards.write_json(folder / "adapter" / "card.json", facts)
+    progress.unlink()
+
+
+def _first_policy(args: argparse.Namespace):
+    """Return the policy to begin with, its file of the tokenizer, None = new, and its prompts."""
     if args.start:
         with told_as_checkpoint_error(f"--start: cannot import {args.start!r}"):
             loaded = load_policy(
@@ -335,78 +367,80 @@ def _train_on_tabletop(args: argparse.Namespace) -> None:
         model, tokenizer_file = loaded.model, Path(args.start) / "tokenizer.json"
         prompts = loaded.tokenizer.encode(list(INSTRUCTIONS))
     else:
-        model, tokenizer_file = OpenVLAOFT(POLICY, statistics, rngs=nnx.Rngs(args.seed)), None
+        model, tokenizer_file = OpenVLAOFT(POLICY, STATISTICS, rngs=nnx.Rngs(args.seed)), None
         with tempfile.TemporaryDirectory() as scratch:
             folder = create_policy_folder(
                 model, Path(scratch, "policy"), tasks=INSTRUCTIONS, norm_stats=NORM_STATS
             )
             prompts = PromptTokenizer(folder, POLICY.max_prompt_length).encode(list(INSTRUCTIONS))
-    prompts = tuple(jnp.asarray(x) for x in prompts)
+    return model, tokenizer_file, tuple(jnp.asarray(x) for x in prompts)
 
-    if args.pretrain_steps:
-        model = pretrain(
-            *(model, prompts),
-            steps=args.pretrain_steps,
-            batch=args.batch,
-            lr=args.lr,
-            seed=args.seed,
-        )
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    optimizer = make_optimizer(args.lr, args.steps)
-    rng = np.random.default_rng(args.seed)
+
+def _batches(args: argparse.Namespace, first: int) -> Iterator[tuple]:
+    """Yield the batches of the steps from `first` on, parts as of `samples`."""
+    for begin in itertools.count(first - first % BATCHES, BATCHES):
+        seed, scenes = args.seed * 100_000 + begin, BATCHES * args.batch // len(ASKED_AT)
+        drawn = samples(args.labels, scenes, seed, POLICY.chunk)
+        order = np.random.default_rng(seed).permutation(len(drawn[0])).reshape(-1, args.batch)
+        for rows in order[::-1][max(first - begin, 0) :]:
+            yield tuple(part[rows] for part in drawn)
+
+
+def _fitted(args: argparse.Namespace, model: OpenVLAOFT, prompts, progress: Path):
+    """Return the trained policy and its scores during training."""
+    optimizer, rng = make_optimizer(args.lr, args.steps), np.random.default_rng(args.seed)
     readout = jnp.asarray(0.05 * rng.normal(size=(POLICY.hidden_size, 8)), jnp.float32)
+    setup = {name: getattr(args, name) for name in SETUP}
+    if args.pretrain_steps and not progress.exists():
+        options = {"steps": args.pretrain_steps, "batch": args.batch, "lr": args.lr}
+        model = pretrain(model, prompts, **options, seed=args.seed)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     trained = params, readout
-    opt_state = optimizer.init(trained)
-    step = make_step(graphdef, optimizer, statistics, args.sd_bins, args.goal_weight)
-    scenes_per_draw = 4 * args.batch  # 4 moments each: 16 batches a draw
-    advice = f"Nothing was written; try a lower --lr ({args.lr:g})"
-    began, losses, history, pool = time.perf_counter(), [], [], []
-    for i in range(args.steps):
-        if not pool:
-            draw = args.seed * 100_000 + i
-            drawn = samples(args.labels, scenes_per_draw, draw, POLICY.chunk)
-            order = np.random.default_rng(draw).permutation(len(drawn[0])).reshape(-1, args.batch)
-            pool = [tuple(part[rows] for part in drawn) for rows in order]
-        frames, tasks, actions, goals = pool.pop()
+    state, done, history = (trained, optimizer.init(trained)), 0, []
+    if progress.exists():
+        state, facts = load_progress(progress, setup, state)
+        done, history = facts["step"], facts["history"]
+        logging.info("resumed at step %d", done)
+    step = make_step(graphdef, optimizer, STATISTICS, args.sd_bins, args.goal_weight)
+
+    def save_and_score(number: int) -> None:
+        save_progress(progress, setup, state, {"step": number, "history": history})
+        if number and number not in [entry["step"] for entry in history]:
+            policy = nnx.merge(graphdef, jax.tree.map(jnp.copy, state[0][0]), rest)
+            starts = FRESH_SCENES + np.arange(args.score_scenes)
+            greedy, sampled = (play(policy, prompts, starts, greedy=g) for g in (True, False))
+            history.append({"step": number, "greedy": greedy, "sampled": sampled})
+            logging.info("ground-truth success on fresh scenes: %s", history[-1])
+
+    if done or args.pretrain_steps:  # it was saved, but not scored; or it was pretrained
+        save_and_score(done)
+    began, losses = time.perf_counter(), []
+    batches = zip(range(done, args.steps), _batches(args, done), strict=False)
+    for i, (frames, tasks, actions, goals) in batches:
         obs = ObsBatch(
             images=jnp.asarray(frames)[:, None],
             prompt_tokens=prompts[0][tasks],
             prompt_mask=prompts[1][tasks],
         )
-        trained, opt_state, loss = step(
-            trained, opt_state, rest, obs, jnp.asarray(actions, jnp.float32), jnp.asarray(goals)
-        )
+        actions, goals = jnp.asarray(actions, jnp.float32), jnp.asarray(goals)
+        *state, loss = step(*state, rest, obs, actions, goals)
         losses.append(loss)
-        score_now = (i + 1) % args.score_every == 0 or i + 1 == args.steps
-        if (i + 1) % CHECK_EVERY == 0 or score_now:
-            check_trained(i + 1, losses, trained, advice)
+        due = (i + 1) % args.score_every == 0 or i + 1 == args.steps
+        if (i + 1) % CHECK_EVERY == 0 or due:
+            advice = f"Nothing of it was saved; try a lower --lr ({args.lr:g})"
+            if progress.exists():
+                advice += f" and remove {progress}"
+            check_trained(i + 1, losses, state[0], advice)
         if (i + 1) % 100 == 0:
-            rate = (i + 1) / (time.perf_counter() - began)
+            rate = (i + 1 - done) / (time.perf_counter() - began)
             token, goal = np.mean(losses[-100:], axis=0)
             logging.info(
                 "step %d/%d  loss %.4f  goals off by %.1f cm  %.2f steps/s",
                 *(i + 1, args.steps, token, 10 * goal, rate),
             )
-        if score_now:
-            policy = nnx.merge(graphdef, jax.tree.map(jnp.copy, trained[0]), rest)
-            starts = FRESH_SCENES + np.arange(args.score_scenes)
-            score = {
-                "step": i + 1,
-                "greedy": play(policy, prompts, starts, greedy=True),
-                "sampled": play(policy, prompts, starts, greedy=False),
-            }
-            history.append(score)
-            logging.info("ground-truth success on fresh scenes: %s", score)
-    policy = nnx.merge(graphdef, trained[0], rest)
-    create_policy_folder(
-        policy, out, tasks=INSTRUCTIONS, tokenizer=tokenizer_file, norm_stats=NORM_STATS
-    )
-    if args.lora_rank:
-        save_adapter(policy, out / "adapter", base=args.start)
-    told = {"gripper": "libero", "unnorm_key": UNNORM_KEY, "chunk": POLICY.chunk}
-    told["keep_stop_token"] = POLICY.keep_stop_token
-    facts = cards.card(history=history, seconds=time.perf_counter() - began, **told)
-    cards.write_json(out / "card.json", facts)
+        if due:
+            save_and_score(i + 1)
+    return nnx.merge(graphdef, state[0][0], rest), history
 
 
 if __name__ == "__main__":

@@ -121,6 +121,27 @@ def check_labels(labels: np.ndarray) -> None:
         )
 
 
+def check_streak(judged: np.ndarray, frames: int) -> None:
+    """Check that a held-out episode can be claimed at all, before anything is trained.
+
+    Args:
+        judged: which frames are judged, bool [N T].
+        frames: number of consecutive frames that make an episode a success.
+
+    Raises:
+        DataError: none has so many judged frames in a row.
+    """
+    longest = streak = np.zeros(len(judged), int)
+    for column in judged.T:
+        streak = (streak + 1) * column
+        longest = np.maximum(longest, streak)
+    if frames > (most := longest.max(initial=0)):
+        raise DataError(
+            f"--success_frames: expected at most {most}, the most judged frames in a row of a "
+            f"held-out episode, got {frames}; lower it, or record longer episodes"
+        )
+
+
 def platt_scale(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Return slope and offset for which sigmoid(slope * logit + offset) fits the labels best.
 

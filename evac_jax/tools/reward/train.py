@@ -14,8 +14,9 @@ mirrored scenes.
 """
 
 import argparse
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ import torch.nn.functional as F
 from absl import logging
 from torch import Tensor, nn
 
-from evac_jax.errors import DataError, TrainingError
+from evac_jax.errors import DataError, EvacJaxError, TrainingError
 from evac_jax.evac import model_folders
 from evac_jax.files import cards, recordings
+from evac_jax.files.atomic import keep, whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.tools import torch_training
@@ -314,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_part, held_out = data.numbered_as(known).both_parts()
     if args.imagined:  # what it will judge; these folders may number the tasks otherwise
         _, held_out = recordings.load(*args.imagined).numbered_as(known).split()
+    if not held_out.num_episodes:
+        raise DataError("--imagined: none of the episodes is held out; imagine more of them")
     began = time.process_time()
     codec = None
     if args.autoencoder:
@@ -324,56 +328,79 @@ def main(argv: Sequence[str] | None = None) -> None:
     success = by_episode(held_out, np.asarray(held_out.success))
     clear = ~by_episode(held_out, near_change(held_out, *args.margin))
     calibration.check_labels(success[judged & clear])
+    calibration.check_streak(judged, args.success_frames)
     instructions = () if args.single_task else known
     config = RewardConfig(width=args.width, num_instructions=len(instructions))
-    model = train(
-        train_part,
-        config,
-        steps=args.steps,
-        seed=args.seed,
-        codec=codec,
-        device=args.device,
-        margin=args.margin,
-    )
 
-    def judged_scores(model: RewardNet) -> np.ndarray:
+    def scored(model: RewardNet) -> np.ndarray:
         return np.where(judged, scores(model, held_out, codec), -np.inf)
 
     out = Path(args.out)
-    try:
-        fitted = calibration.calibrate(
-            model, judged_scores(model), success, args.success_frames, args.false_success, clear
+    with whole_folder(out) as folder:
+        model = train(
+            train_part,
+            config,
+            steps=args.steps,
+            seed=args.seed,
+            codec=codec,
+            device=args.device,
+            margin=args.margin,
         )
-    except TrainingError as error:
-        aside = out.with_name(f"{out.name}.uncalibrated")
-        model_folders.save_model(aside, model)
-        raise TrainingError(f"{error}. It is kept in {aside}") from error
-    # Half precision halves the file; the stored weights are those that are scored below.
-    model_folders.save_model(out, model, torch.float16)
-    stored = model_folders.load_model(out, kind="RewardNet", device=args.device)
-    assert isinstance(stored, RewardNet)
-    verdict = calibration.judge(judged_scores(stored), success, 0.0, args.success_frames, clear)
-    facts = cards.card(
-        scores=verdict | {"threshold": 0.5},
-        calibration=fitted,
-        allowed_false_success=args.false_success,
-        held_out_episodes=held_out.num_episodes,
-        cpu_seconds=round(time.process_time() - began),
-        instructions=known,
-        judged_frames=args.judged_frames,
-        margin=list(args.margin),
-        chunk=args.chunk,
-        sampling=sampling,
-        data=train_part.card,
-        sha256=cards.sha256(out / model_folders.WEIGHTS_FILE),
-    )
-    cards.write_json(out / "card.json", facts)
+        aside = _set_aside(out, model)
+        try:
+            fitted, verdict = _calibrated(model, folder, scored, success, clear, args)
+        except (EvacJaxError, OSError) as error:
+            raise TrainingError(f"{error}. It is kept in {aside}") from error
+        facts = cards.card(
+            scores=verdict | {"threshold": 0.5},
+            calibration=fitted,
+            allowed_false_success=args.false_success,
+            held_out_episodes=held_out.num_episodes,
+            cpu_seconds=round(time.process_time() - began),
+            instructions=known,
+            judged_frames=args.judged_frames,
+            margin=list(args.margin),
+            chunk=args.chunk,
+            sampling=sampling,
+            data=train_part.card,
+            sha256=cards.sha256(folder / model_folders.WEIGHTS_FILE),
+        )
+        cards.write_json(folder / "card.json", facts)
+    shutil.rmtree(aside)
     logging.info("held-out: %s", facts["scores"])
     if verdict["false_success"] > args.false_success:
         logging.warning(
             "%.0f %% of the claimed successes are false, more than the %.0f %% asked for",
             *(100 * verdict["false_success"], 100 * args.false_success),
         )
+
+
+def _set_aside(out: Path, model: RewardNet) -> Path:
+    """Save what was trained beside `out`, before anything can fail; return the folder."""
+    aside = out.with_name(f"{out.name}.uncalibrated")
+    keep(aside)  # of an earlier call
+    with whole_folder(aside) as folder:
+        model_folders.save_model(folder, model)
+    logging.info("trained; it is kept in %s until it is calibrated", aside)
+    return aside
+
+
+def _calibrated(
+    model: RewardNet,
+    folder: Path,
+    scored: Callable[[RewardNet], np.ndarray],
+    success: np.ndarray,
+    clear: np.ndarray,
+    args: argparse.Namespace,
+) -> tuple[dict, dict]:
+    """Calibrate a classifier, save it and judge what is saved; return the fit and the verdict."""
+    frames = args.success_frames
+    fitted = calibration.calibrate(model, scored(model), success, frames, args.false_success, clear)
+    # Half precision halves the file; the stored weights are those that are judged.
+    model_folders.save_model(folder, model, torch.float16)
+    stored = model_folders.load_model(folder, kind="RewardNet", device=args.device)
+    assert isinstance(stored, RewardNet)
+    return fitted, calibration.judge(scored(stored), success, 0.0, frames, clear)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ reward.checkpoint and `evac_jax.tools.trust --reward` take. The last line is for
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,9 @@ from evac_jax.config import hub
 from evac_jax.config.schema import RewardConfig
 from evac_jax.config.vlm import PROMPT, VlmConfig
 from evac_jax.config.vlm_card import VlmCard
-from evac_jax.errors import ConfigError, TrainingError
+from evac_jax.errors import ConfigError, DataError, TrainingError
 from evac_jax.files import cards, recordings
-from evac_jax.files.atomic import whole_folder
+from evac_jax.files.atomic import keep, replacing, whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.vlm import VlmJudge
 from evac_jax.telemetry import report
@@ -76,14 +76,8 @@ def choose(values: np.ndarray, success: np.ndarray, allowed: float) -> dict:
         allowed: largest share of the claimed successes that may be false.
 
     Raises:
-        TrainingError: episodes of one kind only, or no verdict.
+        TrainingError: no verdict.
     """
-    true = success.any(1)
-    if true.all() or not true.any():
-        raise TrainingError(
-            f"cannot choose a threshold: all {len(success)} episodes are "
-            f"{'successes' if true.all() else 'failures'}; record episodes of both kinds"
-        )
     # An episode is claimed by its highest value, so nothing changes between two of these.
     highest = np.unique(values.max(1))
     highest = highest[np.isfinite(highest)].astype(np.float64)
@@ -93,6 +87,34 @@ def choose(values: np.ndarray, success: np.ndarray, allowed: float) -> dict:
     return calibration.choose_threshold(
         values, success, 1, allowed, np.clip(np.round(places, 6), LEAST, 0)
     )
+
+
+def check(vlm: VlmConfig, chunk: int, success: np.ndarray, parts: Mapping[str, Episodes]) -> None:
+    """Check what a choice needs before a model judges for hours.
+
+    Args:
+        vlm: how the model will judge.
+        chunk: frames that are imagined together.
+        success: which of the episodes that the threshold is chosen on are successes, bool [n].
+        parts: name -> episodes that will be judged.
+
+    Raises:
+        ConfigError: a part's longest episode ends before a verdict.
+        DataError: episodes of one kind only.
+    """
+    for name, part in parts.items():
+        longest = int(part.length.max())
+        if vlm.too_long_for(-(-longest // chunk)):
+            raise ConfigError(
+                f"--every, --average: a verdict needs {vlm.every} x {vlm.average} chunks of "
+                f"{chunk} frames, the longest episode to judge ({name}) has {longest}; lower one "
+                "of them, or record longer episodes"
+            )
+    if success.all() or not success.any():
+        raise DataError(
+            f"cannot choose a threshold: all {len(success)} episodes are "
+            f"{'successes' if success.all() else 'failures'}; record episodes of both kinds"
+        )
 
 
 def drawn(data: Episodes, count: int, seed: int) -> Episodes:
@@ -139,33 +161,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind: [drawn(part, args.episodes, args.seed) for part in data.both_parts()]
         for kind, data in kinds.items()
     }
+    decisive = "imagined" if args.imagined else "real"
+    chosen_on = parts[decisive][0]
+    judged = {"chosen_on": chosen_on} | {kind: held_out for kind, (_, held_out) in parts.items()}
+    check(vlm, args.chunk, chosen_on.success_once(), judged)
     model = hub.local(args.model)
     judge = VlmJudge.load(model, (), vlm, args.device)
-
-    def judged(data: Episodes) -> tuple[np.ndarray, np.ndarray]:
-        truth = by_episode(data, np.asarray(data.success))
-        return verdicts(judge, data, args.chunk), truth
-
-    decisive = "imagined" if args.imagined else "real"
-    chosen = choose(*judged(parts[decisive][0]), args.false_success)
-    threshold = chosen["threshold"]
-    scores = {
-        kind: calibration.judge(*judged(held_out), threshold, 1)
-        for kind, (_, held_out) in parts.items()
-    }
-    card = VlmCard.make(model, threshold, args.chunk, vlm)
-    facts = {
-        "threshold": threshold,
-        "allowed_false_success": args.false_success,
-        "chosen_on": {"kind": decisive, "episodes": parts[decisive][0].num_episodes, **chosen},
-        "scores": scores,
-        "held_out_episodes": {kind: part.num_episodes for kind, (_, part) in parts.items()},
-        "model": hub.address_of(model),
-    }
     with whole_folder(out) as folder:
         folder.mkdir()
+        aside = out.with_name(f"{out.name}.verdicts.npz")
+        keep(aside)  # of an earlier call
+        values: dict[str, np.ndarray] = {}
+        for name, part in judged.items():
+            values[name] = verdicts(judge, part, args.chunk)
+            with replacing(aside) as temporary:
+                np.savez(temporary, allow_pickle=False, **values)
+            logging.info("judged %s; kept in %s until the threshold is chosen", name, aside)
+        truth = {name: by_episode(part, np.asarray(part.success)) for name, part in judged.items()}
+        chosen = choose(values["chosen_on"], truth["chosen_on"], args.false_success)
+        threshold = chosen["threshold"]
+        scores = {
+            kind: calibration.judge(values[kind], truth[kind], threshold, 1) for kind in kinds
+        }
+        card = VlmCard.make(model, threshold, args.chunk, vlm)
         card.write(folder)
+        facts = {
+            "threshold": threshold,
+            "allowed_false_success": args.false_success,
+            "chosen_on": {"kind": decisive, "episodes": chosen_on.num_episodes, **chosen},
+            "scores": scores,
+            "held_out_episodes": {kind: judged[kind].num_episodes for kind in kinds},
+            "model": hub.address_of(model),
+        }
         cards.write_json(folder / "card.json", cards.card(**facts))
+    aside.unlink()
     _tell(out, card, chosen, scores, args.false_success)
 
 

@@ -29,7 +29,9 @@ from evac_jax.config import vlm_card
 from evac_jax.config.build import from_config_dict
 from evac_jax.config.flags import load_preset
 from evac_jax.config.schema import MINIATURE_WEIGHTS, TrainConfig
-from evac_jax.errors import ConfigError, DataError
+from evac_jax.errors import DataError
+from evac_jax.evac import model_folders
+from evac_jax.evac.weight_files import find_file
 from evac_jax.files import cards, recordings
 from evac_jax.files.atomic import keep
 from evac_jax.files.recordings import Episodes
@@ -42,7 +44,7 @@ from evac_jax.tools.command_line import Parser, number, run_tool
 from evac_jax.tools.episodes import collect
 from evac_jax.tools.resume import check_folder
 from evac_jax.tools.trust import page
-from evac_jax.tools.trust.replay import Film, make_environment, replay
+from evac_jax.tools.trust.replay import Film, check_judge, make_environment, replay
 from evac_jax.tools.trust.scores import summarise
 from policies.ranges import Range
 
@@ -98,6 +100,22 @@ def judged_by(reward: str) -> dict:
     return card.settings() | vlm_card.simulated(reward)
 
 
+def weights_of(settings: dict) -> dict[str, Path]:
+    """Return the folders of all networks that imagine and judge, by the setting that names each."""
+    folders = {name: settings.get(name) for name in ("world_model", "pose_model")}
+    for i, folder in enumerate((settings.get("reward") or "").split(",")):
+        folders["reward" + f"[{i}]" * (i > 0)] = folder
+    return {name: Path(folder) for name, folder in folders.items() if folder}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of weights in a folder, of a model of ours or of others."""
+    config = folder / model_folders.CONFIG_FILE
+    named = cards.read_json(config).get("weights") if config.is_file() else None
+    files = [find_file(folder / named)] if named else sorted(folder.glob("*.safetensors"))
+    return {file.name: cards.sha256(file) for file in files}
+
+
 def record(config: TrainConfig, trained: Path | None, per_kind: int, seed: int) -> Episodes:
     """Play fresh scenes of the miniature's ground truth, `per_kind` of each kind, and load them.
 
@@ -120,6 +138,7 @@ def record(config: TrainConfig, trained: Path | None, per_kind: int, seed: int) 
             dict.fromkeys(players.values(), 1.0),
             seed=seed,
             steps=config.env.max_episode_steps,
+            policy=config.policy,
         )
         # The arrays are mapped, so they stay readable after the files are deleted.
         data = recordings.load(out)
@@ -166,8 +185,6 @@ def validate(
         batch: episodes that are played at the same time.
         pictures: share of them whose pictures are compared; success is judged for all.
     """
-    if not settings.get("reward"):
-        raise ConfigError("--reward: expected the folder of what judges success, got nothing")
     source = RecordedStarts(data)
     batch = min(batch, data.num_episodes)
     filmed = max(1, round(pictures * batch))
@@ -268,32 +285,48 @@ def run(args: argparse.Namespace) -> dict:
     check_folder(out, REPORT)
     config = preset_config(args.preset) if args.preset else None
     settings, notes = settings_of(args, config), []
+    other = settings_of(second(args), config) if args.second_reward else None
+    weights = weights_of(settings)
+    if other is not None:
+        told = weights_of({"reward": other["reward"]}).items()
+        weights |= {f"second_{part}": folder for part, folder in told}
+    data = None
     if args.data:
         data = choose(recordings.load(*args.data), args.part, args.episodes, args.seed)
-    else:
+    for judging in filter(None, (settings, other)):
+        check_judge(judging, INSTRUCTIONS if data is None else data.asked)
+    if data is None:
         trained = args.trained or (TRAINED_POLICY if TRAINED_POLICY.is_dir() else None)
         notes += [NO_TRAINED_POLICY] if trained is None else []
         assert config is not None  # the parser wants --data or --preset
         data = record(config, trained, args.episodes, SEED + args.seed)
+        weights["start policy"] = Path(config.policy.checkpoint)
+        weights |= {"trained policy": trained} if trained else {}
+    used = {part: digests(folder) for part, folder in weights.items()}
     result, films = validate(
         data, settings, seed=args.seed, batch=args.batch, pictures=args.pictures
     )
-    result["notes"] = notes + result["notes"]
-    if args.second_reward:
+    result |= {"notes": notes + result["notes"], "weights": used}
+    out.mkdir(parents=True, exist_ok=True)
+    for file in (out / PAGE, out / REPORT):
+        keep(file)
+
+    def save() -> None:
+        cpu_seconds = round(time.process_time() - began)
+        result.update(cards.card(cpu_seconds=cpu_seconds, data=_provenance(data)))
+        cards.write_json(out / REPORT, result)
+
+    save()  # before anything more is imagined or drawn
+    if other is not None:
         # The noise is the same, so both judge the same frames; no pictures are compared again.
-        other = settings_of(second(args), config)
         judged, _ = validate(data, other, seed=args.seed, batch=args.batch, pictures=1e-9)
         result["second_reward"] = {
             "name": Path(args.second_reward).name,
             "settings": judged["settings"],
             "overall": {name: judged["overall"][name] for name in ("episodes", *page.SHARES)},
         }
-    result |= cards.card(cpu_seconds=round(time.process_time() - began), data=_provenance(data))
-    out.mkdir(parents=True, exist_ok=True)
-    for file in (out / PAGE, out / REPORT):
-        keep(file)
+        save()
     page.write(out / PAGE, result, films)
-    cards.write_json(out / REPORT, result)
     return result
 
 

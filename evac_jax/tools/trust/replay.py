@@ -7,18 +7,24 @@ the comparison.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from absl import logging
 
 from evac_jax.bridge.environment import IDLE
+from evac_jax.config import vlm_card
+from evac_jax.errors import ConfigError
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim import env as sim_env
+from evac_jax.sim.env_config import WorldModelEnvConfig
 from evac_jax.sim.recorded_starts import RecordedStarts
+from evac_jax.sim.reward import make_judge
 from evac_jax.tools.trust.scores import Records, compare
 
 FILM_FRAMES = 9  # frames that are kept of each episode that may be shown
+NO_STARTS = {"initial_states": "", "initial_states_path": ""}  # a recording has them
 RIGHT, FALSE, MISSED, NOTHING = "right", "false", "missed", "no success"
 
 
@@ -30,6 +36,29 @@ class Film:
     source: str
     imagined: np.ndarray
     real: np.ndarray
+
+
+def check_judge(settings: dict, instructions: Sequence[str]) -> None:
+    """Check that what judges is there and can judge, before anything is imagined.
+
+    Classifiers, which are small, are loaded; a vision-language model is only looked at.
+
+    Args:
+        settings: fields of `WorldModelEnvConfig`.
+        instructions: of the episodes.
+
+    Raises:
+        ConfigError: a folder does not exist, or a classifier does not know an instruction.
+        CheckpointError: a classifier cannot be loaded.
+        DataError: a folder holds no vision-language model.
+    """
+    if not settings.get("reward"):
+        raise ConfigError("--reward: expected the folder of what judges success, got nothing")
+    config = WorldModelEnvConfig.from_dict(settings | NO_STARTS)
+    if config.judge == "vlm":
+        vlm_card.check_is_model(config.reward)
+    else:
+        make_judge(dataclasses.replace(config, device="cpu"), instructions)
 
 
 def make_environment(
@@ -45,8 +74,7 @@ def make_environment(
     be compared only for failed episodes.
     """
     own = {
-        "initial_states": "",
-        "initial_states_path": "",
+        **NO_STARTS,
         "num_envs": batch,
         "clip_envs": pictures,
         "max_episode_steps": steps,

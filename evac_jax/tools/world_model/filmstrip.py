@@ -17,7 +17,7 @@ from evac_jax.evac import model_folders
 from evac_jax.files import recordings
 from evac_jax.telemetry.video import filmstrip
 from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
-from evac_jax.tools.world_model.imagine import imagine_episodes
+from evac_jax.tools.world_model.imagine import check_steps, imagine_episodes
 
 GAP = 6  # pixels between episodes
 
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     if Path(args.out).suffix.lower() != ".png":
         parser.error(f"--out: expected a name that ends in .png, got {args.out}")
     model = model_folders.load_model(args.world_model, kind="EvacModel", device=args.device)
+    check_steps(model.config, args.steps, "--steps")
     _, held_out = recordings.load(*args.data).split()
     if max(args.episodes) >= held_out.num_episodes:
         raise DataError(

@@ -26,6 +26,7 @@ from torch import nn
 from evac_jax.errors import DataError
 from evac_jax.evac import model_folders
 from evac_jax.files import cards, recordings
+from evac_jax.files.atomic import whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.reward import RewardConfig
 from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
@@ -169,15 +170,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out:
         refuse_existing(args.out)
     began = time.perf_counter()
+    data = recordings.load(*args.data)
     codec = model_folders.load_model(args.autoencoder, kind="Autoencoder", device=args.device)
-    figures = measure(recordings.load(*args.data), codec, args)
+    weights = cards.sha256(model_folders.weights_file(args.autoencoder))
+    figures = measure(data, codec, args)
+    # First: they took long, and whatever keeps the card from being written, they are told.
+    line = " ".join(f"{name}={value:.3f}" for name, value in figures.items())
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
     if args.out:
-        args.out.mkdir(parents=True)
-        weights = cards.sha256(Path(args.autoencoder) / model_folders.WEIGHTS_FILE)
         seconds = time.perf_counter() - began
         facts = cards.card(scores=figures, autoencoder=weights, seconds=seconds)
-        cards.write_json(args.out / "card.json", facts)
-    sys.stdout.write(" ".join(f"{name}={value:.3f}" for name, value in figures.items()) + "\n")
+        with whole_folder(args.out) as folder:
+            cards.write_json(folder / "card.json", facts)
 
 
 if __name__ == "__main__":

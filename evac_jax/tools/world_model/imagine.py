@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evac_jax.errors import DataError
+from evac_jax.errors import ConfigError, DataError
 from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.model import Camera, EvacModel
 from evac_jax.files.recordings import Episodes
@@ -39,6 +39,22 @@ def check_fits(config: EvacConfig, data: Episodes) -> None:
             f"the world model takes {config.n_view} view(s) of {config.image_size[0]}x"
             f"{config.image_size[1]} pixels, the episodes have {views} of {height}x{width}; "
             "record them at that size, or train a world model of theirs"
+        )
+
+
+def check_steps(config: EvacConfig, steps: int, flag: str) -> None:
+    """Check that a world model can be sampled in so many denoising steps.
+
+    Args:
+        flag: that asks for them.
+
+    Raises:
+        ConfigError: it was trained with fewer.
+    """
+    if not 1 <= steps <= config.num_timesteps:
+        raise ConfigError(
+            f"{flag}: expected 1 to {config.num_timesteps}, the diffusion steps of the world "
+            f"model, got {steps}"
         )
 
 

@@ -8,6 +8,7 @@ including blur and ghost images. Failures that look like success in imagination 
 negatives.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from evac_jax.evac.model import EvacModel
 from evac_jax.files import cards, libero_facts, recordings
 from evac_jax.files.recordings import Episodes, EpisodeWriter
 from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
-from evac_jax.tools.world_model.imagine import imagine_episodes
+from evac_jax.tools.world_model.imagine import check_steps, imagine_episodes
 
 _BATCH = 32
 
@@ -74,7 +75,7 @@ def write(
     return recordings.load(out)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = Parser("world_model.imagine_dataset", __doc__)
     parser.add_argument("--world_model", required=True, help="folder of weights")
@@ -86,12 +87,13 @@ def main() -> None:
     parser.add_device()
     parser.add_threads()
     parser.add_seed("the denoising noise, and of which episodes are taken")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.set_verbosity(logging.INFO)
     torch.set_num_threads(args.threads)
     refuse_existing(args.out)
     model = model_folders.load_model(Path(args.world_model), kind="EvacModel", device=args.device)
-    weights = Path(args.world_model) / model_folders.WEIGHTS_FILE
+    check_steps(model.config, args.steps, "--steps")
+    weights = model_folders.weights_file(args.world_model)
     facts = cards.card(world_model=cards.sha256(weights))
     source = recordings.load(*args.data)
     if args.episodes:

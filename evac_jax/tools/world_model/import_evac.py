@@ -28,7 +28,7 @@ from evac_jax.files.atomic import whole_folder
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.sim.reward import RewardConfig, RewardNet
 from evac_jax.telemetry.reading import ReadProgress
-from evac_jax.tools.command_line import Parser, run_tool
+from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
 
 # The two published variants: RLinf's for LIBERO, and AgiBot's own.
 SIZES = {
@@ -170,11 +170,12 @@ def convert(
     """Write the folder `out`; return its card. Arguments as on the command line.
 
     Raises:
-        CheckpointError: `out` exists, or the file is damaged, refused or does not fit.
+        CheckpointError: the file is damaged, refused or does not fit.
         ConfigError: the sizes are not valid.
+        DataError: `out` exists.
+        StorageError: `out` cannot be made.
     """
-    if out.exists():
-        raise CheckpointError(f"--out: {out} exists; choose another folder or remove it")
+    refuse_existing(out)
     name, state = str(weights), read_weights(weights)
     kind = kind or kind_of(state, name)
     sources = [find_file(weights)]

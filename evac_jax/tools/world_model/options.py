@@ -118,6 +118,7 @@ def make_model(args: argparse.Namespace, data: Episodes) -> EvacModel:
     Raises:
         CheckpointError: a folder does not contain the expected model.
         ConfigError: unknown parts in --train, or the configuration is not valid.
+        DataError: --fit_deltas without training or without held-out episodes.
     """
     if args.start:
         model = model_folders.load_model(args.start, kind="EvacModel").float()
@@ -127,7 +128,7 @@ def make_model(args: argparse.Namespace, data: Episodes) -> EvacModel:
         config = sizes.world_model(args.sizes)
         config = config.replace(autoencoder=autoencoder.config, n_view=data.frames.shape[1])
         if args.fit_deltas:
-            config = fitted_deltas(config, data.split()[0])
+            config = fitted_deltas(config, data.both_parts()[0])
         model = EvacModel(config)
         model.first_stage_model.load_state_dict(autoencoder.state_dict())
     freeze(model, args.train)

@@ -11,7 +11,9 @@ run that was stopped, with the same numbers as without the interruption.
 """
 
 import argparse
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.diffusion_loss import LossOptions, training_loss
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.schedule import Schedule, ddim_table
-from evac_jax.files import cards, libero_facts, recordings
+from evac_jax.files import cards, claim, libero_facts, recordings
 from evac_jax.telemetry.tensorboard import TensorBoardWriter
 from evac_jax.tools import torch_training
 from evac_jax.tools.command_line import run_tool
@@ -38,10 +40,10 @@ from evac_jax.tools.world_model.data import (
     mean_moving_weight,
     moving_weight,
 )
-from evac_jax.tools.world_model.imagine import camera_of, check_fits
+from evac_jax.tools.world_model.imagine import camera_of, check_fits, check_steps
 from evac_jax.tools.world_model.latent_cache import autoencoder_digest, cached_latents
 from evac_jax.tools.world_model.options import make_model, parse
-from evac_jax.tools.world_model.validation import BestSoFar, Validation
+from evac_jax.tools.world_model.validation import BestSoFar, Validation, check_lengths
 
 MEAN_WEIGHT_WINDOWS = 256
 PROGRESS = "progress.pt"
@@ -101,6 +103,8 @@ class Trainer:
         writer = (
             TensorBoardWriter(self._out / "tensorboard", self.step) if self._ranks.first else None
         )
+        if writer and self.history and "psnr" not in self.history[-1]:
+            self._imagine(writer)  # it was saved before
         began, before, since = time.perf_counter(), self.seconds, self.step
         losses: list[float] = []
         stop = self.best.exhausted
@@ -112,15 +116,19 @@ class Trainer:
             self.step += 1
             self.seconds = before + time.perf_counter() - began
             last = self.step == args.steps
+            save = self.step % args.save_every == 0 or last
+            # What was trained is saved before anything is drawn or told.
+            if writer and save:
+                self._validate(float(np.mean(losses)))
             if writer and (self.step % args.log_every == 0 or last):
                 rate = (self.step - since) / (self.seconds - before)
                 mean = float(np.mean(losses[-args.log_every :]))
                 logging.info("step %d/%d  loss %.4f  %.2f/s", self.step, args.steps, mean, rate)
                 figures = {"loss": mean, "gradient_norm": norm, "lr": lr, "steps_per_s": rate}
                 writer.write(self.step, {f"train/{k}": v for k, v in figures.items()})
-            if self.step % args.save_every == 0 or last:
+            if save:
                 if writer:
-                    self._validate(float(np.mean(losses)), writer)
+                    self._imagine(writer)
                 self._saved = self.step
                 stop, losses = self._ranks.agree(self.best.exhausted), []
         if writer:
@@ -173,25 +181,39 @@ class Trainer:
                 share=(first, len(windows)),
             )
 
-    def _validate(self, loss: float, writer: TensorBoardWriter) -> None:
-        """Validate the moving average, store it if it is the best, and save the progress."""
-        self._ema.swap(self.model)
-        self.model.eval()
-        context = torch_training.autocast(self._ranks.device, self._args.dtype)
-        held_out = self._check(self._validation.loss(self.model, context), "held-out loss")
-        psnr, picture = self._validation.rollouts(self.model)
-        if self.best.update(held_out, self.step):
-            model_folders.save_model(self._out, self.model)
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Give the model its moving average, in eval mode."""
+        self._ema.swap(self.model.eval())
+        yield
         self._ema.swap(self.model.train())
-        figures = {"step": self.step, "loss": loss, "held_out_loss": held_out, "psnr": psnr}
-        self.history.append(figures)
-        shown = " ".join(f"{x:.1f}" for x in psnr)
+
+    def _validate(self, loss: float) -> None:
+        """Store the moving average if its held-out loss is the best, and save the progress.
+
+        The weights come first: a run that is killed in between goes on before this step, and
+        stores them again.
+        """
+        context = torch_training.autocast(self._ranks.device, self._args.dtype)
+        with self._averaged():
+            held_out = self._check(self._validation.loss(self.model, context), "held-out loss")
+            if self.best.update(held_out, self.step):
+                model_folders.save_model(self._out, self.model)
+        self.history.append({"step": self.step, "loss": loss, "held_out_loss": held_out})
+        self._save()
+
+    def _imagine(self, writer: TensorBoardWriter) -> None:
+        """Imagine held-out episodes with the moving average, and show the last validation."""
+        with self._averaged():
+            psnr, picture = self._validation.rollouts(self.model)
+        figures = self.history[-1]
+        figures["psnr"] = psnr
+        held_out, shown = figures["held_out_loss"], " ".join(f"{x:.1f}" for x in psnr)
         logging.info("held-out loss %.4f, PSNR per chunk: %s", held_out, shown)
         by_chunk = {f"eval/psnr_{k + 1}": value for k, value in enumerate(psnr)}
         writer.write(self.step, {"eval/held_out_loss": held_out, **by_chunk})
         writer.image("rollouts", picture, self.step)
         picture.save(self._out / "rollouts.png")
-        self._save()
 
     def _check(self, value: float, name: str) -> float:
         advice = (
@@ -231,13 +253,25 @@ class Trainer:
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     """Train as the arguments say, and write the data card."""
-    out, folders = Path(args.out), [Path(folder) for folder in args.data]
+    out = Path(args.out)
     # Those that a run makes before its first progress.
     check_folder(out, PROGRESS, "tensorboard", "cache")
-    out.mkdir(parents=True, exist_ok=True)
+    # Two runs would write one progress.
+    with claim.written_alone(out) if ranks.first else contextlib.nullcontext():
+        _run(out, args, ranks)
+
+
+def _run(out: Path, args: argparse.Namespace, ranks: Ranks) -> None:
+    folders = [Path(folder) for folder in args.data]
     data = recordings.load(*folders)
+    training, held_out = data.both_parts()
     model = make_model(args, data).to(ranks.device)
+    # What would be found out after the latents were encoded, which takes long.
     check_fits(model.config, data)
+    check_steps(model.config, args.ddim_steps, "--ddim_steps")
+    WindowSampler(training, model.config, args.weight)
+    check_lengths(held_out, model.config)
+    out.mkdir(parents=True, exist_ok=True)
     latents = cached_latents(
         Path(args.cache or out / "cache"),
         folders,
@@ -248,12 +282,12 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     )
     camera = camera_of(data, ranks.device)
     rays = model.rays(camera.intrinsic, camera.along(model.config.frames))
-    train_part, held_out = (Corpus(part, latents, rays) for part in data.split())
+    train_part, validated = (Corpus(part, latents, rays) for part in (training, held_out))
     mean_weight = mean_moving_weight(
         train_part, model.config, args.moving_weight, MEAN_WEIGHT_WINDOWS
     )
     validation = Validation(
-        held_out,
+        validated,
         model,
         windows=args.validation_windows,
         episodes=args.rollouts,
@@ -290,9 +324,7 @@ def _start_of(args: argparse.Namespace) -> dict[str, str]:
     """SHA-256 of the weights from which fine-tuning started."""
     if not args.start:
         return {}
-    description = cards.read_json(Path(args.start) / model_folders.CONFIG_FILE)
-    weights = Path(args.start) / description.get("weights", model_folders.WEIGHTS_FILE)
-    return {"start": cards.sha256(weights)}
+    return {"start": cards.sha256(model_folders.weights_file(args.start))}
 
 
 def _write_card(out: Path, trainer: Trainer, part: Corpus, facts: dict, ranks: Ranks) -> None:

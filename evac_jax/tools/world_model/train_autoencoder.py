@@ -21,7 +21,7 @@ from torch import Tensor
 from evac_jax.evac import model_folders
 from evac_jax.evac.autoencoder import Autoencoder
 from evac_jax.evac.config import EvacConfig
-from evac_jax.files import cards, recordings
+from evac_jax.files import cards, claim, recordings
 from evac_jax.files.recordings import Episodes
 from evac_jax.tools import sizes, torch_training
 from evac_jax.tools.command_line import Parser, run_tool
@@ -272,6 +272,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     out = Path(args.out)
     check_folder(out, PROGRESS)
+    with claim.written_alone(out):  # two runs would write one progress
+        run(out, args)
+
+
+def run(out: Path, args: argparse.Namespace) -> None:
+    """Train as the arguments say; write the autoencoder and its card."""
     data = recordings.load(*args.data)
     config = sizes.world_model(args.sizes).replace(n_view=data.frames.shape[1])
     check_fits(config, data)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evac_jax.evac import model_folders
 from evac_jax.files import cards, recordings
+from evac_jax.files.atomic import whole_folder
 from evac_jax.files.recordings import Episodes
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.tools import torch_training
@@ -144,19 +145,19 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     refuse_existing(args.out)
     train_part, held_out = recordings.load(*args.data).both_parts()
-    began = time.process_time()
+    began, out = time.process_time(), Path(args.out)
     config = PoseModelConfig(hidden=args.hidden, linear_skip=not args.plain)
-    model = train(train_part, config, steps=args.steps, seed=args.seed, device=args.device)
-    out = Path(args.out)
-    model_folders.save_model(out, model)
-    scores = score(model, held_out)
-    facts = cards.card(
-        scores=scores,
-        cpu_seconds=round(time.process_time() - began),
-        data=train_part.card,
-        sha256=cards.sha256(out / model_folders.WEIGHTS_FILE),
-    )
-    cards.write_json(out / "card.json", facts)
+    with whole_folder(out) as folder:
+        model = train(train_part, config, steps=args.steps, seed=args.seed, device=args.device)
+        model_folders.save_model(folder, model)
+        facts = cards.card(
+            cpu_seconds=round(time.process_time() - began),
+            data=train_part.card,
+            sha256=cards.sha256(folder / model_folders.WEIGHTS_FILE),
+        )
+        cards.write_json(folder / "card.json", facts)
+    scores = score(model, held_out)  # of what is saved
+    cards.write_json(out / "card.json", facts | {"scores": scores})
     logging.info("held-out: %s", scores)
 
 

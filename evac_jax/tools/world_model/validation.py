@@ -13,15 +13,32 @@ import torch
 from PIL import Image
 
 from evac_jax.errors import DataError
+from evac_jax.evac.config import EvacConfig
 from evac_jax.evac.diffusion_loss import PLAIN, training_loss
 from evac_jax.evac.model import EvacModel
 from evac_jax.evac.schedule import Schedule
+from evac_jax.files.recordings import Episodes
 from evac_jax.tools.world_model.data import Corpus, WindowSampler, moving_weight
 from evac_jax.tools.world_model.filmstrip import compare
 from evac_jax.tools.world_model.imagine import chunk_psnr, imagine_episodes
 
 BATCH = 16  # windows per call; their timesteps cover the whole range
 SHOWN = 3  # episodes in a film strip
+
+
+def check_lengths(data: Episodes, config: EvacConfig) -> int:
+    """Return how many chunks the longest of held-out episodes has.
+
+    Raises:
+        DataError: none has a whole one.
+    """
+    most = int(data.length.max(initial=0)) // config.chunk
+    if most == 0:
+        raise DataError(
+            f"no held-out episode of at least {config.chunk} actions (one chunk) to validate on, "
+            f"of {data.num_episodes}; record more episodes"
+        )
+    return most
 
 
 class Validation:
@@ -58,12 +75,7 @@ class Validation:
         timesteps: np.ndarray | None = None,
     ):
         config, data = model.config, corpus.data
-        most = int(data.length.max(initial=0)) // config.chunk
-        if most == 0:
-            raise DataError(
-                f"no held-out episode of at least {config.chunk} actions (one chunk) to validate "
-                f"on, of {data.num_episodes}; record more episodes"
-            )
+        most = check_lengths(data, config)
         self._corpus, self._moving, self._mean_weight = corpus, moving, mean_weight
         self._timesteps = timesteps
         self._schedule = Schedule.create(config, model.device)

@@ -279,6 +279,10 @@ def test_public_file_loads_when_a_config_beside_it_names_it(tmp_path):
     description = {"model": "PoseModel", "config": {"hidden": 4}, "weights": "best.pth"}
     (tmp_path / "config.json").write_text(json.dumps(description))
     assert same_weights(model_folders.load_model(tmp_path), model)
+    assert model_folders.weights_file(tmp_path) == tmp_path / "best.pth"
+    (tmp_path / "best.pth").unlink()
+    with pytest.raises(CheckpointError, match="best.pth: no such weight file"):
+        model_folders.weights_file(tmp_path)
 
 
 def test_old_files_stay_when_saving_is_interrupted(tmp_path, monkeypatch):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from evac_jax.errors import CheckpointError, DataError
+from evac_jax.errors import CheckpointError, DataError, StorageError
 from evac_jax.files import cards
 from evac_jax.tools.store_as import store
+from tests.unit.full_disk import full_disk
 
 VALUES = np.array([1.0, 1 + 2**-10, -3.5, 0.1], np.float32)
 
@@ -35,6 +36,16 @@ def test_floats_are_rounded_and_everything_else_goes_along(source, tmp_path):
     assert card["scores"] == 1
     assert card["sha256"] == cards.sha256(tmp_path / "out" / "model.safetensors")
     assert not (tmp_path / "out" / "progress.pt").exists()
+
+
+def test_full_disk_and_damaged_weights_are_told_and_leave_nothing(source, tmp_path):
+    with pytest.raises(StorageError, match="out cannot be written"), full_disk(100):
+        store(source, tmp_path / "out", "float16")
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+        store(source, tmp_path / "out", "float16")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_policy_configuration_names_its_precision(source, tmp_path):

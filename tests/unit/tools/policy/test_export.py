@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from evac_jax import checkpoint
 from evac_jax.config import hub
 from evac_jax.config.build import default_config, to_dict
-from evac_jax.errors import CheckpointError
+from evac_jax.errors import CheckpointError, StorageError
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.tools.policy import export as export_policy
 from evac_jax.tools.policy.train import NORM_STATS, UNNORM_KEY
@@ -25,6 +26,7 @@ from policies.openvla_oft.import_hf import load_policy
 from policies.openvla_oft.lora import LoraParam
 from policies.openvla_oft.model import OpenVLAOFT
 from tests.integration.tiny_weights import SMALL_POLICY as SMALL
+from tests.unit.full_disk import full_disk
 
 
 def _params(model):
@@ -115,6 +117,36 @@ def test_missing_checkpoint_is_refused_and_those_there_are_named(run, tmp_path):
     with pytest.raises(CheckpointError, match="expected a run, a checkpoint of a run"):
         export_policy.export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_checkpoint_is_told_with_those_that_can_be_exported(run, tmp_path):
+    broken = shutil.copytree(run, tmp_path / "broken")
+    for value_head in ("none", "action_level"):  # whose outputs are read from the checkpoint
+        config = json.loads((run / checkpoint.CONFIG_FILE).read_text())
+        config["policy"]["value_head"] = value_head
+        (broken / checkpoint.CONFIG_FILE).write_text(json.dumps(config))
+        os.truncate(broken / "checkpoints" / "2" / "state" / "_METADATA", 100)
+        with pytest.raises(CheckpointError, match=r"2 cannot be read: .*\n.*: \[1\]; .*step"):
+            export_policy.export(broken, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_launch_exports_the_iteration_of_checkpoint_step(run, tmp_path):
+    config = default_config("grpo")
+    config = dataclasses.replace(
+        config,
+        policy=dataclasses.replace(config.policy, checkpoint=str(run)),
+        checkpoint=dataclasses.replace(config.checkpoint, step=1),
+    )
+    export_policy.run(config, str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["iteration"] == 1
+
+
+def test_full_disk_is_told_and_leaves_no_folder(run, tmp_path):
+    told = f"'{tmp_path}/out': cannot write .*File too large"
+    with pytest.raises(StorageError, match=told), full_disk(100_000):
+        export_policy.export(run / "start", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_that_exists_is_never_written_to(run, tmp_path):

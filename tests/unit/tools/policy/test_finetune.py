@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from evac_jax.errors import CheckpointError, DataError, TrainingError
+from evac_jax.devices import found
+from evac_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from evac_jax.files import recordings
 from evac_jax.tools.policy import data as policy_data
 from evac_jax.tools.policy import finetune
@@ -68,6 +70,22 @@ def tuned(start, recording, tmp_path_factory):
     return out
 
 
+@pytest.mark.parametrize("option", ["--start", "--sizes"])
+def test_large_policy_is_refused_when_it_would_leave_a_gpu_unused(
+    start, recording, tmp_path, monkeypatch, option
+):
+    unused = dataclasses.replace(found.look(), gpus=1, jax_platform="cpu")
+    monkeypatch.setattr(found, "look", lambda: unused)
+    monkeypatch.setattr(found, "LARGE", 10)
+    monkeypatch.setattr(train_policy, "finetune", lambda args: None)
+    command = _command(start, recording, tmp_path / "out")
+    if option == "--sizes":
+        command[:2] = ["--sizes", "libero_small"]
+    with pytest.raises(ConfigError, match=rf"{option}: .*; or set --cpu_beside_gpu"):
+        train_policy.main(command)
+    train_policy.main([*command, "--cpu_beside_gpu"])
+
+
 def test_chunk_holds_the_frame_it_is_decided_on_and_the_actions_that_exist(recording):
     data = recordings.load(recording)
     chunks = policy_data.Chunks(data, 3, {"action": IDENTITY}, "none")
@@ -117,6 +135,7 @@ def test_statistics_stand_beside_those_of_the_start_and_the_card_tells_the_score
     assert stats["robot"]["action"]["mask"] == [True] * 6 + [False]
     card = json.loads((tuned / "card.json").read_text())
     assert (card["gripper"], card["unnorm_key"], card["chunk"]) == ("libero", "robot", 2)
+    assert json.loads((tuned / "adapter" / "card.json").read_text()) == card
     scores = card["scores"]
     assert scores["step"] == 8
     assert 0 <= scores["token_accuracy"] <= 1
@@ -131,6 +150,25 @@ def test_resumed_run_repeats_an_unbroken_one(start, recording, tuned, tmp_path):
     )
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def test_run_is_saved_before_it_is_scored_and_then_scored_alone(
+    start, recording, tuned, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise OSError("a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "validate", fail)
+        with pytest.raises(OSError, match="a test"):
+            train_policy.main(_command(start, recording, tmp_path / "policy", *RANK))
+    with safe_open(tmp_path / "policy.progress.safetensors", "numpy") as file:
+        assert json.loads(file.metadata()["facts"]) == {"step": 8, "history": []}
+    monkeypatch.setattr(finetune, "check_trained", lambda *_: pytest.fail("trained again"))
+    train_policy.main(_command(start, recording, tmp_path / "policy", *RANK))
+    cards = [json.loads((f / "card.json").read_text()) for f in (tuned, tmp_path / "policy")]
+    assert cards[0]["history"] == cards[1]["history"]
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 

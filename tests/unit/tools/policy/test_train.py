@@ -1,9 +1,14 @@
 import dataclasses
+import itertools
+import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from evac_jax.errors import CheckpointError, DataError, TrainingError
 from evac_jax.miniature import scene
@@ -59,8 +64,9 @@ def test_batches_of_different_seeds_share_no_scene():
     assert not starts
 
 
-@pytest.mark.slow
-def test_pretraining_teaches_patches_what_they_show(monkeypatch):
+@pytest.fixture
+def config(monkeypatch):
+    """A smaller policy than the tabletop's."""
     config = dataclasses.replace(
         train_policy.POLICY,
         dinov2=dataclasses.replace(train_policy.POLICY.dinov2, width=32, mlp_width=64),
@@ -70,6 +76,51 @@ def test_pretraining_teaches_patches_what_they_show(monkeypatch):
         num_layers=1,
     )
     monkeypatch.setattr(train_policy, "POLICY", config)
+    return config
+
+
+def test_resumed_run_draws_the_batches_of_an_unbroken_one(monkeypatch):
+    monkeypatch.setattr(
+        train_policy, "samples", lambda labels, n, seed, chunk: [1000 * seed + np.arange(4 * n)]
+    )
+    args = SimpleNamespace(seed=0, labels="expert", batch=4)
+    unbroken = [part.tolist() for (part,) in itertools.islice(train_policy._batches(args, 0), 40)]
+    assert len({number for part in unbroken for number in part}) == 40 * 4
+    for first in (5, 16, 33):
+        resumed = itertools.islice(train_policy._batches(args, first), 40 - first)
+        assert [part.tolist() for (part,) in resumed] == unbroken[first:]
+
+
+@pytest.mark.slow
+def test_tabletop_run_is_saved_before_it_is_scored_and_repeats_an_unbroken_one(
+    config, tmp_path, monkeypatch
+):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    command = ["--steps", "2", "--score_every", "1", "--batch", "2", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_policy, "play", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy.main([*command, str(tmp_path / "broken")])
+    (progress,) = tmp_path.iterdir()
+    with safe_open(progress, "numpy") as file:
+        assert json.loads(file.metadata()["facts"]) == {"step": 1, "history": []}
+    monkeypatch.setattr(train_policy, "play", lambda *_, greedy: float(greedy))
+    for name in ("broken", "unbroken"):
+        train_policy.main([*command, str(tmp_path / name)])
+    assert {path.name for path in tmp_path.iterdir()} == {"broken", "unbroken"}
+    card = json.loads((tmp_path / "broken" / "card.json").read_text())
+    assert card["history"] == [{"step": n, "greedy": 1.0, "sampled": 0.0} for n in (1, 2)]
+    broken, unbroken = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("broken", "unbroken")
+    )
+    for name, weights in unbroken.items():
+        np.testing.assert_array_equal(broken[name], weights)
+
+
+@pytest.mark.slow
+def test_pretraining_teaches_patches_what_they_show(config, monkeypatch):
     lines = []
     monkeypatch.setattr(train_policy.logging, "info", lambda text, *a: lines.append(a))
     model = OpenVLAOFT(config, STATISTICS, rngs=nnx.Rngs(0))

@@ -78,6 +78,7 @@ def test_command_writes_a_calibrated_classifier_and_its_card(folders, tmp_path, 
     assert 0 < card["calibration"]["threshold"] < 1
     assert len(card["scores"]["false_success_95"]) == 2
     assert (card["judged_frames"], card["chunk"], card["scores"]["success_frames"]) == (2, 8, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_held_out_frames_of_one_kind_are_refused_before_anything_is_trained(
@@ -93,15 +94,38 @@ def test_held_out_frames_of_one_kind_are_refused_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_was_trained_is_kept_where_it_cannot_be_calibrated(folders, tmp_path, monkeypatch):
-    def calibrate(*_):
-        raise TrainingError("cannot calibrate: a test")
+def test_frames_that_no_held_out_episode_has_are_refused_before_anything_is_trained(
+    folders, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_reward, "train", lambda *_, **__: pytest.fail("trained"))
+    arguments = ["--data", folders / "real", "--imagined", folders / "imagined", "--chunk", 33]
+    arguments += ["--success_frames", 33, "--out", tmp_path / "out"]
+    with pytest.raises(DataError, match="--success_frames: expected at most 32, .*got 33"):
+        train_reward.main([str(part) for part in arguments])
 
-    monkeypatch.setattr(train_reward.calibration, "calibrate", calibrate)
+
+@pytest.mark.parametrize("place", ["calibration.calibrate", "scores", "cards.write_json"])
+@pytest.mark.parametrize("error", [TrainingError, OSError, ValueError])
+def test_what_was_trained_is_kept_where_it_cannot_be_judged(
+    folders, tmp_path, monkeypatch, place, error
+):
+    def fail(*_):
+        raise error("a test")
+
+    monkeypatch.setattr(f"{train_reward.__name__}.{place}", fail)
+    earlier = tmp_path / "out.uncalibrated"
+    earlier.mkdir()
+    (earlier / "mine").touch()
     arguments = ["--data", folders / "real", "--imagined", folders / "imagined", "--steps", "2"]
-    with pytest.raises(TrainingError, match=r"a test. It is kept in .*out.uncalibrated"):
-        train_reward.main([str(part) for part in (*arguments, "--out", tmp_path / "out")])
+    arguments += ["--width", "4", "--out", tmp_path / "out"]
+    told = error is not ValueError and place != "cards.write_json"
+    with pytest.raises(
+        TrainingError if told else error,
+        match=r"a test. It is kept in .*out.uncalibrated" if told else "a test",
+    ):
+        train_reward.main([str(part) for part in arguments])
     model_folders.load_model(tmp_path / "out.uncalibrated", kind="RewardNet")
+    assert (tmp_path / "out_1.uncalibrated" / "mine").exists()
     assert not (tmp_path / "out").exists()
 
 

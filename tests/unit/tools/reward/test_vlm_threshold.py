@@ -81,10 +81,46 @@ def test_threshold_lies_between_episodes_and_keeps_to_the_share_of_false_claims(
     assert generous["false_success"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("success", [True, False])
-def test_episodes_of_one_kind_choose_nothing(success):
-    with pytest.raises(TrainingError, match="all 3 episodes are (successes|failures)"):
-        vlm_threshold.choose(np.zeros((3, 2)), np.full((3, 2), success), 0.1)
+def _command(model, out, **flags):
+    flags = {"model": model, "out": out, "chunk": CHUNK, "average": 1} | flags
+    flags |= {"dtype": "float32", "device": "cpu"}
+    vlm_threshold.main([f"--{name}={value}" for name, value in flags.items()])
+
+
+@pytest.mark.parametrize(
+    ("recorded", "average", "error", "message"),
+    [
+        ({}, 1, KeyboardInterrupt, "loaded"),
+        ({"success_from": 99}, 1, DataError, "all 16 episodes are failures"),
+        ({"lengths": (4, 3)}, 2, ConfigError, r"1 x 2 chunks of 4 frames, .* has 4; lower one"),
+    ],
+)
+def test_what_cannot_be_chosen_from_is_refused_before_the_model_is_loaded(
+    tmp_path, monkeypatch, recorded, average, error, message
+):
+    def load(*_):
+        raise KeyboardInterrupt("loaded")
+
+    monkeypatch.setattr(vlm_threshold.VlmJudge, "load", load)
+    data = write(tmp_path / "data", **recorded)
+    with pytest.raises(error, match=message):
+        _command(tmp_path, tmp_path / "out", data=data, average=average)
+
+
+def test_verdicts_are_kept_where_the_choice_fails(recording, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("a test")
+
+    monkeypatch.setattr(vlm_threshold.VlmJudge, "load", lambda *_: Reading())
+    monkeypatch.setattr(vlm_threshold, "choose", fail)
+    with pytest.raises(ValueError, match="a test"):
+        _command(tmp_path, tmp_path / "out", data=recording)
+    kept = np.load(tmp_path / "out.verdicts.npz")
+    assert {name: values.shape for name, values in kept.items()} == {
+        "chosen_on": (16, 9),
+        "real": (8, 9),
+    }
+    assert not (tmp_path / "out").exists()
 
 
 def test_recording_without_a_verdict_chooses_nothing():
@@ -96,10 +132,9 @@ def test_recording_without_a_verdict_chooses_nothing():
 def test_command_writes_what_a_run_takes(recording, tmp_path, capsys):
     model = vlm_reward.write_tiny(tmp_path / "model")
     imagined = write(tmp_path / "imagined", count=20)
-    flags = {"model": model, "data": recording, "imagined": imagined, "out": tmp_path / "out"}
-    flags |= {"average": 1, "chunk": CHUNK, "dtype": "float32", "episodes": 10, "device": "cpu"}
-    vlm_threshold.main([f"--{name}={value}" for name, value in flags.items()])
+    _command(model, tmp_path / "out", data=recording, imagined=imagined, episodes=10)
 
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "imagined", "out"}
     card = vlm_card.read(str(tmp_path / "out"))
     assert (card.average, card.chunk, card.frames) == (1, CHUNK, 8)
     assert vlm_card.simulated(str(tmp_path / "out")) == {"reward": model, "vlm_chunk": CHUNK}

@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -12,11 +13,12 @@ from PIL import Image
 from benchmarks import vlm_reward
 from evac_jax.config.vlm import VlmConfig
 from evac_jax.config.vlm_card import VlmCard
-from evac_jax.errors import DataError
-from evac_jax.files import recordings
+from evac_jax.errors import CheckpointError, ConfigError, DataError
+from evac_jax.files import cards, recordings
 from evac_jax.miniature import scene
 from evac_jax.miniature.render import render
 from evac_jax.tools.trust import __main__ as trust
+from evac_jax.tools.trust import page
 
 MARKUP = '<script src="http://x">'  # a name in a recording
 
@@ -83,6 +85,10 @@ def test_report_is_written_when_a_recording_is_given(weights, recording, tmp_pat
         rf"agreement={number} false_success={number} psnr_1=\d+\.\d psnr_4=\d+\.\d", last
     )
     report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["weights"] == {
+        name: {"model.safetensors": cards.sha256(weights / name / "model.safetensors")}
+        for name in ("world_model", "pose_model", "reward")
+    }
     assert report["overall"]["episodes"] == 4
     assert report["overall"]["pictures"] == 3  # two of a batch of three, and the fourth episode
     assert set(report["kinds"]) == {"expert", MARKUP}
@@ -124,6 +130,24 @@ def test_vision_language_model_judges_beside_a_classifier(weights, recording, tm
     assert shares == {name: other["overall"][name] for name in shares}
     assert one["overall"]["per_chunk"] == other["overall"]["per_chunk"]  # the same frames
     assert "all, judged by reward" in (tmp_path / "one" / "report.html").read_text()
+
+
+def test_weights_are_told_apart_when_their_folders_have_one_name(tmp_path):
+    for parent, text in (("a", "one"), ("b", "other")):
+        folder = tmp_path / parent / "reward"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(text)
+    (folder / "config.json").write_text('{"weights": "public.pt"}')
+    (folder / "public.pt").write_text("public")
+    both = f"{tmp_path}/a/reward,{tmp_path}/b/reward"
+    folders = trust.weights_of({"reward": both, "world_model": str(folder), "pose_model": ""})
+    assert {name: list(trust.digests(path)) for name, path in folders.items()} == {
+        "reward": ["model.safetensors"],
+        "reward[1]": ["public.pt"],  # that alone is read
+        "world_model": ["public.pt"],
+    }
+    assert trust.digests(folder)["public.pt"] == hashlib.sha256(b"public").hexdigest()
+    assert trust.digests(tmp_path / "judged by code of one's own") == {}
 
 
 def test_threshold_of_a_flag_is_not_the_second_rewards():
@@ -169,3 +193,55 @@ def test_folder_of_other_files_gets_no_report(tmp_path):
 def test_numbers_out_of_range_are_refused(flag):
     with pytest.raises(SystemExit):
         trust.parse(["--data=x", flag])
+
+
+@pytest.mark.parametrize(
+    ("flag", "folder", "error", "message"),
+    [
+        ("second_reward", "mistyped", ConfigError, "reward: '.*mistyped' does not exist"),
+        ("second_reward", "world_model", CheckpointError, "expected a model of kind RewardNet"),
+        ("reward", "world_model", CheckpointError, "expected a model of kind RewardNet"),
+        ("pose_model", "mistyped", ConfigError, "pose_model: '.*mistyped' does not exist"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_judge_that_cannot_be_loaded_is_refused_before_anything_is_played(
+    weights, recording, tmp_path, monkeypatch, flag, folder, error, message, given
+):
+    for name in ("record", "validate"):
+        monkeypatch.setattr(trust, name, lambda *_, **__: pytest.fail("played"))
+    flags = {name: weights / name for name in ("world_model", "reward", "pose_model")}
+    flags |= {flag: weights / folder, "out": tmp_path / "report", "device": "cpu"}
+    if given:
+        flags |= {"data": _saved(recording, tmp_path / "recording"), "part": "all"}
+    else:
+        flags |= {"preset": "miniature"}
+    with pytest.raises(error, match=message):
+        trust.main([f"--{name}={value}" for name, value in flags.items()])
+
+
+@pytest.mark.parametrize("fails", ["second", "page"])
+def test_figures_are_saved_before_more_is_imagined_and_drawn(
+    weights, recording, tmp_path, monkeypatch, fails
+):
+    def fail(*_):
+        raise ValueError("a test")
+
+    def validate(data, settings, **_):
+        if fails == "second" and settings["reward"] == str(weights / "second"):
+            fail()
+        return {"notes": [], "overall": {"episodes": 4, **dict.fromkeys(page.SHARES)}} | {
+            "settings": {}
+        }, []
+
+    monkeypatch.setattr(trust, "validate", validate)
+    monkeypatch.setattr(trust, "check_judge", lambda *_: None)
+    monkeypatch.setattr(page, "write", fail)
+    flags = {name: weights / name for name in ("world_model", "reward", "pose_model")}
+    flags |= {"second_reward": weights / "second", "out": tmp_path / "report", "device": "cpu"}
+    flags |= {"data": _saved(recording, tmp_path / "recording"), "part": "all"}
+    with pytest.raises(ValueError, match="a test"):
+        trust.main([f"--{name}={value}" for name, value in flags.items()])
+    (report,) = (tmp_path / "report").iterdir()
+    assert report.name == "report.json"
+    assert ("second_reward" in json.loads(report.read_text())) == (fails == "page")

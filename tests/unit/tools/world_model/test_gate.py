@@ -10,7 +10,7 @@ from evac_jax.errors import DataError
 from evac_jax.evac import model_folders
 from evac_jax.evac.autoencoder import Autoencoder
 from evac_jax.evac.config import AutoencoderConfig
-from evac_jax.files import recordings
+from evac_jax.files import cards, recordings
 from evac_jax.files.recordings import EpisodeWriter
 from evac_jax.tools.world_model import gate
 from tests.unit.evac import tiny
@@ -104,18 +104,48 @@ def test_probe_sees_success_in_pictures_that_show_it_and_nothing_in_black_ones(r
     assert gate.probe(*black, args) == 0.5
 
 
-def test_command_ends_with_the_five_figures_and_writes_them(recording, tmp_path, capsys):
+def _arguments(recording, folder):
     torch.manual_seed(0)
     sizes = AutoencoderConfig(channels=8, channel_mult=(1, 1), num_res_blocks=1, norm_groups=4)
-    model_folders.save_model(tmp_path / "ae", Autoencoder(sizes))
-    arguments = f"--data {recording} --autoencoder {tmp_path / 'ae'} --out {tmp_path / 'out'}"
-    arguments += " --steps 2 --width 8 --margin 1 0 --device cpu"
+    model_folders.save_model(folder / "ae", Autoencoder(sizes))
+    arguments = f"--data {recording} --autoencoder {folder / 'ae'} --out {folder / 'out'}"
+    return f"{arguments} --steps 2 --width 8 --margin 1 0 --device cpu"
+
+
+def _named_otherwise(folder):
+    """Let config.json name the weights, as for a file of others."""
+    (folder / "model.safetensors").rename(folder / "best.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"weights": "best.safetensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_command_ends_with_the_five_figures_and_writes_them(recording, tmp_path, capsys):
+    arguments = _arguments(recording, tmp_path)
+    _named_otherwise(tmp_path / "ae")
     gate.main(arguments.split())
     line = capsys.readouterr().out.splitlines()[-1]
     told = dict(part.split("=") for part in line.split())
     names = ["psnr", "psnr_held", "psnr_on_goal", "probe_original", "probe_decoded"]
     assert list(told) == names
-    scores = json.loads((tmp_path / "out" / "card.json").read_text())["scores"]
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    scores = card["scores"]
+    assert card["autoencoder"] == cards.sha256(tmp_path / "ae" / "best.safetensors")
     assert {name: f"{scores[name]:.3f}" for name in names} == told
     with pytest.raises(DataError, match="--out: .*out exists; choose another folder"):
         gate.main(arguments.split())
+
+
+def test_figures_are_told_where_the_card_cannot_be_written(
+    recording, tmp_path, monkeypatch, capsys
+):
+    arguments = _arguments(recording, tmp_path)
+    monkeypatch.setattr(gate, "measure", lambda *_: {"psnr": 20.0})
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(cards, "write_json", full)
+    with pytest.raises(OSError, match="disk full"):
+        gate.main(arguments.split())
+    assert capsys.readouterr().out == "psnr=20.000\n"
+    assert not (tmp_path / "out").exists()

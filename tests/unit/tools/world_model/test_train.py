@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import socket
@@ -13,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from evac_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from evac_jax.evac.schedule import ddim_table
+from evac_jax.files import recordings
 from evac_jax.miniature.sizes import WORLD_MODEL
 from evac_jax.tools import torch_training
 from evac_jax.tools.world_model import train as train_world_model
-from evac_jax.tools.world_model.options import freeze
+from evac_jax.tools.world_model.options import freeze, make_model, parse
 from evac_jax.tools.world_model.validation import BestSoFar, Validation
 from tests.unit.evac import tiny
 from tests.unit.tools import tiny_recording
@@ -77,15 +79,38 @@ def _failing_at(step, error):
     return fail
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
-def test_resumed_run_is_bit_for_bit_the_unbroken_one(inputs, tmp_path, monkeypatch, optimizer):
-    unbroken = _train(inputs, tmp_path / "unbroken", optimizer=optimizer)
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "owner", "place", "replacement"),
+    [
+        ("adamw", train_world_model.Trainer, "_update", _failing_at(3, KeyboardInterrupt())),
+        ("adamw", Validation, "rollouts", _interrupted),
+        ("adamw", train_world_model.TensorBoardWriter, "write", _interrupted),
+        pytest.param(
+            *("muon", train_world_model.Trainer, "_update", _failing_at(3, KeyboardInterrupt())),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_resumed_run_is_bit_for_bit_the_unbroken_one(
+    inputs, tmp_path, monkeypatch, optimizer, owner, place, replacement
+):
+    common = {"optimizer": optimizer, "log_every": 2}
+    unbroken = _train(inputs, tmp_path / "unbroken", **common)
     with monkeypatch.context() as patch:
-        patch.setattr(train_world_model.Trainer, "_update", _failing_at(3, KeyboardInterrupt()))
+        patch.setattr(owner, place, replacement)
         with pytest.raises(KeyboardInterrupt):
-            _train(inputs, tmp_path / "broken", optimizer=optimizer)
-    resumed = _train(inputs, tmp_path / "broken", optimizer=optimizer)
+            _train(inputs, tmp_path / "broken", **common)
+    saved = torch.load(tmp_path / "broken" / "progress.pt", weights_only=True)
+    assert saved["step"] == 2
+    resumed = _train(inputs, tmp_path / "broken", **common)
     _assert_same(unbroken, resumed)
+    cards = [json.loads((tmp_path / n / "card.json").read_text()) for n in ("unbroken", "broken")]
+    assert cards[0]["history"] == cards[1]["history"]
+    assert all(len(entry["psnr"]) == 2 for entry in cards[0]["history"])
     weights = [load_file(tmp_path / n / "model.safetensors") for n in ("unbroken", "broken")]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
@@ -256,6 +281,35 @@ def test_model_from_scratch_takes_sizes_and_views_from_its_inputs(inputs, tmp_pa
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in frozen)
     with pytest.raises(DataError, match=r"takes 1 view.*have 2"):
         _train(inputs, tmp_path / "other", data=data)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ddim_steps": 1001}, ConfigError, "--ddim_steps: expected 1 to 1000, .*got 1001"),
+        ({"weight": "nobody=2"}, ConfigError, r"--weight: no such source \['nobody'\]"),
+        ({"weight": "expert=0"}, DataError, "no window to train on"),
+        ({"data": "short"}, DataError, "at least 3 actions .one chunk."),
+        ({"data": "one"}, DataError, "1 training and 0 held-out episodes; both are needed"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_latents_are_encoded(
+    inputs, tmp_path, monkeypatch, options, error, message
+):
+    monkeypatch.setattr(train_world_model, "cached_latents", lambda *_, **__: pytest.fail("begun"))
+    if name := options.get("data"):
+        written = {"short": {"lengths": (2,)}, "one": {"count": 1}}[name]
+        options = {"data": tiny_recording.write(tmp_path / name, **written)}
+    with pytest.raises(error, match=message):
+        _train(inputs, tmp_path / "out", **options)
+
+
+def test_deltas_are_not_fitted_where_all_episodes_are_held_out(inputs):
+    data = recordings.load(inputs / "data")
+    data = dataclasses.replace(data, held_out=np.ones(data.num_episodes, bool))
+    args = parse(["--data=x", f"--autoencoder={inputs / 'model'}", "--out=y", "--fit_deltas"])
+    with pytest.raises(DataError, match="0 training and 40 held-out episodes"):
+        make_model(args, data)
 
 
 def test_only_the_named_parts_train():

@@ -1,17 +1,25 @@
+import json
 import math
 
 import pytest
 
 from evac_jax.errors import DataError, TrainingError
+from evac_jax.files import cards, recordings
 from evac_jax.sim.pose_model import PoseModelConfig
 from evac_jax.tools.episodes import collect
 from evac_jax.tools.world_model import train_pose_model
 
 
 @pytest.fixture(scope="module")
-def recording(tmp_path_factory):
+def recording_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recordings") / "mixed"
-    return collect.collect(folder, 24, {"expert": 0.5, "random": 0.5}, image_size=32)
+    collect.collect(folder, 24, {"expert": 0.5, "random": 0.5}, image_size=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recording(recording_folder):
+    return recordings.load(recording_folder)
 
 
 def test_pose_model_follows_recorded_transitions(recording):
@@ -38,3 +46,24 @@ def test_existing_folder_is_refused_before_anything_is_trained(tmp_path):
 def test_loss_that_is_not_finite_ends_the_training(recording):
     with pytest.raises(TrainingError, match="step 2: the loss is nan"):
         train_pose_model.train(recording, PoseModelConfig(hidden=8), steps=3, batch=8, lr=math.inf)
+
+
+def test_model_is_saved_before_it_is_scored(recording_folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["--data", str(recording_folder), "--out", str(out), "--steps", "2"]
+
+    def fail(*_):
+        raise ValueError("a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pose_model, "score", fail)
+        with pytest.raises(ValueError, match="a test"):
+            train_pose_model.main(arguments)
+    card = json.loads((out / "card.json").read_text())
+    assert card["sha256"] == cards.sha256(out / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    out.rename(tmp_path / "unscored")
+    train_pose_model.main(arguments)
+    scored = json.loads((out / "card.json").read_text())
+    assert scored["sha256"] == card["sha256"]
+    assert scored["scores"]["position_mm_mean"] > 0
