@@ -176,7 +176,7 @@ def _problem(
             return (
                 f"--config.{name}: in {value!r} text needs quotes, as --config.{name}='({quoted})'"
             )
-    if value is not None and kind in READERS:
+    if value is not None and kind is not None and kind in READERS:
         try:
             READERS[kind](value)
         except ValueError:
