@@ -24,7 +24,7 @@ from evac_jax.tools.recipes.stages import WORK, Stage
 COUNTS = {
     # recordings, episodes
     "base": 480,
-    "lessons": 240,  # for the later rounds of the start policy
+    "lessons": 240,  # more of the expert, for the second round of the start policy
     "rollouts": 200,  # of the first round's policy, half of them greedy
     # offline training, optimiser steps
     "autoencoder": 6000,
@@ -32,8 +32,8 @@ COUNTS = {
     "policy": 1500,  # of each of ROUNDS
     "pose_model": 8000,
     "world_model": 7000,
-    "imagined": 300,  # episodes for the classifiers, for each of two halves of the recordings
-    "reward": 3000,
+    "imagined": 480,  # episodes for the classifiers, at most, of the scripts and of the policy each
+    "reward": 2000,
     "evaluated": 40,  # episodes of each policy: the held-out states of all tasks
 }
 # Lower bounds of scaled counts (4 for all others). Of fewer recordings none that is held out would
@@ -81,10 +81,10 @@ SUPERVISED = {
     "sd_bins": 6,
     "goal_weight": 1,
 }
-# Noise leads to more states, of which the policy learns what was intended there.
-LESSONS = "noisy=0.8,expert=0.2"
+# A noisy player's actions answer pushes within a chunk, which no policy can foresee: a round of
+# 240 such episodes succeeded in none of 40.
 BY_EXPERT = ("--sources", "expert", "--successful")
-ROUNDS = 3  # of supervised training; the last policy that does not succeed too often is taken
+ROUNDS = 2  # of supervised training; the last policy that does not succeed too often is taken
 ENOUGH, TOO_MUCH = 0.15, 0.5
 DDIM_STEPS = 1  # as good as two in a trial with base_scale 1, at half the cost
 # How runs imagine and judge, as classifiers are calibrated for.
@@ -100,6 +100,8 @@ SIMULATOR = IMAGINED | {
     "reward.checkpoint": f"{WORK}/reward",
     "env.pose_model": f"{WORK}/pose_model",
 }
+# A stricter share of false claims misses most successes (docs/libero_small.md).
+CLASSIFIER = {"width": 16, "shift": 3, "false_success": 0.15}
 MARGIN = ("--margin", "3", "2")  # contact with the plate cannot be seen to the frame
 WORLD_MODEL = {
     "batch": 4,
@@ -224,16 +226,16 @@ def add_start_policy(
     sizes: str,
 ) -> None:
     """Supervised training in rounds, each evaluated on held-out states; one policy is chosen."""
-    lessons = add_recordings(add, "lessons", n["lessons"], LESSONS, libero)
+    lessons = add_recordings(add, "lessons", n["lessons"], "expert=1", libero)
     policies = [f"policy_{number}" for number in range(1, ROUNDS + 1)]
     evaluations = [f"success_{number}" for number in range(1, ROUNDS + 1)]
     for number, (policy, evaluation) in enumerate(zip(policies, evaluations, strict=True)):
         before = policies[number - 1 : number]
-        data = lessons if before else base
+        data = [*base, *lessons] if before else base
         command = commands.tool("policy.train", data=at(*data), out=at(policy)[0])
         command += commands.options(**({"start": at(*before)[0]} if before else {"sizes": sizes}))
         command += commands.options(seed=number, steps=n["policy"], **SUPERVISED)
-        command += (*BY_EXPERT * (not before), "--every_step")
+        command += (*BY_EXPERT, "--every_step")
         add(policy, command, *data, *before, resumes=True)
         held_out = f"({HELD_OUT},{END})"
         settings = {**libero, **POLICY, "policy.checkpoint": at(policy)[0]}
@@ -258,7 +260,7 @@ def add_classifiers(add: Add, n, base: Sequence[str], rollouts: Sequence[str]) -
         command = commands.train_reward(
             CONFIG, SIMULATOR, at(name)[0], at(*base, *rollouts), at(*imagined), n["reward"]
         )
-        command += (*commands.options(seed=seed, width=16), *MARGIN)
+        command += (*commands.options(seed=seed, **CLASSIFIER), *MARGIN)
         add(name, command, *imagined, *base, *rollouts)
 
 

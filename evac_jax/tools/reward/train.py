@@ -169,6 +169,21 @@ def disturb(frames: Tensor) -> Tensor:
     return frames.addcmul_(torch.randn_like(frames), strength(0, 0.06)).clamp_(-1, 1)
 
 
+def shift(frames: Tensor, most: int) -> Tensor:
+    """Return frames [N C H W], each moved by up to `most` pixels along each axis, edges repeated.
+
+    A place in the picture then says less, and how things lie to each other says more (Kostrikov et
+    al. 2020, arXiv:2004.13649).
+    """
+    count, _, height, width = frames.shape
+    padded = F.pad(frames, (most,) * 4, mode="replicate")
+    moved = torch.randint(2 * most + 1, (2, count, 1), device=frames.device)
+    rows = moved[0] + torch.arange(height, device=frames.device)
+    columns = moved[1] + torch.arange(width, device=frames.device)
+    each = torch.arange(count, device=frames.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 @torch.inference_mode()
 def through_codec(codec: nn.Module, frames: Tensor) -> Tensor:
     """Return frames [N 3 H W] after the world model's encoder and decoder."""
@@ -187,12 +202,14 @@ def train(
     device: str = "cpu",
     margin: Sequence[int] = NO_MARGIN,
     disturbed: bool = True,
+    most_shift: int = 0,
 ) -> RewardNet:
     """Return a classifier trained on the frames of `data`, on `device`, where `codec` must be.
 
     Args:
         margin: frames to leave out, see `margin.near_change`.
         disturbed: disturb frames, see `disturb`.
+        most_shift: move them by up to as many pixels, see `shift`.
 
     Raises:
         TrainingError: loss or gradient is not finite.
@@ -213,6 +230,7 @@ def train(
         images = to_network(frames)
         if codec is not None:
             images[::2] = through_codec(codec, images[::2])
+        images = shift(images, most_shift) if most_shift else images
         images = disturb(images) if disturbed else images
         images = images.contiguous(memory_format=layout)
         logits = model(images, task if config.num_instructions else None)
@@ -277,6 +295,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar=("BEFORE", "AFTER"),
         help="frames on either side of a change of the label that neither train nor score it",
     )
+    text = "move frames of the training by up to as many pixels, so that less is learned by heart"
+    add("--shift", type="natural", default=0, metavar="PIXELS", help=text)
     parser.add_device()
     parser.add_threads()
     parser.add_seed("weights and batches")
@@ -345,6 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             codec=codec,
             device=args.device,
             margin=args.margin,
+            most_shift=args.shift,
         )
         aside = _set_aside(out, model)
         try:

@@ -24,11 +24,11 @@ def test_recipe_names_every_recording_and_weight_that_a_command_reads(recipe):
 
 
 def _options(tool: str) -> set[str]:
-    """Options in the source of a tool and of the `options.py` beside it."""
+    """Options in the source of a tool and of the modules beside it that hold options."""
     path = Path(shipping.__file__).parents[3] / tool.replace(".", "/")
     path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    beside = path.with_name("options.py")
-    source = path.read_text() + (beside.read_text() if beside.is_file() else "")
+    beside = (path.with_name(name) for name in ("options.py", "calibration.py"))
+    source = "".join(file.read_text() for file in (path, *beside) if file.is_file())
     shared = re.findall(r"parser\.add_(device|threads|seed|image_size)\(", source)
     return {*re.findall(r"\"--([\w-]+)\"", source), *shared}
 

@@ -186,6 +186,28 @@ def test_disturbed_frames_stay_in_range_and_similar():
     assert 0 < (disturbed - frames).abs().mean() < 0.5
 
 
+def test_shifted_frames_are_moved_by_a_few_pixels_each_on_its_own():
+    torch.manual_seed(0)
+    frames = torch.full((64, 3, 8, 10), -1.0)
+    frames[:, :, 4, 5] = 1
+    moved = train_reward.shift(frames, 2)
+    row, column = np.divmod(moved[:, 0].flatten(1).argmax(1).numpy(), 10)
+    assert moved.shape == frames.shape
+    assert (moved.flatten(1).sum(1) == frames[0].sum()).all()
+    assert set(row) == set(range(2, 7))
+    assert set(column) == set(range(3, 8))
+    assert len(set(zip(row, column, strict=True))) > 15
+
+
+def test_shifted_frames_repeat_their_edges():
+    rows = torch.arange(8.0).expand(32, 3, 10, 8).transpose(2, 3)
+    moved = train_reward.shift(rows, 3)[:, 0, :, 0]
+    tops, bottoms = set(moved[:, 0].tolist()), set(moved[:, -1].tolist())
+    assert tops == {0.0, 1, 2, 3}
+    assert bottoms == {4.0, 5, 6, 7}
+    assert (moved[moved[:, 1] == 0][:, 0] == 0).all()
+
+
 def test_classifier_learns_to_tell_success_apart(recording, tmp_path):
     model = train_reward.train(
         recording, RewardConfig(width=4, num_instructions=3), steps=60, batch=32
