@@ -26,12 +26,14 @@ COUNTS = {
     "base": 480,
     "lessons": 240,  # more of the expert, for the second round of the start policy
     "rollouts": 200,  # of the first round's policy, half of them greedy
+    "attempts": 480,  # of the start policy, likewise
     # offline training, optimiser steps
     "autoencoder": 6000,
     "gate": 1500,  # of each of its two networks
     "policy": 1500,  # of each of ROUNDS
     "pose_model": 8000,
     "world_model": 7000,
+    "world_model_more": 3000,  # with the start policy's attempts
     "imagined": 480,  # episodes for the classifiers, at most, of the scripts and of the policy each
     "reward": 2000,
     "evaluated": 40,  # episodes of each policy: the held-out states of all tasks
@@ -39,7 +41,15 @@ COUNTS = {
 # Lower bounds of scaled counts (4 for all others). Of fewer recordings none that is held out would
 # show a bowl in the hand, of fewer imagined episodes none would succeed, and after fewer steps a
 # classifier that knows nothing cannot be calibrated.
-FLOORS = {"base": 100, "lessons": 20, "rollouts": 8, "imagined": 60, "reward": 300, "evaluated": 2}
+FLOORS = {
+    "base": 100,
+    "lessons": 20,
+    "rollouts": 8,
+    "attempts": 8,
+    "imagined": 60,
+    "reward": 300,
+    "evaluated": 2,
+}
 # Episodes that an interruption may cost; no divisor of the number of starts, so that each player
 # gets other starts in every piece.
 PIECE = 120
@@ -154,23 +164,16 @@ def make_stages(scale: float = 1.0, pixels: int = 64) -> list[Stage]:
     # A smoke test's policies succeed never, and its build should go on.
     between = (ENOUGH, TOO_MUCH) if scale == 1 else (0, 1)
     add_start_policy(add, n, base, between, libero, SIZES[pixels])
-    first = f"policy:{WORK}/policy_1"
-    both = f"{first}@{POLICY['policy.temperature']}=0.5,{first}@0=0.5"
-    rollouts = add_recordings(add, "rollouts", n["rollouts"], both, libero, "policy_1")
-    data = [*base, *rollouts]
+    rollouts = add_recordings(
+        add, "rollouts", n["rollouts"], both_ways("policy_1"), libero, "policy_1"
+    )
+    attempts = add_recordings(add, "attempts", n["attempts"], both_ways("policy"), libero, "policy")
+    early, data = [*base, *rollouts], [*base, *rollouts, *attempts]
     command = commands.tool("world_model.train_pose_model", data=at(*data))
     command += commands.options(out=at("pose_model")[0], steps=n["pose_model"])
     add("pose_model", command, *data)
-    command = commands.tool("world_model.train", data=at(*data), autoencoder=at("autoencoder")[0])
-    command += commands.options(
-        sizes=SIZES[pixels], out=at("world_model_full")[0], steps=n["world_model"], **WORLD_MODEL
-    )
-    both = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    command = (*both, *command, "--few_steps", "--fit_deltas")
-    add("world_model_full", command, "autoencoder", *data, cores=2, resumes=True)
-    command = commands.store(*at("world_model_full", "world_model"), "float16")
-    add("world_model", command, "world_model_full")
-    add_classifiers(add, n, base, rollouts)
+    add_world_model(add, n, early, data, SIZES[pixels])
+    add_classifiers(add, n, base, rollouts, attempts)
     command = commands.validate(CONFIG, SIMULATOR, at(*data), at("trust")[0])
     add("trust", command, "world_model", "reward", "pose_model", *data)
     # The first pieces begin in every state of every task.
@@ -250,18 +253,59 @@ def add_start_policy(
     add("policy", command, "policy_start")
 
 
-def add_classifiers(add: Add, n, base: Sequence[str], rollouts: Sequence[str]) -> None:
+def both_ways(policy: str) -> str:
+    """Return the mix of a policy's recordings: half sampled as in training, half greedy."""
+    player = f"policy:{WORK}/{policy}"
+    return f"{player}@{POLICY['policy.temperature']}=0.5,{player}@0=0.5"
+
+
+def add_world_model(
+    add: Add, n: Mapping[str, int], early: Sequence[str], data: Sequence[str], sizes: str
+) -> None:
+    """The world model, which goes on with the start policy's attempts as soon as there are any."""
+    both = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+    def train(name: str, source: str, data: Sequence[str], steps: int, **settings) -> None:
+        new = source == "autoencoder"
+        begin = {"autoencoder": at(source)[0], "sizes": sizes} if new else {"start": at(source)[0]}
+        command = commands.tool("world_model.train", data=at(*data), **begin)
+        command += commands.options(out=at(name)[0], steps=steps, **WORLD_MODEL | settings)
+        command = (*both, *command, "--few_steps", *["--fit_deltas"] * new)
+        add(name, command, source, *data, cores=2, resumes=True)
+
+    train("world_model_full", "autoencoder", early, n["world_model"])
+    train("world_model_tuned", "world_model_full", data, n["world_model_more"], lr=5e-4)
+    command = commands.store(*at("world_model_tuned", "world_model"), "float16")
+    add("world_model", command, "world_model_tuned")
+
+
+def add_classifiers(
+    add: Add,
+    n: Mapping[str, int],
+    base: Sequence[str],
+    rollouts: Sequence[str],
+    attempts: Sequence[str],
+) -> None:
     """Two classifiers of different seeds, on real and imagined episodes; two stages at a time."""
-    imagined = {"imagined_base": base, "imagined_rollouts": rollouts}
+    imagined = {
+        "imagined_base": base,
+        "imagined_rollouts": rollouts,
+        "imagined_attempts": attempts,
+    }
     for name, data in imagined.items():
         command = commands.imagine(CONFIG, SIMULATOR, at(*data), at(name)[0], n["imagined"])
         add(name, command, "world_model", *data)
     for seed, name in enumerate(("reward", "reward_second")):
         command = commands.train_reward(
-            CONFIG, SIMULATOR, at(name)[0], at(*base, *rollouts), at(*imagined), n["reward"]
+            CONFIG,
+            SIMULATOR,
+            at(name)[0],
+            at(*base, *rollouts, *attempts),
+            at(*imagined),
+            n["reward"],
         )
         command += (*commands.options(seed=seed, **CLASSIFIER), *MARGIN)
-        add(name, command, *imagined, *base, *rollouts)
+        add(name, command, *imagined, *base, *rollouts, *attempts)
 
 
 def recipe() -> Recipe:

@@ -9,6 +9,7 @@ from evac_jax.config.flags import check_flags
 from evac_jax.errors import DataError
 from evac_jax.tools.recipes import libero_small, miniature, shipping
 from evac_jax.tools.recipes.stages import check
+from evac_jax.tools.world_model import options
 
 RECIPES = [pytest.param(recipe, id=recipe.__name__) for recipe in (miniature, libero_small)]
 
@@ -44,6 +45,15 @@ def test_every_flag_of_the_recipe_exists(recipe):
         else:
             used = {part.split("=")[0][2:] for part in command if part.startswith("--")}
             assert used <= _options(command[1]), stage.name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_world_models_are_told_what_goes_together(recipe):
+    tool = "evac_jax.tools.world_model.train"
+    commands = [stage.command for stage in recipe.make_stages() if tool in stage.command]
+    trained = [options.parse(list(words[words.index(tool) + 1 :])) for words in commands]
+    assert trained
+    assert all(Path(args.out).name.startswith("world_model") for args in trained)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
