@@ -32,20 +32,19 @@ def apply_gripper_rule(actions: Tensor, rule: str) -> Tensor:
 
 
 def integrate_poses(
-    advance: Callable[[Tensor, Tensor], Tensor], actions: Tensor, pose: Tensor
+    advance: Callable[[Tensor, Tensor, Tensor], Tensor], actions: Tensor, last: Tensor
 ) -> Tensor:
     """Return the pose after every action, [B K 8].
 
     Args:
-        advance: (action [B A], pose [B 8]) -> next pose [B 8].
+        advance: (action [B A], pose [B 8], the pose one action earlier [B 8]) -> next pose [B 8].
         actions: [B K A].
-        pose: pose before the first action, [B 8].
+        last: the last two poses before the first action, [B 2 8]; they are equal at rest.
     """
-    poses = []
+    poses = list(last.unbind(1))
     for action in actions.unbind(1):
-        pose = advance(action, pose)
-        poses.append(pose)
-    return torch.stack(poses, 1)
+        poses.append(advance(action, poses[-1], poses[-2]))
+    return torch.stack(poses[2:], 1)
 
 
 def both_arms(poses: Tensor) -> Tensor:
@@ -85,8 +84,9 @@ class PoseWindow:
 
     @property
     def before_next(self) -> Tensor:
-        """Pose that the next chunk's first action starts from, [B 8]."""
-        return self.poses[:, -self._chunk - 1] if self._shifted else self.poses[:, -1]
+        """The pose that the next action starts from, after the one before it: [B 2 8]."""
+        pose = self.poses.shape[1] - 1 - self._chunk * self._shifted
+        return self.poses[:, [max(pose - 1, 0), pose]]
 
     def reset(self, poses: Tensor, mask: Tensor) -> None:
         """Fill the windows of the environments in `mask` [B] with their start poses [B 8]."""

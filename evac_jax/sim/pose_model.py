@@ -1,4 +1,4 @@
-"""The pose model: a small network from action and pose to the next pose."""
+"""The pose model: a small network from action and last poses to the next pose."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,8 @@ ACTION_DIM, POSE_DIM = 7, 8
 # Standard deviations from the mean beyond which a pose is none of those that the network knows, and
 # the least one that counts: some numbers hardly vary.
 FAR, LEAST_STD = 10.0, 0.02
+# Makes changes of pose about as large as the other inputs.
+CHANGE_SCALE = 5.0
 POSE_NAMES = ("x", "y", "z", "qx", "qy", "qz", "qw", "gripper")
 # What poses may be instead -> how to make them ours.
 MISTAKEN = {
@@ -30,10 +32,12 @@ class PoseModelConfig(JsonConfig):
     Attributes:
         hidden: width of both hidden layers; the public action predictor uses 64.
         linear_skip: add a linear map of the input to the output.
+        velocity: read the last change of pose too, and predict the next one.
     """
 
     hidden: int = 64
     linear_skip: bool = False
+    velocity: bool = False
 
 
 class PoseModel(nn.Module):
@@ -41,7 +45,8 @@ class PoseModel(nn.Module):
 
     A pose is [x y z (metres), quaternion x y z w, gripper].
 
-    Differs from the reference: hidden width and a linear skip are options.
+    Differs from the reference: hidden width, a linear skip and the velocity are options. An arm
+    with mass goes on for a while when its action ends, which a pose alone cannot tell.
 
     Source: RLinf/RLinf at c9f1d8471, the action predictor of its EVAC environment.
     """
@@ -50,29 +55,35 @@ class PoseModel(nn.Module):
         super().__init__()
         self.config = config
         hidden = config.hidden
+        inputs = ACTION_DIM + (2 if config.velocity else 1) * POSE_DIM
         self.network = nn.Sequential(
-            nn.Linear(ACTION_DIM + POSE_DIM, hidden),
+            nn.Linear(inputs, hidden),
             nn.ReLU(),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
             nn.Linear(hidden, POSE_DIM),
         )
-        self.skip = (
-            nn.Linear(ACTION_DIM + POSE_DIM, POSE_DIM, bias=False) if config.linear_skip else None
-        )
+        self.skip = nn.Linear(inputs, POSE_DIM, bias=False) if config.linear_skip else None
         self.register_buffer("abs_action_mean", torch.zeros(1, POSE_DIM))
         self.register_buffer("abs_action_std", torch.ones(1, POSE_DIM))
 
-    def forward(self, action: Tensor, pose: Tensor) -> Tensor:
-        """[..., 8] network output for actions [..., 7] and poses [..., 8] as they are given."""
-        x = torch.cat((action, pose), dim=-1)
-        out = self.network(x)
-        return out if self.skip is None else out + self.skip(x)
+    def forward(self, action: Tensor, pose: Tensor, before: Tensor) -> Tensor:
+        """[..., 8] network output for actions [..., 7] and poses [..., 8] as they are given.
 
-    def get_ee_pose(self, action: Tensor, pose: Tensor) -> Tensor:
-        """Next pose [..., 8]: the pose is standardised on the way in, the output put back."""
+        `before` is the pose one action earlier, equal to the pose at rest.
+        """
+        velocity = self.config.velocity
+        x = (action, pose, CHANGE_SCALE * (pose - before)) if velocity else (action, pose)
+        x = torch.cat(x, dim=-1)
+        out = self.network(x)
+        if self.skip is not None:
+            out = out + self.skip(x)
+        return pose + out if velocity else out
+
+    def get_ee_pose(self, action: Tensor, pose: Tensor, before: Tensor) -> Tensor:
+        """Next pose [..., 8]: poses are standardised on the way in, the output put back."""
         mean, std = self.abs_action_mean[0], self.abs_action_std[0]
-        return self(action, (pose - mean) / std) * std + mean
+        return self(action, (pose - mean) / std, (before - mean) / std) * std + mean
 
     def check_poses(self, poses: np.ndarray) -> None:
         """Refuse poses [N 8] if one lies far from all that the network was fitted to.

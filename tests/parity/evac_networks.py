@@ -190,7 +190,7 @@ def _run_poses(golden: dict) -> dict[str, Tensor]:
     state = _state(golden)
     net = PoseModel(PoseModelConfig(hidden=len(state["network.0.weight"]))).eval()
     net.load_state_dict(state)
-    arguments = golden["delta"], golden["prev"]
+    arguments = golden["delta"], golden["prev"], golden["prev"]
     return {"forward": net(*arguments), "get_ee_pose": net.get_ee_pose(*arguments)}
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from absl import logging
-from torch import Tensor
 
 from evac_jax.evac import model_folders
 from evac_jax.files import cards, recordings
 from evac_jax.files.atomic import whole_folder
 from evac_jax.files.recordings import Episodes
+from evac_jax.sim.actions import integrate_poses
 from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 from evac_jax.tools import torch_training
 from evac_jax.tools.command_line import Parser, refuse_existing, run_tool
@@ -34,15 +34,6 @@ def fit_statistics(model: PoseModel, poses: np.ndarray) -> None:
     flat = torch.from_numpy(np.array(poses))
     model.abs_action_mean.copy_(flat.mean(0, keepdim=True))
     model.abs_action_std.copy_(flat.std(0, keepdim=True).clamp_min(MIN_STD))
-
-
-def rollout(model: PoseModel, actions: Tensor, pose: Tensor) -> Tensor:
-    """Return the poses [B T 8] after each action [B T 7] from `pose` [B 8]."""
-    poses = []
-    for action in actions.unbind(1):
-        pose = model.get_ee_pose(action, pose)
-        poses.append(pose)
-    return torch.stack(poses, 1)
 
 
 def train(
@@ -78,8 +69,10 @@ def train(
         episodes = rng.integers(data.num_episodes, size=batch)
         moments = rng.integers(data.length[episodes] - unroll + 1)
         first = torch.from_numpy(data.rows(episodes, moments))
+        earlier = first - torch.from_numpy(moments > 0).long()  # an episode begins at rest
         rows = first[:, None] + ahead
-        predicted = rollout(model, actions[rows], poses[first])
+        last = poses[torch.stack((earlier, first), 1)]
+        predicted = integrate_poses(model.get_ee_pose, actions[rows], last)
         error = (predicted - poses[rows + 1]) / model.abs_action_std
         # Absolute error, because most transitions are exact and only those at the limits of the
         # workspace are not.
@@ -108,7 +101,7 @@ def score(model: PoseModel, data: Episodes) -> dict:
     actions, poses = (
         torch.from_numpy(data.stacked(name, steps)).to(device) for name in ("actions", "poses")
     )
-    predicted = rollout(model, actions[:, :-1], poses[:, 0])
+    predicted = integrate_poses(model.get_ee_pose, actions[:, :-1], poses[:, [0, 0]])
     error = (predicted - poses[:, 1:]).abs()
     distance = error[:, -1, :3].norm(dim=1) * 1000
     return {
@@ -135,7 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type="count", default=6000, help="of the optimizer")
     parser.add_argument("--hidden", type="count", default=128, help="width of its layers")
     parser.add_argument(
-        "--plain", action="store_true", help="the published network, without the linear skip"
+        "--plain",
+        action="store_true",
+        help="the published network, without velocity and linear skip",
     )
     parser.add_device()
     parser.add_threads()
@@ -146,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_existing(args.out)
     train_part, held_out = recordings.load(*args.data).both_parts()
     began, out = time.process_time(), Path(args.out)
-    config = PoseModelConfig(hidden=args.hidden, linear_skip=not args.plain)
+    config = PoseModelConfig(args.hidden, linear_skip=not args.plain, velocity=not args.plain)
     with whole_folder(out) as folder:
         model = train(train_part, config, steps=args.steps, seed=args.seed, device=args.device)
         model_folders.save_model(folder, model)

@@ -69,10 +69,10 @@ class FakeReward:
 class FakePose:
     """x advances by the action's x. The raw network advances twice as far."""
 
-    def get_ee_pose(self, action, pose):
+    def get_ee_pose(self, action, pose, before):
         return pose + torch.nn.functional.pad(action[:, :1], (0, 7))
 
-    def __call__(self, action, pose):
+    def __call__(self, action, pose, before):
         return pose + torch.nn.functional.pad(2 * action[:, :1], (0, 7))
 
     def check_poses(self, poses):

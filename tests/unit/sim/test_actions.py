@@ -21,17 +21,39 @@ def test_gripper_is_mapped_by_rule(rule, expected):
     assert (mapped[..., :6] == actions[..., :6]).all()
 
 
-def add(action, pose):
+def add(action, pose, before):
     return pose + action[:, :1]
 
 
 def test_poses_accumulate_over_a_chunk():
     actions = torch.arange(1.0, 4.0).reshape(1, 3, 1).expand(2, 3, 7)
     pose = torch.tensor([[0.0] * 8, [10.0] * 8])
-    poses = integrate_poses(add, actions, pose)
+    poses = integrate_poses(add, actions, pose[:, None].expand(2, 2, 8))
     assert poses.shape == (2, 3, 8)
     assert poses[:, :, 0].tolist() == [[1.0, 3.0, 6.0], [11.0, 13.0, 16.0]]
     assert both_arms(poses).shape == (2, 3, 16)
+
+
+def test_next_pose_is_asked_for_with_the_two_before_it():
+    asked = []
+
+    def advance(action, pose, before):
+        asked.append((float(before[0, 0]), float(pose[0, 0])))
+        return pose + (pose - before) + action[:, :1]
+
+    last = torch.tensor([[[1.0] * 8, [2.0] * 8]])
+    poses = integrate_poses(advance, torch.ones(1, 3, 7), last)
+    assert asked == [(1, 2), (2, 4), (4, 7)]
+    assert poses[0, :, 0].tolist() == [4, 7, 11]
+
+
+def test_window_goes_on_from_its_last_two_poses():
+    everyone = torch.ones(1, dtype=torch.bool)
+    window = PoseWindow(1, 2, 3)
+    window.reset(torch.full((1, 8), 5.0), everyone)
+    assert window.before_next[0, :, 0].tolist() == [5, 5]  # at rest
+    window.push(torch.arange(1.0, 4.0)[None, :, None].expand(1, 3, 8), everyone)
+    assert window.before_next[0, :, 0].tolist() == [2, 3]
 
 
 def windows(shifted):

@@ -9,13 +9,24 @@ from evac_jax.sim.pose_model import PoseModel, PoseModelConfig
 def test_pose_model_standardises_the_pose_when_asked_for_the_next_one():
     torch.manual_seed(0)
     model = PoseModel(PoseModelConfig(hidden=8, linear_skip=True))
-    action, pose = torch.randn(2, 5, 7), torch.randn(2, 5, 8)
+    action, pose, before = torch.randn(2, 5, 7), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    poses = pose, before
     with torch.no_grad():
-        torch.testing.assert_close(model.get_ee_pose(action, pose), model(action, pose))
+        torch.testing.assert_close(model.get_ee_pose(action, *poses), model(action, *poses))
         model.abs_action_mean.fill_(2.0)
         model.abs_action_std.fill_(4.0)
-        expected = model(action, (pose - 2) / 4) * 4 + 2
-        torch.testing.assert_close(model.get_ee_pose(action, pose), expected)
+        expected = model(action, *((pose - 2) / 4 for pose in poses)) * 4 + 2
+        torch.testing.assert_close(model.get_ee_pose(action, *poses), expected)
+
+
+def test_only_a_pose_model_with_velocity_reads_the_pose_before():
+    torch.manual_seed(0)
+    action, pose = torch.randn(5, 7), torch.randn(5, 8)
+    for velocity in (False, True):
+        model = PoseModel(PoseModelConfig(hidden=8, velocity=velocity))
+        with torch.no_grad():
+            at_rest, moving = model(action, pose, pose), model(action, pose, pose - 1)
+        assert torch.equal(at_rest, moving) is not velocity
 
 
 @pytest.mark.parametrize(

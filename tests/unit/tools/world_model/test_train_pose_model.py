@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from evac_jax.errors import DataError, TrainingError
@@ -29,6 +31,25 @@ def test_pose_model_follows_recorded_transitions(recording):
     scores = train_pose_model.score(model, recording)
     assert scores["position_mm_mean"] < 60
     assert scores["opening_max"] < 0.4
+
+
+def test_pose_model_with_velocity_follows_an_arm_that_has_mass(recording):
+    """Half of every change goes on after its action; without velocity that cannot be known."""
+    poses, rng = np.zeros_like(recording.poses), np.random.default_rng(0)
+    actions = rng.normal(size=recording.actions.shape).astype(np.float32)
+    for episode, length in enumerate(recording.length):
+        change = np.zeros(3)
+        for row in recording.rows(episode, np.arange(length)):
+            change = 0.5 * change + 0.05 * actions[row, :3]
+            poses[row + 1, :3] = poses[row, :3] + change
+    data = dataclasses.replace(recording, poses=poses, actions=actions)
+
+    def drift(**config):
+        config = PoseModelConfig(hidden=32, linear_skip=True, **config)
+        model = train_pose_model.train(data, config, steps=300, batch=128)
+        return train_pose_model.score(model, data)["position_mm_mean"]
+
+    assert 2 * drift(velocity=True) < drift()
 
 
 def test_recording_without_held_out_episodes_is_refused_before_anything_is_trained(tmp_path):
