@@ -54,9 +54,9 @@ def make_stages(build: Path) -> list[Stage]:
     command = commands.tool("world_model.train", data=recordings, out=at("world_model"))
     settings = {"autoencoder": build / "autoencoder", "steps": STEPS["world_model"]}
     command += commands.options(**miniature.WORLD_MODEL, **settings)
-    both = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    command = commands.on_both_cores((*command, "--few_steps"))
     inputs = ("base", "rollouts")
-    add("world_model", (*both, *command, "--few_steps"), *inputs, cores=2, resumes=True)
+    add("world_model", command, *inputs, cores=2, resumes=True)
     simulator = miniature.SIMULATOR
     dream = commands.imagine(CONFIG, simulator, recordings, at("imagined"), IMAGINED)
     add("imagined", dream, "world_model")

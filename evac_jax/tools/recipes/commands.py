@@ -101,6 +101,16 @@ def tool(name: str, *, data: Sequence[str] = (), **settings: object) -> tuple[st
     return ("-m", f"evac_jax.tools.{name}", *recordings, *options(**settings))
 
 
+def on_both_cores(command: Sequence[str]) -> tuple[str, ...]:
+    """The same tool in two processes that train one model.
+
+    Behind `--`, because torchrun takes the tool's `--start` for an abbreviation of its own option.
+    """
+    module, *rest = command[1:]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    return (*torchrun, "-m", "--", module, *rest)
+
+
 def options(**settings: object) -> tuple[str, ...]:
     """`--option value ...`."""
     return tuple(str(part) for name, value in settings.items() for part in (f"--{name}", value))

@@ -263,15 +263,14 @@ def add_world_model(
     add: Add, n: Mapping[str, int], early: Sequence[str], data: Sequence[str], sizes: str
 ) -> None:
     """The world model, which goes on with the start policy's attempts as soon as there are any."""
-    both = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
     def train(name: str, source: str, data: Sequence[str], steps: int, **settings) -> None:
         new = source == "autoencoder"
         begin = {"autoencoder": at(source)[0], "sizes": sizes} if new else {"start": at(source)[0]}
         command = commands.tool("world_model.train", data=at(*data), **begin)
         command += commands.options(out=at(name)[0], steps=steps, **WORLD_MODEL | settings)
-        command = (*both, *command, "--few_steps", *["--fit_deltas"] * new)
-        add(name, command, source, *data, cores=2, resumes=True)
+        command += ("--few_steps", *["--fit_deltas"] * new)
+        add(name, commands.on_both_cores(command), source, *data, cores=2, resumes=True)
 
     train("world_model_full", "autoencoder", early, n["world_model"])
     train("world_model_tuned", "world_model_full", data, n["world_model_more"], lr=5e-4)

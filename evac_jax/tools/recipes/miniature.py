@@ -123,9 +123,9 @@ def make_stages(scale: float = 1.0) -> list[Stage]:
     command += commands.options(
         autoencoder=at("autoencoder"), steps=n["world_model"], **WORLD_MODEL
     )
-    both = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    command = commands.on_both_cores((*command, "--few_steps"))
     inputs = ("autoencoder", *RECORDINGS)
-    add("world_model_full", (*both, *command, "--few_steps"), *inputs, cores=2, resumes=True)
+    add("world_model_full", command, *inputs, cores=2, resumes=True)
     command = commands.store(at("world_model_full"), at("world_model"), "float16")
     add("world_model", command, "world_model_full")
     add_classifiers(add, n)

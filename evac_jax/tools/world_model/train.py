@@ -1,7 +1,7 @@
 r"""Trains an EVAC world model on episodes, from scratch or from earlier weights.
 
     python -m evac_jax.tools.world_model.train --data DIR --autoencoder DIR --out DIR --steps 8000
-    torchrun --nproc_per_node 8 -m evac_jax.tools.world_model.train --data DIR --start DIR \
+    torchrun --nproc_per_node 8 -m -- evac_jax.tools.world_model.train --data DIR --start DIR \
         --out DIR --train unet+image_resampler --lr 5e-5 --clip 0.5 --dropout 0.1 --dtype bfloat16
 
 The second command is the released recipe and starts from an EVAC folder. <out> gets the best

@@ -29,7 +29,8 @@ def test_links_lead_to_files_and_headings(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_modules_of_commands_exist(page):
-    for module in re.findall(r"(?:python|\$PY|PY|torchrun\b.*?) -m ([\w.]+\w)", page.read_text()):
+    programs = r"(?:python|\$PY|PY|torchrun\b.*?) -m (?:-- )?([\w.]+\w)"
+    for module in re.findall(programs, page.read_text()):
         if module not in FOREIGN:
             assert importlib.util.find_spec(module), f"{page.name}: python -m {module}"
 

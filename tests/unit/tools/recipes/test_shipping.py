@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
 
 from evac_jax.config.flags import check_flags
 from evac_jax.errors import DataError
@@ -39,7 +40,10 @@ def test_every_flag_of_the_recipe_exists(recipe):
     for stage in recipe.make_stages():
         command = stage.command
         if command[1] == "torch.distributed.run":
-            command = command[command.index("-m", 1) :]
+            module, *rest = command[command.index("--") + 1 :]
+            ours = torchrun.parse_args(command[2:])
+            assert (ours.training_script, ours.training_script_args) == (module, rest)
+            command = ("-m", module, *rest)
         if command[0] == "launch.py":
             check_flags(command[1:])
         else:
