@@ -10,6 +10,7 @@ from pathlib import Path
 
 from evac_jax.errors import DataError
 from evac_jax.files import cards, libero_facts, recordings, start_frames
+from evac_jax.files.libero_facts import NUMBERING
 
 ALL = (0, 400)
 REPORT = (0, 200)  # all of the benchmark's states: in no recording, no training, no choice
@@ -21,8 +22,6 @@ BEGINS_IN = {
     "eval": ("eval.ground_truth_starts",),
     "train": ("env.train_starts", "eval.ground_truth_starts"),
 }
-# Facts of LIBERO by which a start id is of one task and state or of another.
-NUMBERING = ("suite", "tasks", "extra_states")
 SHOWN = 3  # ids in a message
 
 

@@ -4,12 +4,16 @@ NumPy only. The trainer draws ids here and hands them to a simulator, which alon
 id means (a file, a scene seed). Training, evaluation and reporting use disjoint id ranges.
 """
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.config.schema import TrainConfig
 from evac_jax.errors import ConfigError
-from evac_jax.files import start_frames
+from evac_jax.files import cards, libero_facts, start_frames
+from evac_jax.files.libero_facts import NUMBERING
 
 ORDERS = ("fixed", "ordered", "random")
 Range = tuple[int, int]
@@ -102,6 +106,36 @@ def share_starts(config: TrainConfig) -> bool:
     """Whether a start id means the same in training as in evaluations in the ground truth."""
     same = config.env.initial_states == config.eval.ground_truth
     return config.env.simulator == "ground_truth" or same
+
+
+def ids_in_ground_truth(config: TrainConfig) -> np.ndarray | None:
+    """Return the ground truth's id of every start of training, int64; None where they are equal.
+
+    Raises:
+        ConfigError: nobody knows one of those that training draws, or LIBERO's states are
+            numbered otherwise.
+    """
+    if share_starts(config):
+        return None
+    packed = config.env.initial_states == "npy"
+    card = cards.read(Path(config.env.initial_states_path)) if packed else {}
+    ids = np.array(card.get(start_frames.STATES, ()), np.int64)
+    low, high = config.env.train_starts
+    drawn = ids[low : None if high == -1 else high]
+    if not len(drawn) or (drawn < 0).any():
+        raise ConfigError(
+            f"config.eval.twin_fraction: {source_of(config)} does not tell of which of the ground "
+            "truth's states its frames are, so nothing can be replayed there; pack recordings that "
+            "--mode=collect made (tools.world.pack --starts), or set it to 0"
+        )
+    known, own = libero_facts.told(card), dataclasses.asdict(config.libero)
+    unlike = libero_facts.differences(known, own, NUMBERING) if known else ""
+    if unlike and config.eval.ground_truth == "libero":
+        raise ConfigError(
+            f"config.libero: {source_of(config)} numbers LIBERO's states by other settings, so a "
+            f"replay would begin in other states: {unlike}; set them as there"
+        )
+    return ids
 
 
 class StartSampler:

@@ -22,7 +22,7 @@ from evac_jax.run import Run, is_due
 from evac_jax.run_folder import RunFolder
 from evac_jax.shapes import EpisodeShapes, check_sizes, expected_episode
 from evac_jax.simulators import Simulators, started
-from evac_jax.starts import check_ranges
+from evac_jax.starts import check_ranges, ids_in_ground_truth
 from evac_jax.stopping import Stopping, begin_again
 from evac_jax.telemetry.progress import told, told_if_long
 from evac_jax.telemetry.stopwatch import Stopwatch
@@ -180,6 +180,8 @@ def _ready(
     """
     # Before simulators take minutes to start.
     check_ranges(config, learning=folder is not None)
+    if folder and config.eval.twin_fraction:
+        ids_in_ground_truth(config)
     check_policy(config.policy, known_tasks(config))
     check_libero(config)
     episode = expected_episode(config)

@@ -17,6 +17,7 @@ from evac_jax.devices import sharding
 from evac_jax.errors import DataError
 from evac_jax.rollout import Played, padded
 from evac_jax.simulators import Simulators
+from evac_jax.starts import ids_in_ground_truth
 
 Z_ONE_SIDED_95 = 1.6448536269514722  # one-sided 95 % quantile of the normal distribution
 REPLAY_SEED = 0  # the ground truth is deterministic for a given start
@@ -87,6 +88,9 @@ class Twin:
         config: reads `eval.twin_*` and `seed`.
         real: the ground truth; None only where `eval.twin_fraction` is 0.
 
+    Raises:
+        ConfigError: the starts of training have no known counterparts in the ground truth.
+
     The alarm stands while the lower bound of `excess` over the last `eval.twin_window` replays
     lies above `eval.twin_alarm`. It is tested in every iteration, so over a long run a false
     alarm is more likely than 5 %: look at a gap near `eval.twin_alarm` before you act on it.
@@ -94,6 +98,7 @@ class Twin:
 
     def __init__(self, config: TrainConfig, real: Simulators | None):
         self._options, self._seed, self._real = config.eval, config.seed, real
+        self._ids = ids_in_ground_truth(config) if config.eval.twin_fraction else None
         self._window: deque[tuple[bool, bool]] = deque(maxlen=config.eval.twin_window)
         self.alarm = False
 
@@ -115,7 +120,8 @@ class Twin:
         rows = np.sort(rng.choice(len(played.starts), count, replace=False))
         imagined = np.asarray(played.success[rows], bool)
         assert self._real is not None, "eval.twin_fraction needs a ground truth: checks.py"
-        real = replay(self._real, played.starts[rows], played.actions[rows])
+        starts = played.starts[rows] if self._ids is None else self._ids[played.starts[rows]]
+        real = replay(self._real, starts, played.actions[rows])
         imagined, real = sharding.gather((imagined, real))  # every host replays its own
         self._window.extend(zip(imagined.tolist(), real.tolist(), strict=True))
         self._raise_alarm(iteration)

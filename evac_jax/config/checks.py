@@ -356,10 +356,15 @@ def _twin_problems(c: TrainConfig) -> list[str]:
     problems = []
     if c.eval.ground_truth == "none":
         problems.append(f"config.eval.ground_truth: {twin} needs one to replay in, got 'none'")
-    elif c.env.initial_states != c.eval.ground_truth:
+    elif c.env.initial_states not in (c.eval.ground_truth, "npy"):
         problems.append(
             f"config.env.initial_states: {twin} needs starts that the ground truth "
             f"({c.eval.ground_truth!r}) can be put into, got {c.env.initial_states!r}"
+        )
+    elif c.env.initial_states == "npy" and c.env.keyframes:
+        problems.append(
+            f"config.env.keyframes: {twin}, and {c.eval.ground_truth!r} cannot begin in the "
+            f"middle of episodes; expected 0.0, got {c.env.keyframes}"
         )
     if c.env.simulator != "world_model":
         problems.append(f"config.env.simulator: {twin}, but nothing is imagined; set it to 0")

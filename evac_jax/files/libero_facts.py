@@ -11,6 +11,8 @@ from evac_jax.errors import DataError
 
 # Frames and actions mean something else where one of these differs.
 ALIKE = ("image_size", "crop", "oversample", "reflections", "action_repeat")
+# A start id is of another task and state where one of these differs.
+NUMBERING = ("suite", "tasks", "extra_states")
 
 
 def told(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,11 +38,13 @@ def common(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: first[key] for key in first if all(o.get(key) == first[key] for o in others)}
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Return the entries of `ALIKE` that differ, in words; "" = none."""
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str] = ALIKE
+) -> str:
+    """Return the entries `names` that differ, in words; "" = none."""
 
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
 
-    pairs = {name: (plain(one.get(name)), plain(other.get(name))) for name in ALIKE}
+    pairs = {name: (plain(one.get(name)), plain(other.get(name))) for name in names}
     return ", ".join(f"{name} ({a} and {b})" for name, (a, b) in pairs.items() if a != b)

@@ -8,13 +8,53 @@ from evac_jax import train
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.config.build import default_config, from_config_dict
 from evac_jax.errors import ConfigError
+from evac_jax.files import cards
 from evac_jax.starts import (
     StartSampler,
     check_ranges,
     ground_truth_range,
+    ids_in_ground_truth,
     noise_seed,
     range_of,
 )
+
+
+def replayed(folder, **changes):
+    """A configuration whose starts are the packed frames of `folder`; LIBERO need not be there."""
+    env = {"initial_states": "npy", "initial_states_path": str(folder), "train_starts": (0, 3)}
+    config = default_config("grpo")
+    return dataclasses.replace(
+        config,
+        env=dataclasses.replace(config.env, **env | changes),
+        eval=dataclasses.replace(config.eval, ground_truth="libero", twin_fraction=0.5),
+        libero=dataclasses.replace(config.libero, suite="libero_goal", tasks=(1, 4)),
+    )
+
+
+def pack(folder, states, **libero):
+    libero = {"suite": "libero_goal", "tasks": [1, 4], "extra_states": False} | libero
+    cards.write_json(folder / "card.json", {"states": states, "libero": libero})
+
+
+def test_packed_starts_tell_their_ids_in_the_ground_truth(tmp_path):
+    pack(tmp_path, [200, 203, 201, -1])
+    assert ids_in_ground_truth(replayed(tmp_path)).tolist() == [200, 203, 201, -1]
+    assert ids_in_ground_truth(replayed(tmp_path, initial_states="libero")) is None
+
+
+def test_starts_whose_ids_in_the_ground_truth_nobody_knows_are_refused(tmp_path):
+    unknown = "config.eval.twin_fraction: .* does not tell of which"
+    with pytest.raises(ConfigError, match=unknown):
+        ids_in_ground_truth(replayed(tmp_path))
+    pack(tmp_path, [200, 203, 201, -1])
+    with pytest.raises(ConfigError, match=unknown):
+        ids_in_ground_truth(replayed(tmp_path, train_starts=(0, -1)))
+
+
+def test_starts_of_a_libero_that_numbers_otherwise_are_refused(tmp_path):
+    pack(tmp_path, [200, 203, 201], tasks=[1, 3])
+    with pytest.raises(ConfigError, match=r"config.libero: .*tasks \(\[1, 3\] and \[1, 4\]\)"):
+        ids_in_ground_truth(replayed(tmp_path))
 
 
 def test_members_share_their_start_when_drawn_in_groups():

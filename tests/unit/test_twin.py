@@ -7,6 +7,7 @@ from absl import logging
 from configs import grpo
 from evac_jax.config.build import default_config, from_config_dict
 from evac_jax.errors import ConfigError, DataError
+from evac_jax.files import cards
 from evac_jax.rollout import Played
 from evac_jax.twin import Twin, excess, replay
 from tests.unit.fakes import FakeGroundTruth
@@ -25,7 +26,8 @@ def _played(real, imagined=None) -> Played:
 
 def _twin(real=None, **options) -> Twin:
     config = default_config("grpo")
-    options = {"twin_fraction": 1.0, "twin_window": 64} | options
+    shared = config.env.initial_states  # imagination and ground truth share their start ids
+    options = {"twin_fraction": 1.0, "twin_window": 64, "ground_truth": shared} | options
     options = dataclasses.replace(config.eval, **options)
     return Twin(dataclasses.replace(config, eval=options), real or FakeGroundTruth())
 
@@ -64,6 +66,22 @@ def test_metrics_are_shares_when_imagination_and_truth_differ():
     assert metrics["eval/real_success"] == 0.5
     assert metrics["eval/success_agreement"] == 0.25
     assert metrics["eval/false_success"] == pytest.approx(2 / 3)
+
+
+def test_replay_begins_in_the_states_that_the_start_frames_show(tmp_path):
+    cards.write_json(tmp_path / "card.json", {"states": [30, 10, 20]})
+    config = default_config("grpo")
+    config = dataclasses.replace(
+        config,
+        env=dataclasses.replace(
+            config.env, initial_states="npy", initial_states_path=str(tmp_path)
+        ),
+        eval=dataclasses.replace(config.eval, twin_fraction=1.0, ground_truth="miniature"),
+    )
+    real, played = FakeGroundTruth(), _played(real=[1, 0])
+    played.starts[:] = 2, 0
+    Twin(config, real).check(0, played)
+    assert [start for row in real.started for start in row if start >= 0] == [20, 30]
 
 
 def test_share_of_false_successes_is_absent_when_nothing_succeeded():

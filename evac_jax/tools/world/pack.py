@@ -42,6 +42,7 @@ from evac_jax.errors import ConfigError
 from evac_jax.evac.model_folders import CONFIG_FILE
 from evac_jax.files import cards, libero_facts, recordings, start_frames
 from evac_jax.files.atomic import whole_folder
+from evac_jax.files.libero_facts import NUMBERING
 from evac_jax.policy_import import told_as_checkpoint_error
 from evac_jax.sim.initial_states import InitialStates, make_initial_states, pack_starts
 from evac_jax.sim.recorded_starts import RecordedStarts
@@ -60,7 +61,6 @@ NEEDED = (
     *("gripper", "unnorm_key", "keep_stop_token", "success_frames", "judged_frames", "threshold"),
     *("steps", "eta"),
 )
-PLAYED = ("suite", "tasks", "extra_states")  # of LIBERO, as its recordings' cards tell
 OF_LIBERO = {"crop": [0.0, 1.0, 0.0, 1.0], "action_repeat": 1, "oversample": 0, "reflections": True}
 # Part -> facts that hold only as long as it is the same.
 BELONGS_TO = {
@@ -207,7 +207,7 @@ def _given(args: argparse.Namespace, origin: Origin) -> parts.Facts:
     facts.add("--train_starts", train_starts=args.train_starts)
     facts.add("--eval_starts", eval_starts=args.eval_starts)
     known = libero_facts.told(origin.card)
-    for name in PLAYED:
+    for name in NUMBERING:
         given = getattr(args, name)
         who, what = (STARTS, known.get(name)) if given is None else (f"--{name}", given)
         facts.add(who, **{name: what})
@@ -229,7 +229,7 @@ def _add_base(facts: parts.Facts, base: World, args: argparse.Namespace) -> None
         "eval_starts": card.starts.eval,
         "horizon": card.horizon,
         "ground_truth": card.ground_truth.name,
-        **{name: getattr(card.ground_truth, name) for name in PLAYED},
+        **{name: getattr(card.ground_truth, name) for name in NUMBERING},
     }
     for name, value in known.items():
         if name not in facts.told and name not in replaced:

@@ -90,6 +90,17 @@ def test_learning_in_the_ground_truth_needs_one_and_no_weights_of_simulators():
     assert from_config_dict(values).env.simulator == "ground_truth"
 
 
+def test_replays_in_another_ground_truth_need_its_own_states(tmp_path):
+    values = grpo.get_config().to_dict()
+    values["eval"]["twin_fraction"] = 0.5
+    values["env"] |= {"initial_states": "recording", "initial_states_path": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"starts that the ground truth \('miniature'\) can be"):
+        from_config_dict(values)
+    values["env"] |= {"initial_states": "npy", "keyframes": 0.5, "keyframe_data": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"config\.env\.keyframes: .*expected 0\.0, got 0\.5"):
+        from_config_dict(values)
+
+
 def test_values_and_missing_files_come_in_one_message():
     values = grpo.get_config().to_dict()
     values["world_model"] |= {"solver": "ddin", "checkpoint": ""}

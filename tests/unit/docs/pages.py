@@ -60,6 +60,7 @@ def module_and_arguments(words: list[str]) -> tuple[str, list[str]]:
     ("", []) where it is code of others.
     """
     if "-m" in words[:-1]:
+        words = [word for word in words if word != "--"]  # torchrun's end of options
         place = words.index("-m")
         module, arguments = words[place + 1], words[place + 2 :]
         return ("", []) if module in FOREIGN else (module, arguments)

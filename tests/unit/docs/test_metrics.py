@@ -77,7 +77,8 @@ def _refill_metrics() -> set[str]:
 def _twin_metrics() -> set[str]:
     played = Played(np.arange(2), np.zeros((2, T, K, A), np.float32), np.array([True, False]))
     config = default_config("grpo")
-    options = dataclasses.replace(config.eval, twin_fraction=1.0)
+    truth = config.env.initial_states
+    options = dataclasses.replace(config.eval, twin_fraction=1.0, ground_truth=truth)
     twin = Twin(dataclasses.replace(config, eval=options), FakeGroundTruth(chunk=K, dim=A))
     return set(twin.check(0, played))
 
