@@ -28,9 +28,11 @@ SHOWN = 3  # ids in a message
 def of_command(command: str) -> set[int]:
     """Return the states in which a recipe's command begins episodes of LIBERO.
 
-    One that does not tell may use all of them; one that is not launch.py uses none by itself.
+    One that does not tell may use all of them; one that is not launch.py, or that only imagines,
+    uses none by itself: it begins in the starts of a world, whose card tells.
     """
-    if "launch.py" not in command.split():
+    words = command.split()
+    if "launch.py" not in words or "--config.eval.ground_truth=none" in words:
         return set()
     mode = re.search(r"--mode=(\w+)", command)
     found: set[int] = set()

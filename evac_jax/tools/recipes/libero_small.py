@@ -27,15 +27,17 @@ COUNTS = {
     "lessons": 240,  # more of the expert, for the second round of the start policy
     "rollouts": 200,  # of the first round's policy, half of them greedy
     "attempts": 480,  # of the start policy, likewise
+    "trials": 240,  # of the policy that was trained in the first world, likewise
     # offline training, optimiser steps
     "autoencoder": 6000,
     "gate": 1500,  # of each of its two networks
     "policy": 1500,  # of each of ROUNDS
     "pose_model": 8000,
     "world_model": 7000,
-    "world_model_more": 3000,  # with the start policy's attempts
-    "imagined": 480,  # episodes for the classifiers, at most, of base, rollouts and attempts each
+    "world_model_more": 3000,  # in each of the two worlds, with what was recorded for it
+    "imagined": 480,  # episodes for the classifiers, at most, of each kind of recording
     "reward": 2000,
+    "rl": 36,  # iterations in the first world
     "evaluated": 40,  # episodes of each policy: the held-out states of all tasks
 }
 # Lower bounds of scaled counts (4 for all others). Of fewer recordings none that is held out would
@@ -46,6 +48,7 @@ FLOORS = {
     "lessons": 20,
     "rollouts": 8,
     "attempts": 8,
+    "trials": 8,
     "imagined": 60,
     "reward": 300,
     "evaluated": 2,
@@ -61,6 +64,7 @@ TASKS = (0, 2, 3, 7)
 FIRST, HELD_OUT, END = 200, 360, 400
 MIX = "expert=0.3,noisy=0.3,near_miss=0.2,sloppy=0.08,midway=0.08,random=0.04"
 CONFIG = "configs/grpo.py"
+PRESET = f"{CONFIG}:libero_small"
 SIZES = {64: "libero_small", 128: "libero_128"}  # by the side of the pictures
 HORIZON = 48  # decisions of an episode
 # How LIBERO is shown and played; it departs from the official protocol (docs/libero.md).
@@ -104,11 +108,6 @@ IMAGINED = {
     "reward.success_frames": 2,
     "reward.judged_frames": 2,
     "reward.threshold": 0.5,
-}
-SIMULATOR = IMAGINED | {
-    "world_model.checkpoint": f"{WORK}/world_model",
-    "reward.checkpoint": f"{WORK}/reward",
-    "env.pose_model": f"{WORK}/pose_model",
 }
 # Unmoved, and with 10 % of false claims allowed, it missed 74 % of the successes.
 CLASSIFIER = {"width": 16, "shift": 3, "false_success": 0.15}
@@ -168,24 +167,17 @@ def make_stages(scale: float = 1.0, pixels: int = 64) -> list[Stage]:
         add, "rollouts", n["rollouts"], both_ways("policy_1"), libero, "policy_1"
     )
     attempts = add_recordings(add, "attempts", n["attempts"], both_ways("policy"), libero, "policy")
-    early, data = [*base, *rollouts], [*base, *rollouts, *attempts]
-    command = commands.tool("world_model.train_pose_model", data=at(*data))
-    command += commands.options(out=at("pose_model")[0], steps=n["pose_model"])
-    add("pose_model", command, *data)
-    add_world_model(add, n, early, data, SIZES[pixels])
-    add_classifiers(add, n, base, rollouts, attempts)
-    command = commands.validate(CONFIG, SIMULATOR, at(*data), at("trust")[0])
-    add("trust", command, "world_model", "reward", "pose_model", *data)
-    # The first pieces begin in every state of every task.
-    first = base[: -(-(END - FIRST) // PIECE)]
-    command = commands.tool("world.pack", **dict(zip(PARTS, at(*PARTS), strict=True)))
-    command += commands.options(
-        horizon=HORIZON,
-        ground_truth="libero",
-        temperature=POLICY["policy.temperature"],
-        prompt_length=POLICY["policy.max_prompt_length"],
-    )
-    add("world", (*command, "--out", *at("world"), "--starts", *at(*first)), *PARTS, *first)
+    data = {"base": base, "rollouts": rollouts}
+    early = [*base, *rollouts]
+    begin = {"autoencoder": at("autoencoder")[0], "sizes": SIZES[pixels]}
+    add_world_model(add, "world_model_full", begin, "autoencoder", early, n["world_model"])
+    data |= {"attempts": attempts}
+    add_world(add, n, "_1", data, "world_model_full")
+    add_trial(add, n)
+    data |= {
+        "trials": add_recordings(add, "trials", n["trials"], both_ways("tried"), libero, "tried")
+    }
+    add_world(add, n, "", data, "world_model_tuned_1", second="reward_second")
     return stages
 
 
@@ -260,51 +252,109 @@ def both_ways(policy: str) -> str:
 
 
 def add_world_model(
-    add: Add, n: Mapping[str, int], early: Sequence[str], data: Sequence[str], sizes: str
+    add: Add,
+    name: str,
+    begin: Mapping[str, str],
+    source: str,
+    data: Sequence[str],
+    steps: int,
+    **changes,
 ) -> None:
-    """The world model, which goes on with the start policy's attempts as soon as there are any."""
-
-    def train(name: str, source: str, data: Sequence[str], steps: int, **settings) -> None:
-        new = source == "autoencoder"
-        begin = {"autoencoder": at(source)[0], "sizes": sizes} if new else {"start": at(source)[0]}
-        command = commands.tool("world_model.train", data=at(*data), **begin)
-        command += commands.options(out=at(name)[0], steps=steps, **WORLD_MODEL | settings)
-        command += ("--few_steps", *["--fit_deltas"] * new)
-        add(name, commands.on_both_cores(command), source, *data, cores=2, resumes=True)
-
-    train("world_model_full", "autoencoder", early, n["world_model"])
-    train("world_model_tuned", "world_model_full", data, n["world_model_more"], lr=5e-4)
-    command = commands.store(*at("world_model_tuned", "world_model"), "float16")
-    add("world_model", command, "world_model_tuned")
+    """A training of the world model, on both cores; `begin` says from where it starts."""
+    command = commands.tool("world_model.train", data=at(*data), **begin)
+    command += commands.options(out=at(name)[0], steps=steps, **WORLD_MODEL | changes)
+    command += ("--few_steps", *["--fit_deltas"] * ("autoencoder" in begin))
+    add(name, commands.on_both_cores(command), source, *data, cores=2, resumes=True)
 
 
-def add_classifiers(
+def add_world(
     add: Add,
     n: Mapping[str, int],
-    base: Sequence[str],
-    rollouts: Sequence[str],
-    attempts: Sequence[str],
+    suffix: str,
+    kinds: Mapping[str, Sequence[str]],
+    before: str,
+    second: str = "",
 ) -> None:
-    """Two classifiers of different seeds, on real and imagined episodes; two stages at a time."""
-    imagined = {
-        "imagined_base": base,
-        "imagined_rollouts": rollouts,
-        "imagined_attempts": attempts,
-    }
-    for name, data in imagined.items():
-        command = commands.imagine(CONFIG, SIMULATOR, at(*data), at(name)[0], n["imagined"])
-        add(name, command, "world_model", *data)
-    for seed, name in enumerate(("reward", "reward_second")):
-        command = commands.train_reward(
-            CONFIG,
-            SIMULATOR,
-            at(name)[0],
-            at(*base, *rollouts, *attempts),
-            at(*imagined),
-            n["reward"],
+    """A world from all recordings so far; its parts' names end with `suffix`.
+
+    Args:
+        kinds: the pieces of each kind of recording.
+        before: the world model that goes on.
+        second: name of another classifier, of another seed; "" = none.
+    """
+    data = [piece for pieces in kinds.values() for piece in pieces]
+    pose_model, tuned, world_model, reward, trust, world = (
+        part + suffix
+        for part in ("pose_model", "world_model_tuned", "world_model", "reward", "trust", "world")
+    )
+    command = commands.tool("world_model.train_pose_model", data=at(*data))
+    command += commands.options(out=at(pose_model)[0], steps=n["pose_model"])
+    add(pose_model, command, *data)
+    begin = {"start": at(before)[0]}
+    add_world_model(add, tuned, begin, before, data, n["world_model_more"], lr=5e-4)
+    add(world_model, commands.store(*at(tuned, world_model), "float16"), tuned)
+    for kind, pieces in kinds.items():
+        name = f"imagined_{kind}{suffix}"
+        command = commands.imagine(
+            CONFIG, simulator(suffix), at(*pieces), at(name)[0], n["imagined"]
         )
-        command += (*commands.options(seed=seed, **CLASSIFIER), *MARGIN)
-        add(name, command, *imagined, *base, *rollouts, *attempts)
+        add(name, command, world_model, *pieces)
+    for seed, name in enumerate(filter(None, (reward, second))):
+        add_classifier(add, n, name, suffix, kinds, seed)
+    command = commands.validate(CONFIG, simulator(suffix), at(*data), at(trust)[0])
+    add(trust, command, world_model, reward, pose_model, *data)
+    # The first pieces begin in every state of every task.
+    first = kinds["base"][: -(-(END - FIRST) // PIECE)]
+    parts = {part: part + suffix * (part != "policy") for part in PARTS}
+    command = commands.tool("world.pack", **{part: at(name)[0] for part, name in parts.items()})
+    command += commands.options(
+        horizon=HORIZON,
+        ground_truth="libero",
+        temperature=POLICY["policy.temperature"],
+        prompt_length=POLICY["policy.max_prompt_length"],
+    )
+    command += ("--out", *at(world), "--starts", *at(*first))
+    add(world, command, *parts.values(), *first)
+
+
+def add_classifier(
+    add: Add,
+    n: Mapping[str, int],
+    name: str,
+    suffix: str,
+    kinds: Mapping[str, Sequence[str]],
+    seed: int,
+) -> None:
+    """A success classifier, on real and imagined episodes."""
+    data = [piece for pieces in kinds.values() for piece in pieces]
+    imagined = [f"imagined_{kind}{suffix}" for kind in kinds]
+    command = commands.train_reward(
+        CONFIG, simulator(suffix), at(name)[0], at(*data), at(*imagined), n["reward"]
+    )
+    add(name, (*command, *commands.options(seed=seed, **CLASSIFIER), *MARGIN), *imagined, *data)
+
+
+def add_trial(add: Add, n: Mapping[str, int]) -> None:
+    """Reinforcement learning in the first world; what it exploits there is recorded in LIBERO."""
+    settings = {
+        "world": f"{WORK}/world_1",
+        "train.iterations": n["rl"],
+        "checkpoint.interval": 4,
+        "eval.episodes": 0,
+        "eval.ground_truth": "none",
+    }
+    command = commands.train(PRESET, WORK, "trial", settings, interval=n["rl"])
+    add("trial", command, "world_1", cores=2, resumes=True)
+    add("tried", commands.export(*at("trial", "tried"), best=False), "trial")
+
+
+def simulator(suffix: str) -> dict[str, object]:
+    """Return the settings of runs in the world of that suffix."""
+    return IMAGINED | {
+        "world_model.checkpoint": f"{WORK}/world_model{suffix}",
+        "reward.checkpoint": f"{WORK}/reward{suffix}",
+        "env.pose_model": f"{WORK}/pose_model{suffix}",
+    }
 
 
 def recipe() -> Recipe:

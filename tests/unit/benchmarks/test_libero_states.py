@@ -72,6 +72,7 @@ def test_states_are_divided_without_a_rest():
             [*range(5), 9],
         ),
         (f"{LAUNCH} --mode=eval", range(400)),
+        (f"{LAUNCH} --mode=train --config.world=world_1 --config.eval.ground_truth=none", []),
         ("python -m evac_jax.tools.policy.train --data base_00", []),
     ],
 )

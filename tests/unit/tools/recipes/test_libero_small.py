@@ -48,6 +48,15 @@ def test_larger_build_is_not_shipped(capsys):
     assert "weights for 64 pixels are shipped" in capsys.readouterr().err
 
 
+def test_last_world_knows_what_was_learned_in_the_first():
+    commands = {stage.name: stage.shown for stage in build.make_stages()}
+    assert "--config.world={work}/world_1 " in commands["trial"]
+    assert "policy:{work}/tried@0=" in commands["trials_00"]
+    for name in ("pose_model", "world_model_tuned", "reward", "trust"):
+        assert "{work}/trials_00" in commands[name]
+        assert "{work}/trials_00" not in commands[f"{name}_1"]
+
+
 def test_shares_of_the_players_are_whole():
     assert sum(parse_mix(build.MIX).values()) == pytest.approx(1)
 
@@ -57,7 +66,7 @@ def test_longer_training_of_the_world_model_leaves_recordings_and_policies(monke
     monkeypatch.setitem(build.COUNTS, "world_model", 12001)
     after = stamps(build.make_stages())
     changed = {name for name in before if before[name] != after[name]}
-    late = {"world_model_full", "imagined_base", "reward", "trust", "world"}
+    late = {"world_model_full", "imagined_base_1", "reward", "trial", "trials_00", "world"}
     assert late <= changed
     assert not {name for name in changed if name.startswith(("base", "rollouts", "policy"))}
     assert "autoencoder" not in changed
