@@ -84,7 +84,7 @@ def test_recorded_gripper_is_not_translated_when_played_again(weights, recording
     env = make_environment(_settings(weights, gripper="libero"),
                            RecordedStarts(data), 32, 1, 1)  # fmt: skip
     pushed = []
-    env._advance = lambda action, pose: pushed.append(action[0].numpy().copy()) or pose
+    env._advance = lambda action, pose, _: pushed.append(action[0].numpy().copy()) or pose
 
     replay(env, data)
 
