@@ -350,7 +350,8 @@ def add_trial(add: Add, n: Mapping[str, int]) -> None:
 
 def simulator(suffix: str) -> dict[str, object]:
     """Return the settings of runs in the world of that suffix."""
-    return IMAGINED | {
+    return {
+        **IMAGINED,
         "world_model.checkpoint": f"{WORK}/world_model{suffix}",
         "reward.checkpoint": f"{WORK}/reward{suffix}",
         "env.pose_model": f"{WORK}/pose_model{suffix}",
