@@ -112,28 +112,28 @@ def ids_in_ground_truth(config: TrainConfig) -> np.ndarray | None:
     """Return the ground truth's id of every start of training, int64; None where they are equal.
 
     Raises:
-        ConfigError: nobody knows one of those that training draws, or LIBERO's states are
-            numbered otherwise.
+        ConfigError: nobody knows one of those that training draws, or they are of another
+            simulator, or LIBERO's states are numbered otherwise.
     """
     if share_starts(config):
         return None
-    packed = config.env.initial_states == "npy"
-    card = cards.read(Path(config.env.initial_states_path)) if packed else {}
+    kind, folder = config.env.initial_states, config.env.initial_states_path
+    card = cards.read(Path(folder)) if kind == "npy" else {}
     ids = np.array(card.get(start_frames.STATES, ()), np.int64)
     low, high = config.env.train_starts
     drawn = ids[low : None if high == -1 else high]
-    if not len(drawn) or (drawn < 0).any():
+    if len(ids) != start_frames.count(kind, folder) or (drawn < 0).any():
         raise ConfigError(
             f"config.eval.twin_fraction: {source_of(config)} does not tell of which of the ground "
             "truth's states its frames are, so nothing can be replayed there; pack recordings that "
             "--mode=collect made (tools.world.pack --starts), or set it to 0"
         )
-    known, own = libero_facts.told(card), dataclasses.asdict(config.libero)
-    unlike = libero_facts.differences(known, own, NUMBERING) if known else ""
-    if unlike and config.eval.ground_truth == "libero":
+    own = dataclasses.asdict(config.libero) if config.eval.ground_truth == "libero" else {}
+    if unlike := libero_facts.differences(libero_facts.told(card), own, NUMBERING):
         raise ConfigError(
-            f"config.libero: {source_of(config)} numbers LIBERO's states by other settings, so a "
-            f"replay would begin in other states: {unlike}; set them as there"
+            f"config.libero, config.eval.ground_truth: {source_of(config)} numbers its states by "
+            f"other settings, so a replay would begin in other states: {unlike} (None = not "
+            "LIBERO's); set them as there"
         )
     return ids
 

@@ -32,7 +32,8 @@ class PoseModelConfig(JsonConfig):
     Attributes:
         hidden: width of both hidden layers; the public action predictor uses 64.
         linear_skip: add a linear map of the input to the output.
-        velocity: read the last change of pose too, and predict the next one.
+        velocity: read the last change of pose too, and predict the next one. An episode begins at
+            rest, one from a keyframe too, though the arm may have moved there.
     """
 
     hidden: int = 64

@@ -1,4 +1,4 @@
-"""Training of one model by several processes: `torchrun --nproc_per_node N -m evac_jax.tools...`.
+"""Training of one model by several processes: `torchrun --nproc_per_node N -m -- evac_jax...`.
 
 Gradients are averaged directly. DistributedDataParallel is not used, because the world model's loss
 is not its `forward`, and some of its weights (see `ImageTowerConfig.embed_dim`) get no gradient.

@@ -8,7 +8,7 @@ from evac_jax import train
 from evac_jax.bridge.types import KEYFRAMES
 from evac_jax.config.build import default_config, from_config_dict
 from evac_jax.errors import ConfigError
-from evac_jax.files import cards
+from evac_jax.files import cards, start_frames
 from evac_jax.starts import (
     StartSampler,
     check_ranges,
@@ -19,14 +19,14 @@ from evac_jax.starts import (
 )
 
 
-def replayed(folder, **changes):
+def replayed(folder, truth="libero", **changes):
     """A configuration whose starts are the packed frames of `folder`; LIBERO need not be there."""
     env = {"initial_states": "npy", "initial_states_path": str(folder), "train_starts": (0, 3)}
     config = default_config("grpo")
     return dataclasses.replace(
         config,
         env=dataclasses.replace(config.env, **env | changes),
-        eval=dataclasses.replace(config.eval, ground_truth="libero", twin_fraction=0.5),
+        eval=dataclasses.replace(config.eval, ground_truth=truth, twin_fraction=0.5),
         libero=dataclasses.replace(config.libero, suite="libero_goal", tasks=(1, 4)),
     )
 
@@ -34,6 +34,8 @@ def replayed(folder, **changes):
 def pack(folder, states, **libero):
     libero = {"suite": "libero_goal", "tasks": [1, 4], "extra_states": False} | libero
     cards.write_json(folder / "card.json", {"states": states, "libero": libero})
+    for name in (start_frames.IMAGES_FILE, start_frames.TASKS_FILE):
+        np.save(folder / name, np.zeros(4, np.int32))
 
 
 def test_packed_starts_tell_their_ids_in_the_ground_truth(tmp_path):
@@ -49,11 +51,24 @@ def test_starts_whose_ids_in_the_ground_truth_nobody_knows_are_refused(tmp_path)
     pack(tmp_path, [200, 203, 201, -1])
     with pytest.raises(ConfigError, match=unknown):
         ids_in_ground_truth(replayed(tmp_path, train_starts=(0, -1)))
+    pack(tmp_path, [200, 203, 201])  # of four frames
+    with pytest.raises(ConfigError, match=unknown):
+        ids_in_ground_truth(replayed(tmp_path))
 
 
 def test_starts_of_a_libero_that_numbers_otherwise_are_refused(tmp_path):
-    pack(tmp_path, [200, 203, 201], tasks=[1, 3])
-    with pytest.raises(ConfigError, match=r"config.libero: .*tasks \(\[1, 3\] and \[1, 4\]\)"):
+    pack(tmp_path, [200, 203, 201, 1], tasks=[1, 3])
+    with pytest.raises(ConfigError, match=r"config.libero, .*: tasks \(\[1, 3\] and \[1, 4\]\)"):
+        ids_in_ground_truth(replayed(tmp_path))
+
+
+def test_states_of_another_simulator_are_refused(tmp_path):
+    pack(tmp_path, [200, 203, 201, 1])
+    with pytest.raises(ConfigError, match=r"suite \(libero_goal and None\)"):
+        ids_in_ground_truth(replayed(tmp_path, truth="my_package.my_module:make"))
+    card = {"states": [0, 1, 2, 3]}
+    cards.write_json(tmp_path / "card.json", card)
+    with pytest.raises(ConfigError, match=r"suite \(None and libero_goal\)"):
         ids_in_ground_truth(replayed(tmp_path))
 
 

@@ -7,7 +7,7 @@ from absl import logging
 from configs import grpo
 from evac_jax.config.build import default_config, from_config_dict
 from evac_jax.errors import ConfigError, DataError
-from evac_jax.files import cards
+from evac_jax.files import cards, start_frames
 from evac_jax.rollout import Played
 from evac_jax.twin import Twin, excess, replay
 from tests.unit.fakes import FakeGroundTruth
@@ -70,6 +70,8 @@ def test_metrics_are_shares_when_imagination_and_truth_differ():
 
 def test_replay_begins_in_the_states_that_the_start_frames_show(tmp_path):
     cards.write_json(tmp_path / "card.json", {"states": [30, 10, 20]})
+    for name in (start_frames.IMAGES_FILE, start_frames.TASKS_FILE):
+        np.save(tmp_path / name, np.zeros(3, np.int32))
     config = default_config("grpo")
     config = dataclasses.replace(
         config,
