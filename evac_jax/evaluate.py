@@ -1,7 +1,7 @@
 """Evaluates a policy on fixed start states, in imagination or in the ground truth alike."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from evac_jax.simulators import Simulators
 from evac_jax.starts import Range, ground_truth_range, noise_seed, range_of, source_of
 from evac_jax.telemetry import video
 from evac_jax.telemetry.progress import told
+from evac_jax.telemetry.report import by_task
 from evac_jax.telemetry.stopwatch import Stopwatch
 
 
@@ -204,22 +205,6 @@ def task_by_task(starts: np.ndarray, tasks: int, envs: int) -> np.ndarray:
     dealt = np.full(rows * envs, IDLE, np.int64)
     dealt[: len(starts)] = starts[np.argsort(starts % tasks, kind="stable")]
     return dealt.reshape(envs, rows).T.ravel()
-
-
-def by_task(
-    instructions: Sequence[str], task: np.ndarray, success: np.ndarray
-) -> dict[str, list[int]]:
-    """Return instruction -> [successes, episodes] of tasks [n] and successes, bool [n].
-
-    Tasks of the same text are one: suites such as libero_90 ask for the same in several scenes.
-    """
-    found: dict[str, list[int]] = {}
-    for number, text in enumerate(instructions):
-        mine = task == number
-        if mine.any():
-            successes, episodes = found.get(text, (0, 0))
-            found[text] = [successes + int(success[mine].sum()), episodes + int(mine.sum())]
-    return found
 
 
 def _figures(results: list) -> dict[str, np.ndarray]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evac_jax.errors import DataError
 from evac_jax.files.atomic import keep
 from evac_jax.files.cards import write_json
@@ -100,6 +102,22 @@ def table(columns: Mapping[str, Outcome]) -> str:
         cells = [_cell(*o[place]) if place in o else "not evaluated" for o in columns.values()]
         rows.append([place.replace("_", " "), *cells])
     return _grid(rows) if places else "not evaluated"
+
+
+def by_task(
+    instructions: Sequence[str], task: np.ndarray, success: np.ndarray
+) -> dict[str, list[int]]:
+    """Return instruction -> [successes, episodes] of tasks [n] and successes, bool [n].
+
+    Tasks of the same text are one: suites such as libero_90 ask for the same in several scenes.
+    """
+    found: dict[str, list[int]] = {}
+    for number, text in enumerate(instructions):
+        mine = task == number
+        if mine.any():
+            successes, episodes = found.get(text, (0, 0))
+            found[text] = [successes + int(success[mine].sum()), episodes + int(mine.sum())]
+    return found
 
 
 def task_tables(by_task: Mapping[str, Outcome]) -> list[str]:

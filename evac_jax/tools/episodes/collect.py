@@ -30,6 +30,7 @@ from evac_jax.miniature.render import camera, render
 from evac_jax.miniature.scene import Scenes
 from evac_jax.miniature.tasks import INSTRUCTIONS
 from evac_jax.tools.command_line import Parser, not_negative, refuse_existing, run_tool
+from evac_jax.tools.episodes.successes import show_successes
 
 if TYPE_CHECKING:
     from evac_jax.config.schema import PolicyConfig, TrainConfig
@@ -247,7 +248,7 @@ def _record(config: "TrainConfig", mix: Mapping[str, float]) -> None:
         steps=steps,
         policy=config.policy,
     )
-    logging.info("success by source: %s", data.card["success_once"])
+    show_successes(data)
 
 
 def _run_libero(config: "TrainConfig", mix: Mapping[str, float]) -> None:
@@ -295,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_size=args.image_size,
         policy=policy,
     )
-    logging.info("success by source: %s", data.card["success_once"])
+    show_successes(data)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import nnx
 
 from evac_jax.devices import sharding
@@ -29,6 +28,7 @@ from evac_jax.sim.libero_players import KINDS, LiberoPlayer, PickAndPlace, scrip
 from evac_jax.sim.libero_pool import LiberoPool
 from evac_jax.sim.libero_tasks import Suite
 from evac_jax.starts import noise_seed, range_of
+from evac_jax.tools.episodes.successes import show_successes
 from policies.openvla_oft.import_hf import read_statistics
 from policies.types import ObsBatch
 
@@ -357,4 +357,4 @@ def run(config: "TrainConfig", mix: Mapping[str, tuple[str, float]], counts: Seq
         data = record(config, pool, sources, counts)
     finally:
         pool.close()
-    logging.info("success by source: %s", data.card["success_once"])
+    show_successes(data)

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from evac_jax.errors import DataError
@@ -19,6 +20,22 @@ def test_wilson_limits_solve_their_equation_when_substituted():
             assert abs(p - limit) == pytest.approx(
                 report.Z_95 * (limit * (1 - limit) / n) ** 0.5, rel=1e-9
             )
+
+
+def test_success_is_told_by_text_in_the_order_of_the_tasks():
+    task, success = np.array([1, 0, 1, 1]), np.array([True, False, False, True])
+    assert report.by_task(("open", "close", "push"), task, success) == {
+        "open": [0, 1],
+        "close": [2, 3],
+    }
+
+
+def test_tasks_of_the_same_text_are_counted_together():
+    task, success = np.array([0, 2, 2, 1]), np.array([True, False, True, False])
+    assert report.by_task(("open", "close", "open"), task, success) == {
+        "open": [2, 3],
+        "close": [0, 1],
+    }
 
 
 @pytest.mark.parametrize(
