@@ -40,9 +40,13 @@ class Runs:
         self.settings |= settings
 
     def key(self, preset: str, settings: Mapping[str, object], extra: object = None) -> str:
-        """Return a short hash of everything that the outcome depends on, except the code."""
-        world = [f"--config.world={settings['world']}"] if settings.get("world") else []
-        config = read_preset(str(ROOT / preset), world).to_dict()
+        """Return a short hash of everything that the outcome depends on, except the code.
+
+        A world counts by what is in it, so that one that was moved or shipped is found again.
+        """
+        world = str(settings.get("world") or "")
+        flags = [f"--config.world={world}"] if world else []
+        config = read_preset(str(ROOT / preset), flags).to_dict()
         folders = {}
         for name in (*WEIGHTS, STARTS):
             section, field = name.split(".")
@@ -56,6 +60,8 @@ class Runs:
                 if file.is_file() and file.name != "card.json"
             ]
         facts = json.dumps([preset, config, dict(settings), folders, extra], default=str)
+        if world:
+            facts = facts.replace(json.dumps(world)[1:-1], "{world}")
         return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
     def call(self, name: str, command: Sequence[str]) -> float:

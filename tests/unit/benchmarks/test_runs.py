@@ -7,16 +7,21 @@ PRESET = "configs/grpo.py:own"
 
 
 def test_run_is_found_again_by_the_files_of_the_world_that_it_names(tmp_path):
-    runs, worlds = Runs(tmp_path / "work", {}), [tmp_path / "one", tmp_path / "other"]
-    one, other = ({"world": str(world_folder.write(world))} for world in worlds)
-    first = runs.key(PRESET, one)
-    assert runs.key(PRESET, one) == first
-    assert runs.key(PRESET, other) != first
+    runs, folder = Runs(tmp_path / "work", {}), tmp_path / "one"
+    world = {"world": str(world_folder.write(folder))}
+    first = runs.key(PRESET, world)
+    assert runs.key(PRESET, world) == first
     for part in ("starts", "policy"):
-        (worlds[0] / part / "data.bin").write_bytes(b"another")
-        changed = runs.key(PRESET, one)
+        (folder / part / "data.bin").write_bytes(b"another")
+        changed = runs.key(PRESET, world)
         assert changed != first
         first = changed
+
+
+def test_run_is_found_again_when_its_world_was_moved(tmp_path):
+    runs, folder = Runs(tmp_path / "work", {}), tmp_path / "one"
+    first = runs.key(PRESET, {"world": str(world_folder.write(folder))})
+    assert runs.key(PRESET, {"world": str(folder.rename(tmp_path / "other"))}) == first
 
 
 def test_run_is_found_again_when_only_a_card_was_rewritten(tmp_path):
